@@ -1,0 +1,175 @@
+"""HqqConfig: how to quantize, checked when it is made."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+
+from hqqtensor.formats import get_format
+from hqqtensor.solvers import get_solver
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LAYER_FIELDS = (
+    "nbits", "group_size", "axis", "format", "solver", "scale_dtype", "quant_scale", "quant_zero",
+    "compute_dtype", "view_as_float", "lp_norm",
+)  # fmt: skip
+_DTYPE_FIELDS = ("scale_dtype", "compute_dtype")
+
+
+@dataclass
+class HqqConfig(AOBaseConfig):
+    """Settings of half-quadratic weight-only quantization; every one is checked here (ValueError).
+
+    nbits: bits a code, 1 to 8.
+    group_size: weights that share a scale and a zero point; None for a whole row (axis 1) or column (axis 0).
+    axis: 1 groups along in_features, 0 along out_features.
+    format: number format of the codes, see ``hqqtensor.formats``.
+    solver: "hqq_joint", "hqq" (the published one) or "rtn".
+    scale_dtype: storage dtype of scale and zero point (float16, bfloat16, float32). None takes float16 where
+        it holds every scale and zero point of the weight well, else float32.
+    quant_scale, quant_zero: keep scales / zero points as 8-bit codes in groups of 128.
+    compute_dtype: dtype that the quantized tensor presents and computes in; None keeps the weight's.
+    dynamic_config: per-layer settings by tag, ``{"self_attn.q_proj": {"nbits": 3}}``; None as an entry leaves
+        the layer alone. A tag matches a run of the dotted parts of a module's name, ``*`` within a part matches
+        anything, the longest matching tag wins.
+    skip_modules: tags of modules left alone.
+    view_as_float: keep the packed bytes viewed as the weight's floating dtype.
+    weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
+    lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
+    """
+
+    nbits: int = 4
+    group_size: int | None = 64
+    axis: int = 1
+    format: str = "int"
+    solver: str = "hqq_joint"
+    scale_dtype: torch.dtype | None = None
+    quant_scale: bool = False
+    quant_zero: bool = False
+    compute_dtype: torch.dtype | None = None
+    dynamic_config: dict[str, dict[str, Any] | None] | None = None
+    skip_modules: list[str] = field(default_factory=lambda: ["lm_head"])
+    view_as_float: bool = False
+    weight_quant_params: dict[str, Any] | None = None
+    lp_norm: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.weight_quant_params is not None:
+            for name, value in _from_hqq_params(self.weight_quant_params).items():
+                setattr(self, name, value)
+            self.weight_quant_params = None
+        for name in _DTYPE_FIELDS:
+            setattr(self, name, _as_dtype(name, getattr(self, name)))
+        self._check()
+        for tag in self.dynamic_config or {}:
+            self.for_tag(tag)
+
+    def _check(self) -> None:
+        fmt = get_format(self.format)
+        if not _is_int(self.nbits) or self.nbits not in fmt.widths:
+            raise ValueError(f"nbits must be an integer out of {list(fmt.widths)}, got {self.nbits!r}")
+        if self.group_size is not None and (not _is_int(self.group_size) or self.group_size < 1):
+            raise ValueError(f"group_size must be a positive integer or None, got {self.group_size!r}")
+        if not _is_int(self.axis) or self.axis not in (0, 1):
+            raise ValueError(f"axis must be 0 (along out_features) or 1 (along in_features), got {self.axis!r}")
+        get_solver(self.solver)
+        if self.scale_dtype not in (None, *SCALE_DTYPES):
+            raise ValueError(f"scale_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.scale_dtype}")
+        if self.compute_dtype not in (None, *SCALE_DTYPES):
+            raise ValueError(f"compute_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.compute_dtype}")
+        for name in ("quant_scale", "quant_zero", "view_as_float"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.lp_norm, (int, float)) or not 0 < self.lp_norm <= 2:
+            raise ValueError(f"lp_norm must be over 0 and at most 2, got {self.lp_norm!r}")
+        if not isinstance(self.skip_modules, list) or not all(isinstance(s, str) and s for s in self.skip_modules):
+            raise ValueError(f"skip_modules must be a list of module names, got {self.skip_modules!r}")
+        if self.dynamic_config is not None and not isinstance(self.dynamic_config, dict):
+            raise ValueError(f"dynamic_config must be a dict of tags, got {self.dynamic_config!r}")
+
+    def for_tag(self, tag: str | None) -> "HqqConfig | None":
+        """Settings of the layers that ``tag`` names (None: of all others); None where they stay as they are."""
+        own = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        if tag is None:
+            return HqqConfig(**own)
+        entry = (self.dynamic_config or {})[tag]
+        if entry is None:
+            return None
+        if not isinstance(entry, dict) or set(entry) - {*_LAYER_FIELDS, "weight_quant_params"}:
+            raise ValueError(f"dynamic_config[{tag!r}] must be None or a dict of {list(_LAYER_FIELDS)}, got {entry!r}")
+        try:
+            return HqqConfig(**{**own, **entry})
+        except ValueError as error:
+            raise ValueError(f"dynamic_config[{tag!r}]: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON-safe values; ``from_dict`` gives an equal config back."""
+        out: dict[str, Any] = {}
+        for name in (f.name for f in dataclasses.fields(self) if f.name != "weight_quant_params"):
+            value = getattr(self, name)
+            out[name] = _dtype_name(value)
+        if self.dynamic_config is not None:
+            out["dynamic_config"] = {
+                tag: None if entry is None else {k: _dtype_name(v) for k, v in entry.items()}
+                for tag, entry in self.dynamic_config.items()
+            }
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "HqqConfig":
+        """Read ``to_dict``'s form; an unknown setting raises ValueError with those on offer."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(f"unknown HqqConfig options {unknown}; options are {known}")
+        return cls(**data)
+
+
+def hqq_weight_only(nbits: int = 4, group_size: int | None = 64, **options: Any) -> HqqConfig:
+    """``HqqConfig(nbits, group_size, **options)``; an unknown option raises ValueError."""
+    return HqqConfig.from_dict({"nbits": nbits, "group_size": group_size, **options})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_dtype(name: str, value: Any) -> torch.dtype | None:
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(value, str) or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} must be a torch.dtype or its name, got {value!r}")
+    return dtype
+
+
+def _dtype_name(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _from_hqq_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Translate hqq's ``BaseQuantizeConfig`` dict; what has no counterpart raises ValueError."""
+    if not isinstance(params, dict):
+        raise ValueError(f"weight_quant_params must be a dict, got {params!r}")
+    nested = params if "weight_quant_params" in params else {"weight_quant_params": params}
+    weight = nested["weight_quant_params"]
+    known = {"nbits", "group_size", "axis", "optimize", "round_zero", "channel_wise", "view_as_float"}
+    if not isinstance(weight, dict) or set(weight) - known:
+        raise ValueError(f"weight_quant_params must be a dict of {sorted(known)}, got {weight!r}")
+    rest = set(nested) - {"weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta"}
+    if rest:
+        raise ValueError(f"unknown entries {sorted(rest)} in the hqq quantization parameters")
+    if not weight.get("channel_wise", True):
+        raise ValueError("weight_quant_params with channel_wise=False (one scale for the tensor) is not offered")
+    out = {key: weight[key] for key in ("nbits", "group_size", "axis", "view_as_float") if key in weight}
+    if not weight.get("optimize", True):
+        out["solver"] = "rtn"
+    out["quant_scale"] = nested.get("scale_quant_params") is not None
+    out["quant_zero"] = nested.get("zero_quant_params") is not None
+    return out
+
+
+# torchao's config_from_dict looks a config's class up by name in these modules.
+ALLOWED_AO_MODULES.add("hqqtensor.config")

@@ -1,0 +1,150 @@
+"""From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hqqtensor.config import HqqConfig
+from hqqtensor.formats import get_format
+from hqqtensor.ops.reference import expand_groups
+from hqqtensor.packing import pack, row_bytes
+from hqqtensor.solvers import Solution, get_solver
+from hqqtensor.solvers.base import CHUNK, SolverOptions
+
+META_GROUP = 128
+"""Scales (or zero points) that share their own 8-bit scale under quant_scale and quant_zero."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """``qdata`` uint8 ``[..., N, row_bytes]``; ``scale``, ``zero_point`` plain, or themselves encoded."""
+
+    qdata: Tensor
+    scale: "Tensor | Encoded"
+    zero_point: "Tensor | Encoded"
+    nbits: int
+    group_size: int
+    axis: int
+
+
+def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight") -> None:
+    """Raise TypeError or ValueError, naming ``name``, if ``config`` cannot quantize ``weight``."""
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(f"{name}: expected a plain dense tensor, got {type(weight).__name__}")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name}: weights must be float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.ndim < 2 or weight.numel() == 0:
+        raise ValueError(f"{name}: weights must have rank 2 or more and not be empty, got shape {list(weight.shape)}")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name}: is on the meta device and holds no numbers; load the weights first")
+    extent = weight.shape[-1] if config.axis == 1 else weight.shape[-2]
+    if config.group_size is not None and config.group_size > extent:
+        side = "in_features" if config.axis == 1 else "out_features"
+        raise ValueError(
+            f"{name}: group_size {config.group_size} is larger than {side} {extent} (axis {config.axis}); "
+            f"allowed are 1 to {extent}, or None for one group"
+        )
+    if config.view_as_float and row_bytes(weight.shape[-1], config.nbits) % weight.element_size():
+        raise ValueError(
+            f"{name}: view_as_float needs packed rows of a multiple of {weight.element_size()} bytes, "
+            f"got {row_bytes(weight.shape[-1], config.nbits)} ({config.nbits} bits, in_features {weight.shape[-1]})"
+        )
+    flat = weight.detach().flatten(0, -2)
+    step = max(1, CHUNK // flat.shape[1])
+    if not all(bool(flat[i : i + step].isfinite().all()) for i in range(0, flat.shape[0], step)):
+        raise ValueError(f"{name}: holds NaN or Inf; quantization needs finite weights")
+
+
+def encode(weight: Tensor, config: HqqConfig) -> Encoded:
+    """Quantize a checked weight ``[..., N, K]``; see ``check_weight`` for what is refused."""
+    weight = weight.detach()
+    extent = weight.shape[-1] if config.axis == 1 else weight.shape[-2]
+    group_size = config.group_size or extent
+    *lead, out_features, in_features = weight.shape
+    if config.axis == 1:
+        matrices = [weight.reshape(-1, in_features)]
+        shape = [*lead, out_features, -(-in_features // group_size)]
+    else:
+        matrices = list(weight.reshape(-1, out_features, in_features))
+        shape = [*lead, -(-out_features // group_size), in_features]
+    solutions = [_solve(matrix, group_size, config) for matrix in matrices]
+    inverse = torch.stack([s.inverse_scale for s in solutions]).reshape(shape)
+    zero_point = torch.stack([s.zero_point for s in solutions]).reshape(shape)
+    scale = inverse.reciprocal()
+    dtype = config.scale_dtype or _storage_dtype(scale, zero_point)
+    stored_scale, seen_scale = _store(scale, dtype, config.quant_scale, "scale")
+    stored_zero, seen_zero = _store(zero_point, dtype, config.quant_zero, "zero_point")
+    if not solutions[0].exact_encode:
+        # A scale that rounding or 8 bits made zero can reach nothing but zero itself, whatever the code.
+        inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
+    qdata = weight.new_empty(*lead, out_features, row_bytes(in_features, config.nbits), dtype=torch.uint8)
+    for index in range(len(matrices)):
+        meta = inverse.reshape(len(matrices), -1, shape[-1])[index], zero_point.reshape(len(matrices), -1, shape[-1])[index]
+        rows = qdata.reshape(len(matrices), -1, qdata.shape[-1])[index]
+        _assign(matrices[index], *meta, rows, group_size, config)
+    return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis)
+
+
+def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
+    """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
+    solve, options = get_solver(config.solver), SolverOptions(lp_norm=config.lp_norm)
+    out_features, in_features = matrix.shape
+    if config.axis == 1:
+        full = in_features // group_size
+        parts = [matrix[:, : full * group_size].unflatten(1, (full, group_size))] if full else []
+        if in_features % group_size:
+            parts.append(matrix[:, full * group_size :].unsqueeze(1))
+    else:
+        groups = -(-out_features // group_size)
+        rows, rest = divmod(out_features, groups)
+        regular = matrix[: rows * groups].unflatten(0, (rows, groups))
+        parts = [regular[:, rest:].permute(1, 2, 0)]
+        if rest:
+            longer = torch.cat([regular[:, :rest], matrix[rows * groups :].unsqueeze(0)])
+            parts.insert(0, longer.permute(1, 2, 0))
+    found = [solve(part, config.nbits, options) for part in parts]
+    joined = 1 if config.axis == 1 else 0
+    return Solution(
+        torch.cat([s.inverse_scale for s in found], dim=joined),
+        torch.cat([s.zero_point for s in found], dim=joined),
+        found[0].exact_encode,
+    )
+
+
+def _assign(matrix: Tensor, inverse: Tensor, zero_point: Tensor, out: Tensor, group_size: int, config: HqqConfig) -> None:
+    """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
+    out_features, in_features = matrix.shape
+    fmt, groups = get_format(config.format), inverse.shape[0]
+    step = max(1, CHUNK // in_features)
+    if config.axis == 0:
+        # Row n uses group n % groups, so chunks of whole periods see the same scales.
+        step = max(groups, step // groups * groups)
+    for first in range(0, out_features, step):
+        rows = slice(first, min(first + step, out_features))
+        count = rows.stop - rows.start
+        size = (count, in_features, group_size, config.axis)
+        meta = [expand_groups(t[rows] if config.axis == 1 else t, *size) for t in (inverse, zero_point)]
+        out[rows] = pack(fmt.encode(matrix[rows].to(torch.float32), meta[0], meta[1], config.nbits), config.nbits)
+
+
+def _storage_dtype(scale: Tensor, zero_point: Tensor) -> torch.dtype:
+    """float16 where scales are normal numbers there and zero points keep 1/16 of a code, else float32."""
+    info = torch.finfo(torch.float16)
+    fits = (scale >= info.tiny) & (scale <= info.max) & (zero_point.abs() <= 256)
+    return torch.float16 if bool(fits.all()) else torch.float32
+
+
+def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tuple["Tensor | Encoded", Tensor]:
+    """``values`` as they are kept, and as they read back in float32."""
+    if not quantized:
+        stored = values.to(dtype)
+        if not bool(stored.isfinite().all()):
+            raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
+        return stored, stored.to(torch.float32)
+    size = min(META_GROUP, values.shape[-2])
+    encoded = encode(values, HqqConfig(nbits=8, group_size=size, axis=0, solver="rtn", scale_dtype=torch.float32))
+    from hqqtensor.ops.reference import dequantize
+
+    args = (encoded.qdata, encoded.scale, encoded.zero_point, 8, "int", size, 0, values.shape[-1], torch.float32)
+    return encoded, dequantize(*args)  # type: ignore[arg-type]

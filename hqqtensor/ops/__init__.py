@@ -1,0 +1,6 @@
+"""Operators on packed weights: definitions, the plain reference, and the choice of backend."""
+
+from hqqtensor.ops.backend import backend, register_backend, set_backend
+from hqqtensor.ops.definitions import batched_linear, dequantize, embedding, linear
+
+__all__ = ["backend", "batched_linear", "dequantize", "embedding", "linear", "register_backend", "set_backend"]

@@ -1,0 +1,79 @@
+"""What a solver takes and gives, the registry of solvers, and the walk over chunks of groups."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 21
+"""Weights that a solver works on at a time: bounds the scratch memory to a few times 8 MiB."""
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Settings a solver may use: ``lp_norm`` is the p of the error |w - dequantized|^p to minimise."""
+
+    lp_norm: float = 2.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Scales and zero points, float32, of the shape of the groups without their last dimension.
+
+    ``exact_encode`` asks for codes from these unrounded float32 numbers (the published solver), where
+    otherwise codes are chosen again after scale and zero point have been rounded for storage.
+    """
+
+    inverse_scale: Tensor
+    zero_point: Tensor
+    exact_encode: bool = False
+
+
+class Solver(Protocol):
+    """Solves all groups of one weight, given as a view of shape ``[rows, columns, group]`` of any float dtype."""
+
+    def __call__(self, groups: Tensor, nbits: int, options: SolverOptions) -> Solution: ...
+
+
+_SOLVERS: dict[str, Solver] = {}
+
+
+def register_solver(name: str, solver: Solver) -> None:
+    """Add ``solver`` as ``name``; a name that is taken raises ValueError."""
+    if name in _SOLVERS:
+        raise ValueError(f"solver {name!r} is already registered")
+    _SOLVERS[name] = solver
+
+
+def get_solver(name: str) -> Solver:
+    """The solver called ``name``; ValueError names those on offer."""
+    if name not in _SOLVERS:
+        raise ValueError(f"solver must be one of {solver_names()}, got {name!r}")
+    return _SOLVERS[name]
+
+
+def solver_names() -> list[str]:
+    """Names of the registered solvers."""
+    return sorted(_SOLVERS)
+
+
+def chunks(groups: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the first dimension with their groups in contiguous float32, about ``CHUNK`` weights each."""
+    per_row = max(1, groups.shape[1] * groups.shape[2])
+    step = max(1, CHUNK // per_row)
+    for first in range(0, groups.shape[0], step):
+        part = slice(first, min(first + step, groups.shape[0]))
+        yield part, groups[part].to(torch.float32).contiguous()
+
+
+def constant_group(low: Tensor, high: Tensor) -> Tensor:
+    """Mask of the groups whose weights are all the same, or so close that their spread is no float32 number."""
+    return (high - low) <= torch.finfo(torch.float32).tiny
+
+
+def constant_solution(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that give ``value`` exactly from code 1 (positive), 0 (negative) or any (zero)."""
+    scale = torch.where(value == 0, torch.ones_like(value), value.abs())
+    return scale, (value < 0).to(value.dtype)

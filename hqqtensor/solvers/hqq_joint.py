@@ -1,0 +1,123 @@
+"""The default solver: scale and zero point of a group are fitted together, from several starting ranges.
+
+For fixed codes c the best affine map of a group, min over (s, z) of sum_i m_i (w_i - s (c_i - z))^2, is a
+weighted linear regression of w on c with a closed form; for a fixed map the best code is the nearest.
+Alternating the two never raises the error. It ends in a local minimum, so it starts from nine ranges
+(each end of the group's range pulled in by up to ``SHRINK`` codes), goes on from the best, and then tries to
+move either end by half a code and to settle anew.
+
+For a norm p < 2 the weights m_i are the multiplicative half-quadratic ones of |r|^p,
+m = (r^2 + eps^2)^((p-2)/2), with the residual r measured in units of the group's own scale, so that weights of
+any size are treated alike (the published shrink threshold is in raw weight units; Geman and Reynolds 1992
+give the half-quadratic form).
+"""
+
+import torch
+from torch import Tensor
+
+from hqqtensor.solvers.base import (
+    Solution,
+    SolverOptions,
+    chunks,
+    constant_group,
+    constant_solution,
+    register_solver,
+)
+
+SHRINK, MAX_SHRINK = 4.0, 0.4
+STARTS = 3
+SETTLE, MOVES, SETTLE_MOVE = 4, 4, 2
+EPSILON = 0.05
+
+
+class _Group:
+    """Weights ``[R, C, group]`` of a chunk and the error that an affine map of them has."""
+
+    def __init__(self, w: Tensor, nbits: int, lp_norm: float) -> None:
+        self.w, self.last, self.lp_norm = w, 2**nbits - 1, lp_norm
+        self.mean = w.mean(-1, keepdim=True)
+
+    def codes(self, s: Tensor, z: Tensor) -> Tensor:
+        return (self.w / s).add_(z).round_().clamp_(0, self.last)
+
+    def fit(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """One alternation: nearest codes for (s, z), then the regression on them; s and z have shape [R, C, 1]."""
+        codes = self.codes(s, z)
+        if self.lp_norm == 2.0:
+            code_mean, mean = codes.mean(-1, keepdim=True), self.mean
+            centred = codes.sub_(code_mean)
+            spread = centred.square().sum(-1, keepdim=True)
+            slope = (centred * self.w).sum(-1, keepdim=True) / spread
+        else:
+            residual = self.w / s - (codes - z)
+            m = (residual.square_() + EPSILON**2).pow_((self.lp_norm - 2) / 2)
+            m /= m.sum(-1, keepdim=True)
+            code_mean, mean = (m * codes).sum(-1, keepdim=True), (m * self.w).sum(-1, keepdim=True)
+            centred = codes.sub_(code_mean)
+            spread = (m * centred * centred).sum(-1, keepdim=True)
+            slope = (m * centred * self.w).sum(-1, keepdim=True) / spread
+        # All codes equal, or a slope that is no usable number: the regression says nothing, keep what was.
+        usable = (spread > 0) & (slope > 0) & slope.isfinite()
+        return torch.where(usable, slope, s), torch.where(usable, code_mean - mean / slope, z)
+
+    def error(self, s: Tensor, z: Tensor) -> Tensor:
+        residual = (self.codes(s, z) - z).mul_(s).sub_(self.w)
+        if self.lp_norm == 2.0:
+            return residual.square_().sum(-1, keepdim=True)
+        return residual.abs_().pow_(self.lp_norm).sum(-1, keepdim=True)
+
+
+def solve(groups: Tensor, nbits: int, options: SolverOptions) -> Solution:
+    """Inverse scale and zero point of each group of ``[R, C, group]``, float32, least |w - dequantized|_p^p."""
+    inverse = torch.empty(groups.shape[:-1], dtype=torch.float32, device=groups.device)
+    zero = torch.empty_like(inverse)
+    for part, w in chunks(groups):
+        low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+        flat = constant_group(low, high)
+        # Work in units of the group's half range: the arithmetic is then the same for weights of any size.
+        unit = torch.where(flat, 1.0, torch.maximum(high.abs(), low.abs()))
+        low, high = low / unit, high / unit
+        s, z = _search(_Group(w.div_(unit), nbits, options.lp_norm), low, torch.where(flat, low + 1, high))
+        flat_scale, flat_zero = constant_solution(low)
+        inverse[part] = torch.where(flat, flat_scale, s * unit).reciprocal().squeeze(-1)
+        zero[part] = torch.where(flat, flat_zero, z).squeeze(-1)
+    return Solution(inverse, zero)
+
+
+def _search(group: _Group, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    last = group.last
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    middle, half = (low + high) / 2, (high - low) / 2
+    pulls = torch.linspace(1 - min(SHRINK / last, MAX_SHRINK), 1, STARTS).tolist()
+    for pull_low in pulls:
+        for pull_high in pulls:
+            start = middle - half * pull_low
+            s = (middle + half * pull_high - start) / last
+            best = _better(group, best, *group.fit(s, -start / s))
+    assert best is not None
+    s, z = best[1:]
+    for _ in range(SETTLE):
+        s, z = group.fit(s, z)
+    best = _better(group, best, s, z)
+    for move in range(MOVES):
+        _, s, z = best
+        change = (0.5 if move % 2 == 0 else -0.5) / last
+        wider = s * (1 + change)
+        # The first two moves hold the lower end of the range, the others the upper one.
+        z = z * s / wider if move < 2 else last - (last - z) * s / wider
+        s = wider
+        for _ in range(SETTLE_MOVE):
+            s, z = group.fit(s, z)
+        best = _better(group, best, s, z)
+    return best[1], best[2]
+
+
+def _better(group: _Group, best: tuple[Tensor, Tensor, Tensor] | None, s: Tensor, z: Tensor):  # type: ignore[no-untyped-def]
+    error = group.error(s, z)
+    if best is None:
+        return error, s, z
+    won = error < best[0]
+    return tuple(torch.where(won, new, old) for new, old in zip((error, s, z), best, strict=True))
+
+
+register_solver("hqq_joint", solve)

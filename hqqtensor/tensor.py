@@ -1,0 +1,138 @@
+"""HQQTensor: packed codes, scales and zero points that behave as the weight they stand for."""
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from hqqtensor import ops
+from hqqtensor.config import HqqConfig
+from hqqtensor.encode import Encoded, check_weight, encode
+
+
+class HQQTensor(TorchAOBaseTensor):
+    """A weight ``[..., N, K]`` kept in ``nbits`` bits; value = (code - zero_point) * scale.
+
+    Tensor data:
+        qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
+            viewed as a floating dtype.
+        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
+            plain floating tensor or an 8-bit HQQTensor.
+        zero_point: as ``scale``, in units of codes.
+        act_pre_scale (optional): ``[K]``, multiplied into the activations.
+
+    Attributes:
+        nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
+        shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
+            dimensions of ``shape`` are swapped against the stored ``[N, K]``.
+    """
+
+    tensor_data_names = ["qdata", "scale", "zero_point"]
+    optional_tensor_data_names = ["act_pre_scale"]
+    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed"]
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    act_pre_scale: Tensor | None
+
+    def __new__(  # noqa: D102
+        cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
+        shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
+        act_pre_scale: Tensor | None = None,
+    ) -> "HQQTensor":  # fmt: skip
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+
+    def __init__(
+        self, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
+        shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
+        act_pre_scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
+        self.nbits, self.group_size, self.axis = nbits, group_size, axis
+        self.format, self.transposed = format, transposed
+
+    @staticmethod
+    @torch.compiler.disable
+    def from_hp(weight: Tensor, config: HqqConfig | None = None) -> "HQQTensor":
+        """Quantize ``weight`` ``[..., N, K]`` (any strides, float32/bfloat16/float16); bad weights raise."""
+        config = config or HqqConfig()
+        check_weight(weight, config)
+        dtype = config.compute_dtype or weight.dtype
+        out = HQQTensor._from_encoded(encode(weight, config), weight.shape, dtype, config.format)
+        if config.view_as_float:
+            out.qdata = out.qdata.view(weight.dtype)
+        return out
+
+    @staticmethod
+    def _from_encoded(e: Encoded, shape: torch.Size, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
+        meta = [
+            HQQTensor._from_encoded(m, torch.Size([*m.qdata.shape[:-1], m.qdata.shape[-1]]), torch.float32)
+            if isinstance(m, Encoded)
+            else m
+            for m in (e.scale, e.zero_point)
+        ]
+        return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, shape, dtype, format)
+
+    @property
+    def in_features(self) -> int:
+        """K, the stored row length."""
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """N, the number of stored rows."""
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all data: packed codes, scales, zero points, activation scale."""
+        names, _ = self.__tensor_flatten__()
+        return sum(getattr(self, name).nbytes for name in names)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``qdata`` as uint8, and plain ``scale`` and ``zero_point``: what the ops take."""
+        qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
+        scale, zero = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (self.scale, self.zero_point))
+        return qdata, scale, zero
+
+    def settings(self) -> tuple[int, str, int, int, int]:
+        """(nbits, format, group_size, axis, in_features): what the ops take after the data."""
+        return self.nbits, self.format, self.group_size, self.axis, self.in_features
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
+        dtype = output_dtype or self.dtype
+        w = ops.dequantize(*self.packed(), *self.settings(), dtype)
+        if self.act_pre_scale is not None:
+            w = w * self.act_pre_scale.to(dtype)
+        return w.transpose(-1, -2) if self.transposed else w
+
+    def with_data(self, **changes: object) -> "HQQTensor":
+        """A new tensor with some data or attributes replaced."""
+        names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
+        return HQQTensor(**{**{name: getattr(self, name) for name in names}, **changes})  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """One line: bits, format, group size, axis, scale dtype."""
+        def meta(t: Tensor) -> str:
+            return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
+
+        return (
+            f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}, "
+            f"scale={meta(self.scale)}, zero_point={meta(self.zero_point)}"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        dtype = str(self.dtype).removeprefix("torch.")
+        flag = ", transposed" if self.transposed else ""
+        return f"HQQTensor({list(self.shape)}, {self.describe()}, dtype={dtype}, device={self.device}{flag})"
+
+    __module__ = "hqqtensor.tensor"
+
+
+torch.serialization.add_safe_globals([HQQTensor])
+
+from hqqtensor import tensor_ops as tensor_ops  # noqa: E402  registers what torch functions do with an HQQTensor

@@ -1,0 +1,291 @@
+"""What torch functions and aten operators do with an HQQTensor."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import fill_defaults
+
+from hqqtensor import ops
+from hqqtensor.packing import BLOCK, byte_offset
+from hqqtensor.tensor import HQQTensor
+
+aten = torch.ops.aten
+implements = HQQTensor.implements
+implements_torch_function = HQQTensor.implements_torch_function
+
+
+def _activations(x: Tensor) -> Tensor:
+    """Autocast does not know our ops; do for their input what it would do for a dense linear."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
+    if isinstance(x, HQQTensor):
+        x = x.dequantize()
+    if x.shape[-1] != weight.in_features:
+        raise RuntimeError(
+            f"linear: input of shape {list(x.shape)} does not fit a weight with {weight.in_features} in_features"
+        )
+    return ops.linear(_activations(x), *weight.packed(), bias, weight.act_pre_scale, *weight.settings())
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight`` where either may be quantized; fused where weight is a transposed HQQTensor."""
+    if isinstance(weight, HQQTensor) and weight.transposed and not isinstance(x, HQQTensor):
+        if weight.ndim == 2:
+            return _linear(x, weight, None)
+        if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
+            x = _activations(x)
+            return ops.batched_linear(x, *weight.packed(), weight.act_pre_scale, *weight.settings())
+    x, weight = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (x, weight))
+    return torch.matmul(x, weight)
+
+
+@implements([aten.linear.default])
+@implements_torch_function([torch.nn.functional.linear])
+def _(func, types, args, kwargs):
+    def call(input, weight, bias=None):
+        if isinstance(weight, HQQTensor) and weight.ndim == 2 and not weight.transposed:
+            return _linear(input, weight, bias)
+        dense = [t.dequantize() if isinstance(t, HQQTensor) else t for t in (input, weight)]
+        return torch.nn.functional.linear(dense[0], dense[1], bias)
+
+    return call(*args, **(kwargs or {}))
+
+
+@implements([aten.mm.default, aten.bmm.default, aten.matmul.default])
+@implements_torch_function([torch.mm, torch.bmm, torch.matmul, Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__])
+def _(func, types, args, kwargs):
+    return _matmul(*args, **(kwargs or {}))
+
+
+@implements_torch_function([Tensor.__rmatmul__])
+def _(func, types, args, kwargs):
+    return _matmul(args[1], args[0])
+
+
+@implements([aten.addmm.default])
+@implements_torch_function([torch.addmm, Tensor.addmm])
+def _(func, types, args, kwargs):
+    bias, x, weight = args
+    beta, alpha = (kwargs or {}).get("beta", 1), (kwargs or {}).get("alpha", 1)
+    if beta == 1 and alpha == 1 and isinstance(weight, HQQTensor) and weight.transposed and bias.ndim == 1:
+        return _linear(x, weight, bias)
+    return beta * bias + alpha * _matmul(x, weight)
+
+
+@implements([aten.embedding.default])
+@implements_torch_function([torch.nn.functional.embedding])
+def _(func, types, args, kwargs):
+    kwargs = kwargs or {}
+    if func is torch.nn.functional.embedding:
+        indices = kwargs.get("input", args[0] if args else None)
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        rest = args[3:]
+        if kwargs.get("max_norm") is not None or (rest and rest[0] is not None):
+            raise NotImplementedError("embedding: max_norm rewrites rows, which a quantized weight cannot do")
+    else:
+        weight, indices = args[0], args[1]
+    if not isinstance(weight, HQQTensor) or weight.ndim != 2 or weight.transposed:
+        raise NotImplementedError("embedding: needs a 2-D HQQTensor weight that is not transposed")
+    out = ops.embedding(indices, *weight.packed(), *weight.settings(), weight.dtype)
+    return out if weight.act_pre_scale is None else out * weight.act_pre_scale.to(out.dtype)
+
+
+@implements([aten.t.default, aten.transpose.int])
+def _(func, types, args, kwargs):
+    self = args[0]
+    ndim = self.ndim
+    dims = {d % ndim for d in args[1:]} if func is aten.transpose.int else {0, 1}
+    if func is aten.transpose.int and len(dims) == 1:
+        new = self.with_data()
+    elif dims != {ndim - 2, ndim - 1}:
+        raise NotImplementedError(f"transpose: only the last two dimensions of an HQQTensor can be swapped, got {dims}")
+    else:
+        shape = torch.Size([*self.shape[:-2], self.shape[-1], self.shape[-2]])
+        new = self.with_data(shape=shape, transposed=not self.transposed)
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
+    """The view ``[start, end)`` of one dimension; raises NotImplementedError where that is no view."""
+    shape = list(self.shape)
+    shape[dim] = end - start
+    lead = self.ndim - 2
+    stored = dim if dim < lead or not self.transposed else 2 * lead + 1 - dim
+    if start == 0 and end == self.shape[dim]:
+        return self.with_data()
+    act = self.act_pre_scale
+
+    def meta(t: Tensor, on: int, first: int, last: int) -> Tensor:
+        return aten.slice.Tensor(t, on, first, last)
+
+    if stored < lead:
+        data = {n: meta(getattr(self, n), stored, start, end) for n in self.tensor_data_names}
+    elif stored == lead:
+        groups = self.scale.shape[-2]
+        if self.axis == 0 and start % groups:
+            raise NotImplementedError(
+                f"slice: with axis=0 rows can be cut at multiples of the {groups} groups, got {start}:{end}"
+            )
+        data = {"qdata": aten.slice.Tensor(self.qdata, stored, start, end)}
+        if self.axis == 1:
+            data |= {n: meta(getattr(self, n), stored, start, end) for n in ("scale", "zero_point")}
+    else:
+        K, size = self.in_features, self.group_size
+        first, last = byte_offset(start, K, self.nbits), byte_offset(end, K, self.nbits)
+        whole = start % size == 0 and (end % size == 0 or end == K)
+        inside = start // size == (end - 1) // size
+        if first is None or last is None or (self.axis == 1 and not whole and not inside):
+            raise NotImplementedError(
+                f"slice: in_features can be cut at multiples of {BLOCK} that are group boundaries "
+                f"(group_size {size}), got {start}:{end} of {K}"
+            )
+        item = self.qdata.element_size()
+        if first % item or last % item:
+            raise NotImplementedError(f"slice: {start}:{end} is no whole number of {self.qdata.dtype} in qdata")
+        data = {"qdata": aten.slice.Tensor(self.qdata, stored, first // item, last // item)}
+        low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
+        data |= {n: meta(getattr(self, n), stored, low, high) for n in ("scale", "zero_point")}
+        act = None if act is None else act[start:end]
+    return self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
+
+
+@implements([aten.slice.Tensor])
+def _(func, types, args, kwargs):
+    self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+    if step != 1:
+        raise NotImplementedError(f"slice: an HQQTensor is cut in steps of 1, got {step}")
+    dim = dim % self.ndim
+    length = self.shape[dim]
+    start, end, _ = slice(start, end).indices(length)
+    return return_and_correct_aliasing(func, args, kwargs, _cut(self, dim, start, max(start, end)))
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default])
+def _(func, types, args, kwargs):
+    self, sizes, dim = fill_defaults(args, 3, [0])
+    dim = dim % self.ndim
+    length = self.shape[dim]
+    if func is aten.chunk.default:
+        sizes = -(-length // sizes)
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - first) for first in range(0, length, sizes)]
+    out, first = [], 0
+    for size in sizes:
+        out.append(_cut(self, dim, first, first + size))
+        first += size
+    return out
+
+
+@implements([aten.select.int])
+def _(func, types, args, kwargs):
+    self, dim, index = args
+    dim = dim % self.ndim
+    if dim >= self.ndim - 2:
+        raise NotImplementedError("select: only leading dimensions (experts) of an HQQTensor can be selected")
+    data = {n: aten.select.int(getattr(self, n), dim, index) for n in self.tensor_data_names}
+    shape = torch.Size([s for d, s in enumerate(self.shape) if d != dim])
+    return return_and_correct_aliasing(func, args, kwargs, self.with_data(**data, shape=shape))
+
+
+@implements([aten.cat.default])
+def _(func, types, args, kwargs):
+    tensors, dim = fill_defaults(args, 2, [0])
+    if not all(isinstance(t, HQQTensor) for t in tensors):
+        raise NotImplementedError("cat: all tensors must be HQQTensors; dequantize() the quantized ones first")
+    head = tensors[0]
+    dim = dim % head.ndim
+    for t in tensors[1:]:
+        same = all(getattr(t, n) == getattr(head, n) for n in ("nbits", "axis", "dtype", "format", "transposed"))
+        if not same or t.group_size != head.group_size:
+            raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
+        if t.act_pre_scale is not None or head.act_pre_scale is not None:
+            raise NotImplementedError("cat: tensors with act_pre_scale cannot be joined")
+    lead = head.ndim - 2
+    stored = dim if dim < lead or not head.transposed else 2 * lead + 1 - dim
+    if stored == lead + 1:
+        bad = [t.in_features for t in tensors[:-1] if t.in_features % BLOCK or (head.axis and t.in_features % head.group_size)]
+        if bad:
+            raise NotImplementedError(f"cat: in_features must be multiples of {BLOCK} and the group size, got {bad}")
+    data = {"qdata": torch.cat([t.qdata for t in tensors], stored)}
+    for name in ("scale", "zero_point"):
+        parts = [getattr(t, name) for t in tensors]
+        if stored == lead and head.axis == 0:
+            if not all(torch.equal(parts[0], p) for p in parts[1:]):
+                raise NotImplementedError("cat: with axis=0 rows can be joined only where they share their scales")
+            data[name] = parts[0]
+        else:
+            data[name] = torch.cat(parts, stored)
+    shape = list(head.shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return head.with_data(**data, shape=torch.Size(shape))
+
+
+@implements([aten.view.default, aten._unsafe_view.default])
+def _(func, types, args, kwargs):
+    self, size = args
+    if list(size) == list(self.shape) or (-1 in size and torch.empty(self.shape, device="meta").view(size).shape == self.shape):
+        return return_and_correct_aliasing(func, args, kwargs, self.with_data())
+    raise NotImplementedError(f"view: {list(self.shape)} as {list(size)} would need unpacking; dequantize() first")
+
+
+@implements([aten._to_copy.default])
+def _(func, types, args, kwargs):
+    self = args[0]
+    to = self._get_to_kwargs(*args[1:], **kwargs)
+    if not to["dtype"].is_floating_point:
+        raise TypeError(f"to: an HQQTensor presents a floating dtype, got {to['dtype']}")
+    where = {"device": to["device"], "non_blocking": to["non_blocking"]}
+    data = {n: getattr(self, n).to(**where) for n in self.__tensor_flatten__()[0]}
+    return return_and_correct_aliasing(func, args, kwargs, self.with_data(**data, dtype=to["dtype"]))
+
+
+_base_copy = HQQTensor._ATEN_OP_TABLE[HQQTensor][aten.copy_.default]
+
+
+@implements([aten.copy_.default])
+def _(func, types, args, kwargs):
+    self, src = args[0], args[1]
+    if not isinstance(self, HQQTensor):
+        self.copy_(src.dequantize())
+        return self
+    if not isinstance(src, HQQTensor):
+        raise TypeError(f"copy_: a dense {list(src.shape)} tensor cannot be copied into {self!r}; quantize it first")
+    _base_copy(func, types, args, kwargs)
+    return self
+
+
+@implements([aten.equal.default])
+def _(func, types, args, kwargs):
+    a, b = args
+    if not (isinstance(a, HQQTensor) and isinstance(b, HQQTensor)):
+        return False
+    (names, attributes), (names_b, attributes_b) = a.__tensor_flatten__(), b.__tensor_flatten__()
+    return names == names_b and attributes == attributes_b and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+@implements([aten.empty_like.default, aten._pin_memory.default])
+def _(func, types, args, kwargs):
+    self = args[0]
+    data = {n: func(getattr(self, n), *args[1:], **kwargs) if func is not aten.empty_like.default else torch.empty_like(getattr(self, n)) for n in self.__tensor_flatten__()[0]}
+    return self.with_data(**data)
+
+
+@implements([aten.is_pinned.default])
+def _(func, types, args, kwargs):
+    return all(getattr(args[0], n).is_pinned() for n in args[0].__tensor_flatten__()[0])
+
+
+@implements_torch_function([Tensor.share_memory_])
+def _(func, types, args, kwargs):
+    for name in args[0].__tensor_flatten__()[0]:
+        getattr(args[0], name).share_memory_()
+    return args[0]
+
+
+@implements_torch_function([Tensor.is_shared])
+def _(func, types, args, kwargs):
+    return all(getattr(args[0], n).is_shared() for n in args[0].__tensor_flatten__()[0])
