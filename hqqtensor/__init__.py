@@ -2,7 +2,23 @@
 
 from hqqtensor.config import HqqConfig, hqq_weight_only
 from hqqtensor.ops.backend import backend, set_backend
+from hqqtensor.presets import PRESETS, OptimalConfig, get_optimal_quant_config
+from hqqtensor.quantize import dequantize_, quantize_
+from hqqtensor.serialization import load_model, save_model
 from hqqtensor.tensor import HQQTensor
 
 __version__ = "0.1.0"
-__all__ = ["HQQTensor", "HqqConfig", "backend", "hqq_weight_only", "set_backend"]
+__all__ = [
+    "PRESETS",
+    "HQQTensor",
+    "HqqConfig",
+    "OptimalConfig",
+    "backend",
+    "dequantize_",
+    "get_optimal_quant_config",
+    "hqq_weight_only",
+    "load_model",
+    "quantize_",
+    "save_model",
+    "set_backend",
+]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.formats import get_format
-from hqqtensor.ops.reference import expand_groups
+from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
@@ -26,6 +26,7 @@ class Encoded:
     nbits: int
     group_size: int
     axis: int
+    shape: torch.Size
 
 
 def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight") -> None:
@@ -83,7 +84,7 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
         meta = inverse.reshape(len(matrices), -1, shape[-1])[index], zero_point.reshape(len(matrices), -1, shape[-1])[index]
         rows = qdata.reshape(len(matrices), -1, qdata.shape[-1])[index]
         _assign(matrices[index], *meta, rows, group_size, config)
-    return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis)
+    return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
 
 
 def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
@@ -144,7 +145,5 @@ def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tu
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
     encoded = encode(values, HqqConfig(nbits=8, group_size=size, axis=0, solver="rtn", scale_dtype=torch.float32))
-    from hqqtensor.ops.reference import dequantize
-
     args = (encoded.qdata, encoded.scale, encoded.zero_point, 8, "int", size, 0, values.shape[-1], torch.float32)
     return encoded, dequantize(*args)  # type: ignore[arg-type]

@@ -61,20 +61,20 @@ class HQQTensor(TorchAOBaseTensor):
         config = config or HqqConfig()
         check_weight(weight, config)
         dtype = config.compute_dtype or weight.dtype
-        out = HQQTensor._from_encoded(encode(weight, config), weight.shape, dtype, config.format)
+        out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)
         return out
 
     @staticmethod
-    def _from_encoded(e: Encoded, shape: torch.Size, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
+    def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
         meta = [
-            HQQTensor._from_encoded(m, torch.Size([*m.qdata.shape[:-1], m.qdata.shape[-1]]), torch.float32)
+            HQQTensor._from_encoded(m, torch.float32)
             if isinstance(m, Encoded)
             else m
             for m in (e.scale, e.zero_point)
         ]
-        return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, shape, dtype, format)
+        return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, e.shape, dtype, format)
 
     @property
     def in_features(self) -> int:
@@ -129,8 +129,6 @@ class HQQTensor(TorchAOBaseTensor):
         dtype = str(self.dtype).removeprefix("torch.")
         flag = ", transposed" if self.transposed else ""
         return f"HQQTensor({list(self.shape)}, {self.describe()}, dtype={dtype}, device={self.device}{flag})"
-
-    __module__ = "hqqtensor.tensor"
 
 
 torch.serialization.add_safe_globals([HQQTensor])

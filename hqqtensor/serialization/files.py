@@ -1,0 +1,48 @@
+"""The files of a checkpoint: one safetensors file, or shards with an index."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hqqtensor.serialization.layout import CheckpointError
+
+DEFAULT_NAME = "model.safetensors"
+
+
+def index_path(path: Path) -> Path:
+    """The index file that belongs to ``path`` when it is sharded."""
+    return path.with_name(path.name + ".index.json")
+
+
+def checkpoint_files(path: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a checkpoint given as file, index or directory; CheckpointError where there is none."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / DEFAULT_NAME
+    index = path if path.name.endswith(".index.json") else index_path(path)
+    if index != path and path.is_file():
+        return [path]
+    if not index.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: neither the file nor {index.name} is there")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index}: is no index of a sharded checkpoint") from None
+    if any(not isinstance(n, str) or Path(n).name != n for n in names):
+        raise CheckpointError(f"{index}: shard names must be plain file names")
+    files = [index.parent / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{index}: shard {file.name} is missing")
+    return files
+
+
+def open_file(path: Path) -> Any:
+    """``safe_open`` with its errors turned into CheckpointError naming the file."""
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None

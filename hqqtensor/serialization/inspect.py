@@ -1,0 +1,59 @@
+"""What a checkpoint holds, from the headers of its files alone."""
+
+import os
+from dataclasses import dataclass
+
+from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.layout import keys_of, parse_entry
+from hqqtensor.serialization.load import _names
+
+_ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One weight: kind "hqq" or "dense", logical shape, dtype, settings (None where dense), bytes in the file."""
+
+    name: str
+    kind: str
+    shape: list[int]
+    dtype: str
+    nbits: int | None
+    group_size: int | None
+    axis: int | None
+    format: str | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """All weights of a checkpoint and their bytes together."""
+
+    tensors: list[TensorInfo]
+    nbytes: int
+
+
+def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
+    """Read the headers of a checkpoint (file, index or directory); CheckpointError where they are damaged."""
+    sizes: dict[str, tuple[list[int], str, int]] = {}
+    header: dict[str, str] = {}
+    for file in checkpoint_files(path):
+        with open_file(file) as f:
+            header |= f.metadata() or {}
+            for key in f.keys():  # noqa: SIM118
+                part = f.get_slice(key)
+                count = 1
+                for extent in part.get_shape():
+                    count *= extent
+                sizes[key] = list(part.get_shape()), part.get_dtype(), count * _ITEM.get(part.get_dtype(), 1)
+    out: list[TensorInfo] = []
+    for name in _names(header):
+        if '"HQQTensor"' in header.get(name, ""):
+            entry = parse_entry(name, header[name])
+            data = entry["_data"]
+            nbytes = sum(sizes.pop(key, ([], "", 0))[2] for key in keys_of(name, entry))
+            settings = [data[k] for k in ("nbits", "group_size", "axis", "format")]
+            out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes))
+    out += [TensorInfo(n, "dense", s, d, None, None, None, None, b) for n, (s, d, b) in sizes.items()]
+    out.sort(key=lambda t: t.name)
+    return CheckpointInfo(out, sum(t.nbytes for t in out))

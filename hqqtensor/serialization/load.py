@@ -1,0 +1,125 @@
+"""load_model: a checkpoint into a model, memory-mapped, checked before anything changes."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqqtensor.quantize import show_quantized
+from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.layout import CheckpointError, build, keys_of, parse_entry
+from hqqtensor.tensor import HQQTensor
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """The state of a checkpoint (memory-mapped), its aliases {name: stored name}, and its non-persistent buffers."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    for file in checkpoint_files(path):
+        with open_file(file) as f:
+            header |= f.metadata() or {}
+            for key in f.keys():  # noqa: SIM118  a safetensors handle, not a dict
+                tensors[key] = f.get_tensor(key)
+    own = _own_header(header)
+    state: dict[str, Tensor] = {}
+    for name in _names(header):
+        text = header.get(name, "")
+        if '"HQQTensor"' in text:
+            entry = parse_entry(name, text)
+            state[name] = build(name, entry, tensors)
+            for key in keys_of(name, entry):
+                tensors.pop(key, None)
+    return {**tensors, **state}, own["aliases"], set(own["non_persistent_buffers"])
+
+
+def load_model(
+    model: nn.Module, path: str | os.PathLike, strict: bool = True, device: torch.device | str = "cpu"
+) -> tuple[list[str], list[str]]:
+    """Load a checkpoint of ``save_model`` into ``model``, in memory or on the meta device, quantized or not.
+
+    Quantized weights, and all that is on the meta device, are put in place as they lie in the memory-mapped file;
+    other tensors are copied into the model's own. Returns (missing, unexpected) names; with ``strict`` either
+    raises RuntimeError. CheckpointError (a ValueError) for a file that is missing, cut short, or does not hold
+    what it claims or what the model needs. Nothing changes on an error.
+    """
+    state, aliases, extra = read_checkpoint(path)
+    places: dict[str, tuple[nn.Module, str, bool]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        places |= {f"{dot}{n}": (module, n, True) for n, p in module._parameters.items() if p is not None}
+        places |= {f"{dot}{n}": (module, n, False) for n, b in module._buffers.items() if b is not None}
+    wanted = set(model.state_dict())
+    source = {name: aliases.get(name, name) for name in places}
+    plan: dict[str, Tensor] = {}
+    for name, (module, leaf, _) in places.items():
+        new = state.get(source[name])
+        old: Tensor = getattr(module, leaf)
+        if new is None or (name not in wanted and old.device.type != "meta"):
+            continue
+        if new.shape != old.shape:
+            raise CheckpointError(f"{name}: the file has shape {list(new.shape)}, the model {list(old.shape)}")
+        plan[name] = new
+    ties = _ties(places)
+    missing = sorted(n for n in wanted if n in places and n not in plan and not (ties[n] & plan.keys()))
+    missing += sorted(n for n in wanted if n not in places)
+    taken = {source[n] for n in plan}
+    unexpected = sorted(n for n in state if n not in taken and n not in extra)
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"load_model: missing {missing}, unexpected {unexpected} in {os.fspath(path)}")
+    _install(model, places, plan, source, torch.device(device))
+    return missing, unexpected
+
+
+def _install(model: nn.Module, places: Any, plan: dict[str, Tensor], source: dict[str, str], device: torch.device) -> None:
+    made: dict[tuple[str, bool], Tensor] = {}
+    replaced: dict[int, Tensor] = {}
+    for name, new in plan.items():
+        module, leaf, is_parameter = places[name]
+        old = getattr(module, leaf)
+        if isinstance(new, HQQTensor) or isinstance(old, HQQTensor) or old.device.type == "meta":
+            key = (source[name], is_parameter)
+            if key not in made:
+                moved = new.to(device)
+                made[key] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
+                if is_parameter and not isinstance(new, HQQTensor) and new.is_floating_point():
+                    made[key].requires_grad_(old.requires_grad)
+            replaced[id(old)] = made[key]
+        else:
+            with torch.no_grad():
+                old.copy_(new)
+    for module, leaf, is_parameter in places.values():
+        table = module._parameters if is_parameter else module._buffers
+        if id(table[leaf]) in replaced:
+            table[leaf] = replaced[id(table[leaf])]
+    for module in model.modules():
+        show_quantized(module)
+
+
+def _ties(places: Any) -> dict[str, set[str]]:
+    groups: dict[int, set[str]] = {}
+    for name, (module, leaf, _) in places.items():
+        groups.setdefault(id(getattr(module, leaf)), set()).add(name)
+    return {name: groups[id(getattr(m, leaf))] for name, (m, leaf, _) in places.items()}
+
+
+def _names(header: dict[str, str]) -> list[str]:
+    try:
+        names = json.loads(header.get("tensor_names", "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise CheckpointError("tensor_names in the metadata is no list of names")
+    return names
+
+
+def _own_header(header: dict[str, str]) -> dict[str, Any]:
+    try:
+        own = json.loads(header.get("hqqtensor", '{"aliases": {}, "non_persistent_buffers": []}'))
+        ok = isinstance(own["aliases"], dict) and isinstance(own["non_persistent_buffers"], list)
+    except (ValueError, KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise CheckpointError("the hqqtensor entry of the metadata is damaged")
+    return own

@@ -1,0 +1,121 @@
+"""save_model: a model, quantized or not, to safetensors, whole or not at all."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hqqtensor.presets import _number
+from hqqtensor.serialization.files import DEFAULT_NAME, checkpoint_files, index_path
+from hqqtensor.serialization.layout import CheckpointError, flatten
+from hqqtensor.tensor import HQQTensor
+
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike,
+    metadata: dict[str, str] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model's state to ``path``, a ``.safetensors`` file or a directory (``model.safetensors`` in it).
+
+    A tied weight is stored once. Over ``max_shard_size`` bytes the state goes to shards with an index file. Files
+    are written under temporary names and renamed at the end, the index last. Non-persistent buffers are stored
+    too, for ``load_model`` into a model on the meta device. ValueError if a tensor is on the meta device.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / DEFAULT_NAME
+    limit = int(_number(max_shard_size, "max_shard_size", _UNITS))
+    units, entries, aliases, extra = _collect(model)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for tensors in units:
+        nbytes = sum(t.nbytes for t in tensors.values())
+        if shards[-1] and size + nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1].update(tensors)
+        size += nbytes
+    header = {
+        **(metadata or {}),
+        "format": "pt",
+        **entries,
+        "tensor_names": json.dumps(list(entries)),
+        "hqqtensor": json.dumps({"version": 1, "aliases": aliases, "non_persistent_buffers": extra}),
+    }
+    _write(path, shards, header)
+
+
+def _collect(model: nn.Module) -> tuple[list[dict[str, Tensor]], dict[str, str], dict[str, str], list[str]]:
+    state = dict(model.state_dict(keep_vars=True))
+    extra = [name for name, buffer in model.named_buffers() if name not in state and buffer is not None]
+    state |= {name: buffer for name, buffer in model.named_buffers() if name in extra}
+    units: list[dict[str, Tensor]] = []
+    entries: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[object, str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: state of type {type(tensor).__name__} cannot be saved to safetensors")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name}: is on the meta device and holds no numbers")
+        first = seen.setdefault(_identity(tensor), name)
+        if first != name:
+            aliases[name] = first
+        elif isinstance(tensor, HQQTensor):
+            parts, entry = flatten(name, tensor)
+            units.append({k: v.detach().contiguous().cpu() for k, v in parts.items()})
+            entries[name] = entry
+        else:
+            units.append({name: _own(tensor.detach())})
+            entries[name] = json.dumps({"_type": "Tensor"})
+    return units, entries, aliases, extra
+
+
+def _identity(tensor: Tensor) -> object:
+    plain = tensor.qdata if isinstance(tensor, HQQTensor) else tensor
+    if plain.numel() == 0:
+        return id(tensor)
+    return type(tensor) is HQQTensor, plain.device, plain.data_ptr(), plain.shape, plain.stride(), plain.dtype
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """safetensors refuses tensors that share memory; part of a larger storage is copied out."""
+    tensor = tensor.contiguous().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write(path: Path, shards: list[dict[str, Tensor]], header: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = len(shards)
+    names = [path.name] if count == 1 else [f"{path.stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    try:
+        stale = {p.name for p in checkpoint_files(path)} - set(names)
+    except CheckpointError:
+        stale = set()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        for name, tensors in zip(names, shards, strict=True):
+            save_file(tensors, os.path.join(scratch, name), metadata=header)
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
+            "weight_map": {key: name for name, s in zip(names, shards, strict=True) for key in s},
+        }
+        for name in names:
+            os.replace(os.path.join(scratch, name), path.parent / name)
+        if count > 1:
+            written = Path(scratch, "index.json")
+            written.write_text(json.dumps(index, indent=1))
+            os.replace(written, index_path(path))
+            path.unlink(missing_ok=True)
+        else:
+            index_path(path).unlink(missing_ok=True)
+    for name in stale:
+        (path.parent / name).unlink(missing_ok=True)
+
+
