@@ -81,7 +81,10 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
         inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
     qdata = weight.new_empty(*lead, out_features, row_bytes(in_features, config.nbits), dtype=torch.uint8)
     for index in range(len(matrices)):
-        meta = inverse.reshape(len(matrices), -1, shape[-1])[index], zero_point.reshape(len(matrices), -1, shape[-1])[index]
+        meta = (
+            inverse.reshape(len(matrices), -1, shape[-1])[index],
+            zero_point.reshape(len(matrices), -1, shape[-1])[index],
+        )
         rows = qdata.reshape(len(matrices), -1, qdata.shape[-1])[index]
         _assign(matrices[index], *meta, rows, group_size, config)
     return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
@@ -113,7 +116,9 @@ def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     )
 
 
-def _assign(matrix: Tensor, inverse: Tensor, zero_point: Tensor, out: Tensor, group_size: int, config: HqqConfig) -> None:
+def _assign(
+    matrix: Tensor, inverse: Tensor, zero_point: Tensor, out: Tensor, group_size: int, config: HqqConfig
+) -> None:
     """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
     out_features, in_features = matrix.shape
     fmt, groups = get_format(config.format), inverse.shape[0]

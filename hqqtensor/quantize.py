@@ -48,7 +48,9 @@ def quantize_(
             raise ValueError(f"{full} is tied to {plan[id(weight)][0]}, but their settings differ")
         plan.setdefault(id(weight), (full, weight, settings))
     if already:
-        warnings.warn(f"{len(already)} weights are quantized already and were left alone, e.g. {already[0]}", stacklevel=2)
+        warnings.warn(
+            f"{len(already)} weights are quantized already and were left alone, e.g. {already[0]}", stacklevel=2
+        )
     if not plan:
         if already:
             return

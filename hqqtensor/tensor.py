@@ -35,7 +35,7 @@ class HQQTensor(TorchAOBaseTensor):
     zero_point: Tensor
     act_pre_scale: Tensor | None
 
-    def __new__(  # noqa: D102
+    def __new__(
         cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
         shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
         act_pre_scale: Tensor | None = None,
@@ -69,10 +69,7 @@ class HQQTensor(TorchAOBaseTensor):
     @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
         meta = [
-            HQQTensor._from_encoded(m, torch.float32)
-            if isinstance(m, Encoded)
-            else m
-            for m in (e.scale, e.zero_point)
+            HQQTensor._from_encoded(m, torch.float32) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)
         ]
         return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, e.shape, dtype, format)
 
@@ -117,6 +114,7 @@ class HQQTensor(TorchAOBaseTensor):
 
     def describe(self) -> str:
         """One line: bits, format, group size, axis, scale dtype."""
+
         def meta(t: Tensor) -> str:
             return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
 

@@ -138,7 +138,9 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
             raise CheckpointError(f"{name}: tensor {key!r} is missing")
         t = tensors[key]
         if list(t.shape) != shape or t.dtype not in dtypes:
-            raise CheckpointError(f"{name}: {key!r} should be {shape} of {list(dtypes)}, the file has {list(t.shape)} {t.dtype}")
+            raise CheckpointError(
+                f"{name}: {key!r} should be {shape} of {list(dtypes)}, the file has {list(t.shape)} {t.dtype}"
+            )
         if t.dtype.is_floating_point and not bool(t.isfinite().all()):
             raise CheckpointError(f"{name}: {key!r} holds NaN or Inf")
         return t

@@ -72,7 +72,9 @@ def load_model(
     return missing, unexpected
 
 
-def _install(model: nn.Module, places: Any, plan: dict[str, Tensor], source: dict[str, str], device: torch.device) -> None:
+def _install(
+    model: nn.Module, places: Any, plan: dict[str, Tensor], source: dict[str, str], device: torch.device
+) -> None:
     made: dict[tuple[str, bool], Tensor] = {}
     replaced: dict[int, Tensor] = {}
     for name, new in plan.items():

@@ -117,5 +117,3 @@ def _write(path: Path, shards: list[dict[str, Tensor]], header: dict[str, str]) 
             index_path(path).unlink(missing_ok=True)
     for name in stale:
         (path.parent / name).unlink(missing_ok=True)
-
-

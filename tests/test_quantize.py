@@ -1,0 +1,154 @@
+import copy
+
+import pytest
+import torch
+import torchao
+from torch import nn
+
+import hqqtensor
+from hqqtensor import HqqConfig, HQQTensor, dequantize_, get_optimal_quant_config, hqq_weight_only, quantize_
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32), nn.Embedding(16, 64))
+
+
+def test_linears_are_replaced_in_place_and_keep_their_class() -> None:
+    m = model()
+    quantize_(m, hqq_weight_only(8, 64))
+    assert type(m[0]) is nn.Linear and isinstance(m[0].weight, HQQTensor)
+    assert type(m[3].weight) is nn.Parameter
+    assert "HQQTensor(8-bit int" in repr(m)
+    copy.deepcopy(m)
+
+
+def test_dequantize_gives_dense_weights_back() -> None:
+    m = model()
+    quantize_(m, hqq_weight_only(8, 64))
+    want = m[0].weight.dequantize()
+    dequantize_(m)
+    assert type(m[0].weight) is nn.Parameter and torch.equal(m[0].weight, want) and "HQQTensor" not in repr(m)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"nbits": 0}, {"nbits": 9}, {"nbits": "4"}, {"nbits": 1.58}, {"group_size": 0}, {"group_size": -64},
+        {"axis": 2}, {"solver": "magic"}, {"format": "float5"}, {"bits": 4}, {"scale_dtype": "int8"}, {"lp_norm": 0},
+        {"dynamic_config": {"0": {"nbits": 11}}}, {"dynamic_config": {"0": {"bits": 3}}},
+    ],
+)  # fmt: skip
+def test_bad_settings_say_what_is_allowed(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad)).replace("bits", "bits") + "|options"):
+        hqq_weight_only(**bad)
+
+
+def _refused(m: nn.Module, config: HqqConfig, match: str, error: type = ValueError) -> None:
+    before = {k: (type(v), v.clone() if v.device.type != "meta" else None) for k, v in m.state_dict().items()}
+    with pytest.raises(error, match=match):
+        quantize_(m, config)
+    for key, value in m.state_dict().items():
+        assert type(value) is before[key][0] and not isinstance(value, HQQTensor)
+
+
+def test_bad_weights_are_named_and_nothing_changes() -> None:
+    m = model()
+    m[2].weight.data[3, 4] = float("nan")
+    _refused(m, hqq_weight_only(4, 64), r"2\.weight: holds NaN")
+    _refused(model(), hqq_weight_only(4, 128), r"2\.weight: group_size 128 is larger than in_features 64")
+    _refused(model().to("meta"), hqq_weight_only(4, 64), "meta device")
+    _refused(model(), hqq_weight_only(4, 64, dynamic_config={"nothing": {"nbits": 8}}), "match no module")
+    whole = model()
+    whole[0].weight = nn.Parameter(torch.ones(64, 128, dtype=torch.int8), requires_grad=False)
+    _refused(whole, hqq_weight_only(4, 64), r"0\.weight: weights must be float32", TypeError)
+    _refused(nn.Sequential(nn.ReLU()), hqq_weight_only(), "nothing to quantize")
+
+
+def test_longest_tag_wins_and_none_leaves_alone() -> None:
+    m = nn.ModuleDict(
+        {"attn": nn.ModuleDict({"q": nn.Linear(64, 64), "k": nn.Linear(64, 64)}), "lm_head": nn.Linear(64, 8)}
+    )
+    quantize_(m, hqq_weight_only(4, 64, dynamic_config={"attn": {"nbits": 3}, "attn.q": {"nbits": 8}, "k": None}))
+    assert m["attn"]["q"].weight.nbits == 8
+    assert not isinstance(m["lm_head"].weight, HQQTensor)
+    assert m["attn"]["k"].weight.nbits == 3  # "attn" is longer than "k"
+
+
+def test_quantizing_twice_warns_and_changes_nothing() -> None:
+    m = model()
+    quantize_(m, hqq_weight_only(4, 64))
+    first = m[0].weight
+    with pytest.warns(UserWarning, match="quantized already"):
+        quantize_(m, hqq_weight_only(2, 64))
+    assert m[0].weight is first
+
+
+def test_tied_weights_stay_tied() -> None:
+    m = nn.ModuleDict({"embed": nn.Embedding(100, 64), "head": nn.Linear(64, 100, bias=False)})
+    m["head"].weight = m["embed"].weight
+    quantize_(m, hqq_weight_only(4, 64))
+    assert m["embed"].weight is m["head"].weight and isinstance(m["head"].weight, HQQTensor)
+    assert m["head"](m["embed"](torch.tensor([1, 2]))).shape == (2, 100)
+
+
+def test_torchao_quantize_takes_the_config() -> None:
+    m = model()
+    torchao.quantize_(m, HqqConfig(4, 64))
+    assert isinstance(m[0].weight, HQQTensor)
+    with pytest.raises(ValueError, match="dynamic_config needs module names"):
+        torchao.quantize_(model(), HqqConfig(4, 64, dynamic_config={"0": {"nbits": 8}}))
+
+
+def test_config_round_trips_through_json_and_torchao() -> None:
+    import json
+
+    from torchao.core.config import config_from_dict, config_to_dict
+
+    config = hqq_weight_only(3, 32, scale_dtype=torch.bfloat16, dynamic_config={"0": {"nbits": 8}, "2": None})
+    assert HqqConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_hqq_library_parameters_are_translated() -> None:
+    weight = {"nbits": 3, "group_size": 32, "axis": 0, "optimize": True, "round_zero": False, "channel_wise": True}
+    config = HqqConfig(
+        weight_quant_params={
+            "weight_quant_params": weight,
+            "scale_quant_params": {"nbits": 8},
+            "zero_quant_params": None,
+        }
+    )
+    assert (config.nbits, config.group_size, config.axis, config.quant_scale, config.quant_zero) == (
+        3,
+        32,
+        0,
+        True,
+        False,
+    )
+
+
+def test_compiled_model_equals_eager_for_any_batch() -> None:
+    m = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    quantize_(m, hqq_weight_only(4, 64))
+    compiled = torch.compile(m, fullgraph=True, dynamic=True)
+    for batch in (2, 5, 9):
+        x = torch.randn(batch, 128)
+        torch.testing.assert_close(compiled(x), m(x))
+
+
+def test_an_unknown_backend_is_an_error() -> None:
+    with pytest.raises(ValueError, match="backend must be one of"):
+        hqqtensor.set_backend("cuda")
+    with hqqtensor.backend("dequantize"):
+        m = model()
+        quantize_(m, hqq_weight_only(4, 64))
+        assert m[0](torch.randn(2, 128)).shape == (2, 64)
+
+
+def test_optimal_config_fits_the_budget() -> None:
+    assert get_optimal_quant_config("7B").name == "4/64"
+    assert get_optimal_quant_config("7B", "4GB").name == "4/64"
+    assert get_optimal_quant_config("7B", "3.2GB").estimated_bytes <= 3.2e9
+    with pytest.raises(ValueError, match="no preset fits"):
+        get_optimal_quant_config("70B", "1GB")

@@ -1,0 +1,171 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing._internal import common_utils
+from torchao.testing.utils import TorchAOBasicTestCase, TorchAOCompileTestCase, copy_tests
+
+from hqqtensor import HqqConfig, HQQTensor
+
+
+def quantized(shape=(96, 256), dtype=torch.float32, **options) -> HQQTensor:
+    w = torch.randn(*shape, generator=torch.manual_seed(0)).to(dtype)
+    return HQQTensor.from_hp(w, HqqConfig(**{"nbits": 4, "group_size": 64, **options}))
+
+
+class HQQBasic(common_utils.TestCase):
+    TENSOR_SUBCLASS = HQQTensor
+    FACTORY_FN = staticmethod(HQQTensor.from_hp)
+    kwargs = {"config": HqqConfig(8, 64)}
+    LINEAR_MIN_SQNR = 40
+    COMPILE_MIN_SQNR = 50
+
+
+class HQQCompile(HQQBasic):
+    pass
+
+
+copy_tests(TorchAOBasicTestCase, HQQBasic, "hqq")
+copy_tests(TorchAOCompileTestCase, HQQCompile, "hqq")
+if not torch.cuda.is_available():  # calls .cuda()
+    HQQBasic.test_device1_to_device2_device1_cpu_device2_cpu_hqq = None
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    nbits=st.integers(1, 8),
+    group_size=st.sampled_from([8, 16, 24, 32, 64, None]),
+    axis=st.sampled_from([0, 1]),
+    shape=st.tuples(st.integers(64, 90), st.integers(64, 300)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    meta=st.booleans(),
+)
+def test_every_setting_gives_a_close_weight_and_its_linear(nbits, group_size, axis, shape, dtype, meta) -> None:
+    w = torch.randn(*shape, generator=torch.manual_seed(1)).to(dtype)
+    config = HqqConfig(nbits, group_size, axis=axis, quant_scale=meta, quant_zero=meta)
+    q = HQQTensor.from_hp(w, config)
+    d = q.dequantize()
+    assert d.shape == w.shape and d.dtype == dtype
+    relative = ((d - w).float().square().sum() / w.float().square().sum()).item()
+    # 3-sigma full-range rounding of a Gaussian: (range / levels)^2 / 12, plus the dtype's own rounding.
+    assert relative < (8 / (2**nbits - 1)) ** 2 / 12 + 1e-4
+    x = torch.randn(3, shape[1]).to(dtype)
+    torch.testing.assert_close(F.linear(x, q), F.linear(x, d))
+
+
+def test_linear_takes_keywords_bias_any_rank_and_empty_batches() -> None:
+    q, b = quantized(), torch.randn(96)
+    d = q.dequantize()
+    for lead in ((), (3,), (2, 3), (0,), (2, 0, 3)):
+        x = torch.randn(*lead, 256)
+        torch.testing.assert_close(F.linear(x, weight=q, bias=b), F.linear(x, d, b))
+
+
+def test_linear_gives_gradients_to_input_and_bias() -> None:
+    q = quantized()
+    x, b = torch.randn(5, 256, requires_grad=True), torch.randn(96, requires_grad=True)
+    F.linear(x, q, b).square().sum().backward()
+    x2, b2 = x.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    F.linear(x2, q.dequantize(), b2).square().sum().backward()
+    torch.testing.assert_close(x.grad, x2.grad)
+    torch.testing.assert_close(b.grad, b2.grad)
+
+
+def test_matrix_products_equal_the_dense_ones() -> None:
+    q = quantized()
+    d, x, b = q.dequantize(), torch.randn(5, 256), torch.randn(96)
+    torch.testing.assert_close(torch.mm(x, q.t()), x @ d.t())
+    torch.testing.assert_close(x @ q.transpose(0, 1), x @ d.t())
+    torch.testing.assert_close(torch.addmm(b, x, q.t()), torch.addmm(b, x, d.t()))
+    torch.testing.assert_close(torch.randn(2, 96).new_ones(2, 96) @ q, torch.ones(2, 96) @ d)
+    e = quantized((3, 96, 256))
+    y = torch.randn(3, 7, 256)
+    torch.testing.assert_close(torch.bmm(y, e.transpose(1, 2)), torch.bmm(y, e.dequantize().transpose(1, 2)))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("meta", [False, True])
+def test_embedding_equals_rows_of_the_dense_weight(axis: int, meta: bool) -> None:
+    q = quantized((96, 200), axis=axis, group_size=16, quant_scale=meta)
+    ids = torch.randint(0, 96, (2, 5))
+    torch.testing.assert_close(F.embedding(ids, q), F.embedding(ids, q.dequantize()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("nbits", range(1, 9))
+def test_slices_are_views_of_the_dense_slices(nbits: int) -> None:
+    q = quantized((96, 384), nbits=nbits)
+    d = q.dequantize()
+    assert torch.equal(q[10:20].dequantize(), d[10:20])
+    assert torch.equal(q.narrow(1, 128, 256).dequantize(), d[:, 128:])
+    assert q[10:20].qdata.data_ptr() == q.qdata[10].data_ptr()
+    for dim in (0, 1):
+        parts = q.chunk(3, dim=dim)
+        assert torch.equal(torch.cat(parts, dim).dequantize(), d)
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        q[:, 64:128]
+
+
+def test_experts_can_be_selected_and_written() -> None:
+    e, other = quantized((3, 96, 256)), quantized((96, 256))
+    e[1].copy_(other)
+    assert torch.equal(e[1].dequantize(), other.dequantize())
+    assert not torch.equal(e[0].dequantize(), other.dequantize())
+
+
+def test_to_changes_the_dtype_and_keeps_the_codes() -> None:
+    q = quantized().to(torch.bfloat16)
+    assert q.dtype == torch.bfloat16 and q.dequantize().dtype == torch.bfloat16
+    assert torch.nn.Linear(2, 2).to(torch.float16) and q.half().dtype == torch.float16
+
+
+def test_copies_pickles_and_weights_only_loading_keep_every_bit() -> None:
+    q = quantized(quant_zero=True)
+    file = io.BytesIO()
+    torch.save({"w": q}, file)
+    file.seek(0)
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), torch.load(file, weights_only=True)["w"], q.clone()):
+        assert torch.equal(q, other)
+
+
+def test_shared_memory_is_shared() -> None:
+    q = quantized()
+    assert not q.is_shared()
+    assert q.share_memory_() is q and q.is_shared()
+
+
+def test_nbytes_counts_the_packed_data() -> None:
+    q = quantized((96, 256), nbits=3)
+    assert q.nbytes == 96 * 256 * 3 // 8 + 2 * 2 * 96 * 4
+
+
+def test_view_as_float_keeps_the_bytes() -> None:
+    q, f = quantized(), quantized(view_as_float=True)
+    assert f.qdata.dtype == torch.float32
+    assert torch.equal(f.dequantize(), q.dequantize())
+
+
+def test_repr_says_what_it_is() -> None:
+    assert repr(quantized()) == (
+        "HQQTensor([96, 256], 4-bit int, group_size=64, axis=1, scale=float16, zero_point=float16, "
+        "dtype=float32, device=cpu)"
+    )
+
+
+def test_tiny_and_far_off_weights_keep_their_precision() -> None:
+    w = torch.randn(8, 128, generator=torch.manual_seed(2))
+    for weight in (w * 1e-8, w * 1e20, w * 1e-3 + 5):
+        d = HQQTensor.from_hp(weight, HqqConfig(8, 64)).dequantize()
+        spread = (weight - weight.mean()).square().sum()
+        assert (d - weight).square().sum() < 1e-3 * spread
+
+
+def test_constant_groups_are_exact() -> None:
+    for value in (0.0, 0.5, -2.0):
+        for solver in ("rtn", "hqq_joint"):
+            w = torch.full((4, 64), value)
+            assert torch.equal(HQQTensor.from_hp(w, HqqConfig(2, 64, solver=solver)).dequantize(), w)
