@@ -80,13 +80,11 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
         # A scale that rounding or 8 bits made zero can reach nothing but zero itself, whatever the code.
         inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
     qdata = weight.new_empty(*lead, out_features, row_bytes(in_features, config.nbits), dtype=torch.uint8)
-    for index in range(len(matrices)):
-        meta = (
-            inverse.reshape(len(matrices), -1, shape[-1])[index],
-            zero_point.reshape(len(matrices), -1, shape[-1])[index],
-        )
-        rows = qdata.reshape(len(matrices), -1, qdata.shape[-1])[index]
-        _assign(matrices[index], *meta, rows, group_size, config)
+    many = len(matrices)
+    rows = qdata.reshape(many, -1, qdata.shape[-1])
+    inverses, zeros = (t.reshape(many, -1, shape[-1]) for t in (inverse, zero_point))
+    for matrix, inv, zero, out in zip(matrices, inverses, zeros, rows, strict=True):
+        _assign(matrix, inv, zero, out, group_size, config)
     return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
 
 

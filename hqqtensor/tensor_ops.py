@@ -207,11 +207,8 @@ def _(func, types, args, kwargs):
     lead = head.ndim - 2
     stored = dim if dim < lead or not head.transposed else 2 * lead + 1 - dim
     if stored == lead + 1:
-        bad = [
-            t.in_features
-            for t in tensors[:-1]
-            if t.in_features % BLOCK or (head.axis and t.in_features % head.group_size)
-        ]
+        sizes = [t.in_features for t in tensors[:-1]]
+        bad = [size for size in sizes if size % BLOCK or (head.axis and size % head.group_size)]
         if bad:
             raise NotImplementedError(f"cat: in_features must be multiples of {BLOCK} and the group size, got {bad}")
     data = {"qdata": torch.cat([t.qdata for t in tensors], stored)}
@@ -231,9 +228,8 @@ def _(func, types, args, kwargs):
 @implements([aten.view.default, aten._unsafe_view.default])
 def _(func, types, args, kwargs):
     self, size = args
-    if list(size) == list(self.shape) or (
-        -1 in size and torch.empty(self.shape, device="meta").view(size).shape == self.shape
-    ):
+    same = list(size) == list(self.shape)
+    if same or (-1 in size and torch.empty(self.shape, device="meta").view(size).shape == self.shape):
         return return_and_correct_aliasing(func, args, kwargs, self.with_data())
     raise NotImplementedError(f"view: {list(self.shape)} as {list(size)} would need unpacking; dequantize() first")
 
@@ -270,23 +266,21 @@ def _(func, types, args, kwargs):
     if not (isinstance(a, HQQTensor) and isinstance(b, HQQTensor)):
         return False
     (names, attributes), (names_b, attributes_b) = a.__tensor_flatten__(), b.__tensor_flatten__()
-    return (
-        names == names_b
-        and attributes == attributes_b
-        and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
-    )
+    if names != names_b or attributes != attributes_b or a.qdata.dtype != b.qdata.dtype:
+        return False
+    # As bytes: a floating view of packed codes holds NaN patterns, which never compare equal.
+    same_codes = torch.equal(a.qdata.view(torch.uint8), b.qdata.view(torch.uint8))
+    return same_codes and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names if n != "qdata")
 
 
-@implements([aten.empty_like.default, aten._pin_memory.default])
+@implements([aten.empty_like.default])
 def _(func, types, args, kwargs):
-    self = args[0]
-    data = {
-        n: func(getattr(self, n), *args[1:], **kwargs)
-        if func is not aten.empty_like.default
-        else torch.empty_like(getattr(self, n))
-        for n in self.__tensor_flatten__()[0]
-    }
-    return self.with_data(**data)
+    return args[0].with_data(**{n: torch.empty_like(getattr(args[0], n)) for n in args[0].__tensor_flatten__()[0]})
+
+
+@implements([aten._pin_memory.default])
+def _(func, types, args, kwargs):
+    return args[0].with_data(**{n: getattr(args[0], n).pin_memory() for n in args[0].__tensor_flatten__()[0]})
 
 
 @implements([aten.is_pinned.default])

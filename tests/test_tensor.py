@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal import common_utils
-from torchao.testing.utils import TorchAOBasicTestCase, TorchAOCompileTestCase, copy_tests
+from torchao.testing import utils as torchao_cases
 
 from hqqtensor import HqqConfig, HQQTensor
 
@@ -30,8 +30,8 @@ class HQQCompile(HQQBasic):
     pass
 
 
-copy_tests(TorchAOBasicTestCase, HQQBasic, "hqq")
-copy_tests(TorchAOCompileTestCase, HQQCompile, "hqq")
+torchao_cases.copy_tests(torchao_cases.TorchAOBasicTestCase, HQQBasic, "hqq")
+torchao_cases.copy_tests(torchao_cases.TorchAOCompileTestCase, HQQCompile, "hqq")
 if not torch.cuda.is_available():  # calls .cuda()
     HQQBasic.test_device1_to_device2_device1_cpu_device2_cpu_hqq = None
 
