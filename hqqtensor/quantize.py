@@ -37,7 +37,8 @@ def quantize_(
     users = _users_of_parameters(model)
     plan: dict[int, tuple[str, Tensor, HqqConfig]] = {}
     for name, (module, settings) in chosen.items():
-        weight = module.weight
+        weight = module._parameters["weight"]
+        assert weight is not None
         full = f"{name}.weight" if name else "weight"
         check_weight(weight, settings, full)
         for owner in users.get(id(weight), []):

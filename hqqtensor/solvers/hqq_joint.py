@@ -77,7 +77,7 @@ def solve(groups: Tensor, nbits: int, options: SolverOptions) -> Solution:
         # Work in units of the group's half range: the arithmetic is then the same for weights of any size.
         unit = torch.where(flat, 1.0, torch.maximum(high.abs(), low.abs()))
         low, high = low / unit, high / unit
-        s, z = _search(_Group(w.div_(unit), nbits, options.lp_norm), low, torch.where(flat, low + 1, high))
+        s, z = _search(_Group(w / unit, nbits, options.lp_norm), low, torch.where(flat, low + 1, high))
         flat_scale, flat_zero = constant_solution(low)
         inverse[part] = torch.where(flat, flat_scale, s * unit).reciprocal().squeeze(-1)
         zero[part] = torch.where(flat, flat_zero, z).squeeze(-1)
