@@ -1,26 +1,37 @@
+# Every target works on its own from a clean clone: the first one used builds .venv.
+# TORCH_INDEX: e.g. `make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"` for the small CPU build.
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint
+export HF_HUB_OFFLINE := 1
 
-$(VENV)/ready: pyproject.toml requirements-dev.txt
+.PHONY: demo test lint bench clean
+
+$(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	# torch first and pinned: with none installed, the other packages pull a CUDA build of many GB
-	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q setuptools==84.2.1 wheel==0.48.0
+	$(BIN)/pip install -q $(TORCH_INDEX) torch==2.13.0
 	$(BIN)/pip install -q -r requirements-dev.txt
-	# hqq is only compared with in tests; its setup would build CUDA code
-	DISABLE_CUDA=1 $(BIN)/pip install -q --no-deps --no-build-isolation hqq==0.2.8.post1 termcolor einops
+	DISABLE_CUDA=1 $(BIN)/pip install -q --no-deps --no-build-isolation hqq==0.2.8.post1
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+demo: $(STAMP)
+	$(BIN)/python -m hqqtensor.demo
 
-lint: $(VENV)/ready
-	$(BIN)/ruff check hqqtensor tests
-	$(BIN)/ruff format --check hqqtensor tests
+test: $(STAMP)
+	$(BIN)/python -m pytest -q tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy hqqtensor
 
-demo: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m hqqtensor.demo
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.cpu_plain
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

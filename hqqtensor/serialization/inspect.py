@@ -53,7 +53,7 @@ def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
             data = entry["_data"]
             nbytes = sum(sizes.pop(key, ([], "", 0))[2] for key in keys_of(name, entry))
             settings = tuple(data[k] for k in ("nbits", "group_size", "axis", "format"))
-            out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes)  # type: ignore[call-arg])
+            out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes))  # type: ignore[call-arg]
     out += [TensorInfo(n, "dense", s, d, None, None, None, None, b) for n, (s, d, b) in sizes.items()]
     out.sort(key=lambda t: t.name)
     return CheckpointInfo(out, sum(t.nbytes for t in out))

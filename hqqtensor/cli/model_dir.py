@@ -1,0 +1,185 @@
+"""Hugging Face model directories: opening dense and quantized ones, and writing one in a single step."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hqqtensor.cli.output import CommandError, UsageError
+from hqqtensor.serialization import load_model
+from hqqtensor.tensor import HQQTensor
+
+QUANT_METHOD = "hqqtensor"
+_COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "chat_template*", "*processor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """nbytes: bytes of all parameters, shared ones counted once. The rest counts quantized weights only.
+
+    quantized_nbytes: their bytes with scales and zero points. quantized_weights: how many numbers they stand for.
+    """
+
+    nbytes: int
+    quantized_nbytes: int
+    quantized_weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a quantized weight, metadata counted; nan where nothing is quantized."""
+        return 8 * self.quantized_nbytes / self.quantized_weights if self.quantized_weights else float("nan")
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count the parameters of ``model``; buffers are left out."""
+    parameters = list(model.parameters())
+    quantized = [p for p in parameters if isinstance(p, HQQTensor)]
+    return ModelSize(
+        sum(p.nbytes for p in parameters), sum(p.nbytes for p in quantized), sum(p.numel() for p in quantized)
+    )
+
+
+def import_transformers() -> Any:
+    """The transformers module, quiet; CommandError with the command that installs it where it is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise CommandError(f"this command needs transformers (pip install 'hqqtensor[cli]'): {error}") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a model directory; CommandError where it is missing or not a JSON object."""
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise CommandError(f"{directory} is not a directory")
+    if not path.is_file():
+        raise CommandError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CommandError(f"{path} does not hold a JSON object")
+    return config
+
+
+def quantization_of(directory: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` that hqqtensor wrote; None for a dense directory, CommandError for another's."""
+    entry = read_config(directory).get("quantization_config")
+    if entry is None:
+        return None
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if method != QUANT_METHOD:
+        raise CommandError(f"{directory} is quantized with {method!r}, not with {QUANT_METHOD!r}")
+    return entry
+
+
+def model_class(directory: Path) -> Any:
+    """The transformers class that ``config.json`` names first; AutoModel, said on stderr, where there is none."""
+    transformers = import_transformers()
+    names = read_config(directory).get("architectures") or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        why = f"transformers has no class {names[0]}" if names else "config.json names no architecture"
+        print(f"hqqtensor: {directory}: {why}; using AutoModel", file=sys.stderr)
+        return transformers.AutoModel
+    return found
+
+
+def open_dense(directory: Path) -> nn.Module:
+    """The dense model in its checkpoint's dtype, in eval mode; CommandError where hqqtensor quantized it."""
+    if quantization_of(directory) is not None:
+        raise CommandError(f"{directory} is already quantized by hqqtensor")
+    return model_class(directory).from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+
+
+def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
+    """The model of a directory that ``hqqtensor quantize`` wrote, in eval mode, on the CPU.
+
+    Parameters are made on the meta device, so that the dense weights never take memory. CommandError where the
+    directory is not one of hqqtensor's, or where its file leaves a parameter without a value.
+    """
+    directory = Path(directory)
+    if quantization_of(directory) is None:
+        raise CommandError(f"{directory} is not quantized: its config.json has no quantization_config")
+    transformers = import_transformers()
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    del config.quantization_config
+    cls = model_class(directory)
+    build = cls.from_config if cls is transformers.AutoModel else cls
+    # Buffers stay real: those that are not persistent (rotary frequencies) are in no checkpoint.
+    with init_empty_weights(include_buffers=False):
+        model = build(config)
+    model.tie_weights()
+    load_model(model, directory)
+    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if missing:
+        raise CommandError(f"{directory} has no value for {len(missing)} parameters, e.g. {missing[0]}")
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a model."""
+    return import_transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer and generation files of a model directory, not its weights or config."""
+    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, target / path.name)
+
+
+def check_output(out: Path, source: Path, overwrite: bool) -> None:
+    """UsageError where ``out`` must not be written: in use, not a model directory, or holding ``source``."""
+    out, source = out.resolve(), source.resolve()
+    if out == source or out in source.parents:
+        raise UsageError(f"OUT_DIR {out} is or holds MODEL_DIR; choose another")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"OUT_DIR {out} exists and is not a directory")
+    if any(out.iterdir()):
+        if not overwrite:
+            raise UsageError(f"OUT_DIR {out} is not empty; --overwrite replaces it")
+        if not (out / "config.json").is_file():  # --overwrite deletes: not someone's home directory
+            raise UsageError(f"OUT_DIR {out} is not a model directory (no config.json); --overwrite leaves it alone")
+
+
+@contextmanager
+def written_at_once(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` to write into, moved to ``out`` at the end; removed where the block raises."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        new = work / "new"
+        new.mkdir()  # mkdtemp's own directory is private to the user; this one follows the umask
+        yield new
+        if out.exists():
+            out.rename(work / "old")
+        try:
+            new.rename(out)
+        except OSError:
+            if (work / "old").exists():
+                (work / "old").rename(out)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
