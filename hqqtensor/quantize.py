@@ -35,10 +35,9 @@ def quantize_(
         raise TypeError(f"config must be an HqqConfig, got {type(config).__name__}")
     chosen, already = _choose(model, config, filter_fn)
     users = _users_of_parameters(model)
-    plan: dict[int, tuple[str, Tensor, HqqConfig]] = {}
+    plan: dict[int, tuple[str, nn.Parameter, HqqConfig]] = {}
     for name, (module, settings) in chosen.items():
-        weight = module._parameters["weight"]
-        assert weight is not None
+        weight = module.get_parameter("weight")
         full = f"{name}.weight" if name else "weight"
         check_weight(weight, settings, full)
         for owner in users.get(id(weight), []):
