@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """What torch functions and aten operators do with an HQQTensor."""
 
 import torch
