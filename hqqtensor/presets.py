@@ -53,7 +53,7 @@ def get_optimal_quant_config(
     count = (
         sum(p.numel() for p in model_size_or_model.parameters())
         if isinstance(model_size_or_model, nn.Module)
-        else _number(model_size_or_model, "model size", {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12})
+        else parse_size(model_size_or_model, "model size", {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12})
     )
     sizes = {name: int(count * bits_per_weight(PRESETS[name]) / 8) for name in _ORDER}
     if memory_budget is None:
@@ -61,7 +61,7 @@ def get_optimal_quant_config(
         size = "under" if count < 1e9 else "at least"
         return OptimalConfig(name, PRESETS[name], sizes[name], f"recommended for {size} a billion parameters")
     units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    budget = _number(memory_budget, "memory budget", units)
+    budget = parse_size(memory_budget, "memory budget", units)
     for name in _ORDER:
         if sizes[name] <= budget:
             reason = f"the best preset within {budget / 1e9:.2f} GB for {count / 1e9:.3g} billion parameters"
@@ -69,7 +69,7 @@ def get_optimal_quant_config(
     raise ValueError(f"no preset fits {budget / 1e9:.2f} GB: the smallest, 1/32, takes {sizes['1/32'] / 1e9:.2f} GB")
 
 
-def _number(value: int | float | str, what: str, units: dict[str, float]) -> float:
+def parse_size(value: int | float | str, what: str, units: dict[str, float]) -> float:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].upper() not in units:

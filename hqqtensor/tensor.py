@@ -1,5 +1,7 @@
 """HQQTensor: packed codes, scales and zero points that behave as the weight they stand for."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
@@ -111,6 +113,16 @@ class HQQTensor(TorchAOBaseTensor):
         """A new tensor with some data or attributes replaced."""
         names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
         return HQQTensor(**{**{name: getattr(self, name) for name in names}, **changes})  # type: ignore[arg-type]
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of torch's AOTAutograd cache: everything but the numbers, the same in every process."""
+        names, attributes = self.__tensor_flatten__()
+        parts = [repr(attributes), str(self.requires_grad)]
+        for name in names:
+            t = getattr(self, name)
+            plain = not isinstance(t, HQQTensor)
+            parts.append(f"{name} {t.dtype} {list(t.shape)} {t.stride()} {t.device}" if plain else t._stable_hash_for_caching())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def describe(self) -> str:
         """One line: bits, format, group size, axis, scale dtype."""

@@ -140,6 +140,44 @@ def test_shared_memory_is_shared() -> None:
     assert q.share_memory_() is q and q.is_shared()
 
 
+def _add_one_row(q: HQQTensor) -> None:
+    q.scale[0] += 1
+
+
+def test_shared_memory_reaches_other_processes() -> None:
+    q = quantized().share_memory_()
+    before = q.scale[:2].clone()
+    process = torch.multiprocessing.get_context("spawn").Process(target=_add_one_row, args=(q,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert torch.equal(q.scale[0], before[0] + 1) and torch.equal(q.scale[1], before[1])
+
+
+def test_pin_memory_pins_every_part_or_says_what_is_missing() -> None:
+    q = quantized()
+    if torch.cuda.is_available():
+        assert q.pin_memory().is_pinned()
+    else:
+        with pytest.raises(RuntimeError, match="(?i)accelerator|cuda|pin"):
+            q.pin_memory()
+
+
+def test_cache_key_depends_on_the_settings_and_not_on_the_numbers() -> None:
+    key = quantized()._stable_hash_for_caching()
+    assert key == HQQTensor.from_hp(torch.ones(96, 256), HqqConfig(4, 64))._stable_hash_for_caching()
+    others = [quantized(nbits=3), quantized(group_size=32), quantized((95, 256)), quantized(quant_scale=True)]
+    assert len({key, *(o._stable_hash_for_caching() for o in others)}) == 5
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    q, x = quantized(), torch.randn(3, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.linear(x, q)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, F.linear(x.bfloat16(), q.to(torch.bfloat16)))
+
+
 def test_nbytes_counts_the_packed_data() -> None:
     q = quantized((96, 256), nbits=3)
     assert q.nbytes == 96 * 256 * 3 // 8 + 2 * 2 * 96 * 4

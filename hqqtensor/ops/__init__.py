@@ -4,3 +4,5 @@ from hqqtensor.ops.backend import backend, register_backend, set_backend
 from hqqtensor.ops.definitions import batched_linear, dequantize, embedding, linear
 
 __all__ = ["backend", "batched_linear", "dequantize", "embedding", "linear", "register_backend", "set_backend"]
+
+from hqqtensor.kernels import cpu as cpu  # noqa: E402  its kernels implement the operators defined above

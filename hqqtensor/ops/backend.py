@@ -38,6 +38,21 @@ _default = "auto"
 _local: ContextVar[str | None] = ContextVar("hqqtensor_backend", default=None)
 
 
+_observers: list[Callable[[str, str | None], None]] = []
+
+
+def observe_choice(observer: Callable[[str, str | None], None]) -> None:
+    """Call ``observer(process's choice, this thread's own choice)`` now and after each change: kernels that are called
+    without a look at this registry keep their own copy."""
+    _observers.append(observer)
+    observer(_default, _local.get())
+
+
+def _tell_observers() -> None:
+    for observer in _observers:
+        observer(_default, _local.get())
+
+
 def register_backend(new: Backend) -> None:
     """Add a backend; a name that is taken, or "auto", raises ValueError."""
     if new.name in _BACKENDS or new.name == "auto":
@@ -56,6 +71,7 @@ def set_backend(name: str) -> None:
     global _default
     _check(name)
     _default = name
+    _tell_observers()
 
 
 @contextmanager
@@ -63,10 +79,12 @@ def backend(name: str) -> Iterator[None]:
     """Choose the backend within a ``with`` block, for this thread; raises like ``set_backend``."""
     _check(name)
     token = _local.set(name)
+    _tell_observers()
     try:
         yield
     finally:
         _local.reset(token)
+        _tell_observers()
 
 
 def kernel(op: str, device_type: str) -> Callable:

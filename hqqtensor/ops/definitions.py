@@ -1,8 +1,12 @@
 """The torch.library operators, their fake kernels and their gradients.
 
-Each operator asks the backend registry for its kernel when it runs, so a compiled graph follows
-``set_backend`` as eager code does. Gradients flow to the activations (and bias), never to codes.
+``hqqtensor::linear`` and the others have C++ kernels for CPU tensors where the extension is built. Everywhere else, and
+where those kernels do not serve (a backend chosen by hand, another format), ``hqqtensor::registry_linear`` asks the
+backend registry when it runs, so a compiled graph follows ``set_backend`` as eager code does. Gradients flow to the
+activations (and bias), never to codes.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,65 +14,60 @@ from torch import Tensor
 from hqqtensor.ops import reference as reference  # registers the plain backend
 from hqqtensor.ops.backend import kernel
 
+_WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero_point"
+_SETTINGS = "int nbits, str format, int group_size, int axis, int in_features"
+SCHEMAS = {
+    # Weights [..., N, K] of dtype from packed rows [..., N, row_bytes].
+    "dequantize": f"({_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
+    # x [..., K] times the transpose of packed weights [N, K], plus bias: [..., N] in x's dtype.
+    "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? act_pre_scale, {_SETTINGS}) -> Tensor",
+    # x [E, M, K] times the transpose of each of E packed weights [E, N, K]: [E, M, N].
+    "batched_linear": f"(Tensor x, {_WEIGHT}, Tensor? act_pre_scale, {_SETTINGS}) -> Tensor",
+    # Rows `indices` (any shape, int) of packed weights [N, K]: [*indices.shape, K] of dtype.
+    "embedding": f"(Tensor indices, {_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
+}
+"""Arguments of each operator. qdata, scale and zero_point as in ``HQQTensor``."""
 
-@torch.library.custom_op("hqqtensor::dequantize", mutates_args=())
-def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int, format: str,
-    group_size: int, axis: int, in_features: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Weights ``[..., N, K]`` of ``dtype`` from packed rows ``[..., N, row_bytes]``."""
-    run = kernel("dequantize", qdata.device.type)
-    return run(qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype)
+_library = torch.library.Library("hqqtensor", "DEF")
 
 
-@dequantize.register_fake
-def _(qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
+def _from_registry(op: str) -> Callable[..., Tensor]:
+    on = 1 if op == "embedding" else 0  # where the packed codes, or the activations beside them, are in the arguments
+
+    def run(*args: object) -> Tensor:
+        return kernel(op, args[on].device.type)(*args)  # type: ignore[attr-defined]
+
+    return run
+
+
+def _fake_dequantize(qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
     return qdata.new_empty(*qdata.shape[:-1], in_features, dtype=dtype)
 
 
-@torch.library.custom_op("hqqtensor::linear", mutates_args=())
-def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    act_pre_scale: Tensor | None, nbits: int, format: str, group_size: int, axis: int, in_features: int,
-) -> Tensor:  # fmt: skip
-    """``x [..., K]`` times the transpose of packed weights ``[N, K]``, plus bias: ``[..., N]`` in x's dtype."""
-    run = kernel("linear", x.device.type)
-    return run(x, qdata, scale, zero_point, bias, act_pre_scale, nbits, format, group_size, axis, in_features)
-
-
-@linear.register_fake
-def _(x, qdata, scale, zero_point, bias, act_pre_scale, nbits, format, group_size, axis, in_features):  # type: ignore[no-untyped-def]
+def _fake_linear(x, qdata, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
 
-@torch.library.custom_op("hqqtensor::batched_linear", mutates_args=())
-def batched_linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
-    nbits: int, format: str, group_size: int, axis: int, in_features: int,
-) -> Tensor:  # fmt: skip
-    """``x [E, M, K]`` times the transpose of each of E packed weights ``[E, N, K]``: ``[E, M, N]``."""
-    run = kernel("batched_linear", x.device.type)
-    return run(x, qdata, scale, zero_point, act_pre_scale, nbits, format, group_size, axis, in_features)
-
-
-@batched_linear.register_fake
-def _(x, qdata, scale, zero_point, act_pre_scale, nbits, format, group_size, axis, in_features):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[1], qdata.shape[-2])
-
-
-@torch.library.custom_op("hqqtensor::embedding", mutates_args=())
-def embedding(
-    indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int, format: str,
-    group_size: int, axis: int, in_features: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Rows ``indices`` (any shape, int) of packed weights ``[N, K]``: ``[*indices.shape, K]`` of ``dtype``."""
-    run = kernel("embedding", qdata.device.type)
-    return run(indices, qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype)
-
-
-@embedding.register_fake
-def _(indices, qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
+def _fake_embedding(indices, qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
     return qdata.new_empty(*indices.shape, in_features, dtype=dtype)
+
+
+_FAKES = {
+    "dequantize": _fake_dequantize,
+    "linear": _fake_linear,
+    "batched_linear": _fake_linear,
+    "embedding": _fake_embedding,
+}
+for _op, _schema in SCHEMAS.items():
+    for _name in (_op, f"registry_{_op}"):
+        _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(_name, _from_registry(_op), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hqqtensor::{_name}", _FAKES[_op], lib=_library)
+
+dequantize = torch.ops.hqqtensor.dequantize.default
+linear = torch.ops.hqqtensor.linear.default
+batched_linear = torch.ops.hqqtensor.batched_linear.default
+embedding = torch.ops.hqqtensor.embedding.default
 
 
 def _save_linear(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -89,9 +88,6 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return (grad_x, None, None, None, grad_bias, *([None] * 6))
 
 
-linear.register_autograd(_linear_backward, setup_context=_save_linear)
-
-
 def _save_batched(ctx, inputs, output):  # type: ignore[no-untyped-def]
     _, qdata, scale, zero_point, act_pre_scale, *settings = inputs
     ctx.save_for_backward(qdata, scale, zero_point, act_pre_scale)
@@ -106,4 +102,7 @@ def _batched_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return (grad_x, *([None] * 9))
 
 
-batched_linear.register_autograd(_batched_backward, setup_context=_save_batched)
+torch.library.register_autograd("hqqtensor::linear", _linear_backward, setup_context=_save_linear, lib=_library)
+torch.library.register_autograd(
+    "hqqtensor::batched_linear", _batched_backward, setup_context=_save_batched, lib=_library
+)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hqqtensor.serialization.files import checkpoint_files, open_file
 from hqqtensor.serialization.layout import keys_of, parse_entry
-from hqqtensor.serialization.load import _names
+from hqqtensor.serialization.load import stored_names
 
 _ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -47,7 +47,7 @@ def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
                     count *= extent
                 sizes[key] = list(part.get_shape()), part.get_dtype(), count * _ITEM.get(part.get_dtype(), 1)
     out: list[TensorInfo] = []
-    for name in _names(header):
+    for name in stored_names(header):
         if '"HQQTensor"' in header.get(name, ""):
             entry = parse_entry(name, header[name])
             data = entry["_data"]

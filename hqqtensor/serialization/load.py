@@ -24,7 +24,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
                 tensors[key] = f.get_tensor(key)
     own = _own_header(header)
     state: dict[str, Tensor] = {}
-    for name in _names(header):
+    for name in stored_names(header):
         text = header.get(name, "")
         if '"HQQTensor"' in text:
             entry = parse_entry(name, text)
@@ -106,7 +106,7 @@ def _ties(places: Any) -> dict[str, set[str]]:
     return {name: groups[id(getattr(m, leaf))] for name, (m, leaf, _) in places.items()}
 
 
-def _names(header: dict[str, str]) -> list[str]:
+def stored_names(header: dict[str, str]) -> list[str]:
     try:
         names = json.loads(header.get("tensor_names", "[]"))
     except ValueError:

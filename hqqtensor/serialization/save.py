@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hqqtensor.presets import _number
+from hqqtensor.presets import parse_size
 from hqqtensor.serialization.files import DEFAULT_NAME, checkpoint_files, index_path
 from hqqtensor.serialization.layout import CheckpointError, flatten
 from hqqtensor.tensor import HQQTensor
@@ -31,7 +31,7 @@ def save_model(
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DEFAULT_NAME
-    limit = int(_number(max_shard_size, "max_shard_size", _UNITS))
+    limit = int(parse_size(max_shard_size, "max_shard_size", _UNITS))
     units, entries, aliases, extra = _collect(model)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0

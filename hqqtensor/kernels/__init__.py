@@ -1,0 +1,1 @@
+"""Kernels by device. They see packed bytes, scales and zero points, never modules."""

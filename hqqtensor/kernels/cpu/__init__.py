@@ -1,0 +1,40 @@
+"""C++ kernels for CPUs: AVX-512 with VNNI, AVX2 or portable code, chosen when first used (HQQTENSOR_CPU forces one).
+
+Importing this module puts the compiled kernels behind the operators for CPU tensors. Without the extension those run
+through the plain path.
+"""
+
+from typing import Any
+
+from hqqtensor.ops.backend import Backend, observe_choice, register_backend
+
+_missing: str | None = None
+_C: Any
+try:
+    from hqqtensor.kernels.cpu import _C  # type: ignore[no-redef]
+except ImportError as error:
+    _missing = f"the compiled extension is not there ({error}); install with --no-build-isolation and a C++ compiler"
+
+
+def why_unavailable() -> str | None:
+    """None, or why the compiled kernels cannot run here."""
+    return _missing
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable". RuntimeError for a HQQTENSOR_CPU that cannot be."""
+    if _missing is not None:
+        raise RuntimeError(_missing)
+    return _C.instruction_set()
+
+
+def _follow(process: str, thread: str | None) -> None:
+    codes = {"auto": 0, "cpu": 1}
+    _C.set_process_choice(codes.get(process, 2))
+    _C.set_thread_choice(-1 if thread is None else codes.get(thread, 2))
+
+
+# No kernels by name: the operators call the compiled ones without asking the registry.
+register_backend(Backend("cpu", {}, ("cpu",), why_unavailable))
+if _missing is None:
+    observe_choice(_follow)

@@ -1,0 +1,24 @@
+// Built for avx2 whatever the compiler's default: only select.cpp may call in here, after asking the processor.
+// Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx2,fma,f16c,bmi2,popcnt")
+#include "vec_avx2.h"
+// Order matters: the headers below are written in terms of the vectors above.
+#include "table.h"
+
+namespace hqqtensor {
+const Kernels* kernels_avx2() {
+  static const Kernels table = HQQTENSOR_TABLE("avx2");
+  return &table;
+}
+}  // namespace hqqtensor
+#else
+namespace hqqtensor {
+const Kernels* kernels_avx2() { return nullptr; }
+}  // namespace hqqtensor
+#endif

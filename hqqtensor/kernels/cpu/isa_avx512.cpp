@@ -1,0 +1,24 @@
+// Built for avx512 whatever the compiler's default: only select.cpp may call in here, after asking the processor.
+// Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2,popcnt")
+#include "vec_avx512.h"
+// Order matters: the headers below are written in terms of the vectors above.
+#include "table.h"
+
+namespace hqqtensor {
+const Kernels* kernels_avx512() {
+  static const Kernels table = HQQTENSOR_TABLE("avx512");
+  return &table;
+}
+}  // namespace hqqtensor
+#else
+namespace hqqtensor {
+const Kernels* kernels_avx512() { return nullptr; }
+}  // namespace hqqtensor
+#endif

@@ -1,0 +1,12 @@
+#include <type_traits>
+
+#include "vec_portable.h"
+// Order matters: the headers below are written in terms of the vectors above.
+#include "table.h"
+
+namespace hqqtensor {
+const Kernels* kernels_portable() {
+  static const Kernels table = HQQTENSOR_TABLE("portable");
+  return &table;
+}
+}  // namespace hqqtensor

@@ -1,0 +1,193 @@
+// AVX2 with FMA and F16C: a chunk of 64 codes is two vectors of bytes.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kRows = 2, kMaxTokens = 2;
+constexpr int kPanelRows = 4, kPanelTokens = 3;
+constexpr int kFloats = 8;
+
+struct Codes {
+  __m256i a, b;  // codes 0..31 and 32..63
+};
+using Floats = __m256;
+struct Acc {
+  __m256 a, b;
+};
+
+// vpmaddubsw saturates at 2^15: 8-bit codes leave room for digits of 7 bits only.
+constexpr int digit_shift(int nbits) { return nbits == 8 ? 7 : 8; }
+
+template <int R>
+inline __m256i shift_right(__m256i v) {
+  if constexpr (R > 0) return _mm256_srli_epi32(v, R);
+  if constexpr (R < 0) return _mm256_slli_epi32(v, -R);
+  return v;
+}
+
+// Plane of P bits, quarter V of a block of 128 codes, its bits moved to bit L of each byte; the rest is noise.
+template <int P, int L, int V>
+inline __m256i plane(const uint8_t* b) {
+  if constexpr (P == 8) {
+    return _mm256_loadu_si256((const __m256i*)(b + 32 * V));
+  } else if constexpr (P == 4) {
+    return shift_right<4 * (V >> 1) - L>(_mm256_loadu_si256((const __m256i*)(b + 32 * (V & 1))));
+  } else if constexpr (P == 2) {
+    return shift_right<2 * V - L>(_mm256_loadu_si256((const __m256i*)b));
+  } else {
+    const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)b));
+    constexpr int r = 2 * V - L;  // L is even: both lanes shift the same way
+    if constexpr (r >= 0) return _mm256_srlv_epi32(v, _mm256_set_epi32(r + 1, r + 1, r + 1, r + 1, r, r, r, r));
+    constexpr int s = r < 0 ? -r : 1;
+    return _mm256_sllv_epi32(v, _mm256_set_epi32(s - 1, s - 1, s - 1, s - 1, s, s, s, s));
+  }
+}
+
+inline __m256i keep(int mask, __m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8((char)mask)); }
+
+template <int NB, int V>
+inline __m256i decode_quarter(const uint8_t* b) {
+  if constexpr (NB == 1) return keep(1, plane<1, 0, V>(b));
+  if constexpr (NB == 2) return keep(3, plane<2, 0, V>(b));
+  if constexpr (NB == 3) return _mm256_or_si256(keep(3, plane<2, 0, V>(b)), keep(4, plane<1, 2, V>(b + 32)));
+  if constexpr (NB == 4) return keep(15, plane<4, 0, V>(b));
+  if constexpr (NB == 5) return _mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(16, plane<1, 4, V>(b + 64)));
+  if constexpr (NB == 6) return _mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(48, plane<2, 4, V>(b + 64)));
+  if constexpr (NB == 7)
+    return _mm256_or_si256(
+        _mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(48, plane<2, 4, V>(b + 64))),
+        keep(64, plane<1, 6, V>(b + 96)));
+  return plane<8, 0, V>(b);
+}
+
+template <int NB, int H>
+inline Codes decode(const uint8_t* b) {
+  return {decode_quarter<NB, 2 * H>(b), decode_quarter<NB, 2 * H + 1>(b)};
+}
+inline Codes load_codes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+inline void store_codes(uint8_t* p, Codes c) {
+  _mm256_storeu_si256((__m256i*)p, c.a);
+  _mm256_storeu_si256((__m256i*)(p + 32), c.b);
+}
+
+struct Tokens {
+  const int8_t* p;  // 16 registers do not hold them: they are operands from memory
+};
+template <int D>
+inline Tokens load_tokens(const int8_t* p) {
+  return {p};
+}
+
+inline __m256i pairs(__m256i c, const int8_t* x) { return _mm256_maddubs_epi16(c, _mm256_load_si256((const __m256i*)x)); }
+inline __m256i lanes(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+// One digit of a whole chunk. Up to 6 bits the sums of pairs of both halves still fit 16 bits: one widening for two.
+template <int NB>
+inline __m256i dot_digit(const Codes& c, const int8_t* x) {
+  const __m256i a = pairs(c.a, x), b = pairs(c.b, x + 32);
+  if constexpr (NB <= 6) return lanes(_mm256_add_epi16(a, b));
+  return _mm256_add_epi32(lanes(a), lanes(b));
+}
+template <int NB, int D>
+inline __m256i dot_half(__m256i c, const int8_t* x) {
+  __m256i a = lanes(pairs(c, x));
+  for (int d = 1; d < D; ++d)
+    a = _mm256_add_epi32(_mm256_slli_epi32(a, digit_shift(NB)), lanes(pairs(c, x + 64 * d)));
+  return a;
+}
+
+inline Acc acc_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+template <int NB, int D>
+inline void add_chunk(Acc& acc, const Codes& c, const Tokens& t, const float* scale) {
+  // Twice the codes in a lane that a half has: the top digit takes the float route so that 32 bits hold the rest.
+  __m256i a = dot_digit<NB>(c, t.p);
+  if constexpr (D == 3) {
+    constexpr int s = digit_shift(NB);
+    const __m256i low = _mm256_add_epi32(_mm256_slli_epi32(dot_digit<NB>(c, t.p + 64), s), dot_digit<NB>(c, t.p + 128));
+    const __m256 f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
+    acc.a = _mm256_fmadd_ps(f, _mm256_broadcast_ss(scale), acc.a);
+  } else {
+    acc.a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_broadcast_ss(scale), acc.a);
+  }
+}
+struct LaneScales {
+  __m256i index;
+  int64_t half;  // scales in the first 32 codes
+  explicit LaneScales(int64_t group_size) : half(32 / group_size) {
+    alignas(32) int32_t lane[8];
+    for (int i = 0; i < 8; ++i) lane[i] = (int32_t)(4 * i / group_size);
+    index = _mm256_load_si256((const __m256i*)lane);
+  }
+};
+template <int NB, int D>
+inline void add_chunk_lanes(Acc& acc, const Codes& c, const Tokens& t, const float* scales, const LaneScales& l) {
+  const __m256 s0 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), l.index);
+  const __m256 s1 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales + l.half), l.index);
+  acc.a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_half<NB, D>(c.a, t.p)), s0, acc.a);
+  acc.b = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_half<NB, D>(c.b, t.p + 32)), s1, acc.b);
+}
+
+inline Floats f_zero() { return _mm256_setzero_ps(); }
+inline Floats f_set(float v) { return _mm256_set1_ps(v); }
+inline Floats f_load(const float* p) { return _mm256_loadu_ps(p); }
+inline void f_store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats f_add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats f_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+inline Floats f_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats f_div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+inline Floats f_fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats f_min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats f_max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats f_round(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats f_abs(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline float f_sum(Floats v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float f_hmax(Floats v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float f_hmin(Floats v) { return -f_hmax(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
+inline float acc_sum(const Acc& a) { return f_sum(_mm256_add_ps(a.a, a.b)); }
+inline Floats f_codes(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline __m128i to_bytes(__m256i v) {  // the low byte of each of 8 lanes, in the low 8 bytes
+  const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                                        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i b = _mm256_shuffle_epi8(v, pick);
+  return _mm_unpacklo_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+}
+inline void f_to_codes(Floats v, uint8_t* p) { _mm_storel_epi64((__m128i*)p, to_bytes(_mm256_cvtps_epi32(v))); }
+inline Floats f_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void f_store_f16(uint16_t* p, Floats v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats f_load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline void f_store_digits(int8_t* out, Floats v, int shift) {
+  const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
+  const __m256i x = _mm256_cvtps_epi32(v);
+  const __m256i low = _mm256_sra_epi32(_mm256_sll_epi32(x, drop), drop);
+  const __m256i rest = _mm256_sra_epi32(_mm256_sub_epi32(x, low), by);
+  const __m256i middle = _mm256_sra_epi32(_mm256_sll_epi32(rest, drop), drop);
+  const __m256i high = _mm256_sra_epi32(_mm256_sub_epi32(rest, middle), by);
+  _mm_storel_epi64((__m128i*)out, to_bytes(high));
+  _mm_storel_epi64((__m128i*)(out + 64), to_bytes(middle));
+  _mm_storel_epi64((__m128i*)(out + 128), to_bytes(low));
+}
+inline void f_store_digits1(int8_t* out, Floats v) {
+  _mm_storel_epi64((__m128i*)out, to_bytes(_mm256_cvtps_epi32(v)));
+}
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+}  // namespace

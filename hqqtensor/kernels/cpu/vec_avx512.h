@@ -1,0 +1,153 @@
+// AVX-512 with VNNI: a chunk of 64 codes is one vector of bytes.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kRows = 4, kMaxTokens = 4;      // tile of linear_small: rows of the weight x rows of the activations
+constexpr int kPanelRows = 6, kPanelTokens = 4;  // tile of linear_large
+constexpr int kFloats = 16;
+
+using Codes = __m512i;
+using Floats = __m512;
+struct Acc {
+  __m512 v;
+};
+
+constexpr int digit_shift(int) { return 8; }
+
+// Plane of P bits, half H of a block of 128 codes, its bits moved to bit L of each byte; the other bits are noise.
+template <int P, int L, int H>
+inline __m512i plane(const uint8_t* b) {
+  if constexpr (P == 8) {
+    return _mm512_loadu_si512(b + 64 * H);
+  } else if constexpr (P == 4) {
+    const __m512i v = _mm512_loadu_si512(b);
+    constexpr int r = (4 * H - L) & 31;
+    return r == 0 ? v : _mm512_ror_epi32(v, r);
+  } else if constexpr (P == 2) {
+    const __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)b));
+    constexpr int r0 = (4 * H - L) & 31, r1 = (4 * H + 2 - L) & 31;
+    return _mm512_rorv_epi32(v, _mm512_set_epi32(r1, r1, r1, r1, r1, r1, r1, r1, r0, r0, r0, r0, r0, r0, r0, r0));
+  } else {
+    const __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)b));
+    constexpr int r = 4 * H - L;
+    constexpr int a = r & 31, c = (r + 1) & 31, d = (r + 2) & 31, e = (r + 3) & 31;
+    return _mm512_rorv_epi32(v, _mm512_set_epi32(e, e, e, e, d, d, d, d, c, c, c, c, a, a, a, a));
+  }
+}
+
+inline __m512i select(int mask, __m512i low, __m512i high) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), low, high, 0xCA);
+}
+
+// Codes [64 H, 64 H + 64) of the block at b.
+template <int NB, int H>
+inline Codes decode(const uint8_t* b) {
+  if constexpr (NB == 8) return plane<8, 0, H>(b);
+  __m512i v;
+  if constexpr (NB == 1) v = plane<1, 0, H>(b);
+  if constexpr (NB == 2) v = plane<2, 0, H>(b);
+  if constexpr (NB == 3) v = select(3, plane<2, 0, H>(b), plane<1, 2, H>(b + 32));
+  if constexpr (NB == 4) v = plane<4, 0, H>(b);
+  if constexpr (NB == 5) v = select(15, plane<4, 0, H>(b), plane<1, 4, H>(b + 64));
+  if constexpr (NB == 6) v = select(15, plane<4, 0, H>(b), plane<2, 4, H>(b + 64));
+  if constexpr (NB == 7)
+    v = select(15, plane<4, 0, H>(b), select(48, plane<2, 4, H>(b + 64), plane<1, 6, H>(b + 96)));
+  return _mm512_and_si512(v, _mm512_set1_epi8((1 << NB) - 1));
+}
+
+inline Codes load_codes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
+
+struct Tokens {  // the digits of one chunk of activations
+  __m512i d[3];
+};
+template <int D>
+inline Tokens load_tokens(const int8_t* p) {
+  Tokens t;
+  for (int d = 0; d < D; ++d) t.d[d] = _mm512_load_si512(p + 64 * d);
+  return t;
+}
+
+// sum over the 4 codes of each lane of code * activation, as one integer; exact (see digit_limit).
+template <int NB, int D>
+inline __m512i dot(Codes c, const Tokens& t) {
+  __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, t.d[0]);
+  if constexpr (D == 3) {
+    a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c, t.d[1]);
+    a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c, t.d[2]);
+  }
+  return a;
+}
+
+inline Acc acc_zero() { return {_mm512_setzero_ps()}; }
+template <int NB, int D>
+inline void add_chunk(Acc& acc, Codes c, const Tokens& t, const float* scale) {
+  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D>(c, t)), _mm512_set1_ps(*scale), acc.v);
+}
+struct LaneScales {  // which scale of a chunk's 64 / group_size each lane takes
+  __m512i index;
+  explicit LaneScales(int64_t group_size) {
+    alignas(64) int32_t lane[16];
+    for (int i = 0; i < 16; ++i) lane[i] = (int32_t)(4 * i / group_size);
+    index = _mm512_load_si512(lane);
+  }
+};
+template <int NB, int D>
+inline void add_chunk_lanes(Acc& acc, Codes c, const Tokens& t, const float* scales, const LaneScales& l) {
+  const __m512 s = _mm512_permutexvar_ps(l.index, _mm512_loadu_ps(scales));
+  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D>(c, t)), s, acc.v);
+}
+inline float acc_sum(const Acc& a) { return _mm512_reduce_add_ps(a.v); }
+
+inline Floats f_zero() { return _mm512_setzero_ps(); }
+inline Floats f_set(float v) { return _mm512_set1_ps(v); }
+inline Floats f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats f_add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats f_sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats f_mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats f_div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats f_fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats f_min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats f_max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats f_round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats f_abs(Floats a) { return _mm512_abs_ps(a); }
+inline float f_sum(Floats a) { return _mm512_reduce_add_ps(a); }
+inline float f_hmax(Floats a) { return _mm512_reduce_max_ps(a); }
+inline float f_hmin(Floats a) { return _mm512_reduce_min_ps(a); }
+inline Floats f_codes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline void f_to_codes(Floats v, uint8_t* p) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+inline void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
+inline Floats f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void f_store_f16(uint16_t* p, Floats v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats f_load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+// 16 floats as integers of D bytes in base 2^shift, digit d at out + 64 d.
+inline void f_store_digits(int8_t* out, Floats v, int) {
+  const __m512i x = _mm512_cvtps_epi32(v);
+  const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24);
+  const __m512i rest = _mm512_srai_epi32(_mm512_sub_epi32(x, low), 8);
+  const __m512i middle = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+  const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8);
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(high));
+  _mm_storeu_si128((__m128i*)(out + 64), _mm512_cvtepi32_epi8(middle));
+  _mm_storeu_si128((__m128i*)(out + 128), _mm512_cvtepi32_epi8(low));
+}
+inline void f_store_digits1(int8_t* out, Floats v) {
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+}  // namespace
