@@ -114,7 +114,8 @@ void run_linear(hq::Problem& p, int digits) {
   const bool plain = p.x_type == hq::DType::f32 && p.pre_scale == nullptr;
   const bool small = (p.M <= kSmall || digits == 1) && w.axis == 1 && hq::lane_groups(w);
   const int64_t floats = p.M * w.K + 16;
-  const int64_t ints = small ? p.M * chunks * (digits * 64 + 4 + 64) : 0;
+  const int64_t entries = hq::step_entries(w);
+  const int64_t ints = small ? p.M * (chunks * digits * 64 + 4 * entries + 4 * hq::padded(w.groups)) : 0;
   char* shared = scratch((plain ? 0 : floats * 4) + ints + 128, 0);
   const float* x = (const float*)p.x;
   int64_t x_stride = p.x_stride;
@@ -129,11 +130,11 @@ void run_linear(hq::Problem& p, int digits) {
     x_stride = w.K;
   }
   if (small) {
-    hq::Digits d{(int8_t*)shared, nullptr, nullptr, chunks, digits};
+    hq::Digits d{(int8_t*)shared, nullptr, nullptr, chunks, entries, digits};
     d.step = (float*)(shared + p.M * chunks * digits * 64);
-    d.sum = d.step + p.M * chunks;
+    d.sum = d.step + p.M * entries;
     bool whole = true;
-    for (int64_t m = 0; m < p.M; ++m) whole = whole && k.prepare(x + m * x_stride, w.K, w.nbits, m, d);
+    for (int64_t m = 0; m < p.M; ++m) whole = whole && k.prepare(x + m * x_stride, w, m, d);
     if (whole) {
       const int64_t bytes = 4 * k.linear_small_scratch(p);
       over(w.N, 4, work, [&](int64_t a, int64_t b) { k.linear_small(p, d, a, b, (float*)scratch(bytes, 1)); });
@@ -143,6 +144,8 @@ void run_linear(hq::Problem& p, int digits) {
   const int64_t bytes = 4 * k.linear_large_scratch(p);
   over(w.N, 12, work, [&](int64_t a, int64_t b) { k.linear_large(p, x, x_stride, a, b, (float*)scratch(bytes, 1)); });
 }
+
+int exact_digits(const Tensor& x) { return x.scalar_type() == at::kFloat ? 3 : 2; }
 
 optional<Tensor> as_float(const optional<Tensor>& t, int64_t size, const char* name) {
   if (!t) return t;
@@ -168,7 +171,7 @@ Tensor linear(const Tensor& x, const Tensor& qdata, const Tensor& scale, const o
   hq::Problem problem{p.w, flat.const_data_ptr(), flat.stride(0), flat.size(0), *dtype_of(x.scalar_type()),
                       bias32 ? bias32->const_data_ptr<float>() : nullptr,
                       pre ? pre->const_data_ptr<float>() : nullptr, y.mutable_data_ptr()};
-  run_linear(problem, 3);
+  run_linear(problem, exact_digits(x));
   return y;
 }
 
@@ -192,7 +195,7 @@ Tensor batched_linear(const Tensor& x, const Tensor& qdata, const Tensor& scale,
     const Tensor rows = in.select(0, e);
     hq::Problem problem{p.w, rows.const_data_ptr(), rows.stride(0), rows.size(0), *dtype_of(x.scalar_type()), nullptr,
                         pre ? pre->const_data_ptr<float>() : nullptr, y.select(0, e).mutable_data_ptr()};
-    run_linear(problem, 3);
+    run_linear(problem, exact_digits(x));
   }
   return y;
 }

@@ -30,19 +30,13 @@ struct Problem {
   void* y;  // of x_type, rows of N
 };
 
-// Activations as integers: every chunk of 64 is `step` times sum_d digit_d * 2^(shift * (digits - 1 - d)).
+// Activations as integers: x = step * sum_d digit_d * 2^(shift * (count - 1 - d)), chunk by chunk of 64.
 struct Digits {
-  int8_t* digits;  // [M][chunks][count][64]
-  float* step;     // [M][chunks]
-  float* sum;      // [M][chunks * 16] sums of each run of 4 (the lanes of a chunk), in units of x
-  int64_t chunks;
-  int count;  // 3: as exact as float32 sums, 1: 8-bit activations
-};
-
-struct Solve {
-  const void* w;  // [rows, columns] of `type`, `stride` elements from a row to the next
-  DType type;
-  int64_t stride, rows, columns;
+  int8_t* digits;   // [M][chunks][count][64]
+  float* step;      // [M][entries], an entry for each group or each chunk: see step_entries
+  float* sum;       // [M][padded(groups)]: sum of x over each group (axis 1 alone)
+  int64_t chunks, entries;
+  int count;        // 3: as exact as float32 sums; 2: finer than 16-bit floats; 1: 8-bit activations
 };
 
 struct Kernels {
@@ -57,7 +51,7 @@ struct Kernels {
   void (*linear_large)(const Problem&, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch);
   int64_t (*linear_large_scratch)(const Problem&);  // floats
   // Row m of the activations as integers; false where they hold NaN, Inf or numbers too small for that.
-  bool (*prepare)(const float* x, int64_t K, int nbits, int64_t m, const Digits&);
+  bool (*prepare)(const float* x, const Weight&, int64_t m, const Digits&);
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
   void (*to_float)(const void* from, DType, int64_t count, float* out);
@@ -74,5 +68,12 @@ const Kernels* kernels_portable();
 inline bool lane_groups(const Weight& w) {
   return w.axis == 0 || w.groups == 1 || w.group_size % 64 == 0 || (w.group_size % 4 == 0 && 64 % w.group_size == 0);
 }
+
+// Room for vectors to run past the end.
+inline int64_t padded(int64_t count) { return (count + 47) / 16 * 16; }
+
+// Groups of up to 128 have one step for each group, so that a row's scales and the steps multiply entry by entry.
+inline bool step_per_group(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size <= 128; }
+inline int64_t step_entries(const Weight& w) { return padded(step_per_group(w) ? w.groups : (w.K + 63) / 64); }
 
 }  // namespace hqqtensor

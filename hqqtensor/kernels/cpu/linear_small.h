@@ -17,8 +17,9 @@ struct Tile {
   float out[kRows][kMaxTokens];
 };
 
+// group_shift: a scale serves 2^group_shift chunks. LANES: a chunk has 64 / group_size scales.
 template <int NB, int D, int T, bool LANES>
-void run_tile(Tile& tile, int64_t K, int64_t group_size) {
+void run_tile(Tile& tile, int64_t K, int64_t group_size, int group_shift) {
   const int64_t blocks = K / 128, tail = K % 128;
   const int64_t per_chunk = LANES ? 64 / group_size : 1;
   const LaneScales lane_scales(LANES ? group_size : 4);
@@ -29,7 +30,7 @@ void run_tile(Tile& tile, int64_t K, int64_t group_size) {
     for (int t = 0; t < T; ++t) {
       const Tokens x = load_tokens<D>(tile.x[t] + chunk * D * 64);
       for (int r = 0; r < kRows; ++r) {
-        const float* s = tile.scale[r][t] + chunk * per_chunk;
+        const float* s = tile.scale[r][t] + (LANES ? chunk * per_chunk : chunk >> group_shift);
         if constexpr (LANES)
           add_chunk_lanes<NB, D>(acc[r][t], codes[r], x, s, lane_scales);
         else
@@ -62,7 +63,7 @@ void run_tile(Tile& tile, int64_t K, int64_t group_size) {
     for (int t = 0; t < T; ++t) tile.out[r][t] = acc_sum(acc[r][t]);
 }
 
-using RunTile = void (*)(Tile&, int64_t, int64_t);
+using RunTile = void (*)(Tile&, int64_t, int64_t, int);
 
 template <int NB, int D, bool LANES>
 RunTile pick_tokens(int64_t tokens) {
@@ -77,6 +78,8 @@ RunTile pick_tile(int nbits, int digits, bool lanes_, int64_t tokens) {
     constexpr int NB = nb.value;
     if (digits == 1)
       found = lanes_ ? pick_tokens<NB, 1, true>(tokens) : pick_tokens<NB, 1, false>(tokens);
+    else if (digits == 2)
+      found = lanes_ ? pick_tokens<NB, 2, true>(tokens) : pick_tokens<NB, 2, false>(tokens);
     else
       found = lanes_ ? pick_tokens<NB, 3, true>(tokens) : pick_tokens<NB, 3, false>(tokens);
   });
@@ -92,100 +95,100 @@ inline void store(const Problem& p, int64_t m, int64_t n, float v) {
     from_float(&v, 1, p.x_type, (uint16_t*)p.y + i);
 }
 
-inline int64_t padded(int64_t count) { return (count + 31) / 16 * 16; }
+using hqqtensor::padded;
 
-// scale of each chunk (or of each group within it) times the activations' step there.
-inline void combine(const float* scale, const float* step, int64_t chunks, const Weight& w, float* out) {
-  if (w.axis == 1 && w.groups > 1 && w.group_size < 64) {
-    const int64_t per = 64 / w.group_size;
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = 0; i < per; ++i) out[c * per + i] = c * per + i < w.groups ? scale[c * per + i] * step[c] : 0;
-  } else if (w.groups == w.K / 64 && w.K % 64 == 0 && w.group_size == 64) {
-    int64_t c = 0;
-    for (; c + kFloats <= chunks; c += kFloats) f_store(out + c, f_mul(f_load(scale + c), f_load(step + c)));
-    for (; c < chunks; ++c) out[c] = scale[c] * step[c];
-  } else {
-    const int64_t per = w.groups == 1 ? chunks : w.group_size / 64;
-    for (int64_t g = 0, c = 0; c < chunks; ++g)
-      for (const int64_t end = c + per < chunks ? c + per : chunks; c < end; ++c) out[c] = scale[g] * step[c];
-  }
+inline Floats load_meta(const void* p, DType type, int64_t i) {
+  if (type == DType::f32) return f_load((const float*)p + i);
+  return type == DType::f16 ? f_load_f16((const uint16_t*)p + i) : f_load_bf16((const uint16_t*)p + i);
 }
 
-// Sums of x over each group, from those of each 4.
-inline void group_sums(const Digits& d, int64_t m, const Weight& w, float* out) {
-  const float* sums = d.sum + m * d.chunks * 16;
-  const int64_t quads = d.chunks * 16, per = w.groups == 1 ? quads : w.group_size / 4;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    double s = 0;
-    const int64_t end = (g + 1) * per < quads ? (g + 1) * per : quads;
-    for (int64_t i = g * per; i < end; ++i) s += sums[i];
-    out[g] = (float)s;
+// Scale and zero point of one row, for each of `tokens`: scale times step into out[t], and sum of scale * zero * sum.
+struct RowMeta {
+  const Weight& w;
+  const Digits& d;
+  bool by_group;
+  float *scale, *zero;  // scratch: a row's last groups, padded
+
+  void run(int64_t row, int64_t token, int64_t tokens, float* const* out, float* shift) const {
+    const char *s = at(w.scale, w.meta, row * w.meta_stride), *z = at(w.zero, w.meta, row * w.meta_stride);
+    const int64_t size = w.meta == DType::f32 ? 4 : 2, whole = w.groups / kFloats * kFloats;
+    const float *step = d.step + token * d.entries, *sums = d.sum + token * padded(w.groups);
+    Floats total[kMaxTokens];
+    for (int64_t t = 0; t < tokens; ++t) total[t] = f_zero();
+    auto block = [&](Floats a, Floats b, int64_t g) {
+      const Floats product = f_mul(a, b);
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (by_group) f_store(out[t] + g, f_mul(a, f_load(step + t * d.entries + g)));
+        total[t] = f_fma(product, f_load(sums + t * padded(w.groups) + g), total[t]);
+      }
+    };
+    for (int64_t g = 0; g < whole; g += kFloats) block(load_meta(s, w.meta, g), load_meta(z, w.meta, g), g);
+    if (whole < w.groups) {
+      to_float(s + whole * size, w.meta, w.groups - whole, scale);
+      to_float(z + whole * size, w.meta, w.groups - whole, zero);
+      block(f_load(scale), f_load(zero), whole);
+    }
+    for (int64_t t = 0; t < tokens; ++t) shift[t] = f_sum(total[t]);
+    if (by_group) return;
+    // A step for each chunk: a scale multiplies all those of its group.
+    const int64_t per = w.groups == 1 ? d.chunks : w.group_size / 64;
+    for (int64_t g = 0, c = 0; c < d.chunks; ++g) {
+      float v;
+      to_float(s + g * size, w.meta, 1, &v);
+      const int64_t first = c, end = c + per < d.chunks ? c + per : d.chunks;
+      for (int64_t t = 0; t < tokens; ++t)
+        for (c = first; c < end; ++c) out[t][c] = v * step[t * d.entries + c];
+    }
   }
-  for (int64_t g = w.groups; g < padded(w.groups); ++g) out[g] = 0;
-}
+};
 
 int64_t linear_small_scratch(const Problem& p) {
-  const int64_t chunks = (p.w.K + 63) / 64, entries = padded(p.w.groups > chunks ? p.w.groups + 64 : chunks);
-  return padded(p.w.groups) * (2 * kRows + p.M) + kRows * kMaxTokens * entries;
+  return 2 * kFloats + kRows * kMaxTokens * hqqtensor::step_entries(p.w) + 64;
 }
 
 void linear_small(const Problem& p, const Digits& d, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.w;
-  const int64_t groups = padded(w.groups);
-  const int64_t entries = padded(w.groups > d.chunks ? w.groups + 64 : d.chunks);
-  float *scale = scratch, *zero = scale + kRows * groups, *sums = zero + kRows * groups, *both = sums + p.M * groups;
-  __builtin_memset(scale, 0, sizeof(float) * 2 * kRows * groups);
-  for (int64_t m = 0; m < p.M; ++m) group_sums(d, m, w, sums + m * groups);
+  const RowMeta meta{w, d, hqqtensor::step_per_group(w), scratch, scratch + kFloats};
+  float* both = scratch + 2 * kFloats;
+  __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_small_scratch(p));
   const bool by_lane = w.groups > 1 && w.group_size < 64;
+  const int group_shift = meta.by_group && w.group_size == 128 ? 1 : 0;
   for (int64_t n = first; n < last; n += kRows) {
     Tile tile;
     tile.ahead = kRows * w.row_stride;
     const int64_t rows = last - n < kRows ? last - n : kRows;
-    for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t row = r < rows ? n + r : n;  // a short last tile computes its first row again
-      tile.rows[r] = w.qdata + row * w.row_stride;
-      to_float(at(w.scale, w.meta, row * w.meta_stride), w.meta, w.groups, scale + r * groups);
-      to_float(at(w.zero, w.meta, row * w.meta_stride), w.meta, w.groups, zero + r * groups);
-      float* product = zero + r * groups;
-      for (int64_t g = 0; g < groups; g += kFloats)
-        f_store(product + g, f_mul(f_load(product + g), f_load(scale + r * groups + g)));
-    }
+    for (int64_t r = 0; r < kRows; ++r)  // a short last tile computes its first row again
+      tile.rows[r] = w.qdata + (r < rows ? n + r : n) * w.row_stride;
     for (int64_t m = 0; m < p.M; m += kMaxTokens) {
       const int64_t tokens = p.M - m < kMaxTokens ? p.M - m : kMaxTokens;
-      for (int64_t t = 0; t < kMaxTokens; ++t) {
-        const int64_t token = t < tokens ? m + t : m;
-        tile.x[t] = d.digits + token * d.chunks * d.count * 64;
-        for (int64_t r = 0; r < kRows; ++r) {
-          float* out = both + (r * kMaxTokens + t) * entries;
-          tile.scale[r][t] = out;
-          if (t < tokens) combine(scale + r * groups, d.step + token * d.chunks, d.chunks, w, out);
-          if (t >= tokens) tile.scale[r][t] = both + r * kMaxTokens * entries;
+      float shift[kRows][kMaxTokens];
+      for (int64_t r = 0; r < kRows; ++r) {
+        float* out[kMaxTokens];
+        for (int64_t t = 0; t < kMaxTokens; ++t) {
+          tile.x[t] = d.digits + (t < tokens ? m + t : m) * d.chunks * d.count * 64;
+          out[t] = both + (r * kMaxTokens + t) * d.entries;
+          tile.scale[r][t] = out[t < tokens ? t : 0];
         }
+        if (r < rows) meta.run(n + r, m, tokens, out, shift[r]);
       }
-      pick_tile(w.nbits, d.count, by_lane, tokens)(tile, w.K, w.group_size);
+      pick_tile(w.nbits, d.count, by_lane, tokens)(tile, w.K, w.group_size, group_shift);
       for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < rows; ++r) {
-          Floats shift = f_zero();
-          for (int64_t g = 0; g < groups; g += kFloats)
-            shift = f_fma(f_load(zero + r * groups + g), f_load(sums + (m + t) * groups + g), shift);
-          store(p, m + t, n + r, tile.out[r][t] - f_sum(shift));
-        }
+        for (int64_t r = 0; r < rows; ++r) store(p, m + t, n + r, tile.out[r][t] - shift[r][t]);
     }
   }
 }
 
 int64_t linear_small_axis0_scratch(const Problem& p, int digits) {
   const int64_t chunks = (p.w.K + 63) / 64;
-  return 4 * (3 * padded(p.w.K) + p.M) + p.M * (chunks * (4 + 64) + chunks * digits * 64) + 256;
+  return 4 * (3 * padded(p.w.K) + p.M) + p.M * (4 * hqqtensor::step_entries(p.w) + chunks * digits * 64) + 256;
 }
 
 void linear_small_axis0(const Problem& p, int digits, int64_t first, int64_t last, char* scratch) {
   const Weight& w = p.w;
   const int64_t K = w.K, wide = padded(K), chunks = (K + 63) / 64;
-  Digits d{(int8_t*)scratch, nullptr, nullptr, chunks, digits};
+  Digits d{(int8_t*)scratch, nullptr, nullptr, chunks, hqqtensor::step_entries(w), digits};
   d.step = (float*)(scratch + p.M * chunks * digits * 64);
-  d.sum = d.step + p.M * chunks;
-  float *scale = d.sum + p.M * chunks * 16, *zero = scale + wide, *x = zero + wide, *shift = x + wide;
+  float *scale = d.step + p.M * d.entries, *zero = scale + wide, *x = zero + wide, *shift = x + wide;
   for (int64_t g = first; g < last; ++g) {
     to_float(at(w.scale, w.meta, g * w.meta_stride), w.meta, K, scale);
     to_float(at(w.zero, w.meta, g * w.meta_stride), w.meta, K, zero);
@@ -198,7 +201,7 @@ void linear_small_axis0(const Problem& p, int digits, int64_t first, int64_t las
         s += x[k] * zero[k];
       }
       shift[m] = (float)s;
-      whole = whole && prepare(x, K, w.nbits, m, d);
+      whole = whole && prepare(x, w, m, d);
     }
     for (int64_t n = g; n < w.N; n += w.groups * kRows) {
       if (!whole) {  // activations that no integers stand for: this group in plain floats
@@ -224,9 +227,9 @@ void linear_small_axis0(const Problem& p, int digits, int64_t first, int64_t las
         for (int64_t t = 0; t < kMaxTokens; ++t) {
           const int64_t token = t < tokens ? m + t : m;
           tile.x[t] = d.digits + token * chunks * digits * 64;
-          for (int64_t r = 0; r < kRows; ++r) tile.scale[r][t] = d.step + token * chunks;
+          for (int64_t r = 0; r < kRows; ++r) tile.scale[r][t] = d.step + token * d.entries;
         }
-        pick_tile(w.nbits, digits, false, tokens)(tile, K, 64);
+        pick_tile(w.nbits, digits, false, tokens)(tile, K, 64, 0);
         for (int64_t r = 0; r < kRows && n + r * w.groups < w.N; ++r)
           for (int64_t t = 0; t < tokens; ++t) store(p, m + t, n + r * w.groups, tile.out[r][t] - shift[m + t]);
       }

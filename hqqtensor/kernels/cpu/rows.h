@@ -148,46 +148,62 @@ inline float digit_limit(int nbits, int count) {
   const int shift = digit_shift(nbits);
   const float digit = (float)((1 << (shift - 1)) - 1);
   if (count == 1) return digit;
-  const float whole = digit * (float)((1 << (2 * shift)) + (1 << shift)) - 8;  // room for rounding
+  const float whole = digit * (float)(count == 2 ? 1 << shift : (1 << (2 * shift)) + (1 << shift));
   const float fits = 2147483648.0f / (float)(4 * ((1 << nbits) - 1)) * 0.999f;
   return whole < fits ? whole : fits;
 }
 
-bool prepare(const float* x, int64_t K, int nbits, int64_t m, const Digits& d) {
-  const float limit = digit_limit(nbits, d.count);
-  const int shift = digit_shift(nbits);
-  for (int64_t c = 0; c < d.chunks; ++c) {
-    float padded[64];
+bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
+  const float limit = digit_limit(w.nbits, d.count);
+  const int shift = digit_shift(w.nbits);
+  const bool by_group = hqqtensor::step_per_group(w);
+  const int64_t run = by_group && w.group_size == 128 ? 2 : 1;  // chunks that share a step
+  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;  // entries of a chunk
+  const int64_t width = hqqtensor::padded(w.groups), quads = w.groups == 1 ? INT64_MAX : w.group_size / 4;
+  float *step = d.step + m * d.entries, *sums = d.sum + m * width;
+  double total = 0;
+  int64_t group = 0, left = quads;
+  for (int64_t c = 0; c < d.chunks; c += run) {
+    float padded_x[128];
     const float* in = x + 64 * c;
-    const int64_t count = K - 64 * c;
-    if (count < 64) {
-      __builtin_memset(padded, 0, sizeof padded);
-      if (count > 0) __builtin_memcpy(padded, in, (size_t)count * 4);
-      in = padded;
+    const int64_t count = w.K - 64 * c;
+    if (count < 64 * run) {
+      __builtin_memset(padded_x, 0, sizeof padded_x);
+      __builtin_memcpy(padded_x, in, (size_t)count * 4);
+      in = padded_x;
     }
     Floats largest = f_zero(), nan = f_zero();
-    for (int i = 0; i < 64; i += kFloats) {
+    for (int i = 0; i < 64 * run; i += kFloats) {
       const Floats v = f_load(in + i);
       largest = f_max(largest, f_abs(v));
       nan = f_fma(v, f_zero(), nan);  // 0 unless a number is NaN or Inf
     }
     const float top = f_hmax(largest);
     if (f_sum(nan) != 0 || !(top < 1e37f) || (top != 0 && top < 1e-28f)) return false;
-    const float step = top / limit, inverse = top == 0 ? 0 : limit / top;
-    int8_t* out = d.digits + (m * d.chunks + c) * d.count * 64;
-    float* sums = d.sum + (m * d.chunks + c) * 16;
-    float whole[64];
-    for (int i = 0; i < 64; i += kFloats) {
-      const Floats v = f_round(f_mul(f_load(in + i), f_set(inverse)));
-      f_store(whole + i, v);
-      if (d.count == 1)
-        f_store_digits1(out + i, v);
-      else
-        f_store_digits(out + i, v, shift);
+    const float unit = top / limit, inverse = top == 0 ? 0 : limit / top;
+    for (int64_t i = 0; i < each; ++i) step[c / run * each + i] = unit;
+    for (int64_t part = c; part < c + run && part < d.chunks; ++part, in += 64) {
+      int8_t* out = d.digits + (m * d.chunks + part) * d.count * 64;
+      float whole[64];
+      for (int i = 0; i < 64; i += kFloats) {
+        const Floats v = f_round(f_mul(f_load(in + i), f_set(inverse)));
+        f_store(whole + i, v);
+        f_store_digits(out + i, v, shift, d.count);
+      }
+      if (w.axis == 0) continue;
+      for (int i = 0; i < 64; i += 4) {
+        total += (double)((whole[i] + whole[i + 1]) + (whole[i + 2] + whole[i + 3])) * unit;
+        if (--left == 0) {
+          if (group < w.groups) sums[group++] = (float)total;
+          total = 0;
+          left = quads;
+        }
+      }
     }
-    d.step[m * d.chunks + c] = step;
-    for (int i = 0; i < 16; ++i)  // up to 4 * 2^23: sums of integers, rounded once where they pass 2^24
-      sums[i] = ((whole[4 * i] + whole[4 * i + 1]) + (whole[4 * i + 2] + whole[4 * i + 3])) * step;
+  }
+  if (w.axis == 1) {
+    if (group < w.groups) sums[group++] = (float)total;
+    for (; group < width; ++group) sums[group] = 0;
   }
   return true;
 }

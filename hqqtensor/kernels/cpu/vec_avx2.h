@@ -104,16 +104,15 @@ inline __m256i dot_half(__m256i c, const int8_t* x) {
 inline Acc acc_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 template <int NB, int D>
 inline void add_chunk(Acc& acc, const Codes& c, const Tokens& t, const float* scale) {
-  // Twice the codes in a lane that a half has: the top digit takes the float route so that 32 bits hold the rest.
+  constexpr int s = digit_shift(NB);
   __m256i a = dot_digit<NB>(c, t.p);
-  if constexpr (D == 3) {
-    constexpr int s = digit_shift(NB);
+  if constexpr (D == 2) a = _mm256_add_epi32(_mm256_slli_epi32(a, s), dot_digit<NB>(c, t.p + 64));
+  __m256 f = _mm256_cvtepi32_ps(a);
+  if constexpr (D == 3) {  // a lane has 8 products here: the top digit goes on as a float, 32 bits hold the others
     const __m256i low = _mm256_add_epi32(_mm256_slli_epi32(dot_digit<NB>(c, t.p + 64), s), dot_digit<NB>(c, t.p + 128));
-    const __m256 f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
-    acc.a = _mm256_fmadd_ps(f, _mm256_broadcast_ss(scale), acc.a);
-  } else {
-    acc.a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_broadcast_ss(scale), acc.a);
+    f = _mm256_fmadd_ps(f, _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
   }
+  acc.a = _mm256_fmadd_ps(f, _mm256_broadcast_ss(scale), acc.a);
 }
 struct LaneScales {
   __m256i index;
@@ -174,19 +173,16 @@ inline void f_store_f16(uint16_t* p, Floats v) {
 inline Floats f_load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-inline void f_store_digits(int8_t* out, Floats v, int shift) {
+// Whole floats as integers of `count` signed digits in base 2^shift, the highest first, each 64 bytes after the last.
+inline void f_store_digits(int8_t* out, Floats v, int shift, int count) {
   const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
-  const __m256i x = _mm256_cvtps_epi32(v);
-  const __m256i low = _mm256_sra_epi32(_mm256_sll_epi32(x, drop), drop);
-  const __m256i rest = _mm256_sra_epi32(_mm256_sub_epi32(x, low), by);
-  const __m256i middle = _mm256_sra_epi32(_mm256_sll_epi32(rest, drop), drop);
-  const __m256i high = _mm256_sra_epi32(_mm256_sub_epi32(rest, middle), by);
-  _mm_storel_epi64((__m128i*)out, to_bytes(high));
-  _mm_storel_epi64((__m128i*)(out + 64), to_bytes(middle));
-  _mm_storel_epi64((__m128i*)(out + 128), to_bytes(low));
-}
-inline void f_store_digits1(int8_t* out, Floats v) {
-  _mm_storel_epi64((__m128i*)out, to_bytes(_mm256_cvtps_epi32(v)));
+  __m256i x = _mm256_cvtps_epi32(v);
+  for (int d = count - 1; d > 0; --d) {
+    const __m256i low = _mm256_sra_epi32(_mm256_sll_epi32(x, drop), drop);
+    _mm_storel_epi64((__m128i*)(out + 64 * d), to_bytes(low));
+    x = _mm256_sra_epi32(_mm256_sub_epi32(x, low), by);
+  }
+  _mm_storel_epi64((__m128i*)out, to_bytes(x));
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -75,10 +75,7 @@ inline Tokens load_tokens(const int8_t* p) {
 template <int NB, int D>
 inline __m512i dot(Codes c, const Tokens& t) {
   __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, t.d[0]);
-  if constexpr (D == 3) {
-    a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c, t.d[1]);
-    a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c, t.d[2]);
-  }
+  for (int d = 1; d < D; ++d) a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c, t.d[d]);
   return a;
 }
 
@@ -134,19 +131,16 @@ inline Floats f_load_bf16(const uint16_t* p) {
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
-// 16 floats as integers of D bytes in base 2^shift, digit d at out + 64 d.
-inline void f_store_digits(int8_t* out, Floats v, int) {
-  const __m512i x = _mm512_cvtps_epi32(v);
+// The low byte of x, signed, goes to p; what it leaves comes back.
+inline __m512i split_digit(__m512i x, int8_t* p) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
   const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24);
-  const __m512i rest = _mm512_srai_epi32(_mm512_sub_epi32(x, low), 8);
-  const __m512i middle = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
-  const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8);
-  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(high));
-  _mm_storeu_si128((__m128i*)(out + 64), _mm512_cvtepi32_epi8(middle));
-  _mm_storeu_si128((__m128i*)(out + 128), _mm512_cvtepi32_epi8(low));
+  return _mm512_srai_epi32(_mm512_sub_epi32(x, low), 8);
 }
-inline void f_store_digits1(int8_t* out, Floats v) {
-  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+// Whole floats as integers of `count` signed bytes in base 2^shift, the highest first, each 64 after the last.
+inline void f_store_digits(int8_t* out, Floats v, int, int count) {
+  __m512i x = _mm512_cvtps_epi32(v);
+  for (int d = count - 1; d >= 0; --d) x = split_digit(x, out + 64 * d);
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

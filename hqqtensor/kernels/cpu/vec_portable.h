@@ -196,17 +196,16 @@ inline Floats f_load_bf16(const uint16_t* p) {
     return f;
   });
 }
-inline void f_store_digits(int8_t* out, const Floats& v, int) {
+inline void f_store_digits(int8_t* out, const Floats& v, int, int count) {
   for (int i = 0; i < kFloats; ++i) {
-    const int32_t x = (int32_t)lrintf(v.v[i]);
-    const int32_t low = (int8_t)(x & 255), rest = (x - low) / 256, middle = (int8_t)(rest & 255);
-    out[i] = (int8_t)((rest - middle) / 256);
-    out[i + 64] = (int8_t)middle;
-    out[i + 128] = (int8_t)low;
+    int32_t x = (int32_t)lrintf(v.v[i]);
+    for (int d = count - 1; d > 0; --d) {
+      const int8_t low = (int8_t)(x & 255);
+      out[64 * d + i] = low;
+      x = (x - low) / 256;
+    }
+    out[i] = (int8_t)x;
   }
-}
-inline void f_store_digits1(int8_t* out, const Floats& v) {
-  for (int i = 0; i < kFloats; ++i) out[i] = (int8_t)lrintf(v.v[i]);
 }
 inline void prefetch(const void*) {}
 
