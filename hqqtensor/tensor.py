@@ -120,8 +120,8 @@ class HQQTensor(TorchAOBaseTensor):
         parts = [repr(attributes), str(self.requires_grad)]
         for name in names:
             t = getattr(self, name)
-            plain = not isinstance(t, HQQTensor)
-            parts.append(f"{name} {t.dtype} {list(t.shape)} {t.stride()} {t.device}" if plain else t._stable_hash_for_caching())
+            own = t._stable_hash_for_caching() if isinstance(t, HQQTensor) else f"{t.dtype} {t.stride()} {t.device}"
+            parts.append(f"{name} {list(t.shape)} {own}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def describe(self) -> str:

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -135,6 +136,71 @@ def test_compiled_model_equals_eager_for_any_batch() -> None:
     for batch in (2, 5, 9):
         x = torch.randn(batch, 128)
         torch.testing.assert_close(compiled(x), m(x))
+
+
+def test_layers_of_one_shape_share_one_compiled_graph() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    layers = [nn.Linear(128, 128, bias=False) for _ in range(4)]
+    for layer in layers:
+        quantize_(layer, hqq_weight_only(4, 64))
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def apply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, weight).relu()
+
+    x = torch.randn(2, 128)
+    for layer in layers:
+        torch.testing.assert_close(apply(x, layer.weight), layer(x).relu())
+    assert counter.frame_count == 1
+
+
+def test_compiled_prefill_and_decode_with_a_static_cache_equal_eager() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(config).eval()
+    quantize_(llama, hqq_weight_only(4, 64))
+    ids = torch.randint(0, 64, (1, 9))
+    compiled = torch.compile(llama, fullgraph=True)
+
+    def run(model: nn.Module) -> list[torch.Tensor]:
+        cache = transformers.StaticCache(config=config, max_cache_len=16)
+        out = [model(ids[:, :6], past_key_values=cache, cache_position=torch.arange(6)).logits]
+        for i in range(6, 9):
+            out.append(model(ids[:, i : i + 1], past_key_values=cache, cache_position=torch.tensor([i])).logits)
+        return out
+
+    with torch.no_grad():
+        for eager, fast in zip(run(llama), run(compiled), strict=True):
+            torch.testing.assert_close(fast, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_parameters_can_be_swapped_on_conversion() -> None:
+    old = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        m = model()
+        quantize_(m, hqq_weight_only(4, 64))
+        m.to(torch.bfloat16)
+        assert m[0].weight.dtype == torch.bfloat16 and isinstance(m[0].weight, HQQTensor)
+        state = {k: v.clone() for k, v in m.state_dict().items()}
+        fresh = model().to(torch.bfloat16)
+        fresh.load_state_dict(state, assign=True)
+        assert torch.equal(fresh[0].weight, m[0].weight)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(old)
+
+
+def test_a_quantized_module_survives_pickle_and_deepcopy() -> None:
+    m = model()
+    quantize_(m, hqq_weight_only(3, 32))
+    x = torch.randn(2, 128)
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert torch.equal(other[:3](x), m[:3](x)) and "3-bit int" in repr(other)
+        assert other[0].weight.qdata.data_ptr() != m[0].weight.qdata.data_ptr()
 
 
 def test_an_unknown_backend_is_an_error() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import hqqtensor
 from hqqtensor.cli.output import print_json
+from hqqtensor.kernels import cpu
 from hqqtensor.ops.backend import describe_backends
 
 _PACKAGES = ("torch", "torchao", "safetensors", "transformers")
@@ -55,6 +56,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "flags": cpu_flags(),
+            "kernels": cpu.instruction_set() if cpu.why_unavailable() is None else None,
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         },
@@ -84,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'platform':<14}{found['platform']}")
     print(f"{'cpu':<14}{cpu['torch_capability']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
     print(f"{'cpu flags':<14}{flags}")
+    print(f"{'cpu kernels':<14}{cpu['kernels'] or 'none: the plain path serves the CPU'}")
     print(f"{'gpu':<14}{found['gpu'] or 'none'}")
     print("backends, last to first in order of preference:")
     for backend in found["backends"]:

@@ -12,6 +12,7 @@ from hqqtensor import HqqConfig, quantize_
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.output import CommandError, UsageError, print_json, progress_on_stderr
 from hqqtensor.cli.quantize import group_size
+from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.language import compare_language_models, token_windows
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         with progress_on_stderr("quantizing", not args.json) as progress:
             quantize_(quantized, config, progress=progress)
     result = compare_language_models(original, quantized, windows)
-    before, after = model_dir.model_size(original), model_dir.model_size(quantized)
+    before, after = model_size(original), model_size(quantized)
     if args.json:
         print_json(
             {

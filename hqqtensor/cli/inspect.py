@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hqqtensor.cli.output import CommandError, megabytes, print_json, print_table
+from hqqtensor.cli.output import CommandError, print_json, print_table
+from hqqtensor.diagnostics.table import megabytes
 from hqqtensor.serialization import inspect_checkpoint
 
 _FIELDS = ("name", "kind", "shape", "dtype", "nbits", "group_size", "axis", "format", "nbytes")

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,12 @@ from torch import nn
 
 from hqqtensor.cli.output import CommandError, UsageError
 from hqqtensor.serialization import load_model
-from hqqtensor.tensor import HQQTensor
 
 QUANT_METHOD = "hqqtensor"
 _COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
     "generation_config.json", "chat_template*", "*processor_config.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """nbytes: bytes of all parameters, shared ones counted once. The rest counts quantized weights only.
-
-    quantized_nbytes: their bytes with scales and zero points. quantized_weights: how many numbers they stand for.
-    """
-
-    nbytes: int
-    quantized_nbytes: int
-    quantized_weights: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a quantized weight, metadata counted; nan where nothing is quantized."""
-        return 8 * self.quantized_nbytes / self.quantized_weights if self.quantized_weights else float("nan")
-
-
-def model_size(model: nn.Module) -> ModelSize:
-    """Count the parameters of ``model``; buffers are left out."""
-    parameters = list(model.parameters())
-    quantized = [p for p in parameters if isinstance(p, HQQTensor)]
-    return ModelSize(
-        sum(p.nbytes for p in parameters), sum(p.nbytes for p in quantized), sum(p.numel() for p in quantized)
-    )
 
 
 def import_transformers() -> Any:

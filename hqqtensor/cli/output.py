@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hqqtensor.diagnostics.table import text_table
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -40,15 +42,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
         return
     if title:
         print(title)
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
-
-
-def megabytes(count: int | float) -> str:
-    """``count`` bytes in units of 10^6 bytes."""
-    return f"{count / 1e6:.2f} MB"
+    print(text_table(header, rows))
 
 
 @contextmanager

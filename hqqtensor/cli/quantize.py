@@ -8,7 +8,9 @@ from typing import Any
 
 from hqqtensor import HqqConfig, quantize_, save_model
 from hqqtensor.cli import model_dir
-from hqqtensor.cli.output import UsageError, megabytes, print_json, progress_on_stderr
+from hqqtensor.cli.output import UsageError, print_json, progress_on_stderr
+from hqqtensor.diagnostics import model_size
+from hqqtensor.diagnostics.table import megabytes
 
 
 def group_size(text: str) -> int | None:
@@ -78,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     settings = model_dir.read_config(source)
     model_dir.check_output(out, source, args.overwrite)
     model = model_dir.open_dense(source)
-    before = model_dir.model_size(model)
+    before = model_size(model)
     started = time.perf_counter()
     with progress_on_stderr("quantizing", not args.json) as progress:
         quantize_(model, config, progress=progress)
     seconds = time.perf_counter() - started
-    after = model_dir.model_size(model)
+    after = model_size(model)
 
     settings["quantization_config"] = {
         "quant_method": model_dir.QUANT_METHOD,

@@ -60,7 +60,7 @@ def compare_language_models(original: nn.Module, quantized: nn.Module, windows: 
         raise ValueError(f"windows must be [W, context] with W >= 1 and context >= 2, got {list(windows.shape)}")
     nll_before = nll_after = kl = 0.0
     top1 = top5 = tokens = 0
-    with _evaluating(original), _evaluating(quantized):
+    with evaluating(original), evaluating(quantized):
         vocabulary = next_token_logits(original, windows[:1, :2]).shape[-1]
         batch = max(1, _LOGITS_PER_BATCH // (vocabulary * windows.shape[1]))
         for chunk in windows.split(batch):
@@ -95,7 +95,8 @@ def next_token_logits(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block, then the mode that was."""
     training = model.training
     model.eval()
     try:

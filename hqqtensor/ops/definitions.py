@@ -52,7 +52,7 @@ def _fake_embedding(indices, qdata, scale, zero_point, nbits, format, group_size
     return qdata.new_empty(*indices.shape, in_features, dtype=dtype)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Tensor]] = {
     "dequantize": _fake_dequantize,
     "linear": _fake_linear,
     "batched_linear": _fake_linear,

@@ -1,0 +1,105 @@
+"""collect_quantization_debug_info: settings, ranges and error of each quantized module."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hqqtensor.diagnostics.table import text_table
+from hqqtensor.packing import unpack
+from hqqtensor.tensor import HQQTensor
+
+
+@dataclass(frozen=True)
+class ModuleDebugInfo:
+    """One quantized weight.
+
+    bits_per_weight: metadata counted. scale_range, zero_range: smallest and largest. saturated: share of codes that
+    are the first or the last. relative_error: sum of squared differences to the original over the sum of its squares;
+    None where no original was given.
+    """
+
+    name: str
+    shape: list[int]
+    nbits: int
+    group_size: int
+    axis: int
+    format: str
+    bits_per_weight: float
+    nbytes: int
+    scale_range: tuple[float, float]
+    zero_range: tuple[float, float]
+    saturated: float
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class QuantizationDebugInfo:
+    """``modules``: one entry for each quantized weight, in the order of the model."""
+
+    modules: list[ModuleDebugInfo]
+
+    @property
+    def relative_error(self) -> float | None:
+        """Mean of the modules' errors; None without originals or modules."""
+        errors = [m.relative_error for m in self.modules if m.relative_error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def __str__(self) -> str:
+        if not self.modules:
+            return "no quantized weights"
+        header = ("module", "shape", "bits", "group", "axis", "bits/weight", "end codes", "error")
+        rows = [
+            (
+                m.name,
+                "x".join(map(str, m.shape)),
+                str(m.nbits),
+                str(m.group_size),
+                str(m.axis),
+                f"{m.bits_per_weight:.3f}",
+                f"{m.saturated:.1%}",
+                "-" if m.relative_error is None else f"{m.relative_error:.2e}",
+            )
+            for m in self.modules
+        ]
+        return text_table(header, rows)
+
+
+@torch.no_grad()
+def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None = None) -> QuantizationDebugInfo:
+    """Settings and figures of every quantized weight; ``original`` is the dense model, for the error.
+
+    KeyError where ``original`` lacks a parameter that is quantized in ``model``.
+    """
+    dense = None if original is None else dict(original.named_parameters(remove_duplicate=False))
+    found = []
+    for name, weight in model.named_parameters():
+        if not isinstance(weight, HQQTensor):
+            continue
+        error = None
+        if dense is not None:
+            if name not in dense:
+                raise KeyError(f"the original model has no parameter {name}")
+            true = dense[name].detach().to(weight.device, torch.float32)
+            difference = weight.dequantize(torch.float32) - true
+            error = (difference.square().sum() / true.square().sum()).item()
+        qdata, scale, zero = weight.packed()
+        codes = unpack(qdata, weight.nbits, weight.in_features)
+        ends = ((codes == 0) | (codes == 2**weight.nbits - 1)).float().mean().item()
+        found.append(
+            ModuleDebugInfo(
+                name.removesuffix(".weight"),
+                list(weight.shape),
+                weight.nbits,
+                weight.group_size,
+                weight.axis,
+                weight.format,
+                8 * weight.nbytes / weight.numel(),
+                weight.nbytes,
+                (scale.min().item(), scale.max().item()),
+                (zero.min().item(), zero.max().item()),
+                ends,
+                error,
+            )
+        )
+    return QuantizationDebugInfo(found)

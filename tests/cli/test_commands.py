@@ -1,0 +1,148 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from expecttest import assert_expected_inline
+from safetensors.torch import load_file, save_file
+
+from hqqtensor import HqqConfig, HQQTensor, quantize_
+from hqqtensor.cli import main, model_dir
+
+DOCLM = Path(__file__).parent.parent / "assets" / "doclm"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A random Llama of two layers with doclm's tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    vocabulary = json.loads((DOCLM / "config.json").read_text())["vocab_size"]
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DOCLM / name, path / name)
+    return path
+
+
+def run(*args: object) -> int:
+    return main([str(arg) for arg in args])
+
+
+def test_quantize_writes_what_quantize_in_a_process_gives(tiny: Path, tmp_path: Path, capsys) -> None:
+    layers = ["self_attn.q_proj=3/32", "mlp.down_proj=none"]
+    assert run("quantize", tiny, tmp_path / "out", "--bits", 4, "--layers", *layers, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    want = transformers.LlamaForCausalLM.from_pretrained(tiny)
+    tags = {"self_attn.q_proj": {"nbits": 3, "group_size": 32}, "mlp.down_proj": None}
+    quantize_(want, HqqConfig(4, 64, dynamic_config=tags))
+    got = model_dir.open_quantized(tmp_path / "out")
+    assert type(got) is transformers.LlamaForCausalLM
+    for (name, a), (_, b) in zip(want.state_dict().items(), got.state_dict().items(), strict=True):
+        assert type(a) is type(b) and torch.equal(a, b), name
+    assert got.model.layers[0].self_attn.q_proj.weight.nbits == 3
+    assert not isinstance(got.model.layers[0].mlp.down_proj.weight, HQQTensor)
+    assert summary["bytes_after"] < summary["bytes_before"] and summary["config"]["nbits"] == 4
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_skip_replaces_the_modules_left_alone(tiny: Path, tmp_path: Path) -> None:
+    assert run("quantize", tiny, tmp_path / "out", "--skip", "mlp", "--quant-metadata", "--json") == 0
+    model = model_dir.open_quantized(tmp_path / "out")
+    assert isinstance(model.lm_head.weight, HQQTensor) and isinstance(model.lm_head.weight.scale, HQQTensor)
+    assert not isinstance(model.model.layers[0].mlp.up_proj.weight, HQQTensor)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bits", 9], "nbits must be"),
+        (["--bits", "four"], "invalid int"),
+        (["--group-size", 0], "group_size must be"),
+        (["--layers", "mlp"], "TAG=BITS/GROUP"),
+        (["--layers", "mlp=4", "mlp=3"], "each tag once"),
+        (["--solver", "magic"], "solver must be one of"),
+        (["--speed", "fast"], "unrecognized"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_write_nothing(tiny: Path, tmp_path: Path, capsys, args, message) -> None:
+    assert run("quantize", tiny, tmp_path / "out", *args) == 2
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_failed_work_exits_with_1_and_leaves_nothing(tiny: Path, tmp_path: Path, capsys) -> None:
+    assert run("quantize", tiny, tmp_path / "out", "--layers", "no_such_layer=4/64") == 1
+    assert "no_such_layer" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert run("quantize", broken, tmp_path / "out") == 1
+    assert "layers.1.mlp.up_proj.weight: holds NaN" in capsys.readouterr().err
+    assert run("quantize", tmp_path / "nowhere", tmp_path / "out") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_output_that_is_there_is_kept_unless_told(tiny: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", tiny, out, "--json") == 0
+    assert run("quantize", tiny, out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("quantize", tiny, out, "--bits", 2, "--overwrite", "--json") == 0
+    assert model_dir.open_quantized(out).model.layers[0].mlp.up_proj.weight.nbits == 2
+    assert run("quantize", out, tmp_path / "again") == 1
+    assert "already quantized" in capsys.readouterr().err
+    assert run("quantize", tiny, tiny, "--overwrite") == 2
+
+
+def test_inspect_lists_tensors_and_real_bits(tiny: Path, tmp_path: Path, capsys) -> None:
+    run("quantize", tiny, tmp_path / "out", "--bits", 3, "--json")
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("model.layers.0.mlp.up_proj.weight"))
+    assert_expected_inline(
+        " ".join(row.split()), """model.layers.0.mlp.up_proj.weight hqq 128x64 float32 3 64 1 int 3584"""
+    )
+    assert lines[-1] == "3.500 bits a quantized weight, metadata counted"
+    assert run("inspect", tmp_path / "out", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bits_per_weight"] == 3.5 and len(report["tensors"]) == len(lines) - 3
+    assert run("inspect", tmp_path / "nothing") == 1
+
+
+def test_eval_compares_a_quantized_directory_with_its_original(tiny: Path, tmp_path: Path, capsys) -> None:
+    run("quantize", tiny, tmp_path / "out", "--bits", 8, "--json")
+    capsys.readouterr()
+    options = ("--text", DOCLM / "valid.txt", "--context", 32, "--max-tokens", 320)
+    assert run("eval", tmp_path / "out", *options, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 310 and result["original"] == str(tiny.resolve())
+    assert result["perplexity_after"] == pytest.approx(result["perplexity_before"], rel=0.01)
+    assert run("eval", tiny, *options, "--bits", 2) == 0
+    text = capsys.readouterr().out
+    assert "perplexity" in text and "bits a weight    2.500" in text
+    assert run("eval", tmp_path / "out", *options, "--bits", 2) == 2
+    assert run("eval", tiny, "--text", tmp_path / "none.txt") == 1
+    assert run("eval", tiny, "--text", DOCLM / "valid.txt", "--context", 4096) == 2
+
+
+def test_env_reports_versions_and_backends(capsys) -> None:
+    assert run("env", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert {b["name"] for b in found["backends"]} >= {"dequantize", "cpu"}
+    assert run("env") == 0
+    assert "cpu kernels" in capsys.readouterr().out
+
+
+def test_help_and_no_command(capsys) -> None:
+    assert run("--help") == 0
+    assert "quantize" in capsys.readouterr().out
+    assert run() == 2
