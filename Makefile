@@ -31,7 +31,8 @@ lint: $(STAMP)
 	$(BIN)/mypy hqqtensor
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cpu_plain
+	$(BIN)/python -m benchmarks.quality_basic
+	$(BIN)/python -m benchmarks.cpu_linear
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""One command each: ``python -m benchmarks.NAME``. Answers are checked before anything is timed."""
