@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality_basic``: weight error of the solvers, file size, and two real models at 8 to 2 bits."""
+"""``python -m benchmarks.quality_basic``: weight error of the solvers, file size, two real models."""
 
 import argparse
 import tempfile
