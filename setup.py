@@ -17,7 +17,7 @@ else:
         ) from error
 
     folder = Path("hqqtensor/kernels/cpu")
-    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     setup(
         ext_modules=[
             CppExtension(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.formats import get_format
+from hqqtensor.kernels import cpu
+from hqqtensor.ops.backend import serves
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
@@ -51,9 +53,8 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight") -> Non
             f"{name}: view_as_float needs packed rows of a multiple of {weight.element_size()} bytes, "
             f"got {row_bytes(weight.shape[-1], config.nbits)} ({config.nbits} bits, in_features {weight.shape[-1]})"
         )
-    flat = weight.detach().flatten(0, -2)
-    step = max(1, CHUNK // flat.shape[1])
-    if not all(bool(flat[i : i + step].isfinite().all()) for i in range(0, flat.shape[0], step)):
+    # The range shows NaN and Inf, and is found faster than every number is looked at.
+    if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):
         raise ValueError(f"{name}: holds NaN or Inf; quantization needs finite weights")
 
 
@@ -90,6 +91,8 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
 
 def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
+    if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
+        return Solution(*cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver))
     solve, options = get_solver(config.solver), SolverOptions(lp_norm=config.lp_norm)
     out_features, in_features = matrix.shape
     if config.axis == 1:
@@ -118,6 +121,9 @@ def _assign(
     matrix: Tensor, inverse: Tensor, zero_point: Tensor, out: Tensor, group_size: int, config: HqqConfig
 ) -> None:
     """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
+    if _on_cpu_kernels(matrix) and config.format == "int":
+        cpu.assign(out, matrix, inverse, zero_point, config.nbits, group_size, config.axis)
+        return
     out_features, in_features = matrix.shape
     fmt, groups = get_format(config.format), inverse.shape[0]
     step = max(1, CHUNK // in_features)
@@ -130,6 +136,10 @@ def _assign(
         size = (count, in_features, group_size, config.axis)
         meta = [expand_groups(t[rows] if config.axis == 1 else t, *size) for t in (inverse, zero_point)]
         out[rows] = pack(fmt.encode(matrix[rows].to(torch.float32), meta[0], meta[1], config.nbits), config.nbits)
+
+
+def _on_cpu_kernels(matrix: Tensor) -> bool:
+    return serves("cpu", matrix.device.type)
 
 
 def _storage_dtype(scale: Tensor, zero_point: Tensor) -> torch.dtype:

@@ -104,6 +104,16 @@ def kernel(op: str, device_type: str) -> Callable:
     raise RuntimeError(f"no backend has a kernel for {op!r} on {device_type!r}")
 
 
+def serves(name: str, device_type: str) -> bool:
+    """Whether the backend ``name`` can run here, serves the device and is not ruled out by another choice."""
+    known = _BACKENDS[name]
+    return (
+        (_local.get() or _default) in ("auto", name)
+        and known.why_unavailable() is None
+        and (known.device_types is None or device_type in known.device_types)
+    )
+
+
 def _check(name: str) -> None:
     if name == "auto":
         return

@@ -6,6 +6,8 @@ through the plain path.
 
 from typing import Any
 
+from torch import Tensor
+
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
 
 _missing: str | None = None
@@ -26,6 +28,23 @@ def instruction_set() -> str:
     if _missing is not None:
         raise RuntimeError(_missing)
     return _C.instruction_set()
+
+
+def solves(solver: str, lp_norm: float, format: str) -> bool:
+    """Whether ``solve`` has this solver."""
+    return format == "int" and (solver == "rtn" or (solver == "hqq_joint" and lp_norm == 2.0))
+
+
+def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
+    """Inverse scales and zero points, float32, of ``[N, K]``: ``[N, groups]`` (axis 1) or ``[groups, K]`` (axis 0)."""
+    return _C.solve(matrix, nbits, group_size, axis, solver)
+
+
+def assign(
+    out: Tensor, matrix: Tensor, inverse: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int
+) -> None:
+    """Pack the nearest integer codes of ``[N, K]`` into ``out``, uint8 ``[N, row_bytes]``; scales as from ``solve``."""
+    _C.assign(out, matrix, inverse, zero_point, nbits, group_size, axis)
 
 
 def _follow(process: str, thread: str | None) -> None:

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "quantize.h"
 
 namespace {
 
@@ -276,6 +277,9 @@ TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", [] { return hq::kernels().name; });
+  const auto free = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("solve", &hq::solve, free);
+  m.def("assign", &hq::assign, free);
   m.def("set_process_choice", [](int c) { process_choice = c; });
   m.def("set_thread_choice", [](int c) { thread_choice = c; });
 }

@@ -54,6 +54,10 @@ struct Kernels {
   bool (*prepare)(const float* x, const Weight&, int64_t m, const Digits&);
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
+  int lanes;  // groups that solve_block works on together
+  void (*solve_block)(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero);
+  void (*assign_row)(const float* w, const float* inverse, const float* zero, int64_t K, int nbits, int64_t group_size,
+                     int axis, uint8_t* out);
   void (*to_float)(const void* from, DType, int64_t count, float* out);
   void (*from_float)(const float* from, int64_t count, DType, void* out);
 };

@@ -1,0 +1,259 @@
+// The solvers, many groups at a time: lane i of a vector works on group i, so that nothing is summed across lanes and
+// a group's divisions cost what one division costs. Weights lie as [size][kFloats]: a block of groups of one size fits
+// the first-level cache for all its iterations. What is computed is described in hqqtensor/solvers/.
+#pragma once
+#include "rows.h"
+
+namespace {
+
+inline Floats f_pick(Floats condition_lt_zero, Floats then_, Floats else_) {
+  float c[kFloats], a[kFloats], b[kFloats];
+  f_store(c, condition_lt_zero);
+  f_store(a, then_);
+  f_store(b, else_);
+  for (int i = 0; i < kFloats; ++i) b[i] = c[i] < 0 ? a[i] : b[i];
+  return f_load(b);
+}
+
+inline Floats clamp_round(Floats v, Floats last) { return f_min(f_max(f_round(v), f_zero()), last); }
+
+struct Range {
+  Floats low, high;
+};
+
+inline Range range_of(const float* w, int64_t size) {
+  Range r{f_load(w), f_load(w)};
+  for (int64_t j = 1; j < size; ++j) {
+    const Floats v = f_load(w + j * kFloats);
+    r.low = f_min(r.low, v);
+    r.high = f_max(r.high, v);
+  }
+  return r;
+}
+
+// Groups whose weights are all the same: scale and zero that give that value from one code.
+void fix_constant(const float* low, const float* high, float* scale, float* zero) {
+  for (int i = 0; i < kFloats; ++i)
+    if (!(high[i] - low[i] > 1.17549435e-38f)) {
+      scale[i] = low[i] == 0 ? 1.0f : __builtin_fabsf(low[i]);
+      zero[i] = low[i] < 0 ? 1.0f : 0.0f;
+    }
+}
+
+void solve_rtn(const float* w, int64_t size, int nbits, float* inverse, float* zero) {
+  const Range r = range_of(w, size);
+  const Floats last = f_set((float)((1 << nbits) - 1));
+  const Floats scale = f_sub(f_div(r.high, last), f_div(r.low, last));
+  float s[kFloats], low[kFloats], high[kFloats];
+  f_store(s, scale);
+  f_store(low, r.low);
+  f_store(high, r.high);
+  f_store(zero, f_div(f_sub(f_zero(), r.low), scale));
+  fix_constant(low, high, s, zero);
+  f_store(inverse, f_div(f_set(1), f_load(s)));
+}
+
+// Scale and zero of each lane's group with the error they have.
+struct Candidate {
+  Floats error, s, z;
+};
+
+struct Joint {
+  const float* w;  // in units of the group's largest weight
+  int64_t size;
+  Floats last, middle, mean;
+
+  // Error of (s, z) with the nearest codes, and the regression of w on those codes.
+  Floats step(Floats s, Floats z, Floats& new_s, Floats& new_z) const {
+    const Floats inverse = f_div(f_set(1), s), shift = f_sub(middle, z);
+    Floats sum = f_zero(), squares = f_zero(), products = f_zero(), error = f_zero();
+    for (int64_t j = 0; j < size; ++j) {
+      const Floats v = f_load(w + j * kFloats);
+      const Floats c = f_sub(clamp_round(f_fma(v, inverse, z), last), middle);  // centred: less is lost in sums
+      const Floats r = f_sub(f_mul(f_add(c, shift), s), v);
+      sum = f_add(sum, c);
+      squares = f_fma(c, c, squares);
+      products = f_fma(c, v, products);
+      error = f_fma(r, r, error);
+    }
+    const Floats count = f_set(1.0f / (float)size);
+    const Floats code_mean = f_mul(sum, count);
+    const Floats spread = f_sub(squares, f_mul(sum, code_mean));
+    const Floats slope = f_div(f_sub(products, f_mul(sum, mean)), spread);
+    // All codes equal, or a slope that is no usable number: the regression says nothing, keep what was.
+    const Floats tiny = f_set(1e-20f);
+    const Floats bad = f_sub(f_min(spread, slope), tiny);
+    new_s = f_pick(bad, s, slope);
+    new_z = f_pick(bad, z, f_sub(f_add(code_mean, middle), f_div(mean, slope)));
+    return error;
+  }
+
+  // (s, z) in `best` wherever it is better there.
+  static void keep(Candidate& best, Floats error, Floats s, Floats z) {
+    const Floats worse = f_sub(best.error, error);  // below zero: the old one stays
+    best.s = f_pick(worse, best.s, s);
+    best.z = f_pick(worse, best.z, z);
+    best.error = f_min(best.error, error);
+  }
+
+  Candidate search(Floats low, Floats high, int codes) const {
+    const Floats centre = f_mul(f_add(low, high), f_set(0.5f)), half = f_mul(f_sub(high, low), f_set(0.5f));
+    const float pull = 4.0f / (float)codes < 0.4f ? 4.0f / (float)codes : 0.4f;
+    Candidate best{f_set(3e38f), f_set(1), f_zero()};
+    Floats s, z;
+    for (int a = 0; a < 3; ++a)
+      for (int b = 0; b < 3; ++b) {
+        const Floats start = f_sub(centre, f_mul(half, f_set(1 - pull * (float)(2 - a) / 2)));
+        const Floats end = f_fma(half, f_set(1 - pull * (float)(2 - b) / 2), centre);
+        s = f_div(f_sub(end, start), last);
+        z = f_div(f_sub(f_zero(), start), s);
+        Floats s1, z1, s2, z2;
+        step(s, z, s1, z1);
+        keep(best, step(s1, z1, s2, z2), s1, z1);
+      }
+    settle(best, best.s, best.z, 5);
+    for (int move = 0; move < 4; ++move) {
+      const Floats wider = f_mul(best.s, f_set(1 + (move % 2 ? -0.5f : 0.5f) / (float)codes));
+      const Floats ratio = f_div(best.s, wider);
+      // The first two moves hold the lower end of the range, the others the upper one.
+      const Floats zero = move < 2 ? f_mul(best.z, ratio) : f_sub(last, f_mul(f_sub(last, best.z), ratio));
+      settle(best, wider, zero, 3);
+    }
+    return best;
+  }
+
+  void settle(Candidate& best, Floats s, Floats z, int steps) const {
+    for (int i = 0; i < steps; ++i) {
+      Floats next_s, next_z;
+      keep(best, step(s, z, next_s, next_z), s, z);
+      s = next_s;
+      z = next_z;
+    }
+  }
+};
+
+void solve_joint(float* w, int64_t size, int nbits, float* inverse, float* zero) {
+  const Range r = range_of(w, size);
+  float low[kFloats], high[kFloats], unit[kFloats], scale[kFloats];
+  f_store(low, r.low);
+  f_store(high, r.high);
+  for (int i = 0; i < kFloats; ++i) {
+    const bool flat = !(high[i] - low[i] > 1.17549435e-38f);
+    const float a = __builtin_fabsf(low[i]), b = __builtin_fabsf(high[i]);
+    unit[i] = flat ? 1.0f : a > b ? a : b;
+  }
+  const Floats units = f_load(unit);
+  Floats total = f_zero();
+  for (int64_t j = 0; j < size; ++j) {
+    const Floats v = f_div(f_load(w + j * kFloats), units);
+    f_store(w + j * kFloats, v);
+    total = f_add(total, v);
+  }
+  const int codes = (1 << nbits) - 1;
+  const Joint joint{w, size, f_set((float)codes), f_set((float)codes / 2), f_mul(total, f_set(1.0f / (float)size))};
+  Floats bottom = f_div(r.low, units), top = f_div(r.high, units);
+  top = f_pick(f_sub(f_sub(top, bottom), f_set(1e-30f)), f_add(bottom, f_set(1)), top);  // flat: any range will do
+  const Candidate best = joint.search(bottom, top, codes);
+  f_store(scale, f_mul(best.s, units));
+  f_store(zero, best.z);
+  fix_constant(low, high, scale, zero);
+  f_store(inverse, f_div(f_set(1), f_load(scale)));
+}
+
+// kFloats groups of `size` weights, w[j * kFloats + i] the j-th of group i (overwritten). solver: 0 rtn, 1 joint.
+void solve_block(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero) {
+  if (solver == 0)
+    solve_rtn(w, size, nbits, inverse, zero);
+  else
+    solve_joint(w, size, nbits, inverse, zero);
+}
+
+// Codes of one block of `count` (a multiple of 8, up to 128) into the plane of P bits that holds their bits from LOW on.
+template <int P, int LOW>
+inline uint8_t* pack_plane(const uint8_t* codes, int64_t count, uint8_t* out) {
+  const int64_t width = count * P / 8;
+  for (int64_t i = 0; i < width; ++i) {
+    int byte = 0;
+    for (int f = 0; f < 8 / P; ++f) byte |= ((codes[f * width + i] >> LOW) & ((1 << P) - 1)) << (P * f);
+    out[i] = (uint8_t)byte;
+  }
+  return out + width;
+}
+
+template <int NB>
+inline void pack_block(const uint8_t* codes, int64_t count, uint8_t* out) {
+  if constexpr (NB == 8) out = pack_plane<8, 0>(codes, count, out);
+  if constexpr ((NB & 4) != 0) out = pack_plane<4, 0>(codes, count, out);
+  if constexpr ((NB & 2) != 0) out = pack_plane<2, NB & 4>(codes, count, out);
+  if constexpr ((NB & 1) != 0) out = pack_plane<1, NB & 6>(codes, count, out);
+}
+
+// The codes of up to 128 weights. axis 1: `left` weights remain of `group`. axis 0: a scale for each column.
+struct Assigner {
+  const float *inverse, *zero;
+  int64_t group_size, group, left;
+  Floats last;
+
+  void columns(const float* w, int64_t k, int64_t count, uint8_t* codes) const {
+    int64_t i = 0;
+    for (; i + kFloats <= count; i += kFloats)
+      f_to_codes(clamp_round(f_add(f_mul(f_load(w + i), f_load(inverse + k + i)), f_load(zero + k + i)), last), codes + i);
+    if (i < count) {
+      float v[3][kFloats] = {};
+      const size_t bytes = sizeof(float) * (size_t)(count - i);
+      __builtin_memcpy(v[0], w + i, bytes);
+      __builtin_memcpy(v[1], inverse + k + i, bytes);
+      __builtin_memcpy(v[2], zero + k + i, bytes);
+      some(v, codes + i, count - i);
+    }
+  }
+
+  void groups(const float* w, int64_t count, uint8_t* codes) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t end = count - i < left ? count : i + left;
+      left -= end - i;
+      const float s = inverse[group], z = zero[group];
+      const Floats scale = f_set(s), shift = f_set(z);
+      for (; i + kFloats <= end; i += kFloats)
+        f_to_codes(clamp_round(f_add(f_mul(f_load(w + i), scale), shift), last), codes + i);
+      if (i < end) {
+        float v[3][kFloats] = {};
+        __builtin_memcpy(v[0], w + i, sizeof(float) * (size_t)(end - i));
+        f_store(v[1], scale);
+        f_store(v[2], shift);
+        some(v, codes + i, end - i);
+        i = end;
+      }
+      if (left == 0) ++group, left = group_size;
+    }
+  }
+
+  void some(const float (*v)[kFloats], uint8_t* codes, int64_t count) const {
+    uint8_t found[kFloats];
+    f_to_codes(clamp_round(f_add(f_mul(f_load(v[0]), f_load(v[1])), f_load(v[2])), last), found);
+    __builtin_memcpy(codes, found, (size_t)count);
+  }
+};
+
+// Nearest codes of a row of weights, packed. axis 1: a scale for each group; axis 0: one for each column.
+void assign_row(const float* w, const float* inverse, const float* zero, int64_t K, int nbits, int64_t group_size,
+                int axis, uint8_t* out) {
+  Assigner a{inverse, zero, group_size, 0, group_size, f_set((float)((1 << nbits) - 1))};
+  uint8_t codes[128];
+  with_nbits(nbits, [&](auto nb) {
+    for (int64_t k = 0; k < K; k += 128, out += 16 * nb.value) {
+      const int64_t count = K - k < 128 ? K - k : 128;
+      if (count < 128) __builtin_memset(codes, 0, sizeof codes);
+      if (axis == 1)
+        a.groups(w + k, count, codes);
+      else
+        a.columns(w + k, k, count, codes);
+      if (count == 128)
+        pack_block<nb.value>(codes, 128, out);
+      else
+        pack_block<nb.value>(codes, (count + 7) / 8 * 8, out);
+    }
+  });
+}
+
+}  // namespace

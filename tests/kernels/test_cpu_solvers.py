@@ -1,0 +1,81 @@
+"""The C++ solvers and packing against the plain ones."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hqqtensor import HqqConfig, HQQTensor, backend
+from hqqtensor.kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+
+
+def both(w: torch.Tensor, config: HqqConfig) -> tuple[HQQTensor, HQQTensor]:
+    with backend("cpu"):
+        fast = HQQTensor.from_hp(w, config)
+    with backend("dequantize"):
+        return fast, HQQTensor.from_hp(w, config)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    nbits=st.integers(1, 8),
+    group_size=st.sampled_from([2, 7, 16, 64, 100, None]),
+    axis=st.sampled_from([0, 1]),
+    N=st.integers(1, 150),
+    K=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1e-3, 0.02, 30.0]),
+)
+def test_rtn_and_packing_equal_the_plain_ones_to_the_last_bit(nbits, group_size, axis, N, K, dtype, size) -> None:
+    w = (torch.randn(N, K, generator=torch.manual_seed(0)) * size).to(dtype)
+    extent = K if axis == 1 else N
+    chosen = None if group_size is None else min(group_size, extent)
+    fast, plain = both(w, HqqConfig(nbits, chosen, axis=axis, solver="rtn"))
+    assert torch.equal(fast.scale, plain.scale) and torch.equal(fast.zero_point, plain.zero_point)
+    assert torch.equal(fast.qdata, plain.qdata)
+
+
+@pytest.mark.parametrize("nbits", range(1, 9))
+@pytest.mark.parametrize(("group_size", "axis"), [(64, 1), (64, 0), (24, 1), (None, 1), (16, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_is_as_good_as_the_plain_one(nbits, group_size, axis, dtype) -> None:
+    w = (torch.randn(300, 300, generator=torch.manual_seed(0)) * 0.02).to(dtype)
+    fast, plain = both(w, HqqConfig(nbits, group_size, axis=axis))
+    errors = [(q.dequantize(torch.float32) - w.float()).square().sum().item() for q in (fast, plain)]
+    assert errors[0] <= 1.003 * errors[1]
+
+
+def test_constant_tiny_and_far_off_groups() -> None:
+    w = torch.zeros(6, 64)
+    w[1], w[2], w[3] = 0.5, -3.0, 1e-38
+    w[4] = torch.randn(64) * 1e-6
+    w[5] = 100 + torch.randn(64) * 0.1
+    for solver in ("rtn", "hqq_joint"):
+        fast, _ = both(w, HqqConfig(8, 64, solver=solver))
+        d = fast.dequantize()
+        assert torch.equal(d[:3], w[:3])
+        for row in (4, 5):
+            spread = (w[row] - w[row].mean()).square().sum()
+            assert (d[row] - w[row]).square().sum() / spread < 1e-3
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    w = torch.randn(130, 330, generator=torch.manual_seed(0))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append([HQQTensor.from_hp(w, HqqConfig(3, 32, axis=axis)) for axis in (0, 1)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_other_norms_and_solvers_take_the_plain_path() -> None:
+    w = torch.randn(16, 64, generator=torch.manual_seed(0))
+    for options in ({"lp_norm": 0.7}, {"solver": "hqq"}):
+        fast, plain = both(w, HqqConfig(4, 64, **options))
+        assert torch.equal(fast, plain)
