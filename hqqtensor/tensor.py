@@ -24,6 +24,7 @@ class HQQTensor(TorchAOBaseTensor):
 
     Attributes:
         nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
+        in_features, out_features: K and N, the length and the number of stored rows. rank: of the logical shape.
         shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
             dimensions of ``shape`` are swapped against the stored ``[N, K]``.
     """
@@ -55,6 +56,19 @@ class HQQTensor(TorchAOBaseTensor):
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
         self.format, self.transposed = format, transposed
+        # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
+        self.rank = len(shape)
+        self.in_features = shape[-2] if transposed else shape[-1]
+        self.out_features = shape[-1] if transposed else shape[-2]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """torchao's dispatch by table, with the call that models make most taken straight to its operator."""
+        if func is torch.nn.functional.linear and len(args) == 3 and not kwargs:
+            x, weight, bias = args
+            if type(x) is Tensor and type(weight) is not Tensor and weight.rank == 2 and not weight.transposed:
+                return tensor_ops.linear(x, weight, bias)
+        return super().__torch_function__(func, types, args, kwargs)
 
     @staticmethod
     @torch.compiler.disable
@@ -74,16 +88,6 @@ class HQQTensor(TorchAOBaseTensor):
             HQQTensor._from_encoded(m, torch.float32) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)
         ]
         return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, e.shape, dtype, format)
-
-    @property
-    def in_features(self) -> int:
-        """K, the stored row length."""
-        return self.shape[-2] if self.transposed else self.shape[-1]
-
-    @property
-    def out_features(self) -> int:
-        """N, the number of stored rows."""
-        return self.shape[-1] if self.transposed else self.shape[-2]
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]

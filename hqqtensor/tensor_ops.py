@@ -22,7 +22,8 @@ def _activations(x: Tensor) -> Tensor:
     return x
 
 
-def _linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
+    """``x [..., K]`` times the transpose of a weight ``[N, K]`` that is not transposed, plus ``bias``."""
     if isinstance(x, HQQTensor):
         x = x.dequantize()
     if x.shape[-1] != weight.in_features:
@@ -36,7 +37,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight`` where either may be quantized; fused where weight is a transposed HQQTensor."""
     if isinstance(weight, HQQTensor) and weight.transposed and not isinstance(x, HQQTensor):
         if weight.ndim == 2:
-            return _linear(x, weight, None)
+            return linear(x, weight, None)
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
             x = _activations(x)
             return ops.batched_linear(x, *weight.packed(), weight.act_pre_scale, *weight.settings())
@@ -49,7 +50,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
 def _(func, types, args, kwargs):
     def call(input, weight, bias=None):
         if isinstance(weight, HQQTensor) and weight.ndim == 2 and not weight.transposed:
-            return _linear(input, weight, bias)
+            return linear(input, weight, bias)
         dense = [t.dequantize() if isinstance(t, HQQTensor) else t for t in (input, weight)]
         return torch.nn.functional.linear(dense[0], dense[1], bias)
 
@@ -73,7 +74,7 @@ def _(func, types, args, kwargs):
     bias, x, weight = args
     beta, alpha = (kwargs or {}).get("beta", 1), (kwargs or {}).get("alpha", 1)
     if beta == 1 and alpha == 1 and isinstance(weight, HQQTensor) and weight.transposed and bias.ndim == 1:
-        return _linear(x, weight, bias)
+        return linear(x, weight, bias)
     return beta * bias + alpha * _matmul(x, weight)
 
 

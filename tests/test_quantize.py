@@ -218,3 +218,16 @@ def test_optimal_config_fits_the_budget() -> None:
     assert get_optimal_quant_config("7B", "3.2GB").estimated_bytes <= 3.2e9
     with pytest.raises(ValueError, match="no preset fits"):
         get_optimal_quant_config("70B", "1GB")
+
+
+def test_compiled_gradients_equal_eager_ones() -> None:
+    m = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 32))
+    quantize_(m, hqq_weight_only(4, 64))
+    found = []
+    for run in (m, torch.compile(m, fullgraph=True)):
+        x = torch.randn(3, 128, generator=torch.manual_seed(0)).requires_grad_()
+        m.zero_grad()
+        run(x).square().sum().backward()
+        found.append((x.grad, m[0].bias.grad, m[2].bias.grad))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled.clone(), eager)

@@ -1,9 +1,8 @@
-"""The torch.library operators, their fake kernels and their gradients.
+"""The torch.library operators and their fake kernels.
 
 ``hqqtensor::linear`` and the others have C++ kernels for CPU tensors where the extension is built. Everywhere else, and
 where those kernels do not serve (a backend chosen by hand, another format), ``hqqtensor::registry_linear`` asks the
-backend registry when it runs, so a compiled graph follows ``set_backend`` as eager code does. Gradients flow to the
-activations (and bias), never to codes.
+backend registry when it runs, so a compiled graph follows ``set_backend`` as eager code does.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ SCHEMAS = {
 }
 """Arguments of each operator. qdata, scale and zero_point as in ``HQQTensor``."""
 
-_library = torch.library.Library("hqqtensor", "DEF")
+LIBRARY = torch.library.Library("hqqtensor", "DEF")
 
 
 def _from_registry(op: str) -> Callable[..., Tensor]:
@@ -60,49 +59,11 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 }
 for _op, _schema in SCHEMAS.items():
     for _name in (_op, f"registry_{_op}"):
-        _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(_name, _from_registry(_op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"hqqtensor::{_name}", _FAKES[_op], lib=_library)
+        LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(_name, _from_registry(_op), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hqqtensor::{_name}", _FAKES[_op], lib=LIBRARY)
 
 dequantize = torch.ops.hqqtensor.dequantize.default
 linear = torch.ops.hqqtensor.linear.default
 batched_linear = torch.ops.hqqtensor.batched_linear.default
 embedding = torch.ops.hqqtensor.embedding.default
-
-
-def _save_linear(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, qdata, scale, zero_point, bias, act_pre_scale, *settings = inputs
-    ctx.save_for_backward(qdata, scale, zero_point, act_pre_scale)
-    ctx.settings, ctx.bias_dtype = settings, None if bias is None else bias.dtype
-
-
-def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    qdata, scale, zero_point, act_pre_scale = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ dequantize(qdata, scale, zero_point, *ctx.settings, grad.dtype)
-        if act_pre_scale is not None:
-            grad_x = grad_x * act_pre_scale.to(grad.dtype)
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, None, None, None, grad_bias, *([None] * 6))
-
-
-def _save_batched(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, qdata, scale, zero_point, act_pre_scale, *settings = inputs
-    ctx.save_for_backward(qdata, scale, zero_point, act_pre_scale)
-    ctx.settings = settings
-
-
-def _batched_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    qdata, scale, zero_point, act_pre_scale = ctx.saved_tensors
-    grad_x = torch.bmm(grad, dequantize(qdata, scale, zero_point, *ctx.settings, grad.dtype))
-    if act_pre_scale is not None:
-        grad_x = grad_x * act_pre_scale.to(grad.dtype)
-    return (grad_x, *([None] * 9))
-
-
-torch.library.register_autograd("hqqtensor::linear", _linear_backward, setup_context=_save_linear, lib=_library)
-torch.library.register_autograd(
-    "hqqtensor::batched_linear", _batched_backward, setup_context=_save_batched, lib=_library
-)

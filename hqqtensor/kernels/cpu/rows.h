@@ -63,8 +63,9 @@ void unpack_tail(const uint8_t* b, int nbits, int64_t count, uint8_t* out) {
   for (int plane = 8; plane; plane >>= 1) {
     if (!(nbits & plane)) continue;
     const int64_t width = count * plane / 8;
-    for (int64_t c = 0; c < count; ++c)
-      out[c] |= (uint8_t)(((b[c % width] >> (plane * (c / width))) & ((1 << plane) - 1)) << low);
+    for (int f = 0; f < 8 / plane; ++f)
+      for (int64_t i = 0; i < width; ++i)
+        out[f * width + i] |= (uint8_t)(((b[i] >> (plane * f)) & ((1 << plane) - 1)) << low);
     b += width;
     low += plane;
   }
