@@ -5,7 +5,7 @@ from hqqtensor.ops.definitions import batched_linear, dequantize, embedding, lin
 
 __all__ = ["backend", "batched_linear", "dequantize", "embedding", "linear", "register_backend", "set_backend"]
 
-from hqqtensor.kernels import cpu as cpu  # noqa: E402  its kernels implement the operators defined above
+from hqqtensor.kernels import cpu as cpu
 
 if cpu.why_unavailable() is not None:
     from hqqtensor.ops import gradients
