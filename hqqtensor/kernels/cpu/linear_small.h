@@ -13,6 +13,7 @@ struct Tile {
   const uint8_t* rows[kRows];
   const int8_t* x[kMaxTokens];
   const float* scale[kRows][kMaxTokens];
+  Floats start[kRows][kMaxTokens];  // what the lanes of a result begin with
   int64_t ahead;  // bytes to the same place in the next tile, fetched while this one is multiplied
   float out[kRows][kMaxTokens];
 };
@@ -24,8 +25,8 @@ void run_tile(Tile& tile, int64_t K, int64_t group_size, int group_shift) {
   const int64_t per_chunk = LANES ? 64 / group_size : 1;
   const LaneScales lane_scales(LANES ? group_size : 4);
   Acc acc[kRows][T];
-  for (auto& row : acc)
-    for (auto& a : row) a = acc_zero();
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < T; ++t) acc[r][t] = acc_from(tile.start[r][t]);
   auto half = [&](int64_t chunk, const Codes* codes) __attribute__((always_inline)) {
     for (int t = 0; t < T; ++t) {
       const Tokens x = load_tokens<D>(tile.x[t] + chunk * D * 64);
@@ -102,21 +103,22 @@ inline Floats load_meta(const void* p, DType type, int64_t i) {
   return type == DType::f16 ? f_load_f16((const uint16_t*)p + i) : f_load_bf16((const uint16_t*)p + i);
 }
 
-// Scale and zero point of one row, for each of `tokens`: scale times step into out[t], and sum of scale * zero * sum.
+// Scale and zero point of one row, for each of `tokens`: scale times step into out[t], and minus scale * zero * sum into
+// the lanes of start[t], which the codes' products are then added to.
 struct RowMeta {
   const Weight& w;
   const Digits& d;
   bool by_group;
   float *scale, *zero;  // scratch: a row's last groups, padded
 
-  void run(int64_t row, int64_t token, int64_t tokens, float* const* out, float* shift) const {
+  void run(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* start) const {
     const char *s = at(w.scale, w.meta, row * w.meta_stride), *z = at(w.zero, w.meta, row * w.meta_stride);
     const int64_t size = w.meta == DType::f32 ? 4 : 2, whole = w.groups / kFloats * kFloats;
     const float *step = d.step + token * d.entries, *sums = d.sum + token * padded(w.groups);
     Floats total[kMaxTokens];
     for (int64_t t = 0; t < tokens; ++t) total[t] = f_zero();
     auto block = [&](Floats a, Floats b, int64_t g) {
-      const Floats product = f_mul(a, b);
+      const Floats product = f_mul(a, f_sub(f_zero(), b));
       for (int64_t t = 0; t < tokens; ++t) {
         if (by_group) f_store(out[t] + g, f_mul(a, f_load(step + t * d.entries + g)));
         total[t] = f_fma(product, f_load(sums + t * padded(w.groups) + g), total[t]);
@@ -128,7 +130,7 @@ struct RowMeta {
       to_float(z + whole * size, w.meta, w.groups - whole, zero);
       block(f_load(scale), f_load(zero), whole);
     }
-    for (int64_t t = 0; t < tokens; ++t) shift[t] = f_sum(total[t]);
+    for (int64_t t = 0; t < tokens; ++t) start[t] = total[t];
     if (by_group) return;
     // A step for each chunk: a scale multiplies all those of its group.
     const int64_t per = w.groups == 1 ? d.chunks : w.group_size / 64;
@@ -161,19 +163,19 @@ void linear_small(const Problem& p, const Digits& d, int64_t first, int64_t last
       tile.rows[r] = w.qdata + (r < rows ? n + r : n) * w.row_stride;
     for (int64_t m = 0; m < p.M; m += kMaxTokens) {
       const int64_t tokens = p.M - m < kMaxTokens ? p.M - m : kMaxTokens;
-      float shift[kRows][kMaxTokens];
       for (int64_t r = 0; r < kRows; ++r) {
         float* out[kMaxTokens];
         for (int64_t t = 0; t < kMaxTokens; ++t) {
           tile.x[t] = d.digits + (t < tokens ? m + t : m) * d.chunks * d.count * 64;
           out[t] = both + (r * kMaxTokens + t) * d.entries;
           tile.scale[r][t] = out[t < tokens ? t : 0];
+          tile.start[r][t] = f_zero();
         }
-        if (r < rows) meta.run(n + r, m, tokens, out, shift[r]);
+        if (r < rows) meta.run(n + r, m, tokens, out, tile.start[r]);
       }
       pick_tile(w.nbits, d.count, by_lane, tokens)(tile, w.K, w.group_size, group_shift);
       for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < rows; ++r) store(p, m + t, n + r, tile.out[r][t] - shift[r][t]);
+        for (int64_t r = 0; r < rows; ++r) store(p, m + t, n + r, tile.out[r][t]);
     }
   }
 }
@@ -218,6 +220,8 @@ void linear_small_axis0(const Problem& p, int digits, int64_t first, int64_t las
       }
       Tile tile;
       tile.ahead = kRows * w.groups * w.row_stride;
+      for (auto& row : tile.start)
+        for (auto& v : row) v = f_zero();
       for (int64_t r = 0; r < kRows; ++r) {
         const int64_t row = n + r * w.groups < w.N ? n + r * w.groups : n;
         tile.rows[r] = w.qdata + row * w.row_stride;

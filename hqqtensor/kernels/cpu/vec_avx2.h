@@ -101,7 +101,7 @@ inline __m256i dot_half(__m256i c, const int8_t* x) {
   return a;
 }
 
-inline Acc acc_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Acc acc_from(__m256 v) { return {v, _mm256_setzero_ps()}; }
 template <int NB, int D>
 inline void add_chunk(Acc& acc, const Codes& c, const Tokens& t, const float* scale) {
   constexpr int s = digit_shift(NB);
@@ -184,6 +184,6 @@ inline void f_store_digits(int8_t* out, Floats v, int shift, int count) {
   }
   _mm_storel_epi64((__m128i*)out, to_bytes(x));
 }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 }  // namespace

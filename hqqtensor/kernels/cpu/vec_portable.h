@@ -71,7 +71,11 @@ inline void dot(const Codes& c, const Tokens& t, int32_t out[16]) {
     }
 }
 
-inline Acc acc_zero() { return {}; }
+inline Acc acc_from(const Floats& v) {
+  Acc a{};
+  for (int i = 0; i < kFloats; ++i) a.v[i] = v.v[i];
+  return a;
+}
 template <int NB, int D>
 inline void add_chunk(Acc& acc, const Codes& c, const Tokens& t, const float* scale) {
   int32_t s[16];
