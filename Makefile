@@ -33,6 +33,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_basic
 	$(BIN)/python -m benchmarks.cpu_linear
+	$(BIN)/python -m benchmarks.cpu_quantize
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
