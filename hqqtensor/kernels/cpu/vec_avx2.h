@@ -186,6 +186,7 @@ inline Floats f_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats f_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats f_div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats f_fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats f_fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 inline Floats f_min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats f_max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats f_round(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

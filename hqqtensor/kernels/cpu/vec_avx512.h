@@ -122,6 +122,7 @@ inline Floats f_sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats f_mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats f_div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats f_fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats f_fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 inline Floats f_min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats f_max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats f_round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

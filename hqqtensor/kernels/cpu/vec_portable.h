@@ -134,6 +134,9 @@ inline Floats f_div(const Floats& a, const Floats& b) {
 inline Floats f_fma(const Floats& a, const Floats& b, const Floats& c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline Floats f_fnma(const Floats& a, const Floats& b, const Floats& c) {  // c - a b
+  return each([&](int i) { return c.v[i] - a.v[i] * b.v[i]; });
+}
 inline Floats f_min(const Floats& a, const Floats& b) {
   return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
