@@ -213,6 +213,13 @@ inline Floats f_load_bf16(const uint16_t* p) {
     return f;
   });
 }
+inline float f_largest(const float* p, int64_t count) {
+  float top = 0;
+  for (int64_t i = 0; i < count; ++i) top = std::fabs(p[i]) > top ? std::fabs(p[i]) : top;
+  for (int64_t i = 0; i < count; ++i)
+    if (p[i] != p[i]) return p[i];
+  return top;
+}
 inline void f_store_digits(int8_t* out, const Floats& v, int shift, int count, int64_t by_digit, int64_t) {
   const int32_t base = 1 << shift;
   for (int i = 0; i < kFloats; ++i) {
