@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hqqtensor.diagnostics.table import text_table
+from hqqtensor.formats import get_format
 from hqqtensor.packing import unpack
 from hqqtensor.tensor import HQQTensor
 
@@ -14,9 +15,9 @@ from hqqtensor.tensor import HQQTensor
 class ModuleDebugInfo:
     """One quantized weight.
 
-    bits_per_weight: metadata counted. scale_range, zero_range: smallest and largest. saturated: share of codes that
-    are the first or the last. relative_error: sum of squared differences to the original over the sum of its squares;
-    None where no original was given.
+    bits_per_weight: metadata counted. scale_range, zero_range: smallest and largest; no zero_range for formats
+    without zero points. saturated: share of codes that stand for the lowest or the highest value. relative_error: sum
+    of squared differences to the original over the sum of its squares; None where no original was given.
     """
 
     name: str
@@ -28,7 +29,7 @@ class ModuleDebugInfo:
     bits_per_weight: float
     nbytes: int
     scale_range: tuple[float, float]
-    zero_range: tuple[float, float]
+    zero_range: tuple[float, float] | None
     saturated: float
     relative_error: float | None
 
@@ -85,7 +86,9 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
             error = (difference.square().sum() / true.square().sum()).item()
         qdata, scale, zero = weight.packed()
         codes = unpack(qdata, weight.nbits, weight.in_features)
-        ends = ((codes == 0) | (codes == 2**weight.nbits - 1)).float().mean().item()
+        fmt = get_format(weight.format)
+        low, high = fmt.ends(weight.nbits)
+        ends = ((codes == low) | (codes == high)).float().mean().item()
         found.append(
             ModuleDebugInfo(
                 name.removesuffix(".weight"),
@@ -97,7 +100,7 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
                 8 * weight.nbytes / weight.numel(),
                 weight.nbytes,
                 (scale.min().item(), scale.max().item()),
-                (zero.min().item(), zero.max().item()),
+                (zero.min().item(), zero.max().item()) if zero is not None and fmt.has_zero_point else None,
                 ends,
                 error,
             )

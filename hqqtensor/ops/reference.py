@@ -30,8 +30,10 @@ def dequantize(
     codes = unpack(qdata, nbits, in_features)
     size = (codes.shape[-2], in_features, group_size, axis)
     full_scale = expand_groups(scale.to(torch.float32), *size)
-    zero = None if zero_point is None else expand_groups(zero_point.to(torch.float32), *size)
-    return get_format(format).decode(codes, full_scale, zero, nbits).to(dtype)
+    fmt, zero = get_format(format), zero_point
+    if zero is not None and fmt.has_zero_point:
+        zero = expand_groups(zero.to(torch.float32), *size)
+    return fmt.decode(codes, full_scale, zero, nbits).to(dtype)
 
 
 def linear(
@@ -58,17 +60,21 @@ def embedding(
     indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int, format: str,
     group_size: int, axis: int, in_features: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    rows = indices.reshape(-1)
+    rows, fmt = indices.reshape(-1), get_format(format)
     meta = rows if axis == 1 else rows % scale.shape[-2]
-    picked = [None if t is None else t[meta] for t in (scale, zero_point)]
+    size = (rows.numel(), in_features, group_size, axis)
+
+    def pick(t: Tensor) -> Tensor:
+        t = t[meta].to(torch.float32)
+        return expand_groups(t, *size) if axis == 1 else t
+
+    zero = zero_point
+    if zero is not None and fmt.has_zero_point:
+        zero = pick(zero)
+    elif zero is not None and zero.ndim == 2:  # a codebook for each row
+        zero = zero[rows]
     codes = unpack(qdata[rows], nbits, in_features)
-    if axis == 1:
-        size = (rows.numel(), in_features, group_size, axis)
-        picked = [None if t is None else expand_groups(t.to(torch.float32), *size) for t in picked]
-    else:
-        picked = [None if t is None else t.to(torch.float32) for t in picked]
-    assert picked[0] is not None
-    out = get_format(format).decode(codes, picked[0], picked[1], nbits).to(dtype)
+    out = fmt.decode(codes, pick(scale), zero, nbits).to(dtype)
     return out.reshape(*indices.shape, in_features)
 
 
