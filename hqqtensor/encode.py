@@ -1,6 +1,6 @@
 """From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
+from hqqtensor.solvers.coarse_zero import is_coarse, refit
 from hqqtensor.solvers.codebook import learn
 
 META_GROUP = 128
@@ -104,6 +105,24 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
 
 
 def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
+    """Solve ``[N, K]``, with zero points that can be stored where storage is coarse."""
+    found = _solve_freely(matrix, group_size, config)
+    dtype = None if config.integer_zero else config.scale_dtype
+    if found.zero_point is None or not get_format(config.format).has_zero_point or config.solver == "hqq":
+        return found
+    if config.solver == "rtn":
+        return replace(found, zero_point=found.zero_point.round()) if config.integer_zero else found
+    if not config.integer_zero and (dtype is None or config.quant_zero or not is_coarse(found.zero_point, dtype)):
+        return found
+    parts, joined = _parts(matrix, group_size, config.axis), 1 if config.axis == 1 else 0
+    sizes = [part.shape[joined] for part in parts]
+    split = zip(parts, found.inverse_scale.split(sizes, joined), found.zero_point.split(sizes, joined), strict=True)
+    refitted = [refit(part, inv, zero, config.nbits, config.lp_norm, dtype) for part, inv, zero in split]
+    inverse, zero_point = (torch.cat(each, joined) for each in zip(*refitted, strict=True))
+    return Solution(inverse, zero_point)
+
+
+def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
     if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
         return Solution(*cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver))

@@ -27,6 +27,11 @@ class Levels:
         return self.values.shape[-1]
 
     @property
+    def spacing(self) -> Tensor:
+        """Mean distance of neighbours, ``[1 or R, 1, 1]``."""
+        return (self.values[..., -1] - self.values[..., 0]).view(-1, 1, 1) / (self.count - 1)
+
+    @property
     def symmetric(self) -> bool:
         """Whether every level's negative is a level too."""
         return bool(torch.equal(self.values, -self.values.flip(-1)))

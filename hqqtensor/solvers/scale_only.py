@@ -7,14 +7,16 @@ to shrink a little and settles anew. Where the levels are not symmetric, negativ
 mirror the levels at no cost in bits. The m_i are those of ``hqq_joint``, 1 for the squared error.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from hqqtensor.formats.levels import Levels
 
-FRACTIONS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
-SETTLE, SETTLE_MOVE = 4, 2
-MOVES = (1.06, 0.94)
+FRACTIONS = (0.55, 0.594, 0.639, 0.684, 0.728, 0.773, 0.817, 0.862, 0.906, 0.951, 1.0, 1.04)
+SETTLE, SETTLE_MOVE = 2, 2
+MOVES = (1.03, 0.97)
 EPSILON = 0.05
 
 
@@ -33,13 +35,22 @@ def reaching_scale(w: Tensor, levels: Levels, sign: float = 1.0) -> Tensor:
     return torch.maximum(below, above).clamp_min_(0) * sign
 
 
+class LevelsLike(Protocol):
+    """What is asked of levels: indices of the nearest, their values, the mean distance of neighbours."""
+
+    @property
+    def spacing(self) -> Tensor | float: ...
+
+    def nearest(self, x: Tensor) -> Tensor: ...
+
+    def at(self, index: Tensor) -> Tensor: ...
+
+
 class Scales:
     """Weights ``[R, C, group]`` of a chunk, and the error that a scale ``[R, C, 1]`` of theirs has."""
 
-    def __init__(self, w: Tensor, levels: Levels, lp_norm: float) -> None:
+    def __init__(self, w: Tensor, levels: LevelsLike, lp_norm: float) -> None:
         self.w, self.levels, self.lp_norm = w, levels, lp_norm
-        spread = (levels.values[..., -1] - levels.values[..., 0]).view(-1, 1, 1).to(w.device)
-        self.spacing = spread / max(1, levels.count - 1)
 
     def step(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """The error of ``s`` with the nearest codes, and the best scale for those codes."""
@@ -51,7 +62,7 @@ class Scales:
         else:
             residual.abs_()
             error = residual.pow(self.lp_norm).sum(-1, keepdim=True)
-            m = (residual / (s * self.spacing)).square_().add_(EPSILON**2).pow_((self.lp_norm - 2) / 2)
+            m = (residual / (s * self.levels.spacing)).square_().add_(EPSILON**2).pow_((self.lp_norm - 2) / 2)
             top, bottom = (m * self.w * t).sum(-1, keepdim=True), (m * t * t).sum(-1, keepdim=True)
         better = top / bottom
         # All codes zero, or a scale that turned round: the regression says nothing, keep what was.
@@ -70,15 +81,14 @@ def fit_scales(w: Tensor, levels: Levels, lp_norm: float) -> Tensor:
         reach = reaching_scale(group.w, levels, sign)
         reach = torch.where(reach == 0, sign, reach)
         for fraction in FRACTIONS:
-            _, s = group.step(reach * fraction)
-            best = _settle(group, best, s, 1)
-    best = _settle(group, best, best[1], SETTLE)
+            best = settle(group, best, reach * fraction, 2)
+    best = settle(group, best, best[1], SETTLE)
     for move in MOVES:
-        best = _settle(group, best, best[1] * move, SETTLE_MOVE)
+        best = settle(group, best, best[1] * move, SETTLE_MOVE)
     return torch.where(nothing, 0.0, best[1] * unit)
 
 
-def _settle(group: Scales, best: tuple[Tensor, Tensor], s: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def settle(group: Scales, best: tuple[Tensor, Tensor], s: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Alternate from ``s``; the (error, scale) of least error seen, ``best`` among them."""
     for _ in range(steps):
         error, following = group.step(s)
