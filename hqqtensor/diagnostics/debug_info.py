@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hqqtensor.diagnostics.table import text_table
 from hqqtensor.formats import get_format
@@ -66,6 +66,10 @@ class QuantizationDebugInfo:
         return text_table(header, rows)
 
 
+def _plain(t: Tensor) -> Tensor:
+    return t.dequantize() if isinstance(t, HQQTensor) else t
+
+
 @torch.no_grad()
 def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None = None) -> QuantizationDebugInfo:
     """Settings and figures of every quantized weight; ``original`` is the dense model, for the error.
@@ -84,9 +88,10 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
             true = dense[name].detach().to(weight.device, torch.float32)
             difference = weight.dequantize(torch.float32) - true
             error = (difference.square().sum() / true.square().sum()).item()
-        qdata, scale, zero = weight.packed()
+        qdata = weight.packed()[0]
+        fmt, scale = get_format(weight.format), _plain(weight.scale)
+        zero = None if weight.zero_point is None or not fmt.has_zero_point else _plain(weight.zero_point)
         codes = unpack(qdata, weight.nbits, weight.in_features)
-        fmt = get_format(weight.format)
         low, high = fmt.ends(weight.nbits)
         ends = ((codes == low) | (codes == high)).float().mean().item()
         found.append(
@@ -100,7 +105,7 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
                 8 * weight.nbytes / weight.numel(),
                 weight.nbytes,
                 (scale.min().item(), scale.max().item()),
-                (zero.min().item(), zero.max().item()) if zero is not None and fmt.has_zero_point else None,
+                None if zero is None else (zero.min().item(), zero.max().item()),
                 ends,
                 error,
             )

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hqqtensor import HqqConfig, HQQTensor, collect_quantization_debug_info, load_model, quantize_, save_model
+from hqqtensor import HqqConfig, HQQTensor, backend, collect_quantization_debug_info, load_model, quantize_, save_model
+from hqqtensor.kernels import cpu
 from hqqtensor.serialization import inspect_checkpoint
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,13 @@ FORMATS: dict[str, dict[str, Any]] = {
     "row codebook": {"nbits": 4, "format": "codebook", "codebook": "row", "scale_dtype": torch.float32},
 }
 every_format = pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def plain_path():
+    """What the tensor does is compared to the last bit; tests of kernels are further down."""
+    with backend("dequantize"):
+        yield
 
 
 def quantized(options: dict[str, Any], shape: tuple[int, ...] = (96, 256), seed: int = 0) -> HQQTensor:
@@ -115,6 +123,24 @@ def test_compiled_models_compute_the_same(options) -> None:
     layer = nn.Linear(256, 96)
     layer.weight = nn.Parameter(q, requires_grad=False)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+@every_format
+def test_kernels_compute_what_the_plain_path_does(options) -> None:
+    q, e, x = quantized(options), quantized(options, (3, 32, 256)), torch.randn(3, 7, 256)
+    ids = torch.randint(0, 96, (2, 5))
+
+    def results() -> list[torch.Tensor]:
+        rows = [F.linear(x[0, :1], q), F.linear(x, q), F.linear(x, q[48:]), torch.bmm(x, e.transpose(1, 2))]
+        return [*rows, F.embedding(ids, q), q.dequantize(), e[1].dequantize()]
+
+    expected = results()
+    with backend("cpu"):
+        found = results()
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5 * b.abs().max().item(), rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(found[4:], expected[4:], strict=True))
 
 
 def model(options: dict[str, Any] | None = None) -> nn.Sequential:
