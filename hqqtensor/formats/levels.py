@@ -10,7 +10,7 @@ from torch import Tensor
 class Levels:
     """Finite values in ascending order.
 
-    values: float32 ``[L]``, or ``[R, L]`` where row r of what is looked up has its own.
+    values: float32 ``[L]``, or ``[R, L]`` (up to 16 of them) where row r of what is looked up has its own.
     thresholds: float32, one fewer: x belongs to level i where ``thresholds[i-1] < x <= thresholds[i]``.
     """
 
@@ -44,11 +44,17 @@ class Levels:
 
     def nearest(self, x: Tensor) -> Tensor:
         """Index (int32, shape of ``x``) of the level nearest to each number."""
-        thresholds = self.thresholds.to(x.device)
-        if thresholds.ndim == 1:
-            return torch.bucketize(x, thresholds, out_int32=True)
+        thresholds = self.thresholds.to(x.device).view(-1, self.count - 1)
+        if self.count > 16:
+            return torch.bucketize(x, thresholds[0], out_int32=True)
+        # Counting the thresholds below is twice as fast as searching among so few.
         rows = x.reshape(thresholds.shape[0], -1)
-        return torch.searchsorted(thresholds.contiguous(), rows.contiguous(), out_int32=True).view(x.shape)
+        index = torch.zeros_like(rows, dtype=torch.uint8)
+        above = torch.empty_like(rows, dtype=torch.bool)
+        for i in range(self.count - 1):
+            torch.gt(rows, thresholds[:, i : i + 1], out=above)
+            index += above.view(torch.uint8)
+        return index.view(x.shape).to(torch.int32)
 
     def at(self, index: Tensor) -> Tensor:
         """The value of each index."""

@@ -13,6 +13,10 @@ CHUNK = 1 << 21
 """Weights that a solver works on at a time: bounds the scratch memory to a few times 8 MiB."""
 
 
+CACHED = 1 << 17
+"""Chunk of solvers that go over the weights many times: their scratch memory stays in a processor's cache."""
+
+
 @dataclass(frozen=True)
 class SolverOptions:
     """Settings a solver may use.
@@ -67,10 +71,10 @@ def solver_names() -> list[str]:
     return sorted(_SOLVERS)
 
 
-def chunks(groups: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the first dimension with their groups in contiguous float32, about ``CHUNK`` weights each."""
+def chunks(groups: Tensor, size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the first dimension with their groups in contiguous float32, about ``size`` weights each."""
     per_row = max(1, groups.shape[1] * groups.shape[2])
-    step = max(1, CHUNK // per_row)
+    step = max(1, size // per_row)
     for first in range(0, groups.shape[0], step):
         part = slice(first, min(first + step, groups.shape[0]))
         yield part, groups[part].to(torch.float32).contiguous()

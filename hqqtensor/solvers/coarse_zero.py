@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hqqtensor.solvers.base import chunks
+from hqqtensor.solvers.base import CACHED, chunks
 from hqqtensor.solvers.scale_only import Scales, settle
 
 AROUND = (1.0, 0.97, 1.03, 0.94, 1.06)
@@ -58,7 +58,7 @@ def refit(
     ``inverse`` and ``zero`` are a solver's own; ``dtype`` None asks for integers.
     """
     inverse, zero = inverse.clone(), zero.clone()
-    for part, w in chunks(groups):
+    for part, w in chunks(groups, CACHED):
         s = inverse[part].reciprocal().unsqueeze(-1)
         best_error, best_s, best_z = torch.full_like(s, torch.inf), s, s
         for z in neighbours(zero[part].unsqueeze(-1), dtype):

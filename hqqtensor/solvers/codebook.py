@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hqqtensor.formats.levels import Levels
 from hqqtensor.formats.nf4 import VALUES
-from hqqtensor.solvers.base import chunks
+from hqqtensor.solvers.base import CACHED, chunks
 from hqqtensor.solvers.scale_only import Scales, fit_scales
 
 ROUNDS = 20
@@ -84,7 +84,7 @@ def _walk(groups: list[Tensor], units: Tensor, entries: Tensor) -> Iterator[tupl
     """Chunks of the weights in ``units``, where they come from, and the levels of their rows."""
     levels = Levels.between(entries[0] if len(entries) == 1 else entries)
     for i, part in enumerate(groups):
-        for rows, w in chunks(part):
+        for rows, w in chunks(part, CACHED):
             yield i, rows, w / (units if len(units) == 1 else units[rows]), levels.rows(rows)
 
 
