@@ -18,6 +18,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"nbits": 4, "group_size": 32, "format": "fp4"},
     {"nbits": 4, "group_size": 64, "format": "nf4"},
     {"nbits": 4, "group_size": 32, "format": "nf4"},
+    {"nbits": 4, "group_size": 32, "format": "nf4", "quant_scale": True},
     {"nbits": 4, "group_size": 64, "format": "codebook"},
     {"nbits": 4, "group_size": 32, "format": "codebook"},
     {"nbits": 4, "group_size": 128, "format": "codebook", "codebook": "row"},
@@ -45,6 +46,8 @@ def errors(every: int) -> list[dict[str, Any]]:
     rows = []
     for setting in SETTINGS:
         config = {"format": "int", "codebook": "-", **setting}
+        if config.pop("quant_scale", False):
+            config["format"] += ", 8-bit scales"
         if config.pop("integer_zero", False):
             config["format"] = "int, integer zero"
         row: dict[str, Any] = {**config, "bits": 0.0}

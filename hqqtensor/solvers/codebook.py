@@ -20,7 +20,7 @@ from hqqtensor.formats.nf4 import VALUES
 from hqqtensor.solvers.base import CACHED, chunks
 from hqqtensor.solvers.scale_only import Scales, fit_scales
 
-ROUNDS = 20
+ROUNDS = 10
 SAMPLE = 1 << 20
 """Weights that one codebook for a whole tensor is learned from."""
 
@@ -48,23 +48,30 @@ def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype) ->
     scales = [torch.empty(*part.shape[:2], 1, device=part.device) for part in groups]
     for i, part, w, levels in _walk(groups, units, start):
         scales[i][part] = fit_scales(w, levels, 2.0)
+    first = start.to(dtype).to(torch.float32)
+    first_error = _error(groups, units, first, scales)
     entries = start
     for _ in range(ROUNDS):
-        top, bottom = torch.zeros(2, *start.shape, device=start.device)
-        for i, part, w, levels in _walk(groups, units, entries):
-            s = Scales(w, levels, 2.0).step(scales[i][part])[1]
-            codes = levels.nearest(w / s).long().view(1 if rows == 1 else len(w), -1)
-            scales[i][part] = s
-            for total, each in ((top, s * w), (bottom, (s * s).expand_as(w))):
-                (total if rows == 1 else total[part]).scatter_add_(1, codes, each.reshape(codes.shape))
-        entries = torch.where(bottom > 0, top / bottom, entries)
+        entries = _lloyd(groups, units, entries, scales)
         largest = entries.abs().amax(-1, keepdim=True)
         entries = entries / largest
         for s in scales:
             s *= largest.unsqueeze(-1)
-    found, first = (e.to(dtype).to(torch.float32) for e in (entries, start))
-    better = _error(groups, units, found) <= _error(groups, units, first)
-    return torch.where(better, found, first)
+    found = entries.to(dtype).to(torch.float32)
+    return torch.where(_error(groups, units, found, scales) <= first_error, found, first)
+
+
+def _lloyd(groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor]) -> Tensor:
+    """Entries that are best for the codes that ``entries`` give; ``scales`` become the best for those codes."""
+    top, bottom = torch.zeros(2, *entries.shape, device=entries.device)
+    for i, part, w, levels in _walk(groups, units, entries):
+        s = Scales(w, levels, 2.0).step(scales[i][part])[1]
+        scales[i][part] = s
+        rows = slice(None) if len(entries) == 1 else part
+        codes = levels.nearest(w / s).long().view(len(entries[rows]), -1)
+        for total, each in ((top, s * w), (bottom, (s * s).expand_as(w))):
+            total[rows].scatter_add_(1, codes, each.reshape(codes.shape))
+    return torch.where(bottom > 0, top / bottom, entries)
 
 
 def _sample(part: Tensor, most: int) -> Tensor:
@@ -88,13 +95,11 @@ def _walk(groups: list[Tensor], units: Tensor, entries: Tensor) -> Iterator[tupl
             yield i, rows, w / (units if len(units) == 1 else units[rows]), levels.rows(rows)
 
 
-def _error(groups: list[Tensor], units: Tensor, entries: Tensor) -> Tensor:
-    """``[rows, 1]``: the squared error with the best scales."""
+def _error(groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor]) -> Tensor:
+    """``[rows, 1]``: the squared error with these scales."""
     out = torch.zeros(len(entries), 1, device=entries.device)
-    for _, part, w, levels in _walk(groups, units, entries):
-        error = Scales(w, levels, 2.0).step(fit_scales(w, levels, 2.0))[0].sum((1, 2))
-        if len(entries) == 1:
-            out += error.sum()
-        else:
-            out[part] += error.unsqueeze(-1)
+    for i, part, w, levels in _walk(groups, units, entries):
+        rows = slice(None) if len(entries) == 1 else part
+        error = Scales(w, levels, 2.0).step(scales[i][part])[0]
+        out[rows] += error.reshape(len(out[rows]), -1).sum(1, keepdim=True)
     return out
