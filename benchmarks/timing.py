@@ -11,34 +11,43 @@ from typing import Any
 
 import torch
 
+SETTLE = 2e-3  # seconds of untimed runs at the start of a turn: thread pools of the last contender go to sleep
+TURN = 3e-3  # seconds of timed runs in a turn, at least one run
+LONG = 20e-3  # a run of this length needs no settling
+
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 3.0) -> dict[str, float]:
-    """Median seconds of each entry. The entries take turns, ``rounds`` times or until ``seconds`` have passed."""
+    """Median seconds of each entry. The entries take turns, ``rounds`` times or until ``seconds`` have passed.
+
+    Every entry has at least three turns. After those, one that has used more than its share of the time so far
+    sits a round out, so that a slow entry does not keep the others from their turns.
+    """
+    clock = time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
+    begin = clock()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() > end:
+        if done >= 3 and clock() - begin > seconds:
             break
         for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
+            started = clock()
+            if done >= 3 and spent[name] > max(started - begin, 1e-9) / len(runs) * 3:
+                continue
+            last = times[name][-1] if times[name] else 0.0
+            while last < LONG and clock() - started < SETTLE:
+                run()
+            turn = clock()
+            while True:
+                t0 = clock()
+                run()
+                t1 = clock()
+                times[name].append(t1 - t0)
+                if t1 - turn > TURN:
+                    break
+            spent[name] += t1 - started
     return {name: statistics.median(t) for name, t in times.items()}
-
-
-class ReadLoop:
-    """Sums a buffer larger than the caches; ``bandwidth(seconds)`` is what such a run reached, in bytes a second."""
-
-    def __init__(self, nbytes: int = 256 << 20) -> None:
-        self.buffer = torch.ones(nbytes // 4)
-
-    def __call__(self) -> None:
-        self.buffer.sum()
-
-    def bandwidth(self, seconds: float) -> float:
-        return self.buffer.nbytes / seconds
 
 
 def machine() -> dict[str, Any]:
