@@ -28,8 +28,14 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+def _quiet(level: int, text: bytes, data: int) -> None:
+    """What ggml calls to log."""
+
+
 # Function: result, arguments. None is void.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_init": (c_void_p, [_InitParams]),
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
@@ -72,6 +78,7 @@ class _Ggml:
             raise NotHere(f"no ggml library in {folder}: {error}") from None
         for name, (result, arguments) in _SIGNATURES.items():
             setattr(self, name.removeprefix("ggml_"), self.function(name, result, arguments))
+        self.log_set(ctypes.cast(_quiet, c_void_p), None)  # it would print a line for each weight that it repacks
         self.device = self.backend_dev_by_type(_CPU)
         self.backend = self.backend_cpu_init()
 
