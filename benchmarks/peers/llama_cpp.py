@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks.contender import CACHE, Contender, NotHere
 
 # enum ggml_type: its number, and bits of a code.
-TYPES = {"Q4_0": (2, 4), "Q4_1": (3, 4), "Q4_K": (12, 4), "Q8_0": (8, 8)}
+TYPES = {"Q4_0": (2, 4), "Q4_1": (3, 4), "Q4_K": (12, 4), "Q6_K": (14, 6), "Q8_0": (8, 8)}
+LINEAR = ("Q4_0", "Q4_1", "Q4_K", "Q8_0")
 _F32, _CPU = 0, 0
 
 
@@ -207,4 +208,4 @@ def _contender(w: Tensor, name: str) -> Contender:
 
 
 def contenders(w: Tensor) -> list[Contender]:
-    return [_contender(w, name) for name in TYPES]
+    return [_contender(w, name) for name in LINEAR]

@@ -1,0 +1,50 @@
+"""A Llama in transformers: prompts run eagerly, single tokens through torch.compile with a static cache."""
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from benchmarks.decode.weights import EMBEDDING
+from hqqtensor import HQQTensor
+
+
+def assemble(config: LlamaConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
+    """A model that computes in ``dtype`` around these weights. Packed ones are shared, not copied."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for name, w in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(w.to(dtype), requires_grad=False))
+    model.lm_head.weight = model.get_parameter(EMBEDDING)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies were on the meta device
+    return model.eval()
+
+
+class TorchRunner:
+    """``prefill`` starts over with a prompt, ``step`` adds a token; both give the logits of the last position."""
+
+    kind = "torch"
+
+    def __init__(
+        self, name: str, config: LlamaConfig, weights: dict[str, Tensor], dtype: torch.dtype, length: int, compiled: bool
+    ) -> None:
+        self.name = name
+        self.nbytes = sum(w.nbytes if isinstance(w, HQQTensor) else w.numel() * dtype.itemsize for w in weights.values())
+        self.model = assemble(config, weights, dtype)
+        self.cache = StaticCache(config=config, max_cache_len=length)
+        self.forward = self.model.forward
+        self.decode = torch.compile(self.forward, fullgraph=True, dynamic=False) if compiled else self.forward
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        self.rewind(0)
+        ids = torch.tensor([tokens])
+        return self.forward(ids, past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
+
+    def step(self, token: int) -> Tensor:
+        return self.decode(torch.tensor([[token]]), past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
