@@ -49,7 +49,12 @@ class Contender:
 
 def copies(value: T, nbytes: int, copy: Callable[[T], T]) -> list[T]:
     """``value`` and as many copies of it as no cache holds."""
-    return [value, *(copy(value) for _ in range(CACHE // max(nbytes, 1)))]
+    return [value, *(copy(value) for _ in range(copies_needed(nbytes) - 1))]
+
+
+def copies_needed(nbytes: int) -> int:
+    """How many weights of ``nbytes`` no cache holds together."""
+    return CACHE // max(nbytes, 1) + 1
 
 
 def bound_and_checked(contender: Contender, inputs: dict[int, torch.Tensor]) -> dict[int, Callable[[], torch.Tensor]]:

@@ -1,12 +1,12 @@
-"""``python -m benchmarks.cpu_decode``: tokens a second and time to first token of a Llama with the shapes of Llama-3.2-1B.
+"""``python -m benchmarks.cpu_decode``: tokens a second and time to first token of a Llama of 1B shapes.
 
-Ours at 4 and 8 bits in groups of 64 runs in transformers, prompts eagerly, single tokens through torch.compile with a static
-cache, against the dense model run alike and against llama.cpp on the same random weights quantized by ggml to Q4_0 and Q8_0
-and written to GGUF. Both sides keep the same layers in the same bits: the embedding, which is the output layer too, has
-6 bits (Q6_K) beside 4-bit layers, as llama-quantize does it, and 8 beside 8-bit ones. Their real bytes are printed. No side
-samples. Every model's logits are checked before anything is timed, ours against the dense model of the dequantized
-weights, llama.cpp's against the dense model of the unquantized ones. Contenders take turns of a few tokens each.
-Needs about 14 GiB of memory; ``--no-fp32`` leaves the dense float32 model out of the timing (5 GB).
+Ours at 4 and 8 bits in groups of 64 runs in transformers, prompts eagerly, single tokens through torch.compile with a
+static cache, against the dense model run alike and against llama.cpp on the same random weights quantized by ggml to
+Q4_0 and Q8_0 and written to GGUF. Both sides keep the same layers in the same bits: the embedding, which is the output
+layer too, has 6 bits (Q6_K) beside 4-bit layers, as llama-quantize does it, and 8 beside 8-bit ones. Their real bytes
+are printed. No side samples. Every model's logits are checked before anything is timed, ours against the dense model
+of the dequantized weights, llama.cpp's against the dense model of the unquantized ones. Contenders take turns of a few
+tokens each. Needs about 14 GiB of memory; ``--no-fp32`` leaves the dense float32 model out of the timing (5 GB).
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from benchmarks import aims
 from benchmarks.contender import NotHere, WrongAnswer
 from benchmarks.decode import gguf_file
 from benchmarks.decode.llama_runner import LlamaRunner
@@ -152,8 +153,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
             if theirs and row["name"].startswith(f"{nbits}-bit"):
                 ratio = row["tokens/s"] / theirs
-                aim = f"decode, {row['name']}: >= {peer}'s tokens a second"
-                lines.append({"aim": aim, "measured": f"{ratio:.2f} x", "pass": ratio >= 1})
+                text = f"decode, {row['name']}: >= {peer}'s tokens a second"
+                lines.append(aims.aim(text, f"{ratio:.2f} x", ratio >= 1))
     return lines
 
 
@@ -196,14 +197,19 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(row)
     firsts = [f"first token, {n}" for n in prompts]
     table = [
-        (r["name"], f"{r['bytes'] / 1e6:.0f}", f"{r['tokens/s']:.1f}", f"{r['weights GB/s']:.1f}", *(f"{r[f]:.2f}" for f in firsts))
+        (
+            r["name"],
+            f"{r['bytes'] / 1e6:.0f}",
+            f"{r['tokens/s']:.1f}",
+            f"{r['weights GB/s']:.1f}",
+            *(f"{r[f]:.2f}" for f in firsts),
+        )
         for r in rows
     ]
     print(f"\nDecode after {len(shortest)} tokens; first token in seconds")
     print(text_table(("", "MB", "tokens/s", "weights GB/s", *firsts), table))
     lines = verdict(rows)
-    if lines:
-        print("\nVerdict\n" + text_table(("", "measured", ""), [(v["aim"], v["measured"], "pass" if v["pass"] else "FAIL") for v in lines]))
+    aims.show(lines)
     if args.profile:
         for runner in runners:
             if runner.kind == "torch" and "bit" in runner.name:
@@ -216,7 +222,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="needs matplotlib")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 8], choices=[4, 8])
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES), help="activations of ours")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES), help="activations of ours"
+    )
     parser.add_argument("--prompts", nargs="+", type=int, default=[128, 512], help="lengths in tokens")
     parser.add_argument("--seconds", type=float, default=60, help="of decoding, all contenders together")
     parser.add_argument("--rounds", type=int, default=2, help="prompts of each length and contender, after a first one")

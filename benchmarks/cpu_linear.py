@@ -1,19 +1,19 @@
 """``python -m benchmarks.cpu_linear``: y = x W^T, ours against dense products and against every peer installed.
 
-All contenders of a shape and a number of tokens M run interleaved in one run, with loops beside them that read memory as
-fast as they can. Each answer is checked against the dense product of the contender's own weight before it is timed. Copies
-of each weight take turns, so that no cache holds the next one. Shares of the read bandwidth count packed codes, scales and
-zero points. Peers that are not installed are left out and named. ``HQQTENSOR_CPU=avx2`` forces our AVX2 kernels.
+All contenders of a shape and a number of tokens M run interleaved in one run, with loops beside them that read memory
+as fast as they can. Each answer is checked against the dense product of the contender's own weight before it is timed.
+Copies of each weight take turns, so that no cache holds the next one. Shares of the read bandwidth count packed codes,
+scales and zero points. Peers that are not installed are left out and named. ``HQQTENSOR_CPU=avx2`` forces our AVX2
+kernels.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks import ours
+from benchmarks import aims, ours
 from benchmarks.bandwidth import ReadLoops
 from benchmarks.contender import Contender, NotHere, bound_and_checked
 from benchmarks.linear_verdict import overhead, verdict
@@ -88,7 +88,14 @@ def show_cell(cell: dict[str, Any]) -> None:
     by_name = {r["name"]: r["ms"] for r in rows}
     unit = by_name.get("4-bit fp32", rows[0]["ms"])
     lines = [
-        (r["name"], r["computes in"], f"{r['ms']:.3f}", f"{r['ms'] / unit:.2f}", f"{r['of read bandwidth']:.0%}", r["note"])
+        (
+            r["name"],
+            r["computes in"],
+            f"{r['ms']:.3f}",
+            f"{r['ms'] / unit:.2f}",
+            f"{r['of read bandwidth']:.0%}",
+            r["note"],
+        )
         for r in rows
     ]
     print(f"\n{N}x{K}, M={cell['M']}, reading {cell['read GB/s']:.1f} GB/s ({cell['read loop']})")
@@ -107,10 +114,8 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         cells += run_shape(N, K, args.tokens, contenders, args.seconds, show_cell)
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
-    lines = [*verdict(cells), *overhead()]
-    print("\nVerdict (the aims about one linear)")
-    table = [(line["aim"], line["measured"], "pass" if line["pass"] else "FAIL") for line in lines]
-    print(text_table(("", "measured", ""), table))
+    lines = [*verdict(cells), *overhead(min(3, args.seconds))]
+    aims.show(lines)
     return {"cells": cells, "verdict": lines, "missing": missing}
 
 

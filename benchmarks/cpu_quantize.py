@@ -1,8 +1,8 @@
-"""``python -m benchmarks.cpu_quantize``: weights a second of each solver, packed codes included, their error, their memory.
+"""``python -m benchmarks.cpu_quantize``: weights a second of each solver, packing included, error, memory.
 
-The solvers of one matrix run interleaved. Before anything is timed each result is checked: its error must be that of the plain
-torch path, and its bits must not depend on the number of threads. The
-hqq library, the plain path and whatever is as slow quantize a slice, and their speed is scaled.
+The solvers of one matrix run interleaved. Before anything is timed each result is checked: its error must be that of
+the plain torch path, and its bits must not depend on the number of threads. The hqq library, the plain path and
+whatever is as slow quantize a slice, and their speed is scaled.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import aims
 from benchmarks.contender import NotHere, WrongAnswer
 from benchmarks.memory import peak_over
 from benchmarks.peers import hqq_solver
@@ -102,16 +103,15 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for row in rows:
         where = f"{row['shape'][0]}x{row['shape'][1]} {row['dtype']}, {row['bits']} bits"
-        aim = {"rtn": 1000, "hqq_joint": 100}.get(row["solver"])
-        if aim and row["bits"] == 4:
+        wanted = {"rtn": 1000, "hqq_joint": 100}.get(row["solver"])
+        if wanted and row["bits"] == 4:
             speed = row["M weights/s"]
-            lines.append(
-                {"aim": f"{row['solver']}, {where}: >= {aim} M weights a second", "measured": f"{speed:.0f}", "pass": speed >= aim}
-            )
+            text = f"{row['solver']}, {where}: >= {wanted} M weights a second"
+            lines.append(aims.aim(text, f"{speed:.0f}", speed >= wanted))
         peak = row["peak MiB over weights and output"]
         if peak is not None:
-            aim_text = f"{row['solver']}, {where}: peak <= weights + output + 64 MiB"
-            lines.append({"aim": aim_text, "measured": f"{peak:.0f} MiB", "pass": peak <= 64})
+            text = f"{row['solver']}, {where}: peak <= weights + output + 64 MiB"
+            lines.append(aims.aim(text, f"{peak:.0f} MiB", peak <= 64))
     return lines
 
 
@@ -132,18 +132,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         N, K = map(int, shape.split("x"))
         for dtype in args.dtypes:
             # Other widths than 4 on the first shape and dtype alone: they take the same code.
-            for nbits in args.bits if shape == args.shapes[0] and dtype == args.dtypes[0] else [b for b in args.bits if b == 4]:
+            for nbits in (
+                args.bits if shape == args.shapes[0] and dtype == args.dtypes[0] else [b for b in args.bits if b == 4]
+            ):
                 rows += measure(N, K, nbits, dtype, args)
     cells = []
     for row in rows:
         peak = row["peak MiB over weights and output"]
         N, K = row["shape"]
         cells.append(
-            (row["solver"], f"{N}x{K}", row["dtype"], str(row["bits"]), f"{row['M weights/s']:.1f}", f"{row['error']:.5f}", "" if peak is None else f"{peak:.0f}")
+            (
+                row["solver"],
+                f"{N}x{K}",
+                row["dtype"],
+                str(row["bits"]),
+                f"{row['M weights/s']:.1f}",
+                f"{row['error']:.5f}",
+                "" if peak is None else f"{peak:.0f}",
+            )
         )
-    print(text_table(("solver", "shape", "dtype", "bits", "M weights/s", "error", "MiB over weights and output"), cells))
+    print(
+        text_table(("solver", "shape", "dtype", "bits", "M weights/s", "error", "MiB over weights and output"), cells)
+    )
     lines = verdict(rows)
-    print("\nVerdict\n" + text_table(("", "measured", ""), [(v["aim"], v["measured"], "pass" if v["pass"] else "FAIL") for v in lines]))
+    aims.show(lines)
     results = {"rows": rows, "verdict": lines}
     write_json(args.json, results)
     if args.plot:

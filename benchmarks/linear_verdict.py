@@ -7,6 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from benchmarks.aims import aim
 from benchmarks.timing import interleaved
 from hqqtensor import HqqConfig, HQQTensor, ops
 
@@ -14,10 +15,6 @@ Cell = dict[str, Any]
 MAIN_SHAPE = [11008, 4096]
 NOISE = 1.03
 """What two equal runs may differ by, where an aim says "no slower"."""
-
-
-def _line(aim: str, measured: str, passed: bool) -> dict[str, Any]:
-    return {"aim": aim, "measured": measured, "pass": bool(passed)}
 
 
 def _fastest(rows: list[dict[str, Any]], take: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
@@ -33,29 +30,31 @@ def _decode(cell: Cell) -> Iterator[dict[str, Any]]:
         if base is None:
             continue
         share = base["of read bandwidth"]
-        yield _line(f"M=1, 4-bit g64 {dtype}: >= 85 % of the read bandwidth", f"{share:.0%}", share >= 0.85)
+        yield aim(f"M=1, 4-bit g64 {dtype}: >= 85 % of the read bandwidth", f"{share:.0%}", share >= 0.85)
         if peer:
             ratio = peer["ms"] / base["ms"]
-            yield _line(f"M=1, 4-bit g64 {dtype}: >= 1.4 x the fastest peer", f"{ratio:.2f} x ({peer['name']})", ratio >= 1.4)
+            yield aim(
+                f"M=1, 4-bit g64 {dtype}: >= 1.4 x the fastest peer", f"{ratio:.2f} x ({peer['name']})", ratio >= 1.4
+            )
         limits = (("3-bit", 0.85), ("2-bit", 0.7), ("1-bit", 0.7), ("fp4", NOISE), ("nf4", NOISE))
         for name, limit in limits:
             if row := rows.get(f"{name} {dtype}"):
                 ratio = row["ms"] / base["ms"]
-                yield _line(f"M=1, {name} {dtype}: <= {limit} x the 4-bit time", f"{ratio:.2f} x", ratio <= limit)
+                yield aim(f"M=1, {name} {dtype}: <= {limit} x the 4-bit time", f"{ratio:.2f} x", ratio <= limit)
         for name, allowed in (("8-bit", 1.15), ("4-bit g32", 1.15), ("4-bit g128", 1.15)):
             if row := rows.get(f"{name} {dtype}"):
                 ratio, implied = row["ms"] / base["ms"], row["bytes"] / base["bytes"]
-                aim = f"M=1, {name} {dtype}: <= 1.15 x what its bytes imply"
-                yield _line(aim, f"{ratio:.2f} x for {implied:.2f} x the bytes", ratio <= allowed * implied)
+                text = f"M=1, {name} {dtype}: <= 1.15 x what its bytes imply"
+                yield aim(text, f"{ratio:.2f} x for {implied:.2f} x the bytes", ratio <= allowed * implied)
         for group in ("", "g32 ", "g128 "):
             row, other = rows.get(f"4-bit {group}axis 0 {dtype}"), rows.get(f"4-bit {group}{dtype}")
             if row and other:
                 ratio = row["ms"] / other["ms"]
-                yield _line(f"M=1, 4-bit {group}axis 0 {dtype}: no slower than axis 1", f"{ratio:.2f} x", ratio <= NOISE)
+                yield aim(f"M=1, 4-bit {group}axis 0 {dtype}: no slower than axis 1", f"{ratio:.2f} x", ratio <= NOISE)
 
 
 def _faster_than_peers(cell: Cell) -> Iterator[dict[str, Any]]:
-    """The fastest of ours at 4 bits, exact and with int8 activations, against the fastest peer of its kind and of all."""
+    """Ours at 4 bits, exact and with int8 activations, against the fastest peer of its kind and of all."""
     N, K = cell["shape"]
     peer = _fastest(cell["rows"], lambda r: r["kind"] == "peer")
     exact_peer = _fastest(cell["rows"], lambda r: r["kind"] == "peer" and r["computes in"] != "int8")
@@ -63,13 +62,13 @@ def _faster_than_peers(cell: Cell) -> Iterator[dict[str, Any]]:
     for activations, rivals in (("exact", (peer, exact_peer)), ("int8", (peer,))):
         wanted = activations == "int8"
         mine = _fastest(cell["rows"], lambda r, w=wanted: r["name"] in plain and (r["computes in"] == "int8") == w)
-        for rival in rivals:
-            if mine is None or rival is None:
+        for i, rival in enumerate(rivals):
+            if mine is None or rival is None or rival in rivals[:i]:
                 continue
             ratio = rival["ms"] / mine["ms"]
             which = "every peer" if rival is peer else "every peer with exact activations"
-            aim = f"M={cell['M']}, {N}x{K}, 4-bit {activations}: faster than {which}"
-            yield _line(aim, f"{ratio:.2f} x ({rival['name']})", ratio > 1)
+            text = f"M={cell['M']}, {N}x{K}, 4-bit {activations}: faster than {which}"
+            yield aim(text, f"{ratio:.2f} x ({rival['name']})", ratio > 1)
 
 
 def _faster_than_dense(cell: Cell) -> Iterator[dict[str, Any]]:
@@ -79,9 +78,9 @@ def _faster_than_dense(cell: Cell) -> Iterator[dict[str, Any]]:
         slowest = max((r for r in cell["rows"] if r["kind"] == "ours"), key=lambda r: r["ms"], default=None)
         if dense in rows and slowest:
             ratio = rows[dense]["ms"] / slowest["ms"]
-            aim = f"M={cell['M']}, {N}x{K}: every setting faster than {dense}"
-            aim += "" if dense == "dense fp32" else " (no aim)"
-            yield _line(aim, f"{ratio:.2f} x ({slowest['name']})", ratio > 1)
+            text = f"M={cell['M']}, {N}x{K}: every setting faster than {dense}"
+            text += "" if dense == "dense fp32" else " (no aim)"
+            yield aim(text, f"{ratio:.2f} x ({slowest['name']})", ratio > 1)
 
 
 def verdict(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -98,7 +97,7 @@ def verdict(cells: list[Cell]) -> list[dict[str, Any]]:
     return lines
 
 
-def overhead() -> list[dict[str, Any]]:
+def overhead(seconds: float = 3) -> list[dict[str, Any]]:
     """Microseconds that F.linear on an HQQTensor costs over calling the operator, on a layer too small to matter."""
     x = torch.randn(1, 64)
     q = HQQTensor.from_hp(torch.randn(8, 64), HqqConfig(4, 64, solver="rtn"))
@@ -116,7 +115,9 @@ def overhead() -> list[dict[str, Any]]:
         return loop
 
     times = interleaved(
-        {"subclass": many(lambda: F.linear(x, q)), "op": many(lambda: ops.linear(*arguments))}, rounds=15, seconds=3
+        {"subclass": many(lambda: F.linear(x, q)), "op": many(lambda: ops.linear(*arguments))},
+        rounds=15,
+        seconds=seconds,
     )
     extra = 1e3 * (times["subclass"] - times["op"])
-    return [_line("eager overhead of the subclass, one linear: <= 5 us over the op", f"{extra:.1f} us", extra <= 5)]
+    return [aim("eager overhead of the subclass, one linear: <= 5 us over the op", f"{extra:.1f} us", extra <= 5)]

@@ -12,7 +12,7 @@ def _status(field: str) -> int:
 
 
 def peak_over(run: Callable[[], object]) -> int | None:
-    """Most bytes that ``run`` had resident over what was so before, its result included; None where that cannot be told.
+    """Most bytes that ``run`` added to what is resident, its result included; None where that cannot be told.
 
     Memory that was freed before but kept by the allocator is given back first, so that it does not hide any.
     """

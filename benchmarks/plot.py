@@ -41,32 +41,44 @@ def _legend(figure: Any, entries: list[tuple[str, str]]) -> None:
 
 
 def linear(cells: list[dict[str, Any]], path: str) -> None:
-    """Milliseconds of every contender on the first shape, a panel for each M; a line where reading 4 bits alone would end."""
+    """Milliseconds on the first shape, a panel for each M, with the time that the weight's bytes take to read."""
     shape = cells[0]["shape"]
     cells = [c for c in cells if c["shape"] == shape]
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     # The main settings: the others are in the tables.
-    keep = [r["name"] for r in cells[0]["rows"] if r["kind"] != "ours" or not any(s in r["name"] for s in ("g32", "g128", "scales"))]
+    keep = [
+        r["name"]
+        for r in cells[0]["rows"]
+        if r["kind"] != "ours" or not any(s in r["name"] for s in ("g32", "g128", "scales"))
+    ]
     figure, grid = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, (0.2 * len(keep) + 1) * lines + 0.5), layout="constrained", squeeze=False
+        lines,
+        columns,
+        figsize=(4.6 * columns, (0.2 * len(keep) + 1) * lines + 0.5),
+        layout="constrained",
+        squeeze=False,
     )
     for axes, cell in zip(grid.flat, cells, strict=False):
         rows = sorted((r for r in cell["rows"] if r["name"] in keep), key=lambda r: r["ms"])
         _bars(axes, [r["name"] for r in rows], [r["ms"] for r in rows], [_color(r) for r in rows], "{:.2f}")
+        floors = [r["bytes"] / cell["read GB/s"] / 1e6 for r in rows]
+        axes.scatter(floors, range(len(rows))[::-1], marker="|", s=60, color=FLOOR, linewidths=1.5, zorder=3)
         axes.set_xscale("log")
-        axes.set_xlim(right=axes.get_xlim()[1] * 2.2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(min(floors) / 2, max(r["ms"] for r in rows) * 4)
         axes.set_title(f"M = {cell['M']}", loc="left", fontweight="bold")
         axes.tick_params(axis="y", labelsize=7.5, length=0)
-        four = next((r for r in cell["rows"] if r["name"].startswith("4-bit")), None)
-        if four:
-            axes.axvline(four["bytes"] / cell["read GB/s"] / 1e6, color=FLOOR, linewidth=1, linestyle="--")
     for axes in list(grid.flat)[len(cells) :]:
         axes.set_visible(False)
-    figure.suptitle(
-        f"{shape[0]} x {shape[1]}, milliseconds (log scale); dashed: reading the 4-bit weight at {cells[0]['read GB/s']:.0f} GB/s"
-    )
-    entries = [("ours, fp32", OURS_LIGHT), ("ours, bf16", OURS), ("ours, int8 activations", INT8), ("peers", PEER), ("dense", DENSE)]
+    figure.suptitle(f"{shape[0]} x {shape[1]}, milliseconds (log scale); red: the time to read the weight's bytes")
+    entries = [
+        ("ours, fp32", OURS_LIGHT),
+        ("ours, bf16", OURS),
+        ("ours, int8 activations", INT8),
+        ("peers", PEER),
+        ("dense", DENSE),
+    ]
     _legend(figure, entries)
     _save(figure, path)
 
@@ -92,7 +104,13 @@ def decode(results: dict[str, Any], path: str) -> None:
         axes.margins(x=0.15)
         axes.tick_params(axis="y", length=0)
     figure.suptitle("A Llama with the shapes of Llama-3.2-1B, random weights")
-    entries = [("ours, fp32", OURS_LIGHT), ("ours, bf16", OURS), ("ours, int8 activations", INT8), ("llama.cpp", PEER), ("dense", DENSE)]
+    entries = [
+        ("ours, fp32", OURS_LIGHT),
+        ("ours, bf16", OURS),
+        ("ours, int8 activations", INT8),
+        ("llama.cpp", PEER),
+        ("dense", DENSE),
+    ]
     _legend(figure, entries)
     _save(figure, path)
 
@@ -116,7 +134,13 @@ def quantize(rows: list[dict[str, Any]], path: str) -> None:
     titles = ("4 bits, groups of 64", f"{first['shape'][0]}x{first['shape'][1]} {first['dtype']}, all widths")
     for axes, chosen, title, by_width in zip(grid, (four, widths), titles, (False, True), strict=True):
         chosen = sorted(chosen, key=lambda r: -r["M weights/s"])
-        _bars(axes, [name(r, by_width) for r in chosen], [r["M weights/s"] for r in chosen], [color(r) for r in chosen], "{:.3g}")
+        _bars(
+            axes,
+            [name(r, by_width) for r in chosen],
+            [r["M weights/s"] for r in chosen],
+            [color(r) for r in chosen],
+            "{:.3g}",
+        )
         axes.set_xscale("log")
         axes.set_xlim(right=axes.get_xlim()[1] * 2)
         axes.set_title(title, loc="left")
@@ -125,5 +149,8 @@ def quantize(rows: list[dict[str, Any]], path: str) -> None:
         grid[0].axvline(aim, color=FLOOR, linewidth=1, linestyle="--")
         grid[0].annotate(label, (aim, 0), xytext=(2, 2), textcoords="offset points", color=FLOOR, fontsize=7)
     figure.suptitle("Million weights a second, packing included (log scale)")
-    _legend(figure, [("rtn", OURS_LIGHT), ("hqq", INT8), ("hqq_joint", OURS), ("plain torch path", DENSE), ("hqq library", PEER)])
+    _legend(
+        figure,
+        [("rtn", OURS_LIGHT), ("hqq", INT8), ("hqq_joint", OURS), ("plain torch path", DENSE), ("hqq library", PEER)],
+    )
     _save(figure, path)

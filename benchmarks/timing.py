@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-SETTLE = 2e-3  # seconds of untimed runs at the start of a turn: thread pools of the last contender go to sleep
-TURN = 3e-3  # seconds of timed runs in a turn, at least one run
-LONG = 20e-3  # a run of this length needs no settling
+SETTLE = 12e-3
+"""Seconds of untimed runs at the start of a turn, at least one. Idle threads of the last contender's OpenMP spin that
+long (GNU OpenMP: 300,000 rounds, milliseconds) and would take a core from the next."""
+TURN = 3e-3  # seconds of timed runs in a turn, at least two runs
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 3.0) -> dict[str, float]:
@@ -35,18 +36,16 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int = 15, seco
             started = clock()
             if done >= 3 and spent[name] > max(started - begin, 1e-9) / len(runs) * 3:
                 continue
-            last = times[name][-1] if times[name] else 0.0
-            while last < LONG and clock() - started < SETTLE:
+            run()
+            while clock() - started < SETTLE:
                 run()
-            turn = clock()
-            while True:
+            turn, runs_timed = clock(), 0
+            while runs_timed < 2 or clock() - turn < TURN:
                 t0 = clock()
                 run()
-                t1 = clock()
-                times[name].append(t1 - t0)
-                if t1 - turn > TURN:
-                    break
-            spent[name] += t1 - started
+                times[name].append(clock() - t0)
+                runs_timed += 1
+            spent[name] += clock() - started
     return {name: statistics.median(t) for name, t in times.items()}
 
 

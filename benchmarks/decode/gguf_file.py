@@ -1,4 +1,4 @@
-"""A Llama's weights in a GGUF file, quantized by ggml itself. There is no tokenizer: token numbers go in, logits come out."""
+"""A Llama's weights in a GGUF file, quantized by ggml itself. It holds no tokenizer: token numbers go in."""
 
 from pathlib import Path
 
@@ -87,5 +87,3 @@ def available() -> str | None:
     except (ImportError, llama_cpp.NotHere) as error:
         return str(error)
     return None
-
-

@@ -27,10 +27,18 @@ class TorchRunner:
     kind = "torch"
 
     def __init__(
-        self, name: str, config: LlamaConfig, weights: dict[str, Tensor], dtype: torch.dtype, length: int, compiled: bool
+        self,
+        name: str,
+        config: LlamaConfig,
+        weights: dict[str, Tensor],
+        dtype: torch.dtype,
+        length: int,
+        compiled: bool,
     ) -> None:
         self.name = name
-        self.nbytes = sum(w.nbytes if isinstance(w, HQQTensor) else w.numel() * dtype.itemsize for w in weights.values())
+        self.nbytes = sum(
+            w.nbytes if isinstance(w, HQQTensor) else w.numel() * dtype.itemsize for w in weights.values()
+        )
         self.model = assemble(config, weights, dtype)
         self.cache = StaticCache(config=config, max_cache_len=length)
         self.forward = self.model.forward

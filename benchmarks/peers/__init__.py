@@ -1,7 +1,7 @@
 """Other libraries' products of activations and packed weights, one file each.
 
-A file has ``contenders(w)``: the library's ways to multiply by the float32 weight ``w`` ``[N, K]`` once packed. It raises
-``NotHere`` where the library is not installed.
+A file has ``contenders(w)``: the library's ways to multiply by the float32 weight ``w`` ``[N, K]`` once packed. It
+raises ``NotHere`` where the library is not installed.
 """
 
 from torch import Tensor

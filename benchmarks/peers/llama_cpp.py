@@ -1,7 +1,8 @@
 """llama.cpp's matrix product, through the ggml library inside the package ``llama-cpp-python``.
 
-Weights go where llama.cpp would put them: into the first of the CPU's extra buffer types (which repack a weight for wide
-kernels) that takes the product, else into the plain one. Activations are float32; llama.cpp turns them into 8-bit integers.
+Weights go where llama.cpp would put them: into the first of the CPU's extra buffer types (which repack a weight for
+wide kernels) that takes the product, else into the plain one. Activations are float32; llama.cpp turns them into 8-bit
+integers.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contender import CACHE, Contender, NotHere
+from benchmarks.contender import Contender, NotHere, copies_needed
 
 # enum ggml_type: its number, and bits of a code.
 TYPES = {"Q4_0": (2, 4), "Q4_1": (3, 4), "Q4_K": (12, 4), "Q6_K": (14, 6), "Q8_0": (8, 8)}
@@ -194,7 +195,7 @@ def _contender(w: Tensor, name: str) -> Contender:
     kind, nbits = TYPES[name]
     N, K = w.shape
     packed = quantize(w, name)
-    weights = [Weight(packed, kind, N, K) for _ in range(CACHE // packed.nbytes + 1)]
+    weights = [Weight(packed, kind, N, K) for _ in range(copies_needed(packed.nbytes))]
 
     def bind(x: Tensor) -> Callable[[], Tensor]:
         products = Products(weights, x, N)

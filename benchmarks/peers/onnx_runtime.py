@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.contender import CACHE, Contender, NotHere
+from benchmarks.contender import Contender, NotHere, copies_needed
 
 GROUP = 64
 
@@ -44,7 +44,7 @@ def _contender(w: Tensor, nbits: int, accuracy: int) -> Contender:
     options.intra_op_num_threads = torch.get_num_threads()
     nbytes = packed.nbytes + scale.nbytes
     sessions = [
-        onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"]) for _ in range(CACHE // nbytes + 1)
+        onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"]) for _ in range(copies_needed(nbytes))
     ]
 
     def bind(x: Tensor) -> Callable[[], Tensor]:
