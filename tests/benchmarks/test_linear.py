@@ -1,4 +1,4 @@
-"""benchmarks.cpu_linear: its answers are checked, its figures are those that were measured, its verdict follows from them."""
+"""benchmarks.cpu_linear: answers are checked, figures are those that were measured, the verdict follows from them."""
 
 import json
 from pathlib import Path

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import plot  # noqa: E402
+from benchmarks import plot
 
 
 def image(path: Path) -> bool:
