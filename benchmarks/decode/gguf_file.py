@@ -38,8 +38,10 @@ def _interleaved(w: Tensor, heads: int) -> Tensor:
     return w.view(heads, 2, N // heads // 2, K).transpose(1, 2).reshape(N, K)
 
 
-def write_gguf(path: Path, config: LlamaConfig, weights: dict[str, Tensor], nbits: int) -> int:
-    """Write the file and return the bytes of its tensors."""
+def write_gguf(
+    path: Path, config: LlamaConfig, weights: dict[str, Tensor], nbits: int
+) -> tuple[int, dict[str, Tensor]]:
+    """Write the file; gives the bytes of its tensors and, in float32, the weights that they stand for."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -57,17 +59,21 @@ def write_gguf(path: Path, config: LlamaConfig, weights: dict[str, Tensor], nbit
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model("none")
     total = 0
+    dense = {}
     for name, w in weights.items():
         w = w.float()
         if w.ndim == 1:
             writer.add_tensor(gguf_name(name), w.numpy())
             total += w.nbytes
+            dense[name] = w
             continue
+        kind = TYPES[nbits][name == EMBEDDING]
+        packed = llama_cpp.quantize(w, kind)
+        dense[name] = llama_cpp.dequantize(packed, kind, *w.shape)
+        packed = packed.view(len(w), -1)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            w = _interleaved(w, heads)
-        kind = TYPES[nbits][name == EMBEDDING]
-        packed = llama_cpp.quantize(w, kind).view(w.shape[0], -1)
+            packed = _interleaved(packed, heads)
         # The shape of a quantized tensor is given in bytes; the writer turns it into numbers of weights.
         writer.add_tensor(gguf_name(name), packed.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])
         total += packed.nbytes
@@ -75,7 +81,7 @@ def write_gguf(path: Path, config: LlamaConfig, weights: dict[str, Tensor], nbit
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return total
+    return total, dense
 
 
 def available() -> str | None:
