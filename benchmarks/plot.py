@@ -88,7 +88,7 @@ def decode(results: dict[str, Any], path: str) -> None:
     rows = sorted(results["rows"], key=lambda r: -r["tokens/s"])
     firsts = [key for key in rows[0] if key.startswith("first token")]
     figure, grid = plt.subplots(
-        1, 1 + len(firsts), figsize=(4.6 + 3.2 * len(firsts), 0.3 * len(rows) + 1.4), layout="constrained", sharey=True
+        1, 1 + len(firsts), figsize=(5 + 3.4 * len(firsts), 0.3 * len(rows) + 1.4), layout="constrained", sharey=True
     )
     names = [f"{r['name']}, {r['bytes'] / 1e9:.2f} GB" for r in rows]
     colors = [
@@ -96,8 +96,8 @@ def decode(results: dict[str, Any], path: str) -> None:
         else OURS if "bf16" in r["name"] else OURS_LIGHT
         for r in rows
     ]  # fmt: skip
-    titles = [f"tokens a second after {results['decode after']}"]
-    titles += [f"seconds to the first token, prompt of {key.split(', ')[1]}" for key in firsts]
+    titles = [f"tokens a second, after {results['decode after']}"]
+    titles += [f"first token of {key.split(', ')[1]}, seconds" for key in firsts]
     for axes, key, title in zip(grid, ["tokens/s", *firsts], titles, strict=True):
         _bars(axes, names, [r[key] for r in rows], colors, "{:.1f}" if key == "tokens/s" else "{:.2f}")
         axes.set_title(title, loc="left")

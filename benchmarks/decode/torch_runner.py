@@ -1,5 +1,7 @@
 """A Llama in transformers: prompts run eagerly, single tokens through torch.compile with a static cache."""
 
+from types import FunctionType
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -41,16 +43,23 @@ class TorchRunner:
         )
         self.model = assemble(config, weights, dtype)
         self.cache = StaticCache(config=config, max_cache_len=length)
-        self.forward = self.model.forward
-        self.decode = torch.compile(self.forward, fullgraph=True, dynamic=False) if compiled else self.forward
+        model, cache = self.model, self.cache
+
+        def decode(ids: Tensor) -> Tensor:
+            return model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+
+        if compiled:
+            # torch looks through all graphs of a code object at every call: each runner has a code object of its own.
+            own = FunctionType(decode.__code__.replace(), decode.__globals__, closure=decode.__closure__)
+            decode = torch.compile(own, fullgraph=True, dynamic=False)
+        self.decode = decode
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self.rewind(0)
-        ids = torch.tensor([tokens])
-        return self.forward(ids, past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
+        return self.model(torch.tensor([tokens]), past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
 
     def step(self, token: int) -> Tensor:
-        return self.decode(torch.tensor([[token]]), past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
+        return self.decode(torch.tensor([[token]]))
 
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
