@@ -33,7 +33,7 @@ def _compiled() -> ctypes.CDLL | None:
 class ReadLoops:
     """Loops over one buffer larger than the caches. ``runs`` are timed beside the contenders."""
 
-    def __init__(self, nbytes: int = 256 << 20) -> None:
+    def __init__(self, nbytes: int = 128 << 20) -> None:
         self.buffer = torch.ones(nbytes // 4)
         self.runs: dict[str, Callable[[], object]] = {PREFIX + "torch.sum": self.buffer.sum}
         library = _compiled()

@@ -101,13 +101,18 @@ def _plain(w: Tensor, config: HqqConfig) -> HQQTensor:
 def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The aims for solvers at 4 bits, groups of 64, on every dtype and shape; and for their memory."""
     lines = []
+    library = {str((r["shape"], r["dtype"], r["bits"])): r["error"] for r in rows if r["solver"] == "hqq library"}
     for row in rows:
+        theirs = library.get(str((row["shape"], row["dtype"], row["bits"])))
         where = f"{row['shape'][0]}x{row['shape'][1]} {row['dtype']}, {row['bits']} bits"
         wanted = {"rtn": 1000, "hqq_joint": 100}.get(row["solver"])
         if wanted and row["bits"] == 4:
             speed = row["M weights/s"]
             text = f"{row['solver']}, {where}: >= {wanted} M weights a second"
             lines.append(aims.aim(text, f"{speed:.0f}", speed >= wanted))
+        if row["solver"] == "hqq" and theirs:
+            text = f"hqq, {where}: the hqq library's error within 1 %"
+            lines.append(aims.aim(text, f"{row['error'] / theirs:.4f} x", abs(row["error"] / theirs - 1) <= 0.01))
         peak = row["peak MiB over weights and output"]
         if peak is not None:
             text = f"{row['solver']}, {where}: peak <= weights + output + 64 MiB"

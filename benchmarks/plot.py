@@ -46,12 +46,9 @@ def linear(cells: list[dict[str, Any]], path: str) -> None:
     cells = [c for c in cells if c["shape"] == shape]
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
-    # The main settings: the others are in the tables.
-    keep = [
-        r["name"]
-        for r in cells[0]["rows"]
-        if r["kind"] != "ours" or not any(s in r["name"] for s in ("g32", "g128", "scales"))
-    ]
+    # The main settings; the others are in the tables.
+    left_out = ("g32", "g128", "scales", "7-bit", "6-bit", "5-bit")
+    keep = [r["name"] for r in cells[0]["rows"] if r["kind"] != "ours" or not any(s in r["name"] for s in left_out)]
     figure, grid = plt.subplots(
         lines,
         columns,
@@ -142,6 +139,7 @@ def quantize(rows: list[dict[str, Any]], path: str) -> None:
             "{:.3g}",
         )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(right=axes.get_xlim()[1] * 2)
         axes.set_title(title, loc="left")
         axes.tick_params(axis="y", labelsize=7.5, length=0)
