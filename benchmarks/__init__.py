@@ -7,5 +7,6 @@ others take part where they are installed, and are named where they are not:
         llama-cpp-python diskcache gguf
     PYTHONPATH=.:PEERS python -m benchmarks.cpu_linear --json linear.json --plot docs/plots/linear.png
 
-``--no-deps`` keeps pip from replacing torch. llama-cpp-python is compiled for the processor at hand. Plots need matplotlib.
+``--no-deps`` keeps pip from replacing torch. llama-cpp-python is compiled for the processor at hand. Plots need
+matplotlib.
 """
