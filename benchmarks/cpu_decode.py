@@ -226,12 +226,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="needs matplotlib")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 8], choices=[4, 8])
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES), help="activations of ours"
-    )
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES), help="activations of ours")
     parser.add_argument("--prompts", nargs="+", type=int, default=[128, 512], help="lengths in tokens")
     parser.add_argument("--seconds", type=float, default=60, help="of decoding, all contenders together")
-    parser.add_argument("--rounds", type=int, default=2, help="prompts of each length and contender, after a first one")
+    parser.add_argument("--rounds", type=int, default=1, help="prompts of each length and contender, after a first one")
     parser.add_argument("--small", action="store_true", help="two small layers, to see that everything works")
     parser.add_argument("--no-fp32", action="store_true", help="leave out the dense float32 model")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run single tokens eagerly")
