@@ -1,12 +1,12 @@
 """``python -m benchmarks.cpu_decode``: tokens a second and time to first token of a Llama of 1B shapes.
 
 Ours at 4 and 8 bits in groups of 64 runs in transformers, prompts eagerly, single tokens through torch.compile with a
-static cache, against the dense model run alike and against llama.cpp on the same random weights quantized by ggml to
-Q4_0 and Q8_0 and written to GGUF. Both sides keep the same layers in the same bits: the embedding, which is the output
-layer too, has 6 bits (Q6_K) beside 4-bit layers, as llama-quantize does it, and 8 beside 8-bit ones. Their real bytes
-are printed. No side samples. Every model's logits are checked before anything is timed, against those of the dense
-float32 model of its own dequantized weights. Contenders take turns of a few
-tokens each. Needs about 14 GiB of memory; ``--no-fp32`` leaves the dense float32 model out of the timing (5 GB).
+static cache and attention as plain products, against the dense model run alike and against llama.cpp on the same
+random weights quantized by ggml to Q4_0 and Q8_0 and written to GGUF. Both sides keep the same layers in the same
+bits: the embedding, which is the output layer too, has 6 bits (Q6_K) beside 4-bit layers, as llama-quantize does it,
+and 8 beside 8-bit ones. Their real bytes are printed. No side samples. Every model's logits are checked before
+anything is timed, against those of the dense float32 model of its own dequantized weights. Contenders take turns of a
+few tokens each. Needs about 14 GiB of memory; ``--no-fp32`` leaves the dense float32 model out of the timing (5 GB).
 """
 
 import argparse

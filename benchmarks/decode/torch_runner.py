@@ -1,5 +1,6 @@
 """A Llama in transformers: prompts run eagerly, single tokens through torch.compile with a static cache."""
 
+import copy
 from types import FunctionType
 
 import torch
@@ -41,6 +42,7 @@ class TorchRunner:
         self.nbytes = sum(
             w.nbytes if isinstance(w, HQQTensor) else w.numel() * dtype.itemsize for w in weights.values()
         )
+        config = copy.deepcopy(config)  # the attention chosen below is kept in it
         self.model = assemble(config, weights, dtype)
         self.cache = StaticCache(config=config, max_cache_len=length)
         model, cache = self.model, self.cache
@@ -56,7 +58,11 @@ class TorchRunner:
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self.rewind(0)
-        return self.model(torch.tensor([tokens]), past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
+        self.model.set_attn_implementation("sdpa")
+        out = self.model(torch.tensor([tokens]), past_key_values=self.cache, logits_to_keep=1)
+        # For one token torch's CPU attention takes several times what the compiler makes of the plain products.
+        self.model.set_attn_implementation("eager")
+        return out.logits[0, -1]
 
     def step(self, token: int) -> Tensor:
         return self.decode(torch.tensor([[token]]))
