@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hqqtensor
+
+# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, on every instruction set here.
+SANITIZED := build/sanitized
+sanitize: $(STAMP)
+	HQQTENSOR_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
+	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(CURDIR)/tests/kernels/test_cpu.py \
+	  $(CURDIR)/tests/kernels/test_cpu_solvers.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_basic
