@@ -177,6 +177,18 @@ def _choose(
     return chosen, already
 
 
+def selected_weights(
+    model: nn.Module, config: HqqConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> dict[str, nn.Parameter]:
+    """Dense weights that ``quantize_`` would take, by the name of the (first) module that has each."""
+    chosen, _ = _choose(model, config, filter_fn)
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, (module, _) in chosen.items():
+        weight = module.get_parameter("weight")
+        found.setdefault(id(weight), (name, weight))
+    return dict(found.values())
+
+
 def _users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="e.g. docs/plots/quality_pareto.png (needs matplotlib)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    ours.CACHE = args.cache
     methods, missing = peers.methods()
     methods += ours.methods()
     for name, reason in missing.items():

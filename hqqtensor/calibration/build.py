@@ -33,7 +33,7 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
     dtype = config.scale_dtype or _storage_dtype(scale, zero)
     quantized = config.quant_scale, config.quant_zero
 
-    def kept(s: Tensor, z: Tensor) -> tuple[tuple[object, Tensor], tuple[object, Tensor]]:
+    def kept(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
         return _store(s, dtype, quantized[0], "scale"), _store(z, dtype, quantized[1], "zero_point")
 
     def seen(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

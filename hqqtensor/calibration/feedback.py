@@ -1,10 +1,10 @@
 """Error feedback column by column onto half-quadratic grids.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323): with H the second moments of the inputs and U the upper Cholesky factor of
-its inverse, the error of column k, divided by U[k, k], is taken out of the columns after it by row k of U, so that the
-layer's output changes least. Grids are not of minimum and maximum: when a group's turn comes, the joint half-quadratic
-solver fits scale and zero point to its weights as they are by then, weighted by 1 / U[k, k]^2, what an error in column k
-costs once later columns have made up for it. Both are rounded for storage before codes are chosen.
+GPTQ (Frantar et al. 2022, arXiv 2210.17323): with H the second moments of the inputs and U the upper Cholesky factor
+of its inverse, the error of column k, divided by U[k, k], is taken out of the columns after it by row k of U, so that
+the layer's output changes least. Grids are not of minimum and maximum: when a group's turn comes, the joint
+half-quadratic solver fits scale and zero point to its weights as they are by then, weighted by 1 / U[k, k]^2, what an
+error in column k costs once later columns have made up for it. Both are rounded for storage before codes are chosen.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """Watching the inputs of layers while batches run through a model."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -50,10 +51,8 @@ def watch(
             seen.clear()
             given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask = given.bool() if isinstance(given, Tensor) else None
-            try:
+            with contextlib.suppress(_Enough):
                 run(model, batch)
-            except _Enough:
-                pass
             if progress is not None:
                 progress(done, len(batches), "calibrating")
     finally:

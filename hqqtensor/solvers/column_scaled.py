@@ -1,11 +1,11 @@
 """Column scales: even out how much the inputs' columns of a weight spread before its groups are solved.
 
 A group along in_features has one step for all of its columns. Where columns differ in spread, the wide ones set the
-step and the narrow ones are lost. SINQ (arXiv 2509.22944) divides rows and columns in turn by their standard deviations, as
-Sinkhorn's iteration does, until both are even; each row's factor then belongs to its groups' scales and each column's
-factor moves to the activations: y = (x * d) (W / d)^T. We keep only half of it, d to the power of 1/2: the full factor
-also gives wide columns the larger error, which is right only where wide columns meet small activations. On the
-models measured (docs/quality.md) they do in one and do not in the other, and the half serves both.
+step and the narrow ones are lost. SINQ (arXiv 2509.22944) divides rows and columns in turn by their standard
+deviations, as Sinkhorn's iteration does, until both are even; each row's factor then belongs to its groups' scales and
+each column's factor moves to the activations: y = (x * d) (W / d)^T. We keep only half of it, d to the power of 1/2:
+the full factor also gives wide columns the larger error, which is right only where wide columns meet small
+activations. On the models measured (docs/quality.md) they do in one and do not in the other; the half serves both.
 """
 
 import dataclasses
