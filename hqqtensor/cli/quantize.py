@@ -104,15 +104,18 @@ def check_search(args: argparse.Namespace) -> int | None:
 
 def searched(model: Any, config: HqqConfig, nbytes: int | None, args: argparse.Namespace) -> HqqConfig:
     """``config`` with settings by layer for the target, measured on text or, without one, on random tokens."""
+    context = min(256, getattr(model.config, "max_position_embeddings", 256))
     if args.text is None:
         vocabulary = getattr(model.config, "vocab_size", None)
         if vocabulary is None:
             raise CommandError(
                 "the model takes no tokens, so that sensitivities cannot be measured from the command line"
             )
-        batches = random_tokens(vocabulary)
+        batches = random_tokens(vocabulary, context)
     else:
-        windows = token_windows(model_dir.open_tokenizer(args.model_dir), args.text.read_text(encoding="utf-8"), 256)
+        windows = token_windows(
+            model_dir.open_tokenizer(args.model_dir), args.text.read_text(encoding="utf-8"), context
+        )
         batches = [{"input_ids": windows[:8]}]
     with progress_on_stderr("measuring", not args.json) as progress:
         found = measure_sensitivity(model, config, batches, file=args.sensitivity, progress=progress)

@@ -148,17 +148,17 @@ def test_help_and_no_command(capsys) -> None:
     assert run() == 2
 
 
-def test_quantize_meets_a_target_and_keeps_the_sensitivities(tmp_path, capsys):
+def test_quantize_meets_a_target_and_keeps_the_sensitivities(tiny, tmp_path, capsys):
     file, out = tmp_path / "s.json", tmp_path / "out"
-    args = ["quantize", str(DOCLM), str(out), "--target-bpw", "3.25", "--sensitivity", str(file), "--json"]
+    args = ["quantize", str(tiny), str(out), "--target-bpw", "4.25", "--sensitivity", str(file), "--json"]
     assert main(args) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert 3.0 < summary["bits_per_weight"] <= 3.25
-    assert len(json.loads(file.read_text())["layers"]) == 35
+    assert 3.75 < summary["bits_per_weight"] <= 4.25
+    assert len(json.loads(file.read_text())["layers"]) == 14
     size = summary["bytes_after"]
     args = [
         "quantize",
-        str(DOCLM),
+        str(tiny),
         str(tmp_path / "b"),
         "--target-size",
         f"{size}B",
