@@ -13,50 +13,51 @@ from hqqtensor.solvers import column_scaled
 
 
 class HQQTensor(TorchAOBaseTensor):
-    """A weight ``[..., N, K]`` kept in ``nbits`` bits; value = (code - zero_point) * scale.
+    """A weight ``[..., N, K]`` kept in ``nbits`` bits; value = (code - zero_point) * scale, or table[code] * scale.
 
     Tensor data:
         qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
             viewed as a floating dtype.
         scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
             plain floating tensor or an 8-bit HQQTensor.
-        zero_point: as ``scale``, in units of codes.
+        zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
+            ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
         act_pre_scale (optional): ``[K]``, multiplied into the activations.
 
     Attributes:
         nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
         in_features, out_features: K and N, the length and the number of stored rows. rank: of the logical shape.
         shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
-            dimensions of ``shape`` are swapped against the stored ``[N, K]``.
+            dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
     """
 
-    tensor_data_names = ["qdata", "scale", "zero_point"]
-    optional_tensor_data_names = ["act_pre_scale"]
-    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed"]
+    tensor_data_names = ["qdata", "scale"]
+    optional_tensor_data_names = ["zero_point", "act_pre_scale"]
+    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation"]
 
     qdata: Tensor
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     act_pre_scale: Tensor | None
 
     def __new__(
-        cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
-        shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
-        act_pre_scale: Tensor | None = None,
+        cls, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
+        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
     ) -> "HQQTensor":  # fmt: skip
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
 
     def __init__(
-        self, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
-        shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
-        act_pre_scale: Tensor | None = None,
+        self, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
+        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
-        self.format, self.transposed = format, transposed
+        self.format, self.transposed, self.activation = format, transposed, activation
         # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
         self.rank = len(shape)
         self.in_features = shape[-2] if transposed else shape[-1]
@@ -85,6 +86,7 @@ class HQQTensor(TorchAOBaseTensor):
             out.act_pre_scale = scale
         else:
             out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
+        out.activation = config.activation
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)
         return out
@@ -94,7 +96,8 @@ class HQQTensor(TorchAOBaseTensor):
         meta = [
             HQQTensor._from_encoded(m, torch.float32) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)
         ]
-        return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -102,15 +105,30 @@ class HQQTensor(TorchAOBaseTensor):
         names, _ = self.__tensor_flatten__()
         return sum(getattr(self, name).nbytes for name in names)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``qdata`` as uint8, and plain ``scale`` and ``zero_point``: what the ops take."""
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``qdata``, ``scale`` and ``zero_point`` as the ops take them: plain tensors, quantized ones as uint8."""
         qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
-        scale, zero = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (self.scale, self.zero_point))
+        scale, zero = self.scale, self.zero_point
+        if isinstance(scale, HQQTensor):
+            scale = scale.qdata[..., : scale.in_features]
+        if isinstance(zero, HQQTensor):
+            zero = zero.qdata[..., : zero.in_features]
         return qdata, scale, zero
 
-    def settings(self) -> tuple[int, str, int, int, int]:
-        """(nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        return self.nbits, self.format, self.group_size, self.axis, self.in_features
+    @property
+    def codebook(self) -> str | None:
+        """For the format "codebook", whether the "tensor" or each "row" has entries of its own; else None."""
+        if self.format != "codebook":
+            return None
+        return "tensor" if self.zero_point.shape[-2] == 1 else "row"  # type: ignore[union-attr]
+
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
+        """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
+        meta: list[Tensor] = []
+        for t in (self.scale, self.zero_point):
+            if isinstance(t, HQQTensor):
+                meta += [t.scale, t.zero_point]  # type: ignore[list-item]
+        return meta, self.nbits, self.format, self.group_size, self.axis, self.in_features
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
@@ -141,10 +159,11 @@ class HQQTensor(TorchAOBaseTensor):
         def meta(t: Tensor) -> str:
             return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
 
-        return (
-            f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}, "
-            f"scale={meta(self.scale)}, zero_point={meta(self.zero_point)}"
-        )
+        text = f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}"
+        text += f", scale={meta(self.scale)}"
+        if self.codebook is not None:
+            return f"{text}, codebook={self.codebook}"
+        return text if self.zero_point is None else f"{text}, zero_point={meta(self.zero_point)}"
 
     def __repr__(self) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")

@@ -16,6 +16,8 @@ def check_calibrated(config: HqqConfig, name: str) -> None:
     """ValueError naming ``name`` for settings that calibration does not serve."""
     if config.format != "int" or config.axis != 1:
         raise ValueError(f"{name}: calibration serves format 'int' and axis 1, got {config.format!r} and {config.axis}")
+    if config.integer_zero:
+        raise ValueError(f"{name}: calibration does not serve integer_zero; calibrated zero points are real numbers")
     if config.solver not in ("hqq_joint", column_scaled.NAME):
         raise ValueError(f"{name}: calibration serves hqq_joint and column_scaled, got solver {config.solver!r}")
 
@@ -59,7 +61,7 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
         weight.shape,  # type: ignore[arg-type]
     )
     out = HQQTensor._from_encoded(encoded, config.compute_dtype or weight.dtype, config.format)
-    out.act_pre_scale = act
+    out.act_pre_scale, out.activation = act, config.activation
     if config.view_as_float:
         out.qdata = out.qdata.view(weight.dtype)
     return out

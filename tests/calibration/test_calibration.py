@@ -165,8 +165,13 @@ def test_an_error_on_the_way_leaves_the_model_dense():
 def test_what_calibration_does_not_serve_is_refused_by_name():
     model = Net()
     calibration = calibrate(model, BATCHES)
-    for config in (HqqConfig(4, 32, axis=0), HqqConfig(4, 32, solver="hqq")):
-        with pytest.raises(ValueError, match=r"a\.weight: calibration serves"):
+    for config in (
+        HqqConfig(4, 32, axis=0),
+        HqqConfig(4, 32, solver="hqq"),
+        HqqConfig(4, 32, integer_zero=True),
+        HqqConfig(4, 32, format="nf4"),
+    ):
+        with pytest.raises(ValueError, match=r"a\.weight: calibration (serves|does not serve)"):
             quantize_(model, config, calibration=calibration)
     with pytest.raises(ValueError, match="mode must be one of"):
         calibrate(model, BATCHES, "best")

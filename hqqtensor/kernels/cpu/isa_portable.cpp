@@ -1,3 +1,4 @@
+#include <cmath>
 #include <type_traits>
 
 #include "vec_portable.h"
@@ -6,7 +7,7 @@
 
 namespace hqqtensor {
 const Kernels* kernels_portable() {
-  static const Kernels table = HQQTENSOR_TABLE("portable");
+  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr);
   return &table;
 }
 }  // namespace hqqtensor
