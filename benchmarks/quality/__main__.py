@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.quality import ours, peers
 from benchmarks.quality.report import write_plot, write_tables
-from benchmarks.quality.run import result_of
+from benchmarks.quality.run import cached, result_of
 from benchmarks.quality.task import TASKS
 
 
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--only", default="", help="only methods whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="compute what --only names again")
+    parser.add_argument("--cached", action="store_true", help="compute nothing: report what the cache holds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", type=Path, help="file whose generated part is replaced, e.g. docs/quality.md")
     parser.add_argument("--plot", type=Path, help="e.g. docs/plots/quality_pareto.png (needs matplotlib)")
@@ -33,6 +34,9 @@ def main() -> None:
     for name, reason in missing.items():
         print(f"left out: {name} ({reason})")
     results = []
+    if args.cached:
+        results = [r for r in cached(args.cache, args.half) if r["task"] in args.tasks and args.only in r["method"]]
+        args.tasks = []
     for task_name in args.tasks:
         task = TASKS[task_name]()
         for method in methods:

@@ -34,3 +34,8 @@ def result_of(method: Method, task: Task, half: str, cache: Path, fresh: bool) -
     cache.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result))
     return result
+
+
+def cached(cache: Path, half: str) -> list[dict[str, Any]]:
+    """All results of ``half`` in ``cache``."""
+    return [json.loads(file.read_text()) for file in sorted(cache.glob(f"*-{half}-*.json"))]
