@@ -29,7 +29,7 @@ class HqqConfig(AOBaseConfig):
     axis: 1 groups along in_features, 0 along out_features.
     format: number format of the codes: "int" (1 to 8 bits), "fp4", "fp6", "fp8", "nf4" or "codebook" (learned, 1 to 4
         bits), see ``hqqtensor.formats``. Only "int" has zero points.
-    solver: "hqq_joint", "hqq" (the published one, for "int" only) or "rtn".
+    solver: "hqq_joint", "hqq" (the published one, for "int" only), "rtn" or "column_scaled".
     scale_dtype: storage dtype of scale and zero point (float16, bfloat16, float32). None takes float16 where
         it holds every scale and zero point of the weight well, else float32.
     quant_scale, quant_zero: keep scales / zero points as 8-bit codes in groups of 128.

@@ -19,6 +19,9 @@ PRESETS: dict[str, HqqConfig] = {
 }
 """Presets named bits/group size, best quality first; 2/16 keeps its many scales in 8 bits."""
 
+BYTE_UNITS: dict[str, float] = {
+    "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+}  # fmt: skip
 _ORDER = ("8/64", "4/64", "4/128", "3/64", "2/16", "2/64", "1/32")
 
 
@@ -66,8 +69,7 @@ def get_optimal_quant_config(
         name = "8/64" if count < 1e9 else "4/64"
         size = "under" if count < 1e9 else "at least"
         return OptimalConfig(name, PRESETS[name], sizes[name], f"recommended for {size} a billion parameters")
-    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    budget = parse_size(memory_budget, "memory budget", units)
+    budget = parse_size(memory_budget, "memory budget", BYTE_UNITS)
     for name in _ORDER:
         if sizes[name] <= budget:
             reason = f"the best preset within {budget / 1e9:.2f} GB for {count / 1e9:.3g} billion parameters"

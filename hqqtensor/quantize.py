@@ -3,7 +3,7 @@
 import fnmatch
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
 from hqqtensor.tensor import HQQTensor
 
+if TYPE_CHECKING:
+    from hqqtensor.calibration import Calibration
+
 
 def quantize_(
     model: nn.Module,
@@ -20,6 +23,7 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    calibration: "Calibration | None" = None,
 ) -> None:
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
@@ -28,6 +32,7 @@ def quantize_(
     the first is swapped in, so that an error leaves the model as it was. Tied weights are quantized once and stay
     tied. Weights that are quantized already are left alone with a warning. ``device``: where to quantize and
     where the whole model is afterwards. ``progress(done, total, name)``: called after each weight, in weights.
+    ``calibration``: from ``hqqtensor.calibration.calibrate``; weights that it knows nothing of are quantized without.
 
     Raises TypeError or ValueError naming the module: bad weight, tag that matches nothing, nothing to quantize.
     """
@@ -58,15 +63,27 @@ def quantize_(
 
     total, done = sum(weight.numel() for _, weight, _ in plan.values()), 0
     made: dict[int, nn.Parameter] = {}
+
+    def count(key: int, full: str) -> None:
+        nonlocal done
+        done += plan[key][1].numel()
+        if progress is not None:
+            progress(done, total, full)
+
+    if calibration is not None:
+        from hqqtensor.calibration.apply import check_plan, quantize_calibrated
+
+        check_plan(plan, calibration)
+        made = quantize_calibrated(model, plan, calibration, count)
     for key, (full, weight, settings) in plan.items():
+        if key in made:
+            continue
         source = weight if device is None else weight.to(device)
         try:
             made[key] = nn.Parameter(HQQTensor.from_hp(source.detach(), settings), requires_grad=False)
         except ValueError as error:
             raise ValueError(f"{full}: {error}") from None
-        done += weight.numel()
-        if progress is not None:
-            progress(done, total, full)
+        count(key, full)
     replace_parameters(model, made)
     if device is not None:
         model.to(device)
@@ -158,6 +175,18 @@ def _choose(
     if unused:
         raise ValueError(f"dynamic_config tags {unused} match no module with a weight of rank 2 or more")
     return chosen, already
+
+
+def selected_weights(
+    model: nn.Module, config: HqqConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> dict[str, nn.Parameter]:
+    """Dense weights that ``quantize_`` would take, by the name of the (first) module that has each."""
+    chosen, _ = _choose(model, config, filter_fn)
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, (module, _) in chosen.items():
+        weight = module.get_parameter("weight")
+        found.setdefault(id(weight), (name, weight))
+    return dict(found.values())
 
 
 def _users_of_parameters(model: nn.Module) -> dict[int, list[str]]:

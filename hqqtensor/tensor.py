@@ -9,6 +9,7 @@ from torchao.utils import TorchAOBaseTensor
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, check_weight, encode
+from hqqtensor.solvers import column_scaled
 
 
 class HQQTensor(TorchAOBaseTensor):
@@ -78,7 +79,13 @@ class HQQTensor(TorchAOBaseTensor):
         config = config or HqqConfig()
         check_weight(weight, config)
         dtype = config.compute_dtype or weight.dtype
-        out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
+        if config.solver == column_scaled.NAME:
+            inner = column_scaled.inner(config)
+            scale = column_scaled.column_scale(weight).to(torch.float16)
+            out = HQQTensor._from_encoded(encode(weight / scale.float(), inner), dtype, config.format)
+            out.act_pre_scale = scale
+        else:
+            out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
         out.activation = config.activation
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)

@@ -8,9 +8,12 @@ from typing import Any
 
 from hqqtensor import HqqConfig, quantize_, save_model
 from hqqtensor.cli import model_dir
-from hqqtensor.cli.output import UsageError, print_json, progress_on_stderr
+from hqqtensor.cli.output import CommandError, UsageError, print_json, progress_on_stderr
 from hqqtensor.diagnostics import model_size
+from hqqtensor.diagnostics.language import token_windows
 from hqqtensor.diagnostics.table import megabytes
+from hqqtensor.presets import BYTE_UNITS, parse_size
+from hqqtensor.search import choose_config, measure_sensitivity, random_tokens
 
 
 def group_size(text: str) -> int | None:
@@ -33,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip", nargs="*", default=None, metavar="TAG", help="modules left alone, in place of the default lm_head"
     )
     parser.add_argument("--quant-metadata", action="store_true", help="keep scales and zero points in 8 bits")
+    parser.add_argument(
+        "--target-bpw", type=float, metavar="BITS", help="choose settings by layer: average bits a weight"
+    )
+    parser.add_argument("--target-size", metavar="SIZE", help="choose settings by layer: bytes of the model, e.g. 4GiB")
+    parser.add_argument("--sensitivity", type=Path, metavar="FILE", help="JSON to keep and reuse for --target-*")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on for --target-*")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT_DIR")
     parser.add_argument("--json", action="store_true", help="the summary as JSON, no progress")
@@ -73,14 +82,56 @@ def make_config(args: argparse.Namespace) -> HqqConfig:
         raise UsageError(str(error)) from error
 
 
+def check_search(args: argparse.Namespace) -> int | None:
+    """The bytes that ``--target-size`` asks for; UsageError for options that do not go together."""
+    if args.target_bpw is None and args.target_size is None:
+        if args.sensitivity is not None or args.text is not None:
+            raise UsageError("--sensitivity and --text are for --target-bpw or --target-size")
+        return None
+    if args.target_bpw is not None and args.target_size is not None:
+        raise UsageError("give one of --target-bpw and --target-size")
+    if args.layers:
+        raise UsageError(
+            "--target-bpw and --target-size choose the settings of all layers: leave --layers out, use --skip"
+        )
+    if args.target_bpw is not None and not 0 < args.target_bpw < float("inf"):
+        raise UsageError(f"--target-bpw must be over 0, got {args.target_bpw}")
+    try:
+        return None if args.target_size is None else int(parse_size(args.target_size, "--target-size", BYTE_UNITS))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def searched(model: Any, config: HqqConfig, nbytes: int | None, args: argparse.Namespace) -> HqqConfig:
+    """``config`` with settings by layer for the target, measured on text or, without one, on random tokens."""
+    context = min(256, getattr(model.config, "max_position_embeddings", 256))
+    if args.text is None:
+        vocabulary = getattr(model.config, "vocab_size", None)
+        if vocabulary is None:
+            raise CommandError(
+                "the model takes no tokens, so that sensitivities cannot be measured from the command line"
+            )
+        batches = random_tokens(vocabulary, context)
+    else:
+        windows = token_windows(
+            model_dir.open_tokenizer(args.model_dir), args.text.read_text(encoding="utf-8"), context
+        )
+        batches = [{"input_ids": windows[:8]}]
+    with progress_on_stderr("measuring", not args.json) as progress:
+        found = measure_sensitivity(model, config, batches, file=args.sensitivity, progress=progress)
+    return choose_config(model, found, config, args.target_bpw, nbytes).config
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize, write, report."""
-    config = make_config(args)
+    config, target = make_config(args), check_search(args)
     source, out = args.model_dir.resolve(), args.out_dir.resolve()
     settings = model_dir.read_config(source)
     model_dir.check_output(out, source, args.overwrite)
     model = model_dir.open_dense(source)
     before = model_size(model)
+    if args.target_bpw is not None or target is not None:
+        config = searched(model, config, target, args)
     started = time.perf_counter()
     with progress_on_stderr("quantizing", not args.json) as progress:
         quantize_(model, config, progress=progress)

@@ -146,3 +146,36 @@ def test_help_and_no_command(capsys) -> None:
     assert run("--help") == 0
     assert "quantize" in capsys.readouterr().out
     assert run() == 2
+
+
+def test_quantize_meets_a_target_and_keeps_the_sensitivities(tiny, tmp_path, capsys):
+    file, out = tmp_path / "s.json", tmp_path / "out"
+    args = ["quantize", str(tiny), str(out), "--target-bpw", "4.25", "--sensitivity", str(file), "--json"]
+    assert main(args) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert 3.75 < summary["bits_per_weight"] <= 4.25
+    assert len(json.loads(file.read_text())["layers"]) == 14
+    size = summary["bytes_after"]
+    args = [
+        "quantize",
+        str(tiny),
+        str(tmp_path / "b"),
+        "--target-size",
+        f"{size}B",
+        "--sensitivity",
+        str(file),
+        "--json",
+    ]
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_after"] <= size
+
+
+def test_targets_that_do_not_go_together_are_usage_errors(tmp_path, capsys):
+    for extra in (
+        ["--target-bpw", "3", "--target-size", "1GB"],
+        ["--target-bpw", "3", "--layers", "mlp=4/64"],
+        ["--target-size", "much"],
+        ["--sensitivity", "s.json"],
+    ):
+        assert main(["quantize", str(DOCLM), str(tmp_path / "out"), *extra]) == 2
+        assert "--" in capsys.readouterr().err

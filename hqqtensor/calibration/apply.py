@@ -1,0 +1,90 @@
+"""What ``quantize_`` does with a calibration: layer by layer, each on inputs from the layers quantized before it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hqqtensor.calibration.build import check_calibrated, from_calibrated
+from hqqtensor.calibration.collect import Calibration
+from hqqtensor.calibration.inputs import watch
+from hqqtensor.config import HqqConfig
+
+Plan = dict[int, tuple[str, nn.Parameter, HqqConfig]]
+"""By the id of a weight: its full name, itself, its settings."""
+
+
+def check_plan(plan: Plan, calibration: Calibration) -> None:
+    """ValueError naming the layer for settings that calibration does not serve, or inputs of another size."""
+    for full, weight, config in plan.values():
+        name = _module(full)
+        if name in calibration.moments:
+            check_calibrated(config, full)
+            if len(calibration.moments[name]) != weight.shape[-1]:
+                raise ValueError(
+                    f"{full}: calibrated on {len(calibration.moments[name])} inputs, the weight has "
+                    f"{weight.shape[-1]}; calibrate this model"
+                )
+    if not any(_module(full) in calibration.moments for full, _, _ in plan.values()):
+        raise ValueError("the calibration has none of the layers to quantize; calibrate this model")
+
+
+def quantize_calibrated(
+    model: nn.Module, plan: Plan, calibration: Calibration, done: Callable[[int, str], None]
+) -> dict[int, nn.Parameter]:
+    """New weights of the calibrated layers of ``plan`` by id of the old; the model is left as it was.
+
+    done(id, name): called after each. "full" runs the batches once for each set of layers with a common input and keeps
+    one ``[K, K]`` matrix at a time.
+    """
+    by_module = {_module(full): (key, full, weight, config) for key, (full, weight, config) in plan.items()}
+    made: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for stage in calibration.stages:
+            chosen = [name for name in stage if name in by_module]
+            if not chosen:
+                continue
+            full_moments = None
+            if calibration.mode == "full":
+                full_moments = _second_moments(model, chosen[0], calibration)
+            for name in chosen:
+                key, full, weight, config = by_module[name]
+                moments = calibration.moments[name] if full_moments is None else full_moments
+                try:
+                    quantized = from_calibrated(weight, config, moments.to(weight.device))
+                except ValueError as error:
+                    raise ValueError(f"{full}: {error}") from None
+                made[key] = nn.Parameter(quantized, requires_grad=False)
+                if calibration.mode == "full":
+                    module = model.get_submodule(name)
+                    replaced.append((module, weight))
+                    module._parameters["weight"] = made[key]
+                done(key, full)
+    finally:
+        for module, weight in replaced:
+            module._parameters["weight"] = weight
+    return made
+
+
+def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Tensor:
+    """Mean of x x^T, float32 ``[K, K]``, over the inputs of ``name`` in the model as it is now."""
+    size = len(calibration.moments[name])
+    total: Tensor | None = None
+    count = 0
+
+    def note(_name: str, x: Tensor) -> None:
+        nonlocal total, count
+        if total is None:
+            total = torch.zeros(size, size, dtype=torch.float32, device=x.device)
+        x = x.to(torch.float32)
+        total.addmm_(x.T, x)
+        count += len(x)
+
+    watch(model, [name], calibration.batches, note, stop=calibration.called_once)
+    assert total is not None
+    return total / max(1, count)
+
+
+def _module(full: str) -> str:
+    return full.rpartition(".")[0]

@@ -1,0 +1,77 @@
+"""An HQQTensor from a weight and what calibration knows of its inputs."""
+
+import torch
+from torch import Tensor
+
+from hqqtensor.calibration.feedback import feed_back
+from hqqtensor.calibration.weighted import solve_weighted
+from hqqtensor.config import HqqConfig
+from hqqtensor.encode import Encoded, _storage_dtype, _store
+from hqqtensor.packing import pack
+from hqqtensor.solvers import column_scaled
+from hqqtensor.tensor import HQQTensor
+
+
+def check_calibrated(config: HqqConfig, name: str) -> None:
+    """ValueError naming ``name`` for settings that calibration does not serve."""
+    if config.format != "int" or config.axis != 1:
+        raise ValueError(f"{name}: calibration serves format 'int' and axis 1, got {config.format!r} and {config.axis}")
+    if config.integer_zero:
+        raise ValueError(f"{name}: calibration does not serve integer_zero; calibrated zero points are real numbers")
+    if config.solver not in ("hqq_joint", column_scaled.NAME):
+        raise ValueError(f"{name}: calibration serves hqq_joint and column_scaled, got solver {config.solver!r}")
+
+
+def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTensor:
+    """Quantize a checked ``weight`` ``[N, K]``; moments ``[K]`` (errors weighted) or ``[K, K]`` (error feedback)."""
+    w, act = weight.detach().to(torch.float32), None
+    if config.solver == column_scaled.NAME:
+        act = column_scaled.column_scale(weight).to(torch.float16)
+        d = act.to(torch.float32)
+        w = w / d
+        moments = moments * (d * d if moments.ndim == 1 else d * d.unsqueeze(1))
+    size = config.group_size or w.shape[1]
+    scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
+    dtype = config.scale_dtype or _storage_dtype(scale, zero)
+    quantized = config.quant_scale, config.quant_zero
+
+    def kept(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
+        return _store(s, dtype, quantized[0], "scale"), _store(z, dtype, quantized[1], "zero_point")
+
+    def seen(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        stored = kept(s, z)
+        return stored[0][1], stored[1][1]
+
+    if moments.ndim == 2:
+        codes, scale, zero = feed_back(w, moments, config.nbits, size, seen)
+        # Columns of groups are stored independently of one another, so all at once read back as one by one.
+        stored_scale, stored_zero = (part[0] for part in kept(scale, zero))
+    else:
+        (stored_scale, s), (stored_zero, z) = kept(scale, zero)
+        s, z = (t.repeat_interleave(size, -1)[:, : w.shape[1]] for t in (s, z))
+        inverse = torch.where(s == 0, 0.0, s.reciprocal())
+        codes = (w * inverse).add_(z).round_().clamp_(0, 2**config.nbits - 1).to(torch.uint8)
+    encoded = Encoded(
+        pack(codes, config.nbits),
+        stored_scale,
+        stored_zero,
+        config.nbits,
+        size,
+        1,
+        weight.shape,  # type: ignore[arg-type]
+    )
+    out = HQQTensor._from_encoded(encoded, config.compute_dtype or weight.dtype, config.format)
+    out.act_pre_scale, out.activation = act, config.activation
+    if config.view_as_float:
+        out.qdata = out.qdata.view(weight.dtype)
+    return out
+
+
+def _grid(w: Tensor, size: int, config: HqqConfig, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of all groups of ``[N, K]``, a ragged last one at its own length."""
+    full = w.shape[1] // size * size
+    parts = [(w[:, :full].unflatten(1, (-1, size)), importance[:full].unflatten(0, (-1, size)))] if full else []
+    if full < w.shape[1]:
+        parts.append((w[:, full:].unsqueeze(1), importance[full:].unsqueeze(0)))
+    found = [solve_weighted(groups, config.nbits, weights) for groups, weights in parts]
+    return torch.cat([s for s, _ in found], 1), torch.cat([z for _, z in found], 1)

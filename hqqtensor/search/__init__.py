@@ -1,0 +1,15 @@
+"""Mixed precision: how much each layer suffers from each setting, and the best choice within a budget."""
+
+from hqqtensor.search.choose import Choice, choose_config
+from hqqtensor.search.knapsack import best_choice
+from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity, random_tokens
+
+__all__ = [
+    "CANDIDATES",
+    "Choice",
+    "Sensitivity",
+    "best_choice",
+    "choose_config",
+    "measure_sensitivity",
+    "random_tokens",
+]

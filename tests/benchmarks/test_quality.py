@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from benchmarks.quality.method import affine_bits
+from benchmarks.quality.peers.gptq_paper import _solve, blocks_of
+from benchmarks.quality.peers.nf4_paper import NF4, _quantize
+from benchmarks.quality.report import front
+from benchmarks.quality.statistics import mean_interval, ratio_interval
+from benchmarks.quality.task import nearest
+
+
+def result(name: str, bits: float, value: float, data: str = "") -> dict:
+    return {"task": "doclm", "method": name, "bits": bits, "data": data, "windows": {"kl": [value]}}
+
+
+def test_front_leaves_out_what_is_worse_at_equal_or_more_bits():
+    some = [result("a", 4.5, 1.0), result("b", 4.5, 2.0), result("c", 3.0, 3.0), result("d", 5.0, 1.5)]
+    assert front(some, "doclm") == {"a", "c"}
+
+
+def test_text_does_not_push_out_methods_without_text():
+    some = [result("plain", 4.5, 1.0), result("calibrated", 4.5, 0.5, "text")]
+    assert front(some, "doclm") == {"plain", "calibrated"}
+    assert front([*some, result("worse", 4.6, 0.6, "text")], "doclm") == {"plain", "calibrated"}
+
+
+def test_intervals_hold_the_mean_and_pairs_cancel_common_noise():
+    values = torch.rand(100, generator=torch.Generator().manual_seed(0)).tolist()
+    mean, low, high = mean_interval(values)
+    assert low < mean < high and high - low < 0.2
+    assert ratio_interval([v / 2 for v in values], values) == pytest.approx((0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="same windows"):
+        ratio_interval(values, values[1:])
+
+
+def test_bits_count_ragged_groups():
+    assert affine_bits(torch.zeros(10, 100), 3, 64) == 10 * (300 + 2 * 32)
+
+
+def test_nf4_keeps_its_own_levels():
+    w = NF4.repeat(2, 4)
+    got = _quantize(w, NF4, 64)
+    torch.testing.assert_close(got.weight, w)
+    assert got.bits / w.numel() == 4.25
+
+
+def test_gptq_beats_rounding_where_inputs_are_correlated():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+    moments = x.T @ x / 256
+    w = torch.randn(16, 64, generator=generator)
+    errors = [_solve(w, h, 4, 64) - w for h in (moments, torch.eye(64))]
+    feedback, plain = (((e @ moments) * e).sum() for e in errors)
+    assert feedback < 0.1 * plain
+
+
+def test_layers_fall_into_their_blocks():
+    names = ["m.layers.0.q", "m.layers.0.mlp.up", "m.layers.1.q"]
+    assert blocks_of(names) == [names[:2], names[2:]]
+
+
+def test_nearest_leaves_out_the_sentence_itself():
+    e = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), dim=-1)
+    assert nearest(e, 1).flatten().tolist() == [1, 0, 1]

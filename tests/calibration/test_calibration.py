@@ -1,0 +1,202 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
+from hqqtensor.calibration import calibrate
+from hqqtensor.calibration.build import from_calibrated
+from hqqtensor.calibration.feedback import feed_back, inverse_factor
+
+
+class Net(nn.Module):
+    """Two layers with a common input, one after them, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
+        self.out, self.unused = nn.Linear(96, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.a(x)) * self.b(x))
+
+
+def correlated(count: int, seed: int) -> torch.Tensor:
+    """Inputs of low rank plus a little noise, the last of them always zero."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(8, 64, generator=torch.Generator().manual_seed(99))
+    x = torch.randn(count, 8, generator=generator) @ mix + 0.1 * torch.randn(count, 64, generator=generator)
+    x[:, -1] = 0
+    return x
+
+
+BATCHES = [correlated(64, seed) for seed in range(4)]
+CONFIG = HqqConfig(3, 32)
+
+
+def output_error(model: nn.Module, other: nn.Module) -> float:
+    x = correlated(256, 1000)
+    with torch.no_grad():
+        return ((other(x) - model(x)).square().sum() / model(x).square().sum()).item()
+
+
+def quantized(mode: str | None, config: HqqConfig = CONFIG) -> tuple[Net, Net]:
+    model = Net()
+    other = copy.deepcopy(model)
+    calibration = calibrate(other, BATCHES, mode) if mode else None
+    quantize_(other, config, calibration=calibration)
+    return model, other
+
+
+@pytest.mark.parametrize("solver", ["hqq_joint", "column_scaled"])
+def test_each_step_of_calibration_brings_the_output_nearer(solver):
+    config = HqqConfig(3, 32, solver=solver, quant_scale=True, quant_zero=True)
+    none, full = (output_error(*quantized(mode, config)) for mode in (None, "full"))
+    assert full < 0.5 * none
+
+
+def test_diagonal_calibration_spares_the_inputs_that_are_large():
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    moments = torch.where(torch.arange(64) % 4 == 0, 100.0, 0.01)
+    weighted = from_calibrated(w, HqqConfig(2, 32), moments).dequantize() - w
+    plain = HQQTensor.from_hp(w, HqqConfig(2, 32)).dequantize() - w
+    assert (weighted.square() @ moments).sum() < 0.5 * (plain.square() @ moments).sum()
+
+
+def test_even_diagonal_calibration_is_as_good_as_none():
+    w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    weighted = (from_calibrated(w, CONFIG, torch.ones(64)).dequantize() - w).square().sum()
+    plain = (HQQTensor.from_hp(w, CONFIG).dequantize() - w).square().sum()
+    assert weighted == pytest.approx(plain.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("quantized_metadata", [False, True])
+@pytest.mark.parametrize("group_size", [32, 48, None])
+def test_what_feedback_counted_on_is_what_is_stored(quantized_metadata, group_size):
+    x = correlated(512, 5)
+    moments = x.T @ x / 512
+    w = torch.randn(130, 64, generator=torch.Generator().manual_seed(2))
+    config = HqqConfig(4, group_size, quant_scale=quantized_metadata, quant_zero=quantized_metadata)
+    got = from_calibrated(w, config, moments)
+    plain = HQQTensor.from_hp(w, config).dequantize() - w
+    e = got.dequantize() - w
+    # Were scales stored other than they were used, the fine balance of errors would be lost.
+    assert ((e @ moments) * e).sum() < 0.3 * ((plain @ moments) * plain).sum()
+
+
+def test_feedback_without_correlations_is_rounding():
+    w = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
+    codes, scale, zero = feed_back(w, torch.eye(32), 4, 32, lambda s, z: (s, z))
+    assert torch.equal(codes.float(), (w / scale + zero).round().clamp(0, 15))
+
+
+def test_inverse_factor_is_that_of_the_damped_moments():
+    x = correlated(512, 5)
+    h = x.T @ x / 512
+    upper = inverse_factor(h)
+    assert torch.equal(upper, upper.triu())
+    damped = h.double()
+    mean = damped.diagonal().mean().item()
+    damped.diagonal()[-1] = mean
+    damped.diagonal().add_(0.01 * mean)
+    torch.testing.assert_close((upper.double().T @ upper.double()) @ damped, torch.eye(64).double(), atol=1e-3, rtol=0)
+    assert torch.equal(inverse_factor(torch.zeros(4, 4)), torch.eye(4))
+
+
+def test_report_names_unseen_layers_and_dead_inputs():
+    calibration = calibrate(Net(), BATCHES)
+    assert calibration.unseen == ["unused"]
+    assert calibration.dead["a"] == calibration.dead["b"] == 1
+    assert calibration.tokens["a"] == 256
+    text = calibration.report()
+    assert "unused" in text and "1 of 64" in text
+
+
+def test_layers_with_a_common_input_are_one_stage():
+    assert calibrate(Net(), BATCHES).stages == [["a", "b"], ["out"]]
+
+
+def test_unseen_layers_are_quantized_all_the_same():
+    _, other = quantized("full")
+    assert isinstance(other.unused.weight, HQQTensor)
+    assert torch.equal(other.unused.weight.dequantize(), HQQTensor.from_hp(Net().unused.weight, CONFIG).dequantize())
+
+
+def test_padding_does_not_count():
+    class Padded(Net):
+        def forward(self, x, attention_mask):
+            return super().forward(x)
+
+    x = correlated(40, 0).reshape(4, 10, 64)
+    mask = torch.ones(4, 10, dtype=torch.int64)
+    mask[:, 6:] = 0
+    noisy = x.clone()
+    noisy[:, 6:] = 1000
+    moments = [calibrate(Padded(), [{"x": t, "attention_mask": mask}], "diagonal").moments["a"] for t in (x, noisy)]
+    assert torch.equal(*moments)
+
+
+def test_calibrate_leaves_the_model_and_its_mode_alone():
+    model = Net().train()
+    calibrate(model, BATCHES)
+    assert model.training and not model.a._forward_pre_hooks
+    expected = Net().state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_an_error_on_the_way_leaves_the_model_dense():
+    model = Net()
+    calibration = calibrate(model, BATCHES)
+    calls = []
+
+    def fail(done: int, total: int, name: str) -> None:
+        calls.append(name)
+        if name == "out.weight":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_(model, CONFIG, calibration=calibration, progress=fail)
+    assert len(calls) == 3
+    assert not any(isinstance(p, HQQTensor) for p in model.parameters())
+
+
+def test_what_calibration_does_not_serve_is_refused_by_name():
+    model = Net()
+    calibration = calibrate(model, BATCHES)
+    for config in (
+        HqqConfig(4, 32, axis=0),
+        HqqConfig(4, 32, solver="hqq"),
+        HqqConfig(4, 32, integer_zero=True),
+        HqqConfig(4, 32, format="nf4"),
+    ):
+        with pytest.raises(ValueError, match=r"a\.weight: calibration (serves|does not serve)"):
+            quantize_(model, config, calibration=calibration)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        calibrate(model, BATCHES, "best")
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match=r"a: its inputs are not finite"):
+        calibrate(model, [torch.full((1, 64), torch.inf)])
+    with pytest.raises(ValueError, match="none of the layers"):
+        quantize_(nn.Sequential(nn.Linear(64, 64)), CONFIG, calibration=calibration)
+    assert not any(isinstance(p, HQQTensor) for p in model.parameters())
+
+
+def test_a_layer_called_twice_a_pass_is_seen_both_times():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.layer(x)))
+
+    model = Twice()
+    calibration = calibrate(model, BATCHES)
+    assert calibration.tokens["layer"] == 512 and not calibration.called_once
+    quantize_(model, CONFIG, calibration=calibration)
+    dequantize_(model)
+    assert output_error(Twice(), model) < 0.2

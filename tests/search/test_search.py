@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hqqtensor import HqqConfig, HQQTensor, quantize_
+from hqqtensor.diagnostics import model_size
+from hqqtensor.search import Sensitivity, choose_config, measure_sensitivity, random_tokens, sensitivity
+
+
+class Net(nn.Module):
+    """A plain stack whose first layer matters a hundred times more to the output than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(128, 128, bias=False) for _ in range(3))
+        self.lm_head = nn.Linear(128, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + 0.01 * self.third(torch.relu(self.second(x)))
+
+
+BATCHES = [torch.randn(64, 128, generator=torch.Generator().manual_seed(1))]
+
+
+def bits_of(config: HqqConfig) -> dict[str, int]:
+    return {name: entry["nbits"] for name, entry in (config.dynamic_config or {}).items() if entry}
+
+
+def test_what_matters_to_the_output_gets_more_bits():
+    model = Net()
+    choice = choose_config(model, measure_sensitivity(model, batches=BATCHES), target_bpw=4.0)
+    bits = bits_of(choice.config)
+    assert bits["first"] > max(bits["second"], bits["third"])
+
+
+@pytest.mark.parametrize("target", [2.4, 3.0, 4.25, 8.0])
+def test_the_quantized_model_stays_within_the_average_and_is_counted_right(target):
+    model = Net()
+    choice = choose_config(model, measure_sensitivity(model), target_bpw=target)
+    quantize_(model, choice.config)
+    size = model_size(model)
+    assert size.quantized_nbytes == choice.nbytes
+    assert size.bits_per_weight == pytest.approx(choice.bits_per_weight)
+    assert target - 0.6 < size.bits_per_weight <= target
+    assert not isinstance(model.lm_head.weight, HQQTensor)
+
+
+def test_a_target_in_bytes_counts_what_stays_dense():
+    model = Net()
+    choice = choose_config(model, measure_sensitivity(model), target_bytes=30_000)
+    quantize_(model, choice.config)
+    assert 25_000 < model_size(model).nbytes <= 30_000
+
+
+def test_settings_that_do_not_fit_a_layer_are_not_chosen():
+    model = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 64))
+    found = measure_sensitivity(model)
+    assert None in found.layers["0"]["bytes"]
+    quantize_(model, choose_config(model, found, target_bpw=5.0).config)
+
+
+def test_a_stopped_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
+    model, file = Net(), tmp_path / "s.json"
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(model, file=file, progress=stop)
+    assert list(json.loads(file.read_text())["layers"]) == ["first", "second"]
+    measured = []
+    real = sensitivity._measure
+    monkeypatch.setattr(sensitivity, "_measure", lambda *a: measured.append(a[1]) or real(*a))
+    assert measure_sensitivity(model, file=file).layers == measure_sensitivity(Net()).layers
+    assert measured[:1] == ["third"] and len(measured) == 1 + 3
+
+
+def test_other_weights_or_settings_are_measured_again(tmp_path):
+    model, file = Net(), tmp_path / "s.json"
+    first = measure_sensitivity(model, file=file)
+    with torch.no_grad():
+        model.second.weight.mul_(2)
+    second = measure_sensitivity(model, file=file)
+    assert first.layers["second"]["key"] != second.layers["second"]["key"]
+    assert first.layers["first"] == second.layers["first"]
+    assert measure_sensitivity(model, HqqConfig(solver="rtn"), file=file).layers["first"] != first.layers["first"]
+
+
+def test_measuring_leaves_the_model_alone():
+    model = Net().train()
+    measure_sensitivity(model, batches=BATCHES)
+    assert model.training
+    expected = Net().state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_tied_weights_get_one_setting():
+    model = nn.ModuleDict({"a": nn.Linear(128, 128), "b": nn.Linear(128, 128)})
+    model["b"].weight = model["a"].weight
+    choice = choose_config(model, measure_sensitivity(model), target_bpw=4.0)
+    quantize_(model, choice.config)
+    assert model["a"].weight is model["b"].weight
+
+
+def test_bad_targets_and_files_are_refused_with_the_reason(tmp_path):
+    model = Net()
+    found = measure_sensitivity(model)
+    with pytest.raises(ValueError, match=r"budget is too small.*2\.2.* bits"):
+        choose_config(model, found, target_bpw=1.0)
+    with pytest.raises(ValueError, match="too small"):
+        choose_config(model, found, target_bytes=100)
+    for targets in ({}, {"target_bpw": 3.0, "target_bytes": 10}):
+        with pytest.raises(ValueError, match="one of"):
+            choose_config(model, found, **targets)
+    with pytest.raises(ValueError, match="not in the sensitivities"):
+        choose_config(nn.Sequential(nn.Linear(128, 128)), found, target_bpw=3.0)
+    with pytest.raises(ValueError, match="leave dynamic_config out"):
+        measure_sensitivity(model, HqqConfig(dynamic_config={"first": {"nbits": 2}}))
+    bad = tmp_path / "bad.json"
+    for text in ("{", "[]", '{"version": 7}'):
+        bad.write_text(text)
+        with pytest.raises(ValueError, match="no sensitivity file"):
+            Sensitivity.load(bad)
+
+
+def test_random_tokens_are_the_same_for_a_seed():
+    a, b = (random_tokens(100, 16, 4, seed)[0]["input_ids"] for seed in (3, 3))
+    assert torch.equal(a, b) and a.shape == (4, 16) and 0 <= a.min() <= a.max() < 100
