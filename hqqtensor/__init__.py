@@ -6,6 +6,7 @@ from hqqtensor.diagnostics import (
     collect_quantization_debug_info,
     monitor_quantization_performance,
 )
+from hqqtensor.integrations.transformers import register_when_imported
 from hqqtensor.ops.backend import backend, set_backend
 from hqqtensor.presets import PRESETS, OptimalConfig, get_optimal_quant_config
 from hqqtensor.quantize import dequantize_, quantize_
@@ -13,6 +14,7 @@ from hqqtensor.serialization import load_model, save_model
 from hqqtensor.tensor import HQQTensor
 
 __version__ = "0.1.0"
+register_when_imported()
 __all__ = [
     "PRESETS",
     "HQQTensor",

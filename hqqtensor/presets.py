@@ -34,11 +34,15 @@ class OptimalConfig:
         return f"{self.name} (about {self.estimated_bytes / 1e9:.2f} GB): {self.reason}"
 
 
-def bits_per_weight(config: HqqConfig) -> float:
-    """Stored bits a weight, scales and zero points counted, for float16 metadata and whole groups."""
-    assert config.group_size is not None
+def bits_per_weight(config: HqqConfig, group_size: int | None = None) -> float:
+    """Stored bits a weight, scales and zero points counted, for float16 metadata and whole groups.
+
+    ``group_size`` stands for the config's own where that is None.
+    """
+    size = config.group_size or group_size
+    assert size is not None
     meta = sum(8.5 if quantized else 16.0 for quantized in (config.quant_scale, config.quant_zero))
-    return config.nbits + meta / config.group_size
+    return config.nbits + meta / size
 
 
 def get_optimal_quant_config(

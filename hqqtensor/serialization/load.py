@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,14 @@ from hqqtensor.tensor import HQQTensor
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """The state of a checkpoint (memory-mapped), its aliases {name: stored name}, and its non-persistent buffers."""
+    return read_files(checkpoint_files(path))
+
+
+def read_files(files: Iterable[str | os.PathLike]) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """``read_checkpoint`` for the files of one checkpoint."""
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
-    for file in checkpoint_files(path):
+    for file in map(Path, files):
         with open_file(file) as f:
             header |= f.metadata() or {}
             for key in f.keys():  # noqa: SIM118  a safetensors handle, not a dict
