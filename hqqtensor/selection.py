@@ -2,7 +2,7 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,17 @@ class Choice:
 
 
 def choose(
-    model: nn.Module, config: HqqConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
+    model: nn.Module,
+    config: HqqConfig,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ties: Mapping[str, str] | None = None,
 ) -> tuple[list[Choice], list[str]]:
     """The parameters to quantize, and the names of modules that are quantized already.
 
     Taken are weights that ``quantizable`` knows (or those of the modules that ``filter_fn`` accepts) and embeddings
     that a ``dynamic_config`` tag names, less ``skip_modules``. Works on the meta device. ValueError for a tag that
-    matches nothing and for tied weights whose users want different things.
+    matches nothing and for tied weights whose users want different things. ``ties``: names of parameters that will
+    be the same one as another, {name: other name}, in a model where they are not yet.
     """
     tags = config.dynamic_config or {}
     by_tag = {tag: config.for_tag(tag) for tag in tags}
@@ -56,6 +60,11 @@ def choose(
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
+    for name, other in (ties or {}).items():
+        first, second = (users[id(model.get_parameter(n))] for n in (other, name))
+        if first is not second:
+            first += second
+            users |= dict.fromkeys((id(model.get_parameter(n)) for n in second), first)
     used: set[str] = set()
     chosen: dict[int, Choice] = {}
     already: list[str] = []
@@ -83,10 +92,10 @@ def choose(
                 tag = skipped(owner.rpartition(".")[0], config)
                 if tag:
                     raise ValueError(f"{full} is tied to {owner}, which skip_modules ({tag!r}) leaves alone")
-            if id(weight) in chosen and chosen[id(weight)].settings != settings:
-                raise ValueError(f"{full} is tied to {chosen[id(weight)].names[0]}, but their settings differ")
             ordered = (full, *(n for n in names if n != full))
-            chosen.setdefault(id(weight), Choice(ordered, weight, settings, transposed))
+            known = chosen.setdefault(id(names), Choice(ordered, weight, settings, transposed))
+            if known.settings != settings:
+                raise ValueError(f"{full} is tied to {known.names[0]}, but their settings differ")
     unused = [tag for tag in tags if tag not in used]
     if unused:
         raise ValueError(f"dynamic_config tags {unused} match no module with a weight of rank 2 or more")

@@ -27,15 +27,11 @@ def register_when_imported() -> None:
 
 
 def _install_config() -> None:
-    from hqqtensor.integrations.transformers import config
-
-    config.install()
+    import hqqtensor.integrations.transformers.config  # noqa: F401  installs itself as it is imported
 
 
 def _install_quantizer() -> None:
-    from hqqtensor.integrations.transformers import quantizer
-
-    quantizer.install()
+    import hqqtensor.integrations.transformers.quantizer  # noqa: F401  as above
 
 
 def _install_torchao() -> None:

@@ -1,5 +1,6 @@
 """HqqConfig as transformers wants it, and the translation of transformers' own HqqConfig."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,8 @@ _NOTES = ("quant_method", "source")
 class HqqConfig(hqqtensor.config.HqqConfig, theirs.QuantizationConfigMixin):
     """``hqqtensor.HqqConfig`` with what transformers asks of a quantization config; equal in every setting."""
 
-    quant_method = QUANT_METHOD  # type: ignore[assignment]  transformers' enum of methods is closed
+    # transformers' enum of methods is closed.
+    quant_method = QUANT_METHOD  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and ``quant_method``: what config.json holds."""
@@ -34,7 +36,7 @@ class HqqConfig(hqqtensor.config.HqqConfig, theirs.QuantizationConfigMixin):
     @classmethod
     def of(cls, config: Any) -> "HqqConfig":
         """Ours from a plain ``hqqtensor.HqqConfig``."""
-        return config if isinstance(config, cls) else cls(**{f: getattr(config, f) for f in config.__dataclass_fields__})
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
 
 
 def from_transformers(config: Any, model: nn.Module | None = None) -> HqqConfig:
@@ -72,7 +74,7 @@ def _linear_tag(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("model", "layers") and not part.isnumeric())
 
 
-def install() -> None:
+def _install() -> None:
     """Give our config its ``quant_method``, and let transformers' ``HqqConfig`` be made without the hqq package."""
     hqqtensor.config.HqqConfig.quant_method = QUANT_METHOD  # type: ignore[attr-defined]
     original = theirs.HqqConfig.__init__
@@ -117,3 +119,6 @@ def _hqq_params(
         "zero_quant_params": {**meta, "channel_wise": False, "group_size": None} if quant_zero else None,
         "offload_meta": offload_meta,
     }
+
+
+_install()

@@ -47,17 +47,27 @@ class HQQTensorHfQuantizer(HfQuantizer):
         self.missing: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """ValueError for a device map with "disk", also for one that ``device_map="auto"`` arrived at."""
+        """ValueError for a device map that offloads, also for one that ``device_map="auto"`` arrived at.
+
+        Offloaded means on disk, or on the cpu beside an accelerator that computes.
+        """
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            on_disk = sorted(name for name, device in device_map.items() if device == "disk")
-            raise ValueError(
-                f"device_map puts {on_disk} on disk, where a quantized weight cannot go: accelerate keeps plain arrays "
-                "there. Use fewer bits, give max_memory more room, or map these modules to the cpu"
-            )
+        if not isinstance(device_map, dict):
+            return
+        places = {name: str(getattr(device, "type", device)) for name, device in device_map.items()}
+        others = sorted({str(device_map[name]) for name, place in places.items() if place not in ("cpu", "disk")})
+        for place in ("disk", "cpu"):
+            there = [name for name, found in places.items() if found == place]
+            if there and (place == "disk" or others):
+                beside = f" beside {', '.join(others)}" if place == "cpu" else ""
+                raise ValueError(
+                    f"device_map puts {there} on the {place}{beside}: accelerate would move these weights for each "
+                    "call, which it cannot do with quantized ones. Use fewer bits, give max_memory more room, or map "
+                    "the whole model to one kind of device"
+                )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if self.hqq_config is not None:
             self.quantization_config = from_transformers(self.hqq_config, model)
@@ -66,7 +76,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 self._read(model, checkpoint_files)
             else:
-                choices, _ = choose(model, self.quantization_config)
+                choices, _ = choose(model, self.quantization_config, ties=model.all_tied_weights_keys)
                 if not choices:
                     raise ValueError("nothing to quantize: no linear layer outside skip_modules")
                 check_shapes(choices)
@@ -86,7 +96,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
             ignore = [rf"\.({'|'.join(sorted(LAYER_KEYS))})$"]
             self.packed_key = "W_q"
         if not self.ready:
-            raise CheckpointError("config.json says that the model is quantized, but its files hold no quantized weight")
+            raise CheckpointError("config.json says that the model is quantized; its files hold no quantized weight")
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignore}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -178,8 +188,11 @@ class HQQTensorHfQuantizer(HfQuantizer):
         return True
 
 
-def install() -> None:
+def _install() -> None:
     """Put the quantizer and its config into transformers' tables."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = HqqConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = HQQTensorHfQuantizer
     auto.AUTO_QUANTIZER_MAPPING["hqq"] = HQQTensorHfQuantizer
+
+
+_install()
