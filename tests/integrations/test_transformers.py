@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,47 @@ def test_without_hqqtensor_loading_fails_and_says_why(saved: Path) -> None:
     )
     assert done.returncode != 0 and "Unknown quantization type, got hqqtensor" in done.stderr
     assert "RuntimeError" in done.stderr and "MISMATCH" in done.stderr
+
+
+def test_quantizing_while_loading_needs_the_quantized_model_and_one_weight(tmp_path: Path) -> None:
+    """Anonymous memory of a process that loads 205 MB of dense weights in shards, sampled from outside."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_hidden_layers": 4}
+    config = transformers.LlamaConfig(vocab_size=64, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="60MB")
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) > 2.0e8
+    code = """
+        import sys, hqqtensor
+        from transformers import LlamaForCausalLM
+        print("ready", flush=True); sys.stdin.readline()
+        m = LlamaForCausalLM.from_pretrained(sys.argv[1], quantization_config=hqqtensor.HqqConfig(4, 64))
+        print(hqqtensor.diagnostics.model_size(m).nbytes, flush=True); sys.stdin.readline()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdin and process.stdout
+    status = Path(f"/proc/{process.pid}/status")
+
+    def anonymous() -> int:
+        return int(status.read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    assert process.stdout.readline() == "ready\n"
+    before, peak = anonymous(), [0]
+    process.stdin.write("\n")
+    process.stdin.flush()
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    quantized_bytes = int(process.stdout.readline())
+    done.set()
+    sampler.join()
+    process.communicate("\n")
+    growth = peak[0] - before
+    print(f"quantized {quantized_bytes / 1e6:.0f} MB, peak {growth / 1e6:.0f} MB")
+    assert quantized_bytes < 3.2e7 and growth < quantized_bytes + 6.0e7
