@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +34,27 @@ def save_model(
     are written under temporary names and renamed at the end, the index last. Non-persistent buffers are stored
     too, for ``load_model`` into a model on the meta device. ValueError if a tensor is on the meta device.
     """
+    units, header = collect(model)
+    _write_units(units, {**(metadata or {}), **header}, path, max_shard_size)
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike, aliases: Mapping[str, str], hidden: Sequence[str],
+    max_shard_size: int | str = "5GB",
+) -> None:  # fmt: skip
+    """``save_model`` for a state by name; ``aliases``: names that are stored under another; ``hidden``: names of
+    non-persistent buffers in ``state``."""
+    units, header = _split(state, dict(aliases), list(hidden))
+    _write_units(units, header, path, max_shard_size)
+
+
+def _write_units(
+    units: list[dict[str, Tensor]], header: dict[str, str], path: str | os.PathLike, max_shard_size: int | str
+) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DEFAULT_NAME
     limit = int(parse_size(max_shard_size, "max_shard_size", _UNITS))
-    units, header = collect(model)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for tensors in units:
@@ -47,7 +64,7 @@ def save_model(
             size = 0
         shards[-1].update(tensors)
         size += nbytes
-    _write(path, shards, {**(metadata or {}), **header})
+    _write(path, shards, header)
 
 
 def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
@@ -55,9 +72,14 @@ def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[st
     state = dict(model.state_dict(keep_vars=True))
     extra = [n for n, buffer in model.named_buffers() if non_persistent and n not in state and buffer is not None]
     state |= {name: buffer for name, buffer in model.named_buffers() if name in extra}
+    return _split(state, {}, extra)
+
+
+def _split(
+    state: Mapping[str, Tensor], aliases: dict[str, str], extra: list[str]
+) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
     units: list[dict[str, Tensor]] = []
     entries: dict[str, str] = {}
-    aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
     guarded = False
     for name, tensor in state.items():

@@ -15,6 +15,8 @@ from hqqtensor.integrations.transformers.config import HqqConfig, from_transform
 from hqqtensor.presets import bits_per_weight
 from hqqtensor.quantize import dequantize_, show_quantized
 from hqqtensor.selection import Choice, check_shapes, choose
+from hqqtensor.serialization.hqq_checkpoint import read_layers
+from hqqtensor.serialization.hqq_layer import LAYER_KEYS
 from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.serialization.load import read_files
 from hqqtensor.serialization.save import collect
@@ -90,9 +92,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
             ignore = [_PARTS, *(re.escape(name) + "$" for name in sorted(hidden))]
             self.ready = {name: t for name, t in state.items() if isinstance(t, HQQTensor)}
         else:
-            from hqqtensor.serialization.hqq_checkpoint import LAYER_KEYS, read_flat
-
-            self.ready = {f"{name}.weight": t for name, t in read_flat(files).items()}
+            self.ready = read_layers(files)
             ignore = [rf"\.({'|'.join(sorted(LAYER_KEYS))})$"]
             self.packed_key = "W_q"
         if not self.ready:
