@@ -1,5 +1,6 @@
 """Which parameters of a model ``quantize_`` takes, with which settings; nothing here looks at their numbers."""
 
+import dataclasses
 import fnmatch
 import sys
 from collections.abc import Callable, Mapping
@@ -50,7 +51,8 @@ def choose(
     """The parameters to quantize, and the names of modules that are quantized already.
 
     Taken are weights that ``quantizable`` knows (or those of the modules that ``filter_fn`` accepts) and embeddings
-    that a ``dynamic_config`` tag names, less ``skip_modules``. Works on the meta device. ValueError for a tag that
+    that a ``dynamic_config`` tag names, less ``skip_modules``, of which "lm_head" stands for the output layer of a
+    transformers model under any name. Works on the meta device. ValueError for a tag that
     matches nothing and for tied weights whose users want different things. ``ties``: names of parameters that will
     be the same one as another, {name: other name}, in a model where they are not yet.
     """
@@ -65,6 +67,8 @@ def choose(
         if first is not second:
             first += second
             users |= dict.fromkeys((id(model.get_parameter(n)) for n in second), first)
+    heads = _other_heads(model) if "lm_head" in config.skip_modules else []
+    config = dataclasses.replace(config, skip_modules=[*config.skip_modules, *heads])
     used: set[str] = set()
     chosen: dict[int, Choice] = {}
     already: list[str] = []
@@ -111,6 +115,13 @@ def check_shapes(choices: list[Choice]) -> None:
         if key not in seen:
             seen.add(key)
             choice.check(torch.zeros((), dtype=weight.dtype, device="cpu").expand(weight.shape))
+
+
+def _other_heads(model: nn.Module) -> list[str]:
+    """Names of a transformers model's output layer: "lm_head" means it, whatever its name."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return [] if head is None else [name for name, module in model.named_modules() if module is head]
 
 
 def _by_default(module: nn.Module) -> bool:
