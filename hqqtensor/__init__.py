@@ -7,7 +7,7 @@ from hqqtensor.diagnostics import (
     collect_quantization_debug_info,
     monitor_quantization_performance,
 )
-from hqqtensor.integrations.transformers import register_when_imported
+from hqqtensor.integrations import register_when_imported
 from hqqtensor.ops.backend import backend, set_backend
 from hqqtensor.presets import PRESETS, OptimalConfig, get_optimal_quant_config
 from hqqtensor.quantize import dequantize_, quantize_

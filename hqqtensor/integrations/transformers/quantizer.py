@@ -160,6 +160,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
         # Saved under the names that the model has in memory: stored parts cannot go back through the converters.
         model._weight_conversions = []
         model.add_model_tags([QUANT_METHOD])
+        model.hqq_quantized = True  # peft's prepare_model_for_kbit_training asks for this
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
