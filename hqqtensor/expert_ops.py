@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What transformers' expert layers do with 3-D weights ``[E, N, K]``: pick experts, bmm, grouped_mm.
+"""What transformers' expert layers do with 3-D weights ``[E, N, K]``, beside what ``tensor_ops`` has.
 
 Its "eager" experts take ``weight[e]`` into ``F.linear`` or ``@``. "batched_mm" takes ``weight[experts]``, an expert a
 row of activations, into ``torch.bmm``, as the first operand where the weight is kept ``[E, N, K]``. "grouped_mm" calls
@@ -40,42 +40,11 @@ def _(func, types, args, kwargs):
     return _bmm(func, types, args, kwargs)
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """Rows ``x [S, K]`` in runs that end at ``offs [E]``, each run times its expert of ``weight [E, K, N]``."""
-    if not isinstance(weight, HQQTensor) or weight.ndim != 3 or isinstance(x, HQQTensor) or x.ndim != 2:
-        raise NotImplementedError("grouped_mm: 2-D activations with a 3-D HQQTensor only")
-    if offs is None:
-        raise ValueError("grouped_mm: 2-D activations need offs")
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "grouped_mm of an HQQTensor does not compile; experts_implementation='batched_mm' does"
-        )
-    parts, start = [], 0
-    for expert, end in enumerate(offs.tolist()):
-        if end > start:
-            parts.append(x[start:end] @ weight[expert])
-        start = max(start, end)
-    rest = x.shape[0] - start
-    if rest or not parts:
-        parts.append(x.new_zeros(rest, weight.shape[-1]))
-    return torch.cat(parts)
-
-
-@HQQTensor.implements([aten._grouped_mm.default])
-@HQQTensor.implements_torch_function([torch._grouped_mm])
-def _(func, types, args, kwargs):
-    def call(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
-        out = _grouped_mm(mat_a, mat_b, offs)
-        out = out if bias is None else out + bias
-        return out if out_dtype is None else out.to(out_dtype)
-
-    return call(*args, **(kwargs or {}))
-
-
 def _register_fallback() -> None:
     @HQQTensor.implements([torch.ops.transformers.grouped_mm_fallback.default])
     def _(func, types, args, kwargs):
-        return _grouped_mm(*args, **(kwargs or {}))
+        x, weight, offs = args
+        return aten._grouped_mm(x, weight, offs)
 
 
 when_imported("transformers.integrations.moe", _register_fallback)

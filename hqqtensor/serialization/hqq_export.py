@@ -40,7 +40,9 @@ def export_layer(name: str, tensor: HQQTensor) -> dict[str, Tensor]:
         reason = f"group_size {size} does not divide its {columns if tensor.axis else rows} weights"
     if reason or packing is None:
         raise ValueError(f"{name}: cannot be kept in hqq's layout: {reason}")
-    qdata, scale, zero = (t.detach().cpu() for t in tensor.packed())
+    parts = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (tensor.scale, tensor.zero_point))
+    scale, zero = (t.detach().cpu() for t in parts)
+    qdata = tensor.qdata.detach().cpu().view(torch.uint8)
     shape = (numel // size, size) if tensor.axis else (size, numel // size)
     per_word = PACKINGS[packing][1]
     if packing != "3bit_32" and shape[0] % per_word:

@@ -136,3 +136,15 @@ def test_experts_run_quantized_in_every_implementation(
     given = inputs(name)
     with torch.no_grad():
         assert torch.allclose(model(**given).logits, dense(**given).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_experts_compile_in_one_graph(family: tuple[str, Any, Path, int], implementation: str) -> None:
+    name, cls, path, _ = family
+    model = cls.from_pretrained(path / "dense", quantization_config=CONFIG, experts_implementation=implementation)
+    given = inputs(name)
+    with torch.no_grad():
+        want = model(**given, use_cache=False).logits
+        compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(**given, use_cache=False).logits, want, atol=1e-4)

@@ -26,6 +26,8 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
         quant_scale=isinstance(scale, HQQTensor),
         quant_zero=isinstance(zero, HQQTensor),
         compute_dtype=old.dtype,
+        activation=old.activation,
+        view_as_float=old.qdata.dtype != torch.uint8,
     )
     new = HQQTensor.from_hp(dense.transpose(-1, -2) if old.transposed else dense, config)
     return new.transpose(-1, -2) if old.transposed else new  # type: ignore[return-value]
