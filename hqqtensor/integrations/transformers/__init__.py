@@ -4,6 +4,9 @@
 import transformers. ``register()`` does it at once.
 """
 
+from typing import Any
+
+from hqqtensor.config import HqqConfig
 from hqqtensor.integrations.import_hook import when_imported
 
 QUANT_METHOD = "hqqtensor"
@@ -17,6 +20,18 @@ def register() -> None:
     _install_config()
     _install_quantizer()
     _install_torchao()
+
+
+def adopt(model: Any, config: HqqConfig) -> None:
+    """Make a transformers model that ``quantize_`` changed one that ``from_pretrained`` might have given.
+
+    Then ``save_pretrained``, ``dequantize`` and ``Trainer`` know that it is quantized. ``config``: what config.json
+    is to say; the weights themselves rule. ValueError where the model holds no quantized weight.
+    """
+    from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
+
+    register()
+    HQQTensorHfQuantizer(config, pre_quantized=False).adopt(model)
 
 
 def register_when_imported() -> None:

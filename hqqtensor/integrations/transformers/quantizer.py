@@ -163,15 +163,25 @@ class HQQTensorHfQuantizer(HfQuantizer):
         model.hqq_quantized = True  # peft's prepare_model_for_kbit_training asks for this
         return model
 
+    def adopt(self, model: Any) -> None:
+        """What transformers does around loading, for a model that is loaded and quantized already."""
+        if not any(isinstance(p, HQQTensor) for p in model.parameters()):
+            raise ValueError("the model holds no quantized weight; call quantize_ first")
+        model.is_quantized, model.quantization_method = True, QUANT_METHOD
+        model.hf_quantizer = self
+        self.postprocess_model(model)
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout."""
         units, header = collect(model, non_persistent=False)
         return {key: tensor for unit in units for key, tensor in unit.items()}, header
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dequantize_(model)
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions
+        # save_pretrained leaves the dtype's name in the config.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
