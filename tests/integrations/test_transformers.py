@@ -246,6 +246,32 @@ def test_generation_pipeline_and_assistant_agree(model: Any, saved: Path) -> Non
     assert text.startswith("The tensor") and len(text) > len("The tensor")
 
 
+def test_auto_plans_with_quantized_sizes() -> None:
+    # 5.8 million weights: 23 MB in float32, of which 8.4 MB stay (embeddings and head), and 2.1 MB quantized.
+    options = {"device_map": "auto", "dtype": torch.float32, "quantization_config": HqqConfig(4, 64)}
+    assert len(quantized(load(max_memory={"cpu": 14_000_000}, **options))) == 35
+    with pytest.raises(ValueError, match="on the disk"):
+        load(max_memory={"cpu": 6_000_000}, **options)
+
+
+def test_a_weight_of_another_shape_is_refused_or_made_anew(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    cls = transformers.BertForSequenceClassification
+    cls(transformers.BertConfig(vocab_size=32, num_labels=2, **sizes)).save_pretrained(tmp_path)
+    options = {"num_labels": 3, "quantization_config": HqqConfig(4, 32)}
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        cls.from_pretrained(tmp_path, **options)
+    m = cls.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **options)
+    assert type(m.classifier.weight) is nn.Parameter and m.classifier.weight.shape == (3, 64)
+    assert len(quantized(m)) == 7
+
+
+def test_settings_given_for_a_quantized_checkpoint_give_way_with_a_warning(saved: Path, model: Any) -> None:
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        m = load(saved, quantization_config=HqqConfig(2, 32))
+    assert same(m, model)
+
+
 def test_pipeline_takes_our_config() -> None:
     pipe = transformers.pipeline("text-generation", DOCLM, model_kwargs={"quantization_config": HqqConfig(4, 64)})
     assert len(quantized(pipe.model)) == 35

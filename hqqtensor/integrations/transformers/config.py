@@ -47,6 +47,8 @@ def from_transformers(config: Any, model: nn.Module | None = None) -> HqqConfig:
     names that they stand for are replaced by those names.
     """
     quant, skip = config.quant_config, list(config.skip_modules or [])
+    if not isinstance(quant, dict) or not all(v is None or isinstance(v, (dict, bool)) for v in quant.values()):
+        raise ValueError(f"quant_config of an hqq model must be a dict of hqq's parameters, got {quant!r}")
     options: dict[str, Any] = {"skip_modules": [n for tag in skip for n in _names(tag, model)]}
     if "weight_quant_params" in quant:
         return HqqConfig(weight_quant_params=_whole_bits(quant), **options)

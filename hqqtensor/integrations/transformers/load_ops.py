@@ -28,14 +28,14 @@ class HqqQuantize(_Op):
             value = input_dict.pop(name)
             weight: Tensor = value[0] if isinstance(value, list) else value
             choice = quantizer.plan.get(name)
-            if choice is None:
-                out[name] = weight
+            if choice is not None and weight.shape == choice.weight.shape:
+                choice.check(weight)
+                out[name] = choice.quantize(weight)
                 continue
-            if weight.shape != choice.weight.shape:
-                want = list(choice.weight.shape)
-                raise ValueError(f"{name}: the checkpoint has shape {list(weight.shape)}, the model {want}")
-            choice.check(weight)
-            out[name] = choice.quantize(weight)
+            # A weight of another shape is transformers' to refuse, or with ignore_mismatched_sizes to make anew.
+            for other in () if choice is None else choice.names:
+                quantizer.plan.pop(other, None)
+            out[name] = weight
         return out
 
 
