@@ -23,7 +23,8 @@ def _(func, types, args, kwargs):
     whole = len(picked) == 1 and indices[0] is picked[0] and not picked[0].is_floating_point()
     if not whole or picked[0].dtype == torch.bool or self.ndim < 3:
         raise NotImplementedError("index: only the first dimension (experts) of an HQQTensor, with whole numbers")
-    data = {name: getattr(self, name)[picked[0]] for name in self.tensor_data_names if getattr(self, name) is not None}
+    by_expert = [name for name in self.__tensor_flatten__()[0] if name != "act_pre_scale"]
+    data = {name: getattr(self, name)[picked[0]] for name in by_expert}
     return self.with_data(**data, shape=torch.Size([*picked[0].shape, *self.shape[1:]]))
 
 

@@ -40,8 +40,7 @@ def export_layer(name: str, tensor: HQQTensor) -> dict[str, Tensor]:
         reason = f"group_size {size} does not divide its {columns if tensor.axis else rows} weights"
     if reason or packing is None:
         raise ValueError(f"{name}: cannot be kept in hqq's layout: {reason}")
-    parts = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (tensor.scale, tensor.zero_point))
-    scale, zero = (t.detach().cpu() for t in parts)
+    scale, zero = _plain(tensor.scale), _plain(tensor.zero_point)
     qdata = tensor.qdata.detach().cpu().view(torch.uint8)
     shape = (numel // size, size) if tensor.axis else (size, numel // size)
     per_word = PACKINGS[packing][1]
@@ -69,6 +68,11 @@ def export_layer(name: str, tensor: HQQTensor) -> dict[str, Tensor]:
     entries |= {key: torch.tensor(value, dtype=torch.int32) for key, value in whole.items()}
     entries |= {key: torch.tensor(int(value), dtype=torch.uint8) for key, value in flags.items()}
     return entries | {key: torch.tensor(list(value.encode()), dtype=torch.uint8) for key, value in texts.items()}
+
+
+def _plain(values: Tensor | None) -> Tensor:
+    assert values is not None  # integer codes have zero points
+    return (values.dequantize() if isinstance(values, HQQTensor) else values).detach().cpu()
 
 
 def _pack(codes: Tensor, packing: str) -> Tensor:

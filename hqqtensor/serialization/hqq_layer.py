@@ -87,10 +87,9 @@ class _Layer:
         nbits = math.ceil(self.nbits)
         codes = codes.reshape(self.rows, self.columns)
         scale, zero, size = self._regroup(scale, zero)
-        return HQQTensor(
-            pack(codes, nbits), scale, zero, nbits, size, self.axis, torch.Size((self.rows, self.columns)),
-            self.dtype,  # type: ignore[arg-type]
-        )  # fmt: skip
+        shape = torch.Size((self.rows, self.columns))
+        assert self.dtype is not None
+        return HQQTensor(pack(codes, nbits), scale, nbits, size, self.axis, shape, self.dtype, zero_point=zero)
 
     def _grouped(self) -> tuple[int, int]:
         return (self.groups, self.size) if self.axis else (self.size, self.groups)

@@ -77,6 +77,8 @@ def test_settings_by_layer_and_skipped_modules_hold(tmp_path: Path) -> None:
     [
         {"nbits": 8, "group_size": None}, {"nbits": 3, "axis": 0}, {"nbits": 2, "group_size": 16, "quant_scale": True,
         "quant_zero": True}, {"nbits": 1, "group_size": 32, "solver": "rtn"}, {"nbits": 5, "view_as_float": True},
+        {"nbits": 4, "format": "nf4"}, {"nbits": 8, "format": "fp8", "group_size": None},
+        {"nbits": 3, "format": "codebook", "codebook": "row"}, {"nbits": 4, "activation": "int8"},
         {"nbits": 4, "compute_dtype": torch.bfloat16, "scale_dtype": torch.float32},
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
     """``dense`` quantized with the settings that ``old`` shows and the default solver; shape and dtype of ``old``."""
     scale, zero = old.scale, old.zero_point
     plain = [t.dtype for t in (scale, zero) if t is not None and not isinstance(t, HQQTensor)]
+    whole = old.format == "int" and type(zero) is Tensor and torch.equal(zero, zero.round())
     config = HqqConfig(
         nbits=old.nbits,
         group_size=old.group_size,
@@ -27,6 +28,8 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
         quant_zero=isinstance(zero, HQQTensor),
         compute_dtype=old.dtype,
         activation=old.activation,
+        codebook=old.codebook or "tensor",
+        integer_zero=whole,
         view_as_float=old.qdata.dtype != torch.uint8,
     )
     new = HQQTensor.from_hp(dense.transpose(-1, -2) if old.transposed else dense, config)

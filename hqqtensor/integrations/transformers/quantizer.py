@@ -1,5 +1,6 @@
 """The quantizer that transformers calls while it loads and saves a model."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -143,7 +144,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
         if param_name in self.plan:
             settings, shape = self.plan[param_name].settings, self.plan[param_name].weight.shape
             size = settings.group_size or shape[-1 if settings.axis == 1 else -2]
-            return bits_per_weight(settings.for_tag(None), size) / 8  # type: ignore[arg-type]
+            return bits_per_weight(dataclasses.replace(settings, group_size=size)) / 8
         if param_name in self.ready:
             return self.ready[param_name].nbytes / self.ready[param_name].numel()
         return param.element_size()
