@@ -138,8 +138,9 @@ def test_experts_run_quantized_in_every_implementation(
         assert torch.allclose(model(**given).logits, dense(**given).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"], indirect=True)
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize(
+    ("family", "implementation"), [("mixtral", "batched_mm"), ("gpt_oss", "grouped_mm")], indirect=["family"]
+)
 def test_experts_compile_in_one_graph(family: tuple[str, Any, Path, int], implementation: str) -> None:
     name, cls, path, _ = family
     model = cls.from_pretrained(path / "dense", quantization_config=CONFIG, experts_implementation=implementation)

@@ -77,8 +77,8 @@ def test_settings_by_layer_and_skipped_modules_hold(tmp_path: Path) -> None:
     [
         {"nbits": 8, "group_size": None}, {"nbits": 3, "axis": 0}, {"nbits": 2, "group_size": 16, "quant_scale": True,
         "quant_zero": True}, {"nbits": 1, "group_size": 32, "solver": "rtn"}, {"nbits": 5, "view_as_float": True},
-        {"nbits": 4, "format": "nf4"}, {"nbits": 8, "format": "fp8", "group_size": None},
-        {"nbits": 3, "format": "codebook", "codebook": "row"}, {"nbits": 4, "activation": "int8"},
+        {"nbits": 4, "format": "nf4", "skip_modules": ["lm_head", "mlp"]}, {"nbits": 4, "activation": "int8"},
+        {"nbits": 3, "format": "codebook", "codebook": "row", "skip_modules": ["lm_head", "mlp"]},
         {"nbits": 4, "compute_dtype": torch.bfloat16, "scale_dtype": torch.float32},
     ],
 )  # fmt: skip
@@ -361,27 +361,25 @@ def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True)
 
 
-def test_importing_hqqtensor_does_not_import_transformers() -> None:
-    done = run("""
+def test_importing_registers_in_either_order_without_importing_transformers() -> None:
+    first = """
         import sys, hqqtensor
         assert "transformers" not in sys.modules
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
         assert table["hqqtensor"] is table["hqq"]
         from transformers import AutoModelForCausalLM
-    """)
-    assert done.returncode == 0, done.stderr
-
-
-def test_registering_after_transformers_and_twice_works() -> None:
-    done = run("""
+    """
+    second = """
         import transformers.quantizers.auto as auto
         assert "hqqtensor" not in auto.AUTO_QUANTIZER_MAPPING
         import hqqtensor.integrations.transformers as bridge
         first = auto.AUTO_QUANTIZER_MAPPING["hqqtensor"]
         bridge.register(); bridge.register()
         assert auto.AUTO_QUANTIZER_MAPPING["hqq"] is first
-    """)
-    assert done.returncode == 0, done.stderr
+    """
+    for code in (first, second):
+        done = run(code)
+        assert done.returncode == 0, done.stderr
 
 
 def test_without_hqqtensor_loading_fails_and_says_why(saved: Path) -> None:
