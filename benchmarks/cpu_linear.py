@@ -27,7 +27,7 @@ def random_weight(N: int, K: int, nbits: int, group_size: int = 64, axis: int = 
     qdata = torch.randint(0, 256, (N, row_bytes(K, nbits)), dtype=torch.uint8)
     scale = (torch.rand(groups) * 0.01 + 0.001).half()
     zero = (torch.rand(groups) * (2**nbits - 1)).half()
-    return HQQTensor(qdata, scale, zero, nbits, group_size, axis, torch.Size((N, K)), torch.float32)
+    return HQQTensor(qdata, scale, nbits, group_size, axis, torch.Size((N, K)), torch.float32, zero_point=zero)
 
 
 def ours(q: HQQTensor, x: torch.Tensor) -> tuple[Callable[[], object], int]:

@@ -96,6 +96,7 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
         # A scale that rounding or 8 bits made zero can reach nothing but zero itself, whatever the code.
         inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
     qdata = weight.new_empty(*lead, out_features, row_bytes(in_features, config.nbits), dtype=torch.uint8)
+    cpu.advise_huge_pages(qdata)
     many = len(matrices)
     rows = qdata.reshape(many, -1, qdata.shape[-1])
     split = [[None] * many if t is None else t.reshape(many, -1, t.shape[-1]) for t in (inverse, zero_point)]
@@ -125,7 +126,8 @@ def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
 def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
     if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
-        return Solution(*cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver))
+        found = cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver)
+        return Solution(*found, exact_encode=config.solver == "hqq")
     fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
     levels, entries = fmt.levels(config.nbits), None
     if fmt.learned:

@@ -51,9 +51,9 @@ def dequantize(
     return fmt.decode(codes, expand_groups(scale, *size), zero_point, nbits).to(dtype)
 
 
-def activation_group(group_size: int, axis: int) -> int:
-    """Features that share a step under ``activation="int8"``: a group of the weight where that is 32, 64 or 128."""
-    return group_size if axis == 1 and group_size in (32, 64, 128) else 64
+def activation_group(group_size: int, axis: int, in_features: int) -> int:
+    """Features that share a step under ``activation="int8"``: 64, or 128 where the weight has groups of 128."""
+    return 128 if axis == 1 and group_size == 128 < in_features else 64
 
 
 def int8_activations(x: Tensor, size: int) -> Tensor:
@@ -73,14 +73,14 @@ def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor],
     nbits, format, group_size, axis, K = settings
     qdata, scale, zero = w
     assert qdata is not None and scale is not None
-    size, x = activation_group(group_size, axis), x.to(torch.float32)
+    size, x = activation_group(group_size, axis, K), x.to(torch.float32)
     if axis == 1:
         dense = dequantize(qdata, scale, zero, meta, *settings, torch.float32)
         return int8_activations(x, size) @ dense.t()
     scale, zero = plain_meta(scale, zero, meta)
     out = x.new_empty(x.shape[0], qdata.shape[0])
     for g in range(scale.shape[0]):
-        own = None if zero is None else zero[g]
+        own = zero if zero is None or get_format(format).learned else zero[g]
         codes = get_format(format).decode(unpack(qdata[g :: scale.shape[0]], nbits, K), torch.ones(K), own, nbits)
         out[:, g :: scale.shape[0]] = int8_activations(x * scale[g], size) @ codes.t()
     return out

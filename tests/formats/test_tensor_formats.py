@@ -18,12 +18,12 @@ from hqqtensor.kernels import cpu
 from hqqtensor.serialization import inspect_checkpoint
 
 FORMATS: dict[str, dict[str, Any]] = {
-    "fp4": {"nbits": 4, "format": "fp4"},
-    "fp6": {"nbits": 6, "format": "fp6"},
-    "fp8": {"nbits": 8, "format": "fp8"},
+    "fp4": {"nbits": 4, "format": "fp4", "solver": "rtn"},
+    "fp6": {"nbits": 6, "format": "fp6", "solver": "rtn"},
+    "fp8": {"nbits": 8, "format": "fp8", "solver": "rtn"},
     "nf4": {"nbits": 4, "format": "nf4"},
-    "nf4 axis 0": {"nbits": 4, "format": "nf4", "axis": 0, "group_size": 12},
-    "nf4 quantized scales": {"nbits": 4, "format": "nf4", "quant_scale": True},
+    "nf4 axis 0": {"nbits": 4, "format": "nf4", "axis": 0, "solver": "rtn", "group_size": 12},
+    "nf4 quantized scales": {"nbits": 4, "format": "nf4", "quant_scale": True, "solver": "rtn"},
     "tensor codebook": {"nbits": 3, "format": "codebook"},
     "tensor codebook axis 0": {"nbits": 2, "format": "codebook", "axis": 0, "group_size": 12},
     "row codebook": {"nbits": 4, "format": "codebook", "codebook": "row", "scale_dtype": torch.float32},

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hqqtensor import HqqConfig, HQQTensor, backend
+from hqqtensor.formats import get_format
 from hqqtensor.kernels import cpu
 from hqqtensor.ops.reference import expand_groups
 from hqqtensor.packing import pack
@@ -20,12 +21,19 @@ pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cp
 
 # Of sum |x| |w|: rounding of the result in its dtype, plus fixed-point activations and float32 sums.
 BOUNDS = {torch.float32: 2**-21, torch.bfloat16: 2**-8 + 2**-14, torch.float16: 2**-11 + 2**-14}
+# Tables: activations and values have digits of 7 bits, three for float32, else two.
+TABLE_BOUNDS = {torch.float32: 2**-19, torch.bfloat16: 2**-8 + 2**-12, torch.float16: 2**-11 + 2**-12}
 
 
 def weight(
-    shape: tuple[int, int], nbits: int, group_size: int | None, axis: int, scale_dtype: torch.dtype = torch.float16
+    shape: tuple[int, int],
+    nbits: int,
+    group_size: int | None,
+    axis: int,
+    scale_dtype: torch.dtype = torch.float16,
+    format: str = "int",
 ) -> HQQTensor:
-    """Random codes, scales and zero points: every code occurs, zero points lie in the range of codes."""
+    """Random codes and scales, zero points within the range of codes: every code occurs (but NaN)."""
     generator = torch.manual_seed(0)
     N, K = shape
     extent = K if axis == 1 else N
@@ -33,9 +41,18 @@ def weight(
     groups = -(-extent // size)
     meta = (N, groups) if axis == 1 else (groups, K)
     codes = torch.randint(0, 2**nbits, shape, generator=generator, dtype=torch.uint8)
+    if format == "fp8":
+        codes[codes & 127 == 127] = 0
     scale = (torch.rand(meta, generator=generator) + 0.1).to(scale_dtype)
-    zero = (torch.rand(meta, generator=generator) * (2**nbits - 1)).to(scale_dtype)
-    return HQQTensor(pack(codes, nbits), scale, zero, nbits, size, axis, torch.Size(shape), torch.float32)
+    zero = None
+    if format == "int":
+        zero = (torch.rand(meta, generator=generator) * (2**nbits - 1)).to(scale_dtype)
+    elif format == "codebook":
+        zero = torch.randn(1, 2**nbits, generator=generator).sort().values
+    elif format == "codebook rows":
+        zero = torch.randn(N, 2**nbits, generator=generator).sort().values
+    settings = (nbits, size, axis, torch.Size(shape), torch.float32, format.removesuffix(" rows"))
+    return HQQTensor(pack(codes, nbits), scale, *settings, zero_point=zero)
 
 
 def dense(q: HQQTensor) -> torch.Tensor:
@@ -46,17 +63,23 @@ def dense(q: HQQTensor) -> torch.Tensor:
 def assert_linear(q: HQQTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     d = dense(q).double()
     # The zero point is taken out after the sum, so the size of what is summed is |x| times the span of the weights.
-    span = (d.abs() + expand_groups((q.zero_point * q.scale).double().abs(), *d.shape, q.group_size, q.axis)) * 2
+    # Tables become integers between their ends: there it is the scale times the largest value.
+    if q.format == "int":
+        shift = (q.zero_point * q.scale).double()
+    else:
+        table = q.zero_point.float() if q.format == "codebook" else get_format(q.format).levels(q.nbits).values
+        shift = (q.scale * table.abs().max()).double()
+    span = (d.abs() + expand_groups(shift.abs(), *d.shape, q.group_size, q.axis)) * 2
     want = x.double() @ d.T + (0 if bias is None else bias.double())
     size = x.double().abs() @ span.T + (0 if bias is None else bias.double().abs())
     with backend("cpu"):
         got = F.linear(x, q.to(x.dtype), bias)
     assert got.dtype == x.dtype and got.shape == want.shape
     worst = ((got.double() - want).abs() / size.clamp(min=1e-40)).max().item()
-    assert worst <= BOUNDS[x.dtype], worst
+    assert worst <= (BOUNDS if q.format == "int" else TABLE_BOUNDS)[x.dtype], worst
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     nbits=st.integers(1, 8),
     group_size=st.sampled_from([4, 8, 16, 24, 32, 64, 100, 128, 192, 256, None]),
@@ -73,6 +96,91 @@ def test_linear_equals_the_dense_product(nbits, group_size, axis, N, K, M, dtype
     generator = torch.manual_seed(1)
     x = torch.randn(M, K, generator=generator).to(dtype)
     assert_linear(q, x, torch.randn(N, generator=generator).to(dtype) if with_bias else None)
+
+
+FORMATS = [("fp4", 4), ("nf4", 4), ("fp6", 6), ("fp8", 8), *[("codebook", b) for b in (1, 2, 3, 4)], ("codebook rows", 4)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    format=st.sampled_from(FORMATS),
+    group_size=st.sampled_from([3, 8, 32, 64, 100, 128, None]),
+    axis=st.sampled_from([0, 1]),
+    N=st.integers(1, 70),
+    K=st.integers(1, 600),
+    M=st.sampled_from([1, 2, 4, 5, 17, 33]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_every_format_equals_the_dense_product(format, group_size, axis, N, K, M, dtype) -> None:
+    name, nbits = format
+    if name == "codebook rows" and axis == 0:
+        axis = 1
+    x = torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
+    assert_linear(weight((N, K), nbits, group_size, axis, format=name), x)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    format=st.sampled_from([*[("int", b) for b in range(1, 9)], ("fp4", 4), ("nf4", 4), ("codebook", 3)]),
+    group_size=st.sampled_from([16, 32, 64, 100, 128, None]),
+    axis=st.sampled_from([0, 1]),
+    N=st.integers(1, 70),
+    K=st.integers(1, 600),
+    M=st.sampled_from([1, 2, 4, 5, 17, 33]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_int8_activations_equal_the_plain_path(format, group_size, axis, N, K, M, dtype) -> None:
+    name, nbits = format
+    q = weight((N, K), nbits, group_size, axis, format=name).to(dtype).with_data(activation="int8")
+    x = torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
+    # Where no integer kernel lines up with the groups, the plain path takes over.
+    with backend("cpu" if cpu.instruction_set() == "avx512" else "auto"):
+        got = F.linear(x, q).float()
+    with backend("dequantize"):
+        want = F.linear(x, q).float()
+    size = x.float().abs() @ (dense(q).abs() + 1).T
+    # Activations are rounded alike; then float32 sums, the table's 14 bits and the result's dtype remain.
+    bound = 2**-12 if name in ("nf4", "codebook") else 2**-19
+    worst = ((got - want).abs() / size.clamp(min=1e-30)).max().item()
+    assert worst <= bound + (2**-7 if dtype == torch.bfloat16 else 0), worst
+
+
+def test_int8_activations_of_nan_and_inf_are_not_hidden() -> None:
+    q = weight((32, 256), 4, 64, 1).with_data(activation="int8")
+    x = torch.ones(2, 256)
+    x[0, 7] = float("nan")
+    y = F.linear(x, q)
+    assert not y[0].isfinite().any() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_lower_float32_precision_is_taken_as_an_offer(precision: str) -> None:
+    q, x = weight((64, 512), 4, 64, 1), torch.randn(5, 512, generator=torch.manual_seed(0))
+    want = x.double() @ dense(q).double().T
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        error = ((F.linear(x, q) - want).abs().max() / want.abs().max()).item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error < (1e-6 if precision == "highest" else 1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("quant_scale", "quant_zero"), [(True, True), (True, False), (False, True)])
+def test_quantized_scales_and_zero_points_are_read_in_place(axis: int, quant_scale: bool, quant_zero: bool) -> None:
+    w = torch.randn(300, 520, generator=torch.manual_seed(0))
+    config = HqqConfig(4, 16, axis=axis, quant_scale=quant_scale, quant_zero=quant_zero)
+    q = HQQTensor.from_hp(w, config)
+    for M in (1, 6, 40):
+        x = torch.randn(M, 520, generator=torch.manual_seed(M))
+        want = x.double() @ dense(q).double().T
+        with backend("cpu"):
+            got = F.linear(x, q)
+            index = torch.tensor([0, 299, 7])
+            assert torch.equal(F.embedding(index, q), dense(q)[index])
+            assert torch.equal(q.dequantize(), dense(q))
+        assert (got - want).abs().max() < 2e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("nbits", range(1, 9))
@@ -137,6 +245,24 @@ def test_experts_equal_their_dense_products() -> None:
     torch.testing.assert_close(got, torch.bmm(x, dense(q).transpose(1, 2)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["int", "nf4", "codebook"])
+def test_experts_in_runs_equal_their_dense_products(format: str) -> None:
+    w = torch.randn(4, 48, 200, generator=torch.manual_seed(0))
+    q = HQQTensor.from_hp(w, HqqConfig(4, 32, format=format, quant_scale=format == "int"))
+    x = torch.randn(12, 200, requires_grad=True)
+    ends = torch.tensor([3, 3, 9, 11], dtype=torch.int32)  # the second expert gets nothing, the last row is nobody's
+    plain = dense(q)
+    want = torch.cat([x[:3] @ plain[0].T, x[3:9] @ plain[2].T, x[9:11] @ plain[3].T, torch.zeros(1, 48)])
+    with backend("cpu"):
+        got = F.grouped_mm(x, q.transpose(1, 2), offs=ends)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    grad = torch.autograd.grad(got.square().sum(), x)[0]
+    torch.testing.assert_close(grad, torch.autograd.grad(want.square().sum(), x)[0], atol=1e-2, rtol=1e-3)
+    for bad in ([3, 2, 9, 11], [3, 3, 9, 13]):
+        with backend("cpu"), pytest.raises(RuntimeError, match="offsets must rise"):
+            F.grouped_mm(x, q.transpose(1, 2), offs=torch.tensor(bad, dtype=torch.int32))
+
+
 def test_slices_of_rows_and_columns_run_in_place() -> None:
     q = weight((64, 512), 4, 64, 1)
     x = torch.randn(2, 512)
@@ -162,12 +288,13 @@ def test_indices_outside_raise_and_shapes_that_lie_are_refused() -> None:
     x = torch.randn(1, 128)
     for change in (
         {"qdata": q.qdata[:, :-1]},
+        {"format": "codebook"},
         {"qdata": q.qdata[:-1]},
         {"scale": q.scale[:, :1]},
         {"zero_point": q.zero_point[:-1]},
         {"nbits": 8},
     ):
-        with backend("cpu"), pytest.raises(RuntimeError, match=r"qdata must be|scale"):
+        with backend("cpu"), pytest.raises(RuntimeError, match=r"qdata must be|scale|codebook must be"):
             F.linear(x, q.with_data(**change))
 
 

@@ -5,6 +5,10 @@
 
 #include <atomic>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "linear.h"
 #include "quantize.h"
 #include "weights.h"
@@ -213,6 +217,16 @@ Tensor embedding(const Tensor& indices, const Tensor& qdata, const Tensor& scale
   return out;
 }
 
+// Whole pages of 2 MiB within the tensor's memory, if the system gives them on request.
+void advise_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t page = (uintptr_t)1 << 21;
+  if (!t.device().is_cpu() || !t.is_contiguous() || t.nbytes() < 2 * page) return;
+  const uintptr_t begin = ((uintptr_t)t.data_ptr() + page - 1) / page * page, end = ((uintptr_t)t.data_ptr() + t.nbytes()) / page * page;
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
@@ -229,6 +243,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("solve", &hq::solve, free);
   m.def("assign", &hq::assign, free);
   m.def("set_table", &hq::set_table);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("set_process_choice", [](int c) { process_choice = c; });
   m.def("set_thread_choice", [](int c) { thread_choice = c; });
 }

@@ -1,6 +1,7 @@
 // Built for avx512 whatever the compiler's default: only select.cpp may call in here, after asking the processor.
 // Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
 #include <cstdint>
+#include <cmath>
 #include <type_traits>
 #include <utility>
 

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <type_traits>
 
 #include "vec_portable.h"

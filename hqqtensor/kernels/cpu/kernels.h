@@ -95,6 +95,10 @@ struct Kernels {
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
   int lanes;  // groups that solve_block works on together
   void (*solve_block)(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero);
+  // `rounds` of the published solver on `count` groups (the other lanes hold copies); totals[r] gains the sum of
+  // |w - dequantized| of round r.
+  void (*hqq_block)(const float* w, int64_t size, int64_t count, int nbits, int rounds, float* inverse, float* zero,
+                    double* totals);
   void (*assign_row)(const float* w, const float* inverse, const float* zero, int64_t K, int nbits, int64_t group_size,
                      int axis, uint8_t* out);
   void (*to_float)(const void* from, DType, int64_t count, float* out);

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -34,48 +35,92 @@ struct Matrix {
   }
 };
 
-// Groups `first` to `last` of one size along rows: group i starts at `start(i)`.
-template <class Start, class Index>
-void solve_rows(const Matrix& w, int solver, int nbits, int64_t size, int64_t first, int64_t last, const Start& start,
-                const Index& index, float* inverse, float* zero) {
+// What solves a block of groups, kernels().lanes of them with `count` real ones, w[j * lanes + l] the j-th of group l.
+using SolveBlock = std::function<void(float* w, int64_t size, int64_t count, float* inverse, float* zero, int64_t piece)>;
+
+constexpr int64_t kPiece = 256;  // blocks of lanes: what is summed over groups does not depend on the number of threads
+
+// Groups of one size: group i of `count` begins at `start(i)`, its numbers are `step` bytes apart, its results go to place
+// `index(i)`. Of the lanes from i on, `real(i)` hold groups.
+template <class Real, class Start, class Index>
+struct Groups {
+  int64_t count, size, step;
+  Real real;
+  Start start;
+  Index index;
+  int64_t weights;  // in all of them
+};
+
+template <class G>
+void solve_groups(const Matrix& w, const G& g, float* inverse, float* zero, const SolveBlock& solve) {
+  const int64_t count = g.count, size = g.size, step = g.step;
+  const auto &start = g.start, &index = g.index;
   const Kernels& k = kernels();
-  const int lanes = k.lanes;
-  std::vector<float> block((size_t)(size * lanes)), line((size_t)size), s((size_t)lanes), z((size_t)lanes);
-  for (int64_t i = first; i < last; i += lanes) {
-    const int64_t count = std::min<int64_t>(lanes, last - i);
-    for (int64_t l = 0; l < lanes; ++l) {  // missing groups repeat the first: any numbers will do
-      const char* from = start(i + (l < count ? l : 0));
-      const float* in = (const float*)from;
-      if (w.type != DType::f32) {
-        k.to_float(from, w.type, size, line.data());
-        in = line.data();
+  const int64_t lanes = k.lanes, groups = kPiece * lanes, item = size_of(w.type);
+  at::parallel_for(0, (count + groups - 1) / groups, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> block((size_t)(size * lanes)), line((size_t)std::max(size, lanes)), s((size_t)lanes), z((size_t)lanes);
+    for (int64_t i = first * groups; i < std::min(last * groups, count); i += lanes) {
+      const int64_t real = g.real(i);
+      if (step == item) {  // along rows: numbers of a group are neighbours
+        for (int64_t l = 0; l < lanes; ++l) {  // missing groups repeat the first: any numbers will do
+          const float* in = (const float*)start(i + (l < real ? l : 0));
+          if (w.type != DType::f32) {
+            k.to_float(in, w.type, size, line.data());
+            in = line.data();
+          }
+          for (int64_t j = 0; j < size; ++j) block[(size_t)(j * lanes + l)] = in[j];
+        }
+      } else {  // along columns: groups are
+        for (int64_t j = 0; j < size; ++j) {
+          float* out = block.data() + j * lanes;
+          k.to_float(start(i) + j * step, w.type, real, out);
+          for (int64_t l = real; l < lanes; ++l) out[l] = out[0];
+        }
       }
-      for (int64_t j = 0; j < size; ++j) block[(size_t)(j * lanes + l)] = in[j];
+      solve(block.data(), size, real, s.data(), z.data(), i / groups);
+      for (int64_t l = 0; l < real; ++l) {
+        inverse[index(i + l)] = s[(size_t)l];
+        zero[index(i + l)] = z[(size_t)l];
+      }
     }
-    k.solve_block(solver, block.data(), size, nbits, s.data(), z.data());
-    for (int64_t l = 0; l < count; ++l) {
-      inverse[index(i + l)] = s[(size_t)l];
-      zero[index(i + l)] = z[(size_t)l];
-    }
-  }
+  });
 }
 
-// Groups of axis 0: rows g, g + groups, ... of each column; lanes are neighbouring columns.
-void solve_columns(const Matrix& w, int solver, int nbits, int64_t groups, int64_t g, float* inverse, float* zero) {
-  const Kernels& k = kernels();
-  const int64_t lanes = k.lanes, size = (w.N - g + groups - 1) / groups;
-  std::vector<float> block((size_t)(size * lanes)), s((size_t)lanes), z((size_t)lanes);
-  for (int64_t column = 0; column < w.K; column += lanes) {
-    const int64_t count = std::min<int64_t>(lanes, w.K - column);
-    for (int64_t j = 0; j < size; ++j) {
-      float* out = block.data() + j * lanes;
-      k.to_float(w.at(g + j * groups, column), w.type, count, out);
-      for (int64_t l = count; l < lanes; ++l) out[l] = out[0];
-    }
-    k.solve_block(solver, block.data(), size, nbits, s.data(), z.data());
-    std::copy_n(s.data(), count, inverse + g * w.K + column);
-    std::copy_n(z.data(), count, zero + g * w.K + column);
+constexpr int kRounds = 20;  // of the published solver, at most
+
+// Rounds until the mean error of all `count` groups no longer falls; the round that shows it counts as well.
+int rounds_needed(const std::vector<double>& totals, int64_t weights) {
+  float best = INFINITY;
+  for (int round = 0; round < kRounds; ++round) {
+    double total = 0;
+    for (size_t i = (size_t)round; i < totals.size(); i += kRounds) total += totals[i];
+    const float mean = (float)(total / (double)weights);
+    if (!(mean < best)) return round + 1;
+    best = mean;
   }
+  return kRounds;
+}
+
+template <class G>
+void solve_part(const Matrix& w, const std::string& solver, int nbits, const G& g, float* inverse, float* zero) {
+  if (g.count == 0) return;
+  const Kernels& k = kernels();
+  if (solver != "hqq") {
+    const int which = solver == "rtn" ? 0 : 1;
+    solve_groups(w, g, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
+      k.solve_block(which, block, size, nbits, s, z);
+    });
+    return;
+  }
+  // When to stop is a matter of all groups: all rounds once for their errors, then those needed for the results.
+  std::vector<double> totals((size_t)((g.count + kPiece * k.lanes - 1) / (kPiece * k.lanes) * kRounds));
+  int rounds = kRounds;
+  const SolveBlock run = [&](float* block, int64_t size, int64_t real, float* s, float* z, int64_t piece) {
+    k.hqq_block(block, size, real, nbits, rounds, s, z, totals.data() + piece * kRounds);
+  };
+  solve_groups(w, g, inverse, zero, run);
+  rounds = rounds_needed(totals, g.weights);
+  if (rounds < kRounds) solve_groups(w, g, inverse, zero, run);
 }
 
 }  // namespace
@@ -83,31 +128,35 @@ void solve_columns(const Matrix& w, int solver, int nbits, int64_t groups, int64
 std::tuple<at::Tensor, at::Tensor> solve(const at::Tensor& weight, int64_t nbits, int64_t group_size, int64_t axis,
                                          const std::string& solver) {
   TORCH_CHECK(nbits >= 1 && nbits <= 8 && group_size >= 1 && (axis == 0 || axis == 1), "bad geometry");
-  TORCH_CHECK(solver == "rtn" || solver == "hqq_joint", "no kernel for solver ", solver);
+  TORCH_CHECK(solver == "rtn" || solver == "hqq_joint" || solver == "hqq", "no kernel for solver ", solver);
   const Matrix w(weight);
-  const int which = solver == "rtn" ? 0 : 1;
-  const int64_t extent = axis == 1 ? w.K : w.N, groups = (extent + group_size - 1) / group_size;
+  const int64_t extent = axis == 1 ? w.K : w.N, groups = (extent + group_size - 1) / group_size, item = size_of(w.type);
   const auto options = at::TensorOptions().dtype(at::kFloat);
   at::Tensor inverse = axis == 1 ? at::empty({w.N, groups}, options) : at::empty({groups, w.K}, options);
   at::Tensor zero = at::empty_like(inverse);
   float *s = inverse.mutable_data_ptr<float>(), *z = zero.mutable_data_ptr<float>();
+  const int64_t lanes = kernels().lanes;
+  const auto run = [&](const auto& part) { solve_part(w, solver, (int)nbits, part, s, z); };
   if (axis == 0) {
-    at::parallel_for(0, groups, 1, [&](int64_t a, int64_t b) {
-      for (int64_t g = a; g < b; ++g) solve_columns(w, which, (int)nbits, groups, g, s, z);
-    });
+    // Lanes are neighbouring columns of one row of groups. Groups 0 .. rest - 1 have a number more.
+    const int64_t rest = w.N % groups, columns = (w.K + lanes - 1) / lanes * lanes;
+    const auto part = [&](int64_t first, int64_t rows, int64_t size) {
+      run(Groups{rows * columns, size, groups * w.stride * item, [&](int64_t i) { return std::min(lanes, w.K - i % columns); },
+                 [=, &w](int64_t i) { return w.at(first + i / columns, i % columns); },
+                 [=, &w](int64_t i) { return (first + i / columns) * w.K + i % columns; }, rows * w.K * size});
+    };
+    part(0, rest, w.N / groups + 1);
+    part(rest, groups - rest, w.N / groups);
     return {inverse, zero};
   }
-  const int64_t full = w.K / group_size, rest = w.K % group_size, lanes = kernels().lanes;
-  // Blocks of whole lanes, so that how groups are shared out does not depend on the number of threads.
-  const auto run = [&](int64_t count, int64_t size, const auto& start, const auto& index) {
-    at::parallel_for(0, (count + lanes - 1) / lanes, std::max<int64_t>(1, 4096 / (size * lanes)), [&](int64_t a, int64_t b) {
-      solve_rows(w, which, (int)nbits, size, a * lanes, std::min(b * lanes, count), start, index, s, z);
-    });
+  const int64_t full = w.K / group_size, rest = w.K % group_size;
+  const auto part = [&](int64_t count, int64_t size, const auto& start, const auto& index) {
+    run(Groups{count, size, item, [=](int64_t i) { return std::min(lanes, count - i); }, start, index, count * size});
   };
-  run(w.N * full, group_size, [&](int64_t i) { return w.at(i / full, i % full * group_size); },
-      [&](int64_t i) { return i / full * groups + i % full; });
+  part(w.N * full, group_size, [&](int64_t i) { return w.at(i / full, i % full * group_size); },
+       [&](int64_t i) { return i / full * groups + i % full; });
   if (rest)
-    run(w.N, rest, [&](int64_t i) { return w.at(i, full * group_size); }, [&](int64_t i) { return i * groups + full; });
+    part(w.N, rest, [&](int64_t i) { return w.at(i, full * group_size); }, [&](int64_t i) { return i * groups + full; });
   return {inverse, zero};
 }
 

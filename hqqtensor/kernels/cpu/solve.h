@@ -168,6 +168,52 @@ void solve_block(int solver, float* w, int64_t size, int nbits, float* inverse, 
     solve_joint(w, size, nbits, inverse, zero);
 }
 
+// The published half-quadratic solver, as in hqqtensor/solvers/hqq.py: scale from the range, then rounds on the zero point.
+// The shrink threshold x = |x|^(p-1) / beta lies at 0.1^(1/1.3), about 0.17: below it the error variable is zero.
+inline float hqq_shrink(float r) {
+  const float size = __builtin_fabsf(r), less = size - 0.1f * powf(size, -0.3f);
+  return less > 0 ? (r < 0 ? -less : less) : 0.0f;
+}
+
+void hqq_block(const float* w, int64_t size, int64_t count, int nbits, int rounds, float* inverse, float* zero,
+               double* totals) {
+  const Range range = range_of(w, size);
+  const float most = (float)((1 << nbits) - 1);
+  float low[kFloats], high[kFloats];
+  f_store(low, range.low);
+  f_store(high, range.high);
+  for (int i = 0; i < kFloats; ++i) {
+    const float spread = high[i] - low[i];
+    const float s = spread <= 1e-4f ? 1.0f : (1 / spread) * most;  // as torch divides a number by a tensor
+    inverse[i] = s < 2e4f ? s : 2e4f;
+    zero[i] = -low[i] * inverse[i];
+  }
+  const Floats s = f_load(inverse), last = f_set(most), sizes = f_set((float)size);
+  Floats z = nbits == 4 ? f_round(f_load(zero)) : f_load(zero);
+  for (int round = 0; round < rounds; ++round) {
+    Floats total = f_zero(), sum = f_zero();
+    for (int64_t j = 0; j < size; ++j) {
+      const Floats v = f_load(w + j * kFloats);
+      const Floats codes = clamp_round(f_add(f_mul(v, s), z), last);
+      const Floats r = f_sub(v, f_div(f_sub(codes, z), s));
+      total = f_add(total, f_abs(r));
+      Floats target = v;
+      if (f_hmax(f_abs(r)) > 0.16f) {
+        float error[kFloats];
+        f_store(error, r);
+        for (float& e : error) e = hqq_shrink(e);
+        target = f_sub(v, f_load(error));
+      }
+      sum = f_add(sum, f_sub(codes, f_mul(target, s)));
+    }
+    z = f_div(sum, sizes);
+    float sums[kFloats];
+    f_store(sums, total);
+    for (int64_t i = 0; i < count; ++i) totals[round] += (double)sums[i];
+  }
+  f_store(zero, z);
+}
+
 // Codes of one block of `count` (a multiple of 8, up to 128) into the plane of P bits that holds their bits from LOW on.
 template <int P, int LOW>
 inline uint8_t* pack_plane(const uint8_t* codes, int64_t count, uint8_t* out) {
