@@ -1,193 +1,151 @@
-"""``python -m benchmarks.cpu_linear``: y = x W^T, ours against dense and against ATen's own packed products.
+"""``python -m benchmarks.cpu_linear``: y = x W^T, ours against dense products and against every peer installed.
 
-Everything for one shape and M runs interleaved in one loop with a read loop beside it; the share of the read loop's
-bandwidth counts packed codes, scales and zero points. Several copies of each weight take turns so that no weight stays
-in a cache. Peers that are not installed are left out and named.
+All contenders of a shape and a number of tokens M run interleaved in one run, with loops beside them that read memory
+as fast as they can. Each answer is checked against the dense product of the contender's own weight before it is timed.
+Copies of each weight take turns, so that no cache holds the next one. Shares of the read bandwidth count packed codes,
+scales and zero points. Peers that are not installed are left out and named. ``HQQTENSOR_CPU=avx2`` forces our AVX2
+kernels.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.timing import ReadLoop, interleaved, machine, write_json
-from hqqtensor import HQQTensor, backend
+from benchmarks import aims, ours
+from benchmarks.bandwidth import ReadLoops
+from benchmarks.contender import Contender, NotHere, bound_and_checked
+from benchmarks.linear_verdict import overhead, verdict
+from benchmarks.peers import all_peers, aten
+from benchmarks.timing import interleaved, machine, write_json
 from hqqtensor.diagnostics.table import text_table
-from hqqtensor.packing import row_bytes
 
-CACHE = 96 << 20  # bytes that the copies of a weight must exceed together
-
-
-def random_weight(N: int, K: int, nbits: int, group_size: int = 64, axis: int = 1) -> HQQTensor:
-    """Random codes and scales: what is timed does not depend on them."""
-    groups = (N, -(-K // group_size)) if axis == 1 else (-(-N // group_size), K)
-    qdata = torch.randint(0, 256, (N, row_bytes(K, nbits)), dtype=torch.uint8)
-    scale = (torch.rand(groups) * 0.01 + 0.001).half()
-    zero = (torch.rand(groups) * (2**nbits - 1)).half()
-    return HQQTensor(qdata, scale, nbits, group_size, axis, torch.Size((N, K)), torch.float32, zero_point=zero)
+SHAPES = ["11008x4096", "4096x4096", "4096x11008"]
+TOKENS = [1, 4, 16, 64, 128]
+BITS = [8, 7, 6, 5, 4, 3, 2, 1]
+Variant = tuple[int, list[str], dict[str, Any]]  # bits, dtypes of the activations, other settings
 
 
-def ours(q: HQQTensor, x: torch.Tensor) -> tuple[Callable[[], object], int]:
-    """A run over copies of ``q``, checked against the dense product first; and its bytes."""
-    q = q.to(x.dtype)
-    with backend("dequantize"):
-        d = q.dequantize(torch.float32)
-    want = x.float() @ d.T
-    error = (F.linear(x, q).float() - want).abs().max() / want.abs().max()
-    assert error < (1e-4 if x.dtype == torch.float32 else 2e-2), f"wrong by {error:.2e}"
-    copies = itertools.cycle([q.clone() for _ in range(CACHE // q.nbytes + 1)])
-    return lambda: F.linear(x, next(copies)), q.nbytes
+def variants(bits: list[int], quick: bool) -> list[Variant]:
+    """Every setting of ours that is compared."""
+    both = ["fp32", "bf16"]
+    out: list[Variant] = [(nbits, both, {}) for nbits in bits]
+    out += [(nbits, both, {"activation": "int8"}) for nbits in (8, 4, 2) if nbits in bits]
+    if 4 not in bits:
+        return out
+    out += [(4, both, {"format": name}) for name in ("fp4", "nf4")]
+    out += [(4, both, {"axis": 0})]
+    if not quick:
+        out += [(4, both, {"group_size": size}) for size in (32, 128)]
+        out += [(4, both, {"group_size": size, "axis": 0}) for size in (32, 128)]
+        out += [(4, both, {"quant_scale": True, "quant_zero": True})]
+    return out
 
 
-def dense(N: int, K: int, x: torch.Tensor) -> Callable[[], object]:
-    w = torch.randn(N, K).to(x.dtype)
-    return lambda: F.linear(x, w)
+def make_contenders(w: torch.Tensor, bits: list[int], quick: bool) -> tuple[list[Contender], dict[str, str]]:
+    """Dense products, peers, ours; and what is left out, with the reason."""
+    found, missing = all_peers(w)
+    found = [aten.dense(w, torch.float32), aten.dense(w, torch.bfloat16), *found]
+    for nbits, dtypes, options in variants(bits, quick):
+        try:
+            found += ours.contenders(w, nbits, dtypes, **options)
+        except NotHere as error:
+            missing[ours.label(nbits, "/".join(dtypes), options)] = str(error)
+    return found, missing
 
 
-def int4pack(N: int, K: int, x: torch.Tensor) -> Callable[[], object]:
-    """ATen's 4-bit product, g64, bfloat16."""
-    codes = torch.randint(0, 16, (N, K), dtype=torch.int32)
-    scale = (torch.rand(N, K // 64) * 0.01 + 0.001).bfloat16()
-    zero = torch.zeros(N, K // 64).bfloat16()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    both = torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
-    x = x.bfloat16()
-    got = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, both).float()
-    want = x.float() @ ((codes.float() - 8) * scale.float().repeat_interleave(64, 1)).T
-    assert (got - want).abs().max() / want.abs().max() < 2e-2
-    copies = itertools.cycle([packed.clone() for _ in range(CACHE // packed.nbytes + 1)])
-    return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, next(copies), 64, both)
+def run_shape(
+    N: int, K: int, tokens: list[int], contenders: list[Contender], seconds: float, show: Callable[[dict], None]
+) -> list[dict[str, Any]]:
+    """A cell for each M: median milliseconds of every contender, and its share of the read bandwidth."""
+    x = torch.randn(max(tokens), K)
+    inputs = {M: x[:M].contiguous() for M in tokens}
+    runs = {c.name: bound_and_checked(c, inputs) for c in contenders}
+    loops = ReadLoops()
+    cells = []
+    for M in tokens:
+        here = {**loops.runs, **{name: by_tokens[M] for name, by_tokens in runs.items()}}
+        times = interleaved(here, rounds=41, seconds=seconds)
+        bandwidth, loop = loops.bandwidth(times)
+        rows = [
+            {
+                "name": c.name, "kind": c.kind, "bits": c.nbits, "computes in": c.precision, "bytes": c.nbytes,
+                "ms": 1e3 * times[c.name], "of read bandwidth": c.nbytes / times[c.name] / bandwidth, "note": c.note,
+            }
+            for c in contenders
+        ]  # fmt: skip
+        cell = {"shape": [N, K], "M": M, "read GB/s": bandwidth / 1e9, "read loop": loop, "rows": rows}
+        show(cell)
+        cells.append(cell)
+    return cells
 
 
-def int8pack(N: int, K: int, x: torch.Tensor) -> Callable[[], object]:
-    """ATen's 8-bit product, one scale a row, bfloat16."""
-    w = torch.randint(-127, 127, (N, K), dtype=torch.int8)
-    scale = (torch.rand(N) * 0.01 + 0.001).bfloat16()
-    x = x.bfloat16()
-    got = torch.ops.aten._weight_int8pack_mm(x, w, scale).float()
-    want = (x.float() @ w.float().T) * scale.float()
-    assert (got - want).abs().max() / want.abs().max() < 2e-2
-    copies = itertools.cycle([w.clone() for _ in range(CACHE // w.nbytes + 1)])
-    return lambda: torch.ops.aten._weight_int8pack_mm(x, next(copies), scale)
+def show_cell(cell: dict[str, Any]) -> None:
+    """A table: ours first, each with its time, its ratio to ours at 4 bits, and its share of the read bandwidth."""
+    N, K = cell["shape"]
+    rows = sorted(cell["rows"], key=lambda r: ["ours", "peer", "dense"].index(r["kind"]))
+    by_name = {r["name"]: r["ms"] for r in rows}
+    unit = by_name.get("4-bit fp32", rows[0]["ms"])
+    lines = [
+        (
+            r["name"],
+            r["computes in"],
+            f"{r['ms']:.3f}",
+            f"{r['ms'] / unit:.2f}",
+            f"{r['of read bandwidth']:.0%}",
+            r["note"],
+        )
+        for r in rows
+    ]
+    print(f"\n{N}x{K}, M={cell['M']}, reading {cell['read GB/s']:.1f} GB/s ({cell['read loop']})")
+    unit_name = "4-bit fp32" if "4-bit fp32" in by_name else rows[0]["name"]
+    print(text_table(("", "computes in", "ms", f"x of {unit_name}", "of read bandwidth", ""), lines), flush=True)
 
 
-def matmul_nbits(N: int, K: int, x: torch.Tensor, accuracy: int) -> Callable[[], object] | str:
-    """ONNX Runtime's MatMulNBits, 4 bits g64: accuracy 0 computes in float32, 4 in int8."""
-    try:
-        import numpy as np
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        return str(error)
-    codes = np.random.randint(0, 256, (N, K // 64, 32), dtype=np.uint8)
-    scale = (np.random.rand(N * K // 64) * 0.01 + 0.001).astype(np.float32)
-    low, high = codes & 15, codes >> 4
-    both = np.stack([low, high], -1).reshape(N, K).astype(np.float32) - 8
-    w = both * np.repeat(scale, 64).reshape(N, K)
-    copies = (96 << 20) // codes.nbytes + 1
-    sessions = []
-    for i in range(copies):
-        init = [onnx.numpy_helper.from_array(codes, "B"), onnx.numpy_helper.from_array(scale, "S")]
-        node = onnx.helper.make_node(
-            "MatMulNBits", ["A", "B", "S"], ["Y"], domain="com.microsoft", K=K, N=N, bits=4, block_size=64,
-            accuracy_level=accuracy,
-        )  # fmt: skip
-        f32 = onnx.TensorProto.FLOAT
-        graph = onnx.helper.make_graph(
-            [node], f"g{i}", [onnx.helper.make_tensor_value_info("A", f32, list(x.shape))],
-            [onnx.helper.make_tensor_value_info("Y", f32, [x.shape[0], N])], init,
-        )  # fmt: skip
-        opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"]))
-    feed = {"A": x.float().numpy()}
-    want = feed["A"] @ w.T
-    error = np.abs(sessions[0].run(None, feed)[0] - want).max() / np.abs(want).max()
-    assert error < (1e-4 if accuracy == 0 else 5e-2), error
-    turns = itertools.cycle(sessions)
-    return lambda: next(turns).run(None, feed)
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Every shape in turn, then what it says about the aims."""
+    cells: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for shape in args.shapes:
+        N, K = map(int, shape.split("x"))
+        w = torch.randn(N, K, generator=torch.manual_seed(0)) * 0.02
+        contenders, missing = make_contenders(w, args.bits, args.quick)
+        cells += run_shape(N, K, args.tokens, contenders, args.seconds, show_cell)
+    for name, why in missing.items():
+        print(f"left out: {name} ({why})")
+    lines = [*verdict(cells), *overhead(min(3, args.seconds))]
+    aims.show(lines)
+    return {"cells": cells, "verdict": lines, "missing": missing}
 
 
-def quanto(N: int, K: int, x: torch.Tensor) -> Callable[[], object] | str:
-    """optimum-quanto's qint4."""
-    try:
-        from optimum.quanto import QLinear, freeze, qint4
-    except ImportError as error:
-        return str(error)
-    layer = QLinear.from_module(torch.nn.Linear(K, N, bias=False), weights=qint4)
-    freeze(layer)
-    return lambda: layer(x)
-
-
-def run_shape(N: int, K: int, M: int, widths: list[int], seconds: float) -> dict[str, Any]:
-    """Median milliseconds and shares of the read bandwidth of every contender at one shape."""
-    x = torch.randn(M, K)
-    x16 = x.bfloat16()
-    read = ReadLoop()
-    runs: dict[str, Callable[[], object]] = {"read loop": read, "dense fp32": dense(N, K, x)}
-    runs["dense bf16"] = dense(N, K, x16)
-    runs["ATen int4pack bf16"] = int4pack(N, K, x)
-    runs["ATen int8pack bf16"] = int8pack(N, K, x)
-    missing = {}
-    for name, made in (
-        ("ONNX Runtime fp32", lambda: matmul_nbits(N, K, x, 0)),
-        ("ONNX Runtime int8", lambda: matmul_nbits(N, K, x, 4)),
-        ("quanto qint4", lambda: quanto(N, K, x)),
-    ):
-        run = made()
-        if isinstance(run, str):
-            missing[name] = run
-        else:
-            runs[name] = run
-    nbytes: dict[str, int] = {}
-    for nbits in widths:
-        for label, inputs in (("fp32", x), ("bf16", x16)):
-            name = f"{nbits}-bit {label}"
-            runs[name], nbytes[name] = ours(random_weight(N, K, nbits), inputs)
-    for group_size, axis in ((32, 1), (128, 1), (64, 0)):
-        name = f"4-bit fp32 g{group_size} axis {axis}"
-        runs[name], nbytes[name] = ours(random_weight(N, K, 4, group_size, axis), x)
-    times = interleaved(runs, rounds=31, seconds=seconds)
-    bandwidth = read.bandwidth(times.pop("read loop"))
-    rows = {}
-    for name, t in times.items():
-        share = nbytes[name] / t / bandwidth if name in nbytes else None
-        rows[name] = {"ms": 1e3 * t, "to 4-bit fp32": t / times["4-bit fp32"], "share of read bandwidth": share}
-    return {"shape": [N, K], "M": M, "read GB/s": bandwidth / 1e9, "rows": rows, "missing": missing}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--shapes", nargs="+", default=["11008x4096", "4096x4096", "4096x11008"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 128, 512])
-    parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 5, 4, 3, 2, 1])
-    parser.add_argument("--seconds", type=float, default=10, help="for each shape and number of tokens")
-    args = parser.parse_args()
+    parser.add_argument("--plot", metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M")
+    parser.add_argument("--bits", nargs="+", type=int, default=BITS)
+    parser.add_argument("--seconds", type=float, default=20, help="for each shape and M, at least three turns each")
+    parser.add_argument("--quick", action="store_true", help="one shape, M = 1, 4 and 16, bits 8, 4 and 2, short turns")
+    parser.add_argument("--full", action="store_true", help="M = 512 as well")
+    args = parser.parse_args(argv)
+    given = {name: getattr(args, name) != parser.get_default(name) for name in ("shapes", "tokens", "bits", "seconds")}
+    if args.quick:
+        for name, value in (("shapes", SHAPES[:1]), ("tokens", [1, 4, 16]), ("bits", [8, 4, 2]), ("seconds", 5.0)):
+            if not given[name]:
+                setattr(args, name, value)
+    if args.full and not given["tokens"]:
+        args.tokens = [*TOKENS, 512]
     print(machine())
-    results = []
     with torch.no_grad():
-        for shape, M in itertools.product(args.shapes, args.tokens):
-            N, K = map(int, shape.split("x"))
-            r = run_shape(N, K, M, args.bits, args.seconds)
-            results.append(r)
-            cells = []
-            for name, row in r["rows"].items():
-                share = row["share of read bandwidth"]
-                cells.append(
-                    (name, f"{row['ms']:.3f}", f"{row['to 4-bit fp32']:.2f}", "" if share is None else f"{share:.0%}")
-                )
-            print(f"\n{shape}, M={M}, read loop {r['read GB/s']:.1f} GB/s")
-            print(text_table(("", "ms", "x of 4-bit fp32", "read bandwidth"), cells), flush=True)
-            for name, why in r["missing"].items():
-                print(f"left out: {name} ({why})")
-            write_json(args.json, results)
+        results = run_all(args)
+    write_json(args.json, results)
+    if args.plot:
+        from benchmarks import plot
+
+        plot.linear(results["cells"], args.plot)
+    return results
 
 
 if __name__ == "__main__":

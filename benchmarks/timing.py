@@ -11,34 +11,42 @@ from typing import Any
 
 import torch
 
+SETTLE = 12e-3
+"""Seconds of untimed runs at the start of a turn, at least one. Idle threads of the last contender's OpenMP spin that
+long (GNU OpenMP: 300,000 rounds, milliseconds) and would take a core from the next."""
+TURN = 3e-3  # seconds of timed runs in a turn, at least two runs
+
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 3.0) -> dict[str, float]:
-    """Median seconds of each entry. The entries take turns, ``rounds`` times or until ``seconds`` have passed."""
+    """Median seconds of each entry. The entries take turns, ``rounds`` times or until ``seconds`` have passed.
+
+    Every entry has at least three turns. After those, one that has used more than its share of the time so far
+    sits a round out, so that a slow entry does not keep the others from their turns.
+    """
+    clock = time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
+    begin = clock()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() > end:
+        if done >= 3 and clock() - begin > seconds:
             break
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = clock()
+            if done >= 3 and spent[name] > max(started - begin, 1e-9) / len(runs) * 3:
+                continue
             run()
-            times[name].append(time.perf_counter() - started)
+            while clock() - started < SETTLE:
+                run()
+            turn, runs_timed = clock(), 0
+            while runs_timed < 2 or clock() - turn < TURN:
+                t0 = clock()
+                run()
+                times[name].append(clock() - t0)
+                runs_timed += 1
+            spent[name] += clock() - started
     return {name: statistics.median(t) for name, t in times.items()}
-
-
-class ReadLoop:
-    """Sums a buffer larger than the caches; ``bandwidth(seconds)`` is what such a run reached, in bytes a second."""
-
-    def __init__(self, nbytes: int = 256 << 20) -> None:
-        self.buffer = torch.ones(nbytes // 4)
-
-    def __call__(self) -> None:
-        self.buffer.sum()
-
-    def bandwidth(self, seconds: float) -> float:
-        return self.buffer.nbytes / seconds
 
 
 def machine() -> dict[str, Any]:

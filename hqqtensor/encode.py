@@ -126,8 +126,8 @@ def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
 def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
     if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
-        found = cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver)
-        return Solution(*found, exact_encode=config.solver == "hqq")
+        solved = cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver)
+        return Solution(*solved, exact_encode=config.solver == "hqq")
     fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
     levels, entries = fmt.levels(config.nbits), None
     if fmt.learned:

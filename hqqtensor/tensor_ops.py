@@ -65,7 +65,7 @@ def _(func, types, args, kwargs):
 
 
 @implements([aten._grouped_mm.default])
-@implements_torch_function([torch.nn.functional.grouped_mm, torch._grouped_mm])
+@implements_torch_function([torch._grouped_mm])
 def _(func, types, args, kwargs):
     def call(x, weight, offs=None, bias=None, out_dtype=None):
         experts = isinstance(weight, HQQTensor) and weight.transposed and weight.ndim == 3

@@ -75,12 +75,14 @@ def test_linear_takes_keywords_bias_any_rank_and_empty_batches() -> None:
 
 
 def test_linear_gives_gradients_to_input_and_bias() -> None:
+    torch.manual_seed(0)
     q = quantized()
     x, b = torch.randn(5, 256, requires_grad=True), torch.randn(96, requires_grad=True)
     F.linear(x, q, b).square().sum().backward()
     x2, b2 = x.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
     F.linear(x2, q.dequantize(), b2).square().sum().backward()
-    torch.testing.assert_close(x.grad, x2.grad)
+    size = x2.grad.abs().max()  # sums of other orders: an error of float32 in what is largest
+    assert (x.grad - x2.grad).abs().max() < 1e-6 * size
     torch.testing.assert_close(b.grad, b2.grad)
 
 

@@ -22,8 +22,8 @@ SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? act_pre_scale, {_SETTINGS}, str activation) -> Tensor",
     # x [E, M, K] times the transpose of each of E packed weights [E, N, K]: [E, M, N].
     "batched_linear": f"(Tensor x, {_WEIGHT}, Tensor? act_pre_scale, {_SETTINGS}, str activation) -> Tensor",
-    # Rows of x [S, K] in runs: those before offsets[0] times weight 0, those before offsets[1] times weight 1, and so on
-    # (offsets int32 [E], rising): [S, N]; rows from offsets[-1] on are zero.
+    # Rows of x [S, K] in runs: those before offsets[0] times weight 0, those before offsets[1] times weight 1, and so
+    # on (offsets int32 [E], rising): [S, N]; rows from offsets[-1] on are zero.
     "grouped_linear": f"(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? act_pre_scale, {_SETTINGS}, str activation)"
     " -> Tensor",
     # Rows `indices` (any shape, int) of packed weights [N, K]: [*indices.shape, K] of dtype.

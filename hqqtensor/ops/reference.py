@@ -32,7 +32,8 @@ def plain_meta(scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor])
     def plain(values: Tensor) -> Tensor:
         if values.dtype != torch.uint8:
             return values.to(torch.float32)
-        own = [expand_groups(rest.pop(0).to(torch.float32), *values.shape[-2:], 0, 0) for _ in range(2)]
+        rows, columns = values.shape[-2:]
+        own = [expand_groups(rest.pop(0).to(torch.float32), rows, columns, 0, 0) for _ in range(2)]
         return (values.to(torch.float32) - own[1]) * own[0]
 
     return plain(scale), None if zero_point is None else plain(zero_point)
@@ -51,6 +52,10 @@ def dequantize(
     return fmt.decode(codes, expand_groups(scale, *size), zero_point, nbits).to(dtype)
 
 
+Settings = tuple[int, str, int, int, int]
+"""nbits, format, group_size, axis, in_features."""
+
+
 def activation_group(group_size: int, axis: int, in_features: int) -> int:
     """Features that share a step under ``activation="int8"``: 64, or 128 where the weight has groups of 128."""
     return 128 if axis == 1 and group_size == 128 < in_features else 64
@@ -65,7 +70,7 @@ def int8_activations(x: Tensor, size: int) -> Tensor:
     return ((runs * inverse).round() * (top / 127)).flatten(-2)[..., :K]
 
 
-def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], settings: tuple) -> Tensor:
+def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], settings: Settings) -> Tensor:
     """``x [M, K]`` times the transpose of one packed weight, activations as 8-bit integers; float32 ``[M, N]``.
 
     With groups along out_features the scale of each column belongs to the activations before they are rounded.
@@ -78,16 +83,16 @@ def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor],
         dense = dequantize(qdata, scale, zero, meta, *settings, torch.float32)
         return int8_activations(x, size) @ dense.t()
     scale, zero = plain_meta(scale, zero, meta)
-    out = x.new_empty(x.shape[0], qdata.shape[0])
+    out, one = x.new_empty(x.shape[0], qdata.shape[0]), scale.new_ones(())
     for g in range(scale.shape[0]):
         own = zero if zero is None or get_format(format).learned else zero[g]
-        codes = get_format(format).decode(unpack(qdata[g :: scale.shape[0]], nbits, K), torch.ones(K), own, nbits)
+        codes = get_format(format).decode(unpack(qdata[g :: scale.shape[0]], nbits, K), one, own, nbits)
         out[:, g :: scale.shape[0]] = int8_activations(x * scale[g], size) @ codes.t()
     return out
 
 
 def _product(
-    x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], act_pre_scale: Tensor | None, settings: tuple,
+    x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], act_pre_scale: Tensor | None, settings: Settings,
     activation: str,
 ) -> Tensor:  # fmt: skip
     """``x [..., K]`` times the transpose of one packed weight: ``[..., N]`` in x's dtype."""

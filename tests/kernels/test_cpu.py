@@ -98,7 +98,14 @@ def test_linear_equals_the_dense_product(nbits, group_size, axis, N, K, M, dtype
     assert_linear(q, x, torch.randn(N, generator=generator).to(dtype) if with_bias else None)
 
 
-FORMATS = [("fp4", 4), ("nf4", 4), ("fp6", 6), ("fp8", 8), *[("codebook", b) for b in (1, 2, 3, 4)], ("codebook rows", 4)]
+FORMATS = [
+    ("fp4", 4),
+    ("nf4", 4),
+    ("fp6", 6),
+    ("fp8", 8),
+    *[("codebook", b) for b in (1, 2, 3, 4)],
+    ("codebook rows", 4),
+]
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,0 +1,30 @@
+"""Other libraries' products of activations and packed weights, one file each.
+
+A file has ``contenders(w)``: the library's ways to multiply by the float32 weight ``w`` ``[N, K]`` once packed. It
+raises ``NotHere`` where the library is not installed.
+"""
+
+from torch import Tensor
+
+from benchmarks.contender import Contender, NotHere
+from benchmarks.peers import aten, hqq_library, llama_cpp, onnx_runtime, quanto
+
+PEERS = {
+    "ATen": aten,
+    "ONNX Runtime": onnx_runtime,
+    "llama.cpp": llama_cpp,
+    "quanto": quanto,
+    "hqq": hqq_library,
+}
+
+
+def all_peers(w: Tensor) -> tuple[list[Contender], dict[str, str]]:
+    """The contenders of every peer that is installed, and why the others are left out."""
+    found: list[Contender] = []
+    missing: dict[str, str] = {}
+    for name, module in PEERS.items():
+        try:
+            found += module.contenders(w)
+        except NotHere as error:
+            missing[name] = str(error)
+    return found, missing
