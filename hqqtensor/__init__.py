@@ -1,11 +1,13 @@
 """Half-quadratic quantization of PyTorch models to 1 to 8 bits as a tensor subclass."""
 
+import hqqtensor.expert_ops  # noqa: F401  registers what expert layers do with an HQQTensor
 from hqqtensor.config import HqqConfig, hqq_weight_only
 from hqqtensor.diagnostics import (
     check_quantization_status,
     collect_quantization_debug_info,
     monitor_quantization_performance,
 )
+from hqqtensor.integrations import register_when_imported
 from hqqtensor.ops.backend import backend, set_backend
 from hqqtensor.presets import PRESETS, OptimalConfig, get_optimal_quant_config
 from hqqtensor.quantize import dequantize_, quantize_
@@ -13,6 +15,7 @@ from hqqtensor.serialization import load_model, save_model
 from hqqtensor.tensor import HQQTensor
 
 __version__ = "0.1.0"
+register_when_imported()
 __all__ = [
     "PRESETS",
     "HQQTensor",

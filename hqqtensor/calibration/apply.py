@@ -1,6 +1,6 @@
 """What ``quantize_`` does with a calibration: layer by layer, each on inputs from the layers quantized before it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,36 +8,37 @@ from torch import Tensor, nn
 from hqqtensor.calibration.build import check_calibrated, from_calibrated
 from hqqtensor.calibration.collect import Calibration
 from hqqtensor.calibration.inputs import watch
-from hqqtensor.config import HqqConfig
-
-Plan = dict[int, tuple[str, nn.Parameter, HqqConfig]]
-"""By the id of a weight: its full name, itself, its settings."""
+from hqqtensor.selection import Choice
 
 
-def check_plan(plan: Plan, calibration: Calibration) -> None:
+def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
     """ValueError naming the layer for settings that calibration does not serve, or inputs of another size."""
-    for full, weight, config in plan.values():
+    for choice in choices:
+        full, weight = choice.names[0], choice.weight
         name = _module(full)
         if name in calibration.moments:
-            check_calibrated(config, full)
+            check_calibrated(choice.settings, full)
             if len(calibration.moments[name]) != weight.shape[-1]:
                 raise ValueError(
                     f"{full}: calibrated on {len(calibration.moments[name])} inputs, the weight has "
                     f"{weight.shape[-1]}; calibrate this model"
                 )
-    if not any(_module(full) in calibration.moments for full, _, _ in plan.values()):
+    if not any(_module(choice.names[0]) in calibration.moments for choice in choices):
         raise ValueError("the calibration has none of the layers to quantize; calibrate this model")
 
 
 def quantize_calibrated(
-    model: nn.Module, plan: Plan, calibration: Calibration, done: Callable[[int, str], None]
+    model: nn.Module,
+    choices: Sequence[Choice],
+    calibration: Calibration,
+    done: Callable[[nn.Parameter, str], None],
 ) -> dict[int, nn.Parameter]:
-    """New weights of the calibrated layers of ``plan`` by id of the old; the model is left as it was.
+    """New weights of the calibrated layers of ``choices`` by id of the old; the model is left as it was.
 
-    done(id, name): called after each. "full" runs the batches once for each set of layers with a common input and keeps
+    done(weight, name): called after each. "full" runs the batches once for each set of layers with a common input and keeps
     one ``[K, K]`` matrix at a time.
     """
-    by_module = {_module(full): (key, full, weight, config) for key, (full, weight, config) in plan.items()}
+    by_module = {_module(choice.names[0]): choice for choice in choices}
     made: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, nn.Parameter]] = []
     try:
@@ -49,18 +50,18 @@ def quantize_calibrated(
             if calibration.mode == "full":
                 full_moments = _second_moments(model, chosen[0], calibration)
             for name in chosen:
-                key, full, weight, config = by_module[name]
+                full, weight = by_module[name].names[0], by_module[name].weight
                 moments = calibration.moments[name] if full_moments is None else full_moments
                 try:
-                    quantized = from_calibrated(weight, config, moments.to(weight.device))
+                    quantized = from_calibrated(weight, by_module[name].settings, moments.to(weight.device))
                 except ValueError as error:
                     raise ValueError(f"{full}: {error}") from None
-                made[key] = nn.Parameter(quantized, requires_grad=False)
+                made[id(weight)] = nn.Parameter(quantized, requires_grad=False)
                 if calibration.mode == "full":
                     module = model.get_submodule(name)
                     replaced.append((module, weight))
-                    module._parameters["weight"] = made[key]
-                done(key, full)
+                    module._parameters["weight"] = made[id(weight)]
+                done(weight, full)
     finally:
         for module, weight in replaced:
             module._parameters["weight"] = weight

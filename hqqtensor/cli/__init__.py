@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hqqtensor.cli import env, evaluate, inspect, quantize
+from hqqtensor.cli import convert, env, evaluate, inspect, quantize
 from hqqtensor.cli.output import UsageError
 
 _COMMANDS = {
     "quantize": (quantize, "quantize a Hugging Face model directory"),
+    "convert": (convert, "read an hqq checkpoint, or write one"),
     "inspect": (inspect, "list what a checkpoint holds"),
     "eval": (evaluate, "perplexity and agreement before and after"),
     "env": (env, "versions, processor features, kernels"),

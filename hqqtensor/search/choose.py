@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from hqqtensor.config import HqqConfig
-from hqqtensor.quantize import selected_weights
 from hqqtensor.search.knapsack import best_choice
 from hqqtensor.search.sensitivity import Sensitivity
+from hqqtensor.selection import selected_weights
 
 
 @dataclasses.dataclass(frozen=True)

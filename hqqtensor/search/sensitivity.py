@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hqqtensor.calibration.inputs import run
 from hqqtensor.config import HqqConfig
-from hqqtensor.quantize import selected_weights
+from hqqtensor.selection import selected_weights
 from hqqtensor.tensor import HQQTensor
 
 _META = {"quant_scale": True, "quant_zero": True}

@@ -51,6 +51,7 @@ def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
         if '"HQQTensor"' in header.get(name, ""):
             entry = parse_entry(name, header[name])
             data = entry["_data"]
+            sizes.pop(name, None)  # the guard that save_model writes lies under the weight's own name
             nbytes = sum(sizes.pop(key, ([], "", 0))[2] for key in keys_of(name, entry))
             settings = tuple(data[k] for k in ("nbits", "group_size", "axis", "format"))
             out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes))  # type: ignore[call-arg]

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,19 +11,28 @@ from torch import Tensor, nn
 
 from hqqtensor.quantize import show_quantized
 from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.hqq_checkpoint import from_flat, is_flat, pickle_file, read_pickle
 from hqqtensor.serialization.layout import CheckpointError, build, keys_of, parse_entry
 from hqqtensor.tensor import HQQTensor
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """The state of a checkpoint (memory-mapped), its aliases {name: stored name}, and its non-persistent buffers."""
+    pickle = pickle_file(path)
+    return read_files(checkpoint_files(path)) if pickle is None else (read_pickle(pickle), {}, set())
+
+
+def read_files(files: Iterable[str | os.PathLike]) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """``read_checkpoint`` for the files of one checkpoint."""
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
-    for file in checkpoint_files(path):
+    for file in map(Path, files):
         with open_file(file) as f:
             header |= f.metadata() or {}
             for key in f.keys():  # noqa: SIM118  a safetensors handle, not a dict
                 tensors[key] = f.get_tensor(key)
+    if is_flat(tensors):
+        return from_flat(tensors), {}, set()
     own = _own_header(header)
     state: dict[str, Tensor] = {}
     for name in stored_names(header):
@@ -39,6 +50,7 @@ def load_model(
 ) -> tuple[list[str], list[str]]:
     """Load a checkpoint of ``save_model`` into ``model``, in memory or on the meta device, quantized or not.
 
+    A checkpoint of the hqq library (flat safetensors or ``qmodel.pt``) is read as well, its codes packed anew.
     Quantized weights, and all that is on the meta device, are put in place as they lie in the memory-mapped file;
     other tensors are copied into the model's own. Returns (missing, unexpected) names; with ``strict`` either
     raises RuntimeError. CheckpointError (a ValueError) for a file that is missing, cut short, or does not hold

@@ -3,8 +3,10 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,6 +16,10 @@ from hqqtensor.serialization.layout import CheckpointError, flatten
 from hqqtensor.tensor import HQQTensor
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+GUARD = torch.tensor(list(b"Quantized by hqqtensor: pip install hqqtensor, import hqqtensor"), dtype=torch.uint8)
+"""Stored under the first quantized weight's own name, so that a loader which does not know hqqtensor finds a weight
+of the wrong shape and fails, where it would otherwise fill the weights that it misses with random numbers."""
 
 
 def save_model(
@@ -28,11 +34,27 @@ def save_model(
     are written under temporary names and renamed at the end, the index last. Non-persistent buffers are stored
     too, for ``load_model`` into a model on the meta device. ValueError if a tensor is on the meta device.
     """
+    units, header = collect(model)
+    _write_units(units, {**(metadata or {}), **header}, path, max_shard_size)
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike, aliases: Mapping[str, str], hidden: Sequence[str],
+    max_shard_size: int | str = "5GB",
+) -> None:  # fmt: skip
+    """``save_model`` for a state by name; ``aliases``: names that are stored under another; ``hidden``: names of
+    non-persistent buffers in ``state``."""
+    units, header = _split(state, dict(aliases), list(hidden))
+    _write_units(units, header, path, max_shard_size)
+
+
+def _write_units(
+    units: list[dict[str, Tensor]], header: dict[str, str], path: str | os.PathLike, max_shard_size: int | str
+) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DEFAULT_NAME
     limit = int(parse_size(max_shard_size, "max_shard_size", _UNITS))
-    units, entries, aliases, extra = _collect(model)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for tensors in units:
@@ -42,24 +64,24 @@ def save_model(
             size = 0
         shards[-1].update(tensors)
         size += nbytes
-    header = {
-        **(metadata or {}),
-        "format": "pt",
-        **entries,
-        "tensor_names": json.dumps(list(entries)),
-        "hqqtensor": json.dumps({"version": 1, "aliases": aliases, "non_persistent_buffers": extra}),
-    }
     _write(path, shards, header)
 
 
-def _collect(model: nn.Module) -> tuple[list[dict[str, Tensor]], dict[str, str], dict[str, str], list[str]]:
+def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
+    """The tensors of the model's state, those that belong in one file together, and the files' metadata."""
     state = dict(model.state_dict(keep_vars=True))
-    extra = [name for name, buffer in model.named_buffers() if name not in state and buffer is not None]
+    extra = [n for n, buffer in model.named_buffers() if non_persistent and n not in state and buffer is not None]
     state |= {name: buffer for name, buffer in model.named_buffers() if name in extra}
+    return _split(state, {}, extra)
+
+
+def _split(
+    state: Mapping[str, Tensor], aliases: dict[str, str], extra: list[str]
+) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
     units: list[dict[str, Tensor]] = []
     entries: dict[str, str] = {}
-    aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
+    guarded = False
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: state of type {type(tensor).__name__} cannot be saved to safetensors")
@@ -70,12 +92,20 @@ def _collect(model: nn.Module) -> tuple[list[dict[str, Tensor]], dict[str, str],
             aliases[name] = first
         elif isinstance(tensor, HQQTensor):
             parts, entry = flatten(name, tensor)
+            if not guarded and name.rpartition(".")[2][0].islower():
+                parts[name], guarded = GUARD, True
             units.append({k: v.detach().contiguous().cpu() for k, v in parts.items()})
             entries[name] = entry
         else:
             units.append({name: _own(tensor.detach())})
             entries[name] = json.dumps({"_type": "Tensor"})
-    return units, entries, aliases, extra
+    header = {
+        "format": "pt",
+        **entries,
+        "tensor_names": json.dumps(list(entries)),
+        "hqqtensor": json.dumps({"version": 1, "aliases": aliases, "non_persistent_buffers": extra}),
+    }
+    return units, header
 
 
 def _identity(tensor: Tensor) -> object:

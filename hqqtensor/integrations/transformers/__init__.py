@@ -1,0 +1,60 @@
+"""transformers: a quantizer of its own under ``quant_method`` "hqqtensor", which also serves "hqq".
+
+``import hqqtensor`` registers both as soon as transformers' quantizers are imported, before or after; it does not
+import transformers. ``register()`` does it at once.
+"""
+
+from typing import Any
+
+from hqqtensor.config import HqqConfig
+from hqqtensor.integrations.import_hook import when_imported
+
+QUANT_METHOD = "hqqtensor"
+
+
+def register() -> None:
+    """Import transformers' quantizers and register with them; may be called any number of times."""
+    import transformers.quantizers.auto
+    import transformers.utils.quantization_config  # noqa: F401  both hooks have run, or run now
+
+    _install_config()
+    _install_quantizer()
+    _install_torchao()
+
+
+def adopt(model: Any, config: HqqConfig) -> None:
+    """Make a transformers model that ``quantize_`` changed one that ``from_pretrained`` might have given.
+
+    Then ``save_pretrained``, ``dequantize`` and ``Trainer`` know that it is quantized. ``config``: what config.json
+    is to say; the weights themselves rule. ValueError where the model holds no quantized weight.
+    """
+    from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
+
+    register()
+    HQQTensorHfQuantizer(config, pre_quantized=False).adopt(model)
+
+
+def register_when_imported() -> None:
+    """Register as soon as the user imports transformers; costs nothing where it is never imported."""
+    when_imported("transformers.utils.quantization_config", _install_config)
+    when_imported("transformers.quantizers.auto", _install_quantizer)
+    when_imported("torchao.prototype.safetensors.safetensors_utils", _install_torchao)
+
+
+def _install_config() -> None:
+    import hqqtensor.integrations.transformers.config  # noqa: F401  installs itself as it is imported
+
+
+def _install_quantizer() -> None:
+    import hqqtensor.integrations.transformers.quantizer  # noqa: F401  as above
+
+
+def _install_torchao() -> None:
+    """Let torchao's safetensors code, and so transformers' ``TorchAoConfig``, save and load HQQTensors."""
+    from torchao.prototype.safetensors import safetensors_utils
+
+    from hqqtensor.tensor import HQQTensor
+
+    safetensors_utils.ALLOWED_CLASSES["HQQTensor"] = HQQTensor
+    if "HQQTensor" not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
+        safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("HQQTensor")

@@ -1,0 +1,159 @@
+"""A quantized cache of keys and values: packed blocks of old tokens, exact recent ones.
+
+Keys are grouped per channel over tokens and values per token over channels by default, as in KIVI (Liu et al., 2024,
+arXiv 2402.02750). A block is quantized once, when it leaves the window of recent tokens, and never again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from hqqtensor.config import HqqConfig
+from hqqtensor.tensor import HQQTensor
+
+
+class HqqCacheLayer(DynamicLayer):
+    """Keys and values ``[B, H, T, D]`` of one layer; all but the last tokens packed in blocks of ``block`` tokens."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int) -> None:
+        super().__init__()
+        self.settings, self.axes = settings, (axis_key, axis_value)
+        self.block, self.residual_length = block, residual_length
+        self._packed: list[HQQTensor | None] = [None, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add new states; returns all of them, those in the window and the new ones exact."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        out = self._all(0, self.keys), self._all(1, self.values)
+        blocks = (self.keys.shape[-2] - self.residual_length) // self.block
+        if blocks > 0:
+            count = blocks * self.block
+            for which, states in enumerate((self.keys, self.values)):
+                new = self._pack(states[..., :count, :], self.axes[which])
+                old = self._packed[which]
+                self._packed[which] = new if old is None else torch.cat([old, new], dim=2)  # type: ignore[assignment]
+            # Copies: a view would keep the packed tokens' memory.
+            self.keys = self.keys[..., count:, :].clone()
+            self.values = self.values[..., count:, :].clone()
+        return out
+
+    def _pack(self, states: Tensor, axis: int) -> HQQTensor:
+        """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``, or ``[B, H, C, D, block]`` for axis 0."""
+        blocks = states.unflatten(2, (-1, self.block))
+        try:
+            return HQQTensor.from_hp(blocks if axis else blocks.transpose(-1, -2), self.settings)
+        except ValueError as error:
+            raise ValueError(f"{list(states.shape)} states of the cache: {error}") from None
+
+    def _unpack(self, which: int, packed: HQQTensor) -> Tensor:
+        blocks = packed.dequantize()
+        return (blocks if self.axes[which] else blocks.transpose(-1, -2)).flatten(2, 3)
+
+    def _all(self, which: int, recent: Tensor) -> Tensor:
+        packed = self._packed[which]
+        return recent if packed is None else torch.cat([self._unpack(which, packed), recent], dim=-2)
+
+    def _packed_length(self) -> int:
+        return 0 if self._packed[0] is None else self._packed[0].shape[2] * self.block
+
+    def get_seq_length(self) -> int:
+        """Tokens held, packed and recent."""
+        recent = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        return self._packed_length() + recent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held."""
+        held = [t for t in (*self._packed, self.keys, self.values) if t is not None]
+        return sum(t.nbytes for t in held)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._packed = [None, None]
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; of a block that is cut, the rest comes back dequantized."""
+        keep = self.get_seq_length() + tokens_to_remove
+        beyond = self._packed_length() - keep
+        if beyond <= 0 or tokens_to_remove >= 0 or not self.is_initialized:
+            super().crop(tokens_to_remove)
+            return
+        whole, rest = divmod(max(keep, 0), self.block)
+        recent: list[Tensor] = []
+        for which, packed in enumerate(self._packed):
+            assert packed is not None
+            last = self._unpack(which, packed[:, :, whole : whole + 1])  # type: ignore[arg-type]
+            recent.append(last[..., :rest, :].clone())
+            self._packed[which] = packed[:, :, :whole] if whole else None  # type: ignore[assignment]
+        self.keys, self.values = recent
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the batch in another order: packed codes are moved, not unpacked."""
+        if self.get_seq_length():
+            self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each element of the batch ``repeats`` times."""
+        if self.get_seq_length():
+            self._select(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the elements ``indices`` of the batch."""
+        if self.get_seq_length():
+            self._select(indices)
+
+    def _select(self, indices: Tensor) -> None:
+        indices = indices.to(self.device)
+        self.keys, self.values = self.keys[indices], self.values[indices]
+        self._packed = [None if packed is None else packed[indices] for packed in self._packed]  # type: ignore[misc]
+
+
+class HqqQuantizedCache(Cache):
+    """``past_key_values`` for ``generate`` and ``forward``: full-attention layers quantized, others as they are.
+
+    nbits: bits a number, 1 to 8. axis_key, axis_value: 0 groups over ``q_group_size`` tokens of a channel, 1 over
+    ``q_group_size`` channels of a token. q_group_size: also the tokens in a block. residual_length: the most recent
+    tokens, which stay exact, together with those that do not fill a block yet. solver: as in ``HqqConfig``.
+
+    Raises ValueError for settings that ``HqqConfig`` refuses, and at the first block for groups over the head's
+    channels.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        nbits: int = 4,
+        axis_key: int = 0,
+        axis_value: int = 1,
+        q_group_size: int = 64,
+        residual_length: int = 128,
+        solver: str = "hqq_joint",
+    ) -> None:
+        settings = HqqConfig(nbits, q_group_size, solver=solver, scale_dtype=torch.float16)
+        for name, axis in (("axis_key", axis_key), ("axis_value", axis_value)):
+            if axis not in (0, 1):
+                raise ValueError(f"{name} must be 0 (over tokens) or 1 (over channels), got {axis!r}")
+        if not isinstance(residual_length, int) or residual_length < 0:
+            raise ValueError(f"residual_length must be 0 or more tokens, got {residual_length!r}")
+        options = (settings, axis_key, axis_value, q_group_size, residual_length)
+        layers = DynamicCache(config=config).layers
+        super().__init__(layers=[HqqCacheLayer(*options) if type(x) is DynamicLayer else x for x in layers])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' keys and values."""
+        return sum(
+            layer.nbytes if isinstance(layer, HqqCacheLayer) else layer.keys.nbytes + layer.values.nbytes
+            for layer in self.layers
+            if layer.is_initialized
+        )

@@ -1,0 +1,210 @@
+"""The quantizer that transformers calls while it loads and saves a model."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+import hqqtensor.config
+from hqqtensor.integrations.transformers import QUANT_METHOD
+from hqqtensor.integrations.transformers.config import HqqConfig, from_transformers
+from hqqtensor.presets import bits_per_weight
+from hqqtensor.quantize import dequantize_, show_quantized
+from hqqtensor.selection import Choice, check_shapes, choose
+from hqqtensor.serialization.hqq_checkpoint import read_layers
+from hqqtensor.serialization.hqq_layer import LAYER_KEYS
+from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.serialization.load import read_files
+from hqqtensor.serialization.save import collect
+from hqqtensor.tensor import HQQTensor
+
+_PARTS = r"(^|\.)_\w+_(qdata|scale|zero_point|act_pre_scale)$"
+"""Stored tensors that belong to a quantized weight; the quantizer reads them itself."""
+
+
+class HQQTensorHfQuantizer(HfQuantizer):
+    """Quantizes weight by weight while transformers loads them, or reads a checkpoint that is quantized already.
+
+    Serves ``quant_method`` "hqqtensor" and, in the place of transformers' own, "hqq".
+    """
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        self.hqq_config = None
+        if isinstance(quantization_config, hqqtensor.config.HqqConfig):
+            own = HqqConfig.of(quantization_config)
+        else:
+            self.hqq_config = quantization_config
+            own = from_transformers(quantization_config)
+        super().__init__(own, **kwargs)
+        self.plan: dict[str, Choice] = {}
+        self.ready: dict[str, HQQTensor] = {}
+        self.packed_key = ""
+        self.missing: set[str] = set()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """ValueError for a device map that offloads, also for one that ``device_map="auto"`` arrived at.
+
+        Offloaded means on disk, or on the cpu beside an accelerator that computes.
+        """
+        device_map = kwargs.get("device_map")
+        if not isinstance(device_map, dict):
+            return
+        places = {name: str(getattr(device, "type", device)) for name, device in device_map.items()}
+        others = sorted({str(device_map[name]) for name, place in places.items() if place not in ("cpu", "disk")})
+        for place in ("disk", "cpu"):
+            there = [name for name, found in places.items() if found == place]
+            if there and (place == "disk" or others):
+                beside = f" beside {', '.join(others)}" if place == "cpu" else ""
+                raise ValueError(
+                    f"device_map puts {there} on the {place}{beside}: accelerate would move these weights for each "
+                    "call, which it cannot do with quantized ones. Use fewer bits, give max_memory more room, or map "
+                    "the whole model to one kind of device"
+                )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.hqq_config is not None:
+            self.quantization_config = from_transformers(self.hqq_config, model)
+        # transformers builds the model under torch.device("meta"); what is read here is real.
+        with torch.device("cpu"):
+            if self.pre_quantized:
+                self._read(model, checkpoint_files)
+            else:
+                choices, _ = choose(model, self.quantization_config, ties=model.all_tied_weights_keys)
+                if not choices:
+                    raise ValueError("nothing to quantize: no linear layer outside skip_modules")
+                check_shapes(choices)
+                self.plan = {name: choice for choice in choices for name in choice.names}
+
+    def _read(self, model: Any, files: Sequence[str] | None) -> None:
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise CheckpointError(f"a quantized model is read from safetensors files, got {files}")
+        if self.hqq_config is None:
+            state, _, hidden = read_files(files)
+            ignore = [_PARTS, *(re.escape(name) + "$" for name in sorted(hidden))]
+            self.ready = {name: t for name, t in state.items() if isinstance(t, HQQTensor)}
+        else:
+            self.ready = read_layers(files)
+            ignore = [rf"\.({'|'.join(sorted(LAYER_KEYS))})$"]
+            self.packed_key = "W_q"
+        if not self.ready:
+            raise CheckpointError("config.json says that the model is quantized; its files hold no quantized weight")
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignore}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Let a weight's packed codes stand for the weight; keys go through the model's renamings like any other."""
+        if not self.ready:
+            return weight_conversions
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        from hqqtensor.integrations.transformers.load_ops import HqqLoad
+
+        leaves = sorted({name.rpartition(".")[2] for name in self.ready})
+        own = [WeightConverter(rf"(?<![^.]){self._packed(leaf)}", leaf, [HqqLoad(self)]) for leaf in leaves]
+        renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+        expected = model.state_dict()
+        ready: dict[str, HQQTensor] = {}
+        for name, tensor in self.ready.items():
+            prefix, _, leaf = name.rpartition(".")
+            key = f"{prefix}{'.' if prefix else ''}{self._packed(leaf)}"
+            renamed, _ = rename_source_key(key, renamings, own, model.base_model_prefix, expected)
+            if renamed in expected:
+                if tensor.shape != expected[renamed].shape:
+                    want = list(expected[renamed].shape)
+                    raise CheckpointError(f"{name}: the file has shape {list(tensor.shape)}, the model {want}")
+                ready[renamed] = tensor
+        self.ready = ready
+        # Ours first: at most one converter takes a key, and a model's own patterns are loose.
+        return [*own, *weight_conversions]
+
+    def _packed(self, leaf: str) -> str:
+        return self.packed_key or f"_{leaf}_qdata"
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether the parameter is to be quantized while loading."""
+        return param_name in self.plan
+
+    def get_quantize_ops(self) -> Any:
+        """The operation that transformers puts behind the weights that ``param_needs_quantization`` names."""
+        from hqqtensor.integrations.transformers.load_ops import HqqQuantize
+
+        return HqqQuantize(self)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes a weight, scales and zero points counted: ``device_map="auto"`` plans with it."""
+        if param_name in self.plan:
+            settings, shape = self.plan[param_name].settings, self.plan[param_name].weight.shape
+            size = settings.group_size or shape[-1 if settings.axis == 1 else -2]
+            return bits_per_weight(dataclasses.replace(settings, group_size=size)) / 8
+        if param_name in self.ready:
+            return self.ready[param_name].nbytes / self.ready[param_name].numel()
+        return param.element_size()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, choice in self.plan.items():
+            # Weights that the checkpoint lacks were just initialised and are to be trained: they stay dense.
+            module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if not isinstance(getattr(module, leaf), HQQTensor) and not self.missing & set(choice.names):
+                raise RuntimeError(f"{name} was loaded without being quantized")
+        self.plan, self.ready = {}, {}
+        for module in model.modules():
+            show_quantized(module)
+        # Saved under the names that the model has in memory: stored parts cannot go back through the converters.
+        model._weight_conversions = []
+        model.add_model_tags([QUANT_METHOD])
+        model.hqq_quantized = True  # peft's prepare_model_for_kbit_training asks for this
+        return model
+
+    def adopt(self, model: Any) -> None:
+        """What transformers does around loading, for a model that is loaded and quantized already."""
+        if not any(isinstance(p, HQQTensor) for p in model.parameters()):
+            raise ValueError("the model holds no quantized weight; call quantize_ first")
+        model.is_quantized, model.quantization_method = True, QUANT_METHOD
+        model.hf_quantizer = self
+        self.postprocess_model(model)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout."""
+        units, header = collect(model, non_persistent=False)
+        return {key: tensor for unit in units for key, tensor in unit.items()}, header
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dequantize_(model)
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
+        # save_pretrained leaves the dtype's name in the config.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        """Yes, always."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters: gradients pass through quantized weights. Trainer refuses the quantized model alone."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` may compile the model with a static cache."""
+        return True
+
+
+def _install() -> None:
+    """Put the quantizer and its config into transformers' tables."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = HqqConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = HQQTensorHfQuantizer
+    auto.AUTO_QUANTIZER_MAPPING["hqq"] = HQQTensorHfQuantizer
+
+
+_install()

@@ -1,0 +1,171 @@
+"""Which parameters of a model ``quantize_`` takes, with which settings; nothing here looks at their numbers."""
+
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hqqtensor.config import HqqConfig
+from hqqtensor.encode import check_weight
+from hqqtensor.tensor import HQQTensor
+
+_EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A parameter to quantize: its names (more than one where tied), itself, how, and how it is stored.
+
+    transposed: the module keeps ``[..., K, N]``, in_features before out_features.
+    """
+
+    names: tuple[str, ...]
+    weight: nn.Parameter
+    settings: HqqConfig
+    transposed: bool
+
+    def quantize(self, weight: Tensor) -> nn.Parameter:
+        """``weight`` (the numbers of this parameter) as a quantized parameter of the same shape."""
+        rows = weight.detach()
+        out = HQQTensor.from_hp(rows.transpose(-1, -2) if self.transposed else rows, self.settings)
+        return nn.Parameter(out.transpose(-1, -2) if self.transposed else out, requires_grad=False)
+
+    def check(self, weight: Tensor) -> None:
+        """Raise TypeError or ValueError, naming the parameter, where ``weight`` cannot be quantized as wanted."""
+        plain = type(weight) in (Tensor, nn.Parameter)
+        check_weight(
+            weight.detach().transpose(-1, -2) if plain and self.transposed else weight, self.settings, self.names[0]
+        )
+
+
+def choose(
+    model: nn.Module,
+    config: HqqConfig,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ties: Mapping[str, str] | None = None,
+) -> tuple[list[Choice], list[str]]:
+    """The parameters to quantize, and the names of modules that are quantized already.
+
+    Taken are weights that ``quantizable`` knows (or those of the modules that ``filter_fn`` accepts) and embeddings
+    that a ``dynamic_config`` tag names, less ``skip_modules``, of which "lm_head" stands for the output layer of a
+    transformers model under any name. Works on the meta device. ValueError for a tag that
+    matches nothing and for tied weights whose users want different things. ``ties``: names of parameters that will
+    be the same one as another, {name: other name}, in a model where they are not yet.
+    """
+    tags = config.dynamic_config or {}
+    by_tag = {tag: config.for_tag(tag) for tag in tags}
+    default = config.for_tag(None)
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, other in (ties or {}).items():
+        first, second = (users[id(model.get_parameter(n))] for n in (other, name))
+        if first is not second:
+            first += second
+            users |= dict.fromkeys((id(model.get_parameter(n)) for n in second), first)
+    heads = _other_heads(model) if "lm_head" in config.skip_modules else []
+    config = dataclasses.replace(config, skip_modules=[*config.skip_modules, *heads])
+    used: set[str] = set()
+    chosen: dict[int, Choice] = {}
+    already: list[str] = []
+    for name, module in model.named_modules():
+        candidates = _candidates(module)
+        matching = [tag for tag in tags if candidates and tag_matches(tag, name)]
+        used.update(matching)
+        taken = filter_fn(module, name) if filter_fn is not None else _by_default(module)
+        named = matching and filter_fn is None and isinstance(module, nn.Embedding)
+        if not (taken or named) or skipped(name, config):
+            continue
+        settings = by_tag[max(matching, key=lambda t: (t.count("."), len(t)))] if matching else default
+        if settings is None:
+            continue
+        for leaf, transposed in candidates:
+            full = f"{name}.{leaf}" if name else leaf
+            weight = module._parameters.get(leaf)
+            if isinstance(getattr(module, leaf), HQQTensor):
+                already.append(name)
+                continue
+            if weight is None:
+                raise TypeError(f"{name}: its weight is computed (parametrized), not a parameter; remove that first")
+            names = users[id(weight)]
+            for owner in names:
+                tag = skipped(owner.rpartition(".")[0], config)
+                if tag:
+                    raise ValueError(f"{full} is tied to {owner}, which skip_modules ({tag!r}) leaves alone")
+            ordered = (full, *(n for n in names if n != full))
+            known = chosen.setdefault(id(names), Choice(ordered, weight, settings, transposed))
+            if known.settings != settings:
+                raise ValueError(f"{full} is tied to {known.names[0]}, but their settings differ")
+    unused = [tag for tag in tags if tag not in used]
+    if unused:
+        raise ValueError(f"dynamic_config tags {unused} match no module with a weight of rank 2 or more")
+    return list(chosen.values()), already
+
+
+def selected_weights(model: nn.Module, config: HqqConfig) -> dict[str, nn.Parameter]:
+    """Dense weights ``[N, K]`` that ``quantize_`` would take, by the name of the (first) module that has each."""
+    choices, _ = choose(model, config)
+    plain = [c for c in choices if c.weight.ndim == 2 and not c.transposed]
+    return {c.names[0].rpartition(".")[0]: c.weight for c in plain}
+
+
+def check_shapes(choices: list[Choice]) -> None:
+    """``Choice.check`` by shape and dtype alone, for parameters on the meta device that are loaded later."""
+    seen: set[tuple[object, ...]] = set()
+    for choice in choices:
+        weight = choice.weight
+        key = (weight.shape, weight.dtype, repr(choice.settings), choice.transposed)
+        if key not in seen:
+            seen.add(key)
+            choice.check(torch.zeros((), dtype=weight.dtype, device="cpu").expand(weight.shape))
+
+
+def _other_heads(model: nn.Module) -> list[str]:
+    """Names of a transformers model's output layer: "lm_head" means it, whatever its name."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return [] if head is None else [name for name, module in model.named_modules() if module is head]
+
+
+def _by_default(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or _is_experts(module)
+
+
+def _candidates(module: nn.Module) -> list[tuple[str, bool]]:
+    """Names of the parameters of rank 2 and more that may be quantized, and whether each is kept ``[..., K, N]``."""
+    if _is_experts(module):
+        found = [(n, module._parameters[n]) for n in _EXPERT_WEIGHTS if module._parameters.get(n) is not None]
+        return [(n, bool(module.is_transposed)) for n, p in found if p is not None and p.ndim == 3]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return []
+    return [("weight", _is_conv1d(module))]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer that keeps its weight ``[K, N]``."""
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and isinstance(module, home.Conv1D)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """A transformers module of 3-D expert weights: its class went through ``use_experts_implementation``."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(type(module), "_apply_gate")
+
+
+def tag_matches(tag: str, name: str) -> bool:
+    """Whether ``tag``'s dotted parts match a run of the parts of ``name``; ``*`` in a part matches anything."""
+    want, have = tag.split("."), name.split(".")
+    return any(
+        all(fnmatch.fnmatchcase(h, w) for h, w in zip(have[i:], want, strict=False))
+        for i in range(len(have) - len(want) + 1)
+    )
+
+
+def skipped(name: str, config: HqqConfig) -> str | None:
+    """The ``skip_modules`` tag that leaves the module ``name`` alone, if any."""
+    return next((tag for tag in config.skip_modules if tag_matches(tag, name)), None)

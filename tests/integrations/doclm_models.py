@@ -1,0 +1,35 @@
+"""The model of these tests, and what they ask of it."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hqqtensor import HQQTensor
+
+DOCLM = str(Path(__file__).parents[1] / "assets" / "doclm")
+IDS = torch.arange(12)[None]
+
+
+def load(directory: Any = DOCLM, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return list(first) == list(second) and all(
+        type(t) is type(second[name]) and torch.equal(t, second[name]) for name, t in first.items()
+    )
+
+
+def quantized(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if isinstance(p, HQQTensor)]
+
+
+def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True)

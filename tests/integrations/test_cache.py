@@ -1,0 +1,156 @@
+import time
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
+
+CONFIG = tf.LlamaConfig(
+    vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, bos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+BOTH_AXES = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(CONFIG).eval()
+
+
+def states(tokens: int, seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    # Keys have channels of very different size, as in real models.
+    spread = torch.logspace(-1, 1, 64)
+    return torch.randn(batch, 2, tokens, 64) * spread, torch.randn(batch, 2, tokens, 64)
+
+
+def layer(cache: HqqQuantizedCache) -> HqqCacheLayer:
+    found = cache.layers[0]
+    assert isinstance(found, HqqCacheLayer)
+    return found
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize(("axis_key", "axis_value"), BOTH_AXES)
+@pytest.mark.parametrize(("nbits", "bound"), [(8, 0.01), (4, 0.13), (2, 0.6)])
+def test_error_is_that_of_the_width_and_recent_tokens_are_exact(
+    nbits: int, bound: float, axis_key: int, axis_value: int
+) -> None:
+    cache = HqqQuantizedCache(CONFIG, nbits, axis_key, axis_value, q_group_size=32, residual_length=16)
+    keys, values = states(101)
+    exact = cache.update(keys, values, 0)
+    assert torch.equal(exact[0], keys) and torch.equal(exact[1], values)  # prompt: computed with as it is
+    got = cache.update(*states(1, 1), 0)
+    assert cache.get_seq_length() == 102
+    for out, want in zip(got, (keys, values), strict=True):
+        assert torch.equal(out[:, :, 64:101], want[:, :, 64:]) and not torch.equal(out[:, :, :64], want[:, :, :64])
+        assert error(out[:, :, :101], want) < bound
+    assert not cache.layers[1].is_initialized
+
+
+def test_blocks_are_quantized_once_and_memory_shrinks() -> None:
+    cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=32)
+    keys, values = states(256)
+    cache.update(keys[:, :, :70], values[:, :, :70], 0)
+    first = cache.update(keys[:, :, 70:71], values[:, :, 70:71], 0)
+    for t in range(71, 256):
+        last = cache.update(keys[:, :, t : t + 1], values[:, :, t : t + 1], 0)
+    assert torch.equal(last[0][:, :, :32], first[0][:, :, :32]) and error(last[0], keys) < 0.13
+    # 224 packed tokens at 4 bits with two float16 numbers a group of 32, and 32 in float32.
+    packed = 2 * 2 * 224 * 64 * 2 * (4 + 1) // 8
+    assert cache.nbytes == packed + 2 * 2 * 32 * 64 * 2 * 4
+
+
+def test_layers_can_be_cropped_reordered_selected_and_reset() -> None:
+    cache = HqqQuantizedCache(CONFIG, 8, q_group_size=32, residual_length=8)
+    keys, values = states(100)
+    cache.update(keys, values, 0)
+    full, _ = cache.update(*states(1, 1), 0)
+    for removed in (3, 20, 40):  # in the window, to the edge of a block, inside of one
+        cache.crop(-removed)
+        full = full[:, :, : full.shape[2] - removed]
+        assert cache.get_seq_length() == full.shape[2]
+        got, _ = cache.update(*states(1, 2), 0)
+        assert torch.equal(got[:, :, :-1], full)
+        full = got
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    got, _ = cache.update(*states(1, 3, batch=4), 0)
+    assert torch.equal(got[:, :, :-1], full[[1, 1, 0, 0]])
+    cache.batch_select_indices(torch.tensor([2]))
+    got, _ = cache.update(*states(1, 4, batch=1), 0)
+    assert torch.equal(got[:, :, :-2], full[[0]])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(cache.update(keys, values, 0)[0], keys)
+
+
+def generate(model: Any, cache: Any, **options: Any) -> Any:
+    ids = torch.randint(3, 64, (2, 90), generator=torch.Generator().manual_seed(0))
+    return model.generate(
+        ids, past_key_values=cache, max_new_tokens=24, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+def test_generation_at_8_bits_says_what_an_exact_cache_says(model: Any) -> None:
+    want = generate(model, tf.DynamicCache(config=CONFIG))
+    got = generate(model, HqqQuantizedCache(CONFIG, 8, q_group_size=32, residual_length=16))
+    assert torch.equal(got.sequences, want.sequences)
+    assert error(torch.stack(got.logits), torch.stack(want.logits)) < 5e-3
+    beams = generate(model, HqqQuantizedCache(CONFIG, 8, q_group_size=32, residual_length=16), num_beams=3)
+    assert torch.equal(beams.sequences, generate(model, tf.DynamicCache(config=CONFIG), num_beams=3).sequences)
+
+
+def test_a_narrow_cache_is_more_exact_than_transformers_hqq_backend() -> None:
+    keys, values = states(256)
+    for nbits in (4, 2):
+        mine = HqqQuantizedCache(CONFIG, nbits, axis_key=0, axis_value=1, residual_length=0)
+        theirs = tf.QuantizedCache("hqq", CONFIG, nbits=nbits, axis_key=0, axis_value=1, residual_length=1)
+        errors = []
+        for cache in (mine, theirs):
+            cache.update(keys, values, 0)
+            got = cache.update(*states(1, 1), 0)
+            errors.append([error(g[:, :, :256], w) for g, w in zip(got, (keys, values), strict=True)])
+        assert errors[0][0] < errors[1][0] and errors[0][1] < errors[1][1], errors
+
+
+def test_decoding_is_faster_than_with_transformers_hqq_backend() -> None:
+    keys, values = states(512, batch=1)
+    times = []
+    mine = HqqQuantizedCache(CONFIG, 4, residual_length=64)
+    theirs = tf.QuantizedCache("hqq", CONFIG, nbits=4, axis_key=0, axis_value=1, residual_length=64)
+    for cache in (mine, theirs):
+        cache.update(keys, values, 0)
+        start = time.perf_counter()
+        for t in range(70):  # one flush
+            cache.update(*states(1, t, batch=1), 0)
+        times.append(time.perf_counter() - start)
+    assert times[0] < times[1], times
+
+
+def test_sliding_layers_stay_as_they_are() -> None:
+    config = tf.Gemma3TextConfig(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+    kinds = [type(x).__name__ for x in HqqQuantizedCache(config).layers]
+    assert kinds == ["DynamicSlidingWindowLayer"] * 5 + ["HqqCacheLayer"]
+
+
+def test_bad_settings_are_named() -> None:
+    for options, match in (
+        ({"nbits": 9}, "nbits must be"),
+        ({"axis_key": 2}, "axis_key must be 0"),
+        ({"residual_length": -1}, "residual_length must be 0 or more"),
+        ({"solver": "magic"}, "solver"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            HqqQuantizedCache(CONFIG, **options)
+    cache = HqqQuantizedCache(CONFIG, q_group_size=128, residual_length=0)
+    with pytest.raises(ValueError, match=r"states of the cache: weight: group_size 128 is larger"):
+        cache.update(*states(128), 0)

@@ -1,0 +1,183 @@
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from hqqtensor import HqqConfig, HQQTensor, quantize_
+
+peft = pytest.importorskip("peft")
+IDS = torch.arange(3, 15)[None]
+CONFIG = HqqConfig(8, 32)
+
+
+def llama(path: Path, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(path / "dense")
+    return tf.LlamaForCausalLM.from_pretrained(path / "dense", quantization_config=CONFIG, **more)
+
+
+def lora(**options: Any) -> Any:
+    return peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options
+    )
+
+
+def logits(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def train(model: nn.Module, steps: int = 4) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def base_weight(model: Any) -> Any:
+    return model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_learn_what_they_would_on_dense_weights(dora: bool, tmp_path: Path) -> None:
+    quantized = llama(tmp_path)
+    dense = copy.deepcopy(quantized)
+    dense.dequantize()
+    models = []
+    for base in (quantized, dense):
+        torch.manual_seed(1)
+        models.append(peft.get_peft_model(base, lora(use_dora=dora)))
+    losses, want = (train(m) for m in models)
+    assert losses[-1] < losses[0] and losses == pytest.approx(want, rel=1e-4)
+    assert isinstance(base_weight(models[0]), HQQTensor)
+    assert not any(p.requires_grad for p in models[0].parameters() if isinstance(p, HQQTensor))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_quantizes_again_and_unmerging_is_exact(dora: bool, safe: bool, tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(tmp_path), lora(use_dora=dora))
+    train(model)
+    want, before = logits(model), base_weight(model)
+    model.merge_adapter(safe_merge=safe)
+    merged = base_weight(model)
+    assert isinstance(merged, HQQTensor) and merged.describe() == before.describe() and not torch.equal(merged, before)
+    assert torch.allclose(logits(model), want, atol=0.02) and (want - logits(model)).abs().max() > 0
+    model.unmerge_adapter()
+    assert base_weight(model) is before and torch.equal(logits(model), want)
+
+
+def test_a_merged_model_saves_and_loads(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(tmp_path), lora())
+    train(model)
+    merged = model.merge_and_unload()
+    want = logits(merged)
+    assert isinstance(merged.model.layers[0].self_attn.q_proj.weight, HQQTensor)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(tf.LlamaForCausalLM.from_pretrained(tmp_path / "merged")), want)
+
+
+def test_a_failed_merge_changes_nothing(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(tmp_path), lora())
+    before = base_weight(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert base_weight(model) is before
+
+
+def test_adapters_save_and_load(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(tmp_path), lora())
+    train(model)
+    want = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    files = {f.name for f in (tmp_path / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    again = peft.PeftModel.from_pretrained(llama(tmp_path), tmp_path / "adapter")
+    assert torch.equal(logits(again), want)
+
+
+def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        base = llama(tmp_path)
+        base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base, lora())
+        model.train()
+        assert base.is_gradient_checkpointing == checkpointing
+        model(IDS, labels=IDS).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert len(grads[0]) == 8 and grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], atol=1e-6), name
+
+
+def test_trainer_trains_adapters(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(tmp_path), lora())
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    options = {"use_cpu": True, "max_steps": 3, "report_to": [], "learning_rate": 1e-2, "logging_steps": 1}
+    args = tf.TrainingArguments(str(tmp_path / "out"), save_strategy="no", disable_tqdm=True, **options)
+    trainer = tf.Trainer(model=model, args=args, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_conv1d_and_embeddings_take_adapters() -> None:
+    torch.manual_seed(0)
+    config = tf.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=64, tie_word_embeddings=False)
+    base = tf.GPT2LMHeadModel(config)
+    quantize_(base, HqqConfig(8, 32, dynamic_config={"wte": {"nbits": 8}}))
+    options = {"target_modules": ["c_attn", "wte"], "init_lora_weights": False, "fan_in_fan_out": True}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, **options))
+    want = logits(model)
+    model.merge_adapter()
+    layer = base.transformer.h[0].attn.c_attn
+    assert isinstance(layer.base_layer.weight, HQQTensor) and layer.base_layer.weight.transposed
+    assert torch.allclose(logits(model), want, atol=0.1)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
+
+
+def test_target_parameters_of_quantized_experts_are_refused() -> None:
+    config = tf.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    base = tf.MixtralForCausalLM(config)
+    quantize_(base, CONFIG)
+    with pytest.raises(NotImplementedError, match="target_parameters: gate_up_proj is quantized"):
+        peft.get_peft_model(base, peft.LoraConfig(target_parameters=["experts.gate_up_proj"]))
+
+
+def test_importing_hqqtensor_does_not_import_peft_and_either_order_works() -> None:
+    first = "import sys, hqqtensor; assert 'peft' not in sys.modules; import peft.tuners.lora.model as m"
+    second = "import peft.tuners.lora.model as m, hqqtensor"
+    register = "import hqqtensor.integrations.peft as h; h.register(); h.register()"
+    check = """
+import peft.utils.integrations as i, peft.tuners.lora.dora as d
+assert i.dequantize_module_weight is d.dequantize_module_weight
+for f in (m.dispatch_torchao, i.dequantize_module_weight):
+    assert f.__wrapped__.__module__.startswith("peft."), f
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", f"{start}\n{register}\n{check}"]) for start in (first, second)]
+    assert [process.wait() for process in runs] == [0, 0]
