@@ -1,0 +1,62 @@
+"""Dense weights from packed ones: whole matrices, or the rows that an embedding looks up."""
+
+import triton
+import triton.language as tl
+
+from hqqtensor.kernels.triton.decode import code, gather_codes, group_value, load_planes, value, widest
+
+
+@triton.jit
+def dequantize_kernel(
+    indices, qdata, scale, zero, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, out,
+    R, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks,
+    NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
+    GROUP: tl.constexpr, AXIS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_INDICES: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out ``[E, R, K]``: row r of expert e is row indices[r], or r, of qdata ``[E, N, row_bytes]``.
+
+    Grid (tiles of R, blocks of 128 codes with the ragged last one, E); ``blocks`` counts the full ones.
+    """
+    expert = tl.program_id(2).to(tl.int64)
+    block = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = at < R
+    at = tl.minimum(at, R - 1)
+    rn = tl.load(indices + at) if HAS_INDICES else at
+    rows = qdata + (expert * N + rn) * row_bytes
+    scale += expert * scale_rows * columns
+    if HAS_ZERO:
+        zero += expert * scale_rows * columns
+    if META_SCALE:
+        scale_scale += expert * scale_meta_rows * columns
+        scale_zero += expert * scale_meta_rows * columns
+    if META_ZERO:
+        zero_scale += expert * zero_meta_rows * columns
+        zero_zero += expert * zero_meta_rows * columns
+    if PER_ROW:
+        table += expert * N * (2**NBITS)
+    r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
+    target = out + (expert * R + at[:, None]) * K
+
+    P: tl.constexpr = widest(NBITS)
+    if block < blocks:
+        planes = load_planes(rows, shifts, block, 0, 16 * P, NBITS)
+        for J in tl.static_range(8 // P):
+            k = block * 128 + 16 * P * J + tl.arange(0, 16 * P)
+            w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+            c = (k // GROUP if AXIS == 1 else k)[None, :]
+            if HAS_ZERO:
+                w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
+            w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
+            tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None])
+    else:
+        k = block * 128 + tl.arange(0, 128)
+        w = value(gather_codes(rows, k, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+        real = k < K
+        k = tl.minimum(k, K - 1)
+        c = (k // GROUP if AXIS == 1 else k)[None, :]
+        if HAS_ZERO:
+            w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
+        w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
+        tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])

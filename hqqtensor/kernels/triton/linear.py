@@ -1,0 +1,185 @@
+"""y = x W^T with packed W: one kernel, tiled as GEMV (few rows of x), split-K GEMM or GEMM by its constants.
+
+The product is taken as W x^T: weights are the left operand of the tensor cores' instructions, which Hopper reads from
+registers, where they were just decoded. Three ways of scaling (SCALE):
+
+- GROUP_SUMS: dot of the codes themselves (exact in 16 bits), scaled once a group in float32. For few rows of x.
+- ROWS: weights rounded to x's dtype, one scale a row of the tile. For many rows of x.
+- ELEMENTS: the same with a scale looked up for each weight: axis 0, and groups that no tile fits.
+"""
+
+import triton
+import triton.language as tl
+
+from hqqtensor.kernels.triton.decode import (
+    INT,
+    MINIFLOAT,
+    TABLE,
+    code,
+    gather_codes,
+    group_value,
+    load_planes,
+    ones,
+    positions,
+    value,
+    widest,
+)
+
+GROUP_SUMS, ROWS, ELEMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def load_x(x, pre, rm, k, K, mask, HAS_PRE: tl.constexpr, MASKED: tl.constexpr):
+    """Activations ``[k, m]`` (K by rows), times ``act_pre_scale`` rounded to their dtype, as the reference has it."""
+    pointers = x + rm[None, :] * K + k[:, None]
+    if MASKED:
+        out = tl.load(pointers, mask=mask[:, None], other=0.0)
+        if HAS_PRE:
+            out = out * tl.load(pre + k, mask=mask, other=0.0).to(out.dtype)[:, None]
+    else:
+        out = tl.load(pointers)
+        if HAS_PRE:
+            out = out * tl.load(pre + k).to(out.dtype)[:, None]
+    return out
+
+
+@triton.jit
+def linear_kernel(
+    x, qdata, scale, zero, bias, pre, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, out, partial, arrived,
+    M, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks, blocks_a_split,
+    NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
+    GROUP: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PRE: tl.constexpr,
+    RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x ``[E, M, K]``, qdata ``[E, N, row_bytes]``, out ``[E, M, N]``; grid (tiles of N and M, SPLIT_K, E).
+
+    columns, scale_rows: shape of each expert's scale. WIDTH: bytes a row that one dot takes. UNROLL: blocks of 128
+    codes a turn of the loop. partial: float32 ``[tiles, SPLIT_K, BLOCK_N, BLOCK_M]``; arrived: int32 zeros, one a tile.
+    """
+    expert = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0)
+    row = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat the last one: no masks in the loop, and nothing of theirs is stored.
+    rn = tl.minimum(row, N - 1)
+    rm = tl.minimum(m, M - 1)
+    x += expert * M * K
+    rows = qdata + (expert * N + rn) * row_bytes
+    scale += expert * scale_rows * columns
+    if HAS_ZERO:
+        zero += expert * scale_rows * columns
+    if META_SCALE:
+        scale_scale += expert * scale_meta_rows * columns
+        scale_zero += expert * scale_meta_rows * columns
+    if META_ZERO:
+        zero_scale += expert * zero_meta_rows * columns
+        zero_zero += expert * zero_meta_rows * columns
+    if PER_ROW:
+        table += expert * N * (2**NBITS)
+
+    P: tl.constexpr = widest(NBITS)
+    # One bit: a tile is two blocks, for a dot takes at least 32 bytes; where they differ in scale, it is taken twice,
+    # with the other block's activations left out.
+    STEP: tl.constexpr = 2 if NBITS == 1 else 1
+    HALVES: tl.constexpr = 2 if NBITS == 1 and SCALE != ELEMENTS and GROUP % 256 != 0 else 1
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.bfloat16 else tl.float16
+    column = tl.arange(0, WIDTH)
+    if NBITS == 1:
+        offset = column // 16 * 128 + column % 16
+    else:
+        offset = column
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = part * blocks_a_split
+    for turn in tl.range(first, tl.minimum(first + blocks_a_split, blocks), UNROLL * STEP, num_stages=STAGES):
+        for u in tl.static_range(0, UNROLL * STEP, STEP):
+            for FIRST in tl.static_range(0, 16 * P, WIDTH):
+                planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS)
+                if ASM != "":
+                    decoded = positions(planes, ASM, CONSTRAINTS, NBITS, HALF)
+                for J0 in tl.static_range(0, 8 // P, RUN):
+                    for H in tl.static_range(HALVES):
+                        if SCALE != ELEMENTS:
+                            group = ((turn + u + H) * 128 + (16 * P * J0 + FIRST)) // GROUP
+                            s = group_value(
+                                scale, scale_scale, scale_zero, rn, group, columns, scale_meta_rows, META_SCALE
+                            )
+                            if HAS_ZERO:
+                                z = group_value(
+                                    zero, zero_scale, zero_zero, rn, group, columns, zero_meta_rows, META_ZERO
+                                )
+                        dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                        for J in tl.static_range(J0, J0 + RUN):
+                            k = (turn + u) * 128 + (16 * P * J + FIRST) + offset
+                            xk = load_x(x, pre, rm, k, K, column // 16 == H, HAS_PRE, HALVES == 2)
+                            if ASM != "":
+                                w = decoded[J]
+                            else:
+                                w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+                            if SCALE == GROUP_SUMS:
+                                dot = tl.dot(w.to(DTYPE), xk, dot, input_precision=PRECISION)
+                                if HAS_ZERO:
+                                    same = ones(planes, ASM, HALF).to(DTYPE)
+                                    sums = tl.dot(same, xk, sums, input_precision=PRECISION)
+                            else:
+                                w = w.to(tl.float32)
+                                if SCALE == ROWS:
+                                    if HAS_ZERO:
+                                        w = w - z[:, None]
+                                    w = w * s[:, None]
+                                else:
+                                    r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
+                                    c = (k // GROUP if AXIS == 1 else k)[None, :]
+                                    if HAS_ZERO:
+                                        w -= group_value(
+                                            zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO
+                                        )
+                                    w *= group_value(
+                                        scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE
+                                    )
+                                acc = tl.dot(w.to(DTYPE), xk, acc, input_precision=PRECISION)
+                        if SCALE == GROUP_SUMS:
+                            if HAS_ZERO:
+                                dot -= z[:, None] * sums
+                            acc += dot * s[:, None]
+
+    if RAGGED and part == SPLIT_K - 1:
+        for start in range(blocks * 128, K, 32):
+            k = start + tl.arange(0, 32)
+            inside = k < K
+            xk = load_x(x, pre, rm, k, K, inside, HAS_PRE, True)
+            w = value(gather_codes(rows, k, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+            k = tl.minimum(k, K - 1)
+            r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
+            c = (k // GROUP if AXIS == 1 else k)[None, :]
+            if HAS_ZERO:
+                w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
+            w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
+            acc = tl.dot(w.to(DTYPE), xk, acc, input_precision=PRECISION)
+
+    if SPLIT_K > 1:
+        # The program that arrives last adds the parts in their order, so results do not vary from run to run.
+        at = expert * tl.num_programs(0) + tile
+        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        spot = partial + at * (SPLIT_K * BLOCK_N * BLOCK_M) + inner
+        tl.store(spot + part * (BLOCK_N * BLOCK_M), acc)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + at, 1, sem="acq_rel")
+        if before != SPLIT_K - 1:
+            return
+        tl.debug_barrier()
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for i in range(SPLIT_K):
+            acc += tl.load(spot + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    if HAS_BIAS:
+        acc += tl.load(bias + rn).to(tl.float32)[:, None]
+    tl.store(
+        out + (expert * M + m[None, :]) * N + row[:, None],
+        acc.to(DTYPE),
+        mask=(row[:, None] < N) & (m[None, :] < M),
+    )
