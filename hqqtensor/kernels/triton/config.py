@@ -72,7 +72,7 @@ _SHIPPED: dict[str, dict[int, Tile]] = {
         16: Tile(16, 64, 1, 2, 4),
         32: Tile(32, 64, 1, 2, 4),
         64: Tile(64, 64, 1, 2, 4),
-        1 << 30: Tile(128, 128, 1, 2, 8),
+        1 << 30: Tile(64, 128, 1, 2, 4),
     },
 }
 TARGETS = tuple(_SHIPPED)
@@ -121,6 +121,15 @@ class Plan:
     blocks: int
     blocks_a_split: int
     tile: Tile
+
+
+def options(tile: Tile, arch: str) -> dict[str, int]:
+    """Compiler options of a tile. The bound on registers keeps NVIDIA's assembler from spilling a few of them for the
+    sake of more resident warps, which copies in flight make needless."""
+    out = {"num_warps": tile.warps}
+    if arch.startswith("sm_"):
+        out["maxnreg"] = 200 if tile.warps <= 2 else 255
+    return out
 
 
 SUMS_UP_TO = 64
@@ -187,6 +196,6 @@ def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:
     return replace(
         tile,
         unroll=1 if wide or problem.nbits in (1, 8) else tile.unroll,
-        stages=min(tile.stages, 2) if wide else tile.stages,
+        stages=min(tile.stages, 2) if wide or (problem.nbits == 1 and tile.block_m >= 64) else tile.stages,
         split_k=split,
     )

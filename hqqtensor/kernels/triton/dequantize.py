@@ -51,12 +51,12 @@ def dequantize_kernel(
             w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
             tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None])
     else:
-        k = block * 128 + tl.arange(0, 128)
-        w = value(gather_codes(rows, k, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
-        real = k < K
-        k = tl.minimum(k, K - 1)
-        c = (k // GROUP if AXIS == 1 else k)[None, :]
+        last = block * 128 + tl.arange(0, 128)
+        rest = value(gather_codes(rows, last, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+        real = last < K
+        last = tl.minimum(last, K - 1)
+        group = (last // GROUP if AXIS == 1 else last)[None, :]
         if HAS_ZERO:
-            w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
-        w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
-        tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+            rest -= group_value(zero, zero_scale, zero_zero, r, group, columns, zero_meta_rows, META_ZERO)
+        rest *= group_value(scale, scale_scale, scale_zero, r, group, columns, scale_meta_rows, META_SCALE)
+        tl.store(target + last[None, :], rest.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.kernels.triton import autotune, ptx
-from hqqtensor.kernels.triton.config import ELEMENTS, Device, Plan, Problem, plan
+from hqqtensor.kernels.triton.config import Device, Plan, Problem, options, plan
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
@@ -202,7 +202,7 @@ def _launch(
         HAS_BIAS=bias is not None, HAS_PRE=pre is not None, RAGGED=chosen.blocks * 128 < K,
         ASM=asm[0], CONSTRAINTS=asm[1], PRECISION=precision(device), SCALE=chosen.scale, SPLIT_K=tile.split_k,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width, RUN=chosen.run, UNROLL=tile.unroll,
-        STAGES=tile.stages, num_warps=tile.warps, **weight.tensors, **weight.sizes, **weight.constants,
+        STAGES=tile.stages, **options(tile, device.arch), **weight.tensors, **weight.sizes, **weight.constants,
     )  # fmt: skip
 
 

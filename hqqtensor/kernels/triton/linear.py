@@ -82,10 +82,11 @@ def linear_kernel(
         table += expert * N * (2**NBITS)
 
     P: tl.constexpr = widest(NBITS)
-    # One bit: a tile is two blocks, for a dot takes at least 32 bytes; where they differ in scale, it is taken twice,
-    # with the other block's activations left out.
+    # One bit: a tile is two blocks, for a dot takes at least 32 bytes. Where they differ in scale, sums are taken twice,
+    # with the other block's activations left out, and rows are scaled by halves.
     STEP: tl.constexpr = 2 if NBITS == 1 else 1
-    HALVES: tl.constexpr = 2 if NBITS == 1 and SCALE != ELEMENTS and GROUP % 256 != 0 else 1
+    DIFFER: tl.constexpr = NBITS == 1 and GROUP % 256 != 0
+    HALVES: tl.constexpr = 2 if DIFFER and SCALE == GROUP_SUMS else 1
     DTYPE: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.bfloat16 else tl.float16
     column = tl.arange(0, WIDTH)
@@ -128,7 +129,19 @@ def linear_kernel(
                                     sums = tl.dot(same, xk, sums, input_precision=PRECISION)
                             else:
                                 w = w.to(tl.float32)
-                                if SCALE == ROWS:
+                                if SCALE == ROWS and DIFFER:
+                                    half = tl.load(shifts + column)[None, :] == 0
+                                    after = ((turn + u + 1) * 128 + (16 * P * J0 + FIRST)) // GROUP
+                                    s1 = group_value(
+                                        scale, scale_scale, scale_zero, rn, after, columns, scale_meta_rows, META_SCALE
+                                    )
+                                    if HAS_ZERO:
+                                        z1 = group_value(
+                                            zero, zero_scale, zero_zero, rn, after, columns, zero_meta_rows, META_ZERO
+                                        )
+                                        w = w - tl.where(half, z[:, None], z1[:, None])
+                                    w = w * tl.where(half, s[:, None], s1[:, None])
+                                elif SCALE == ROWS:
                                     if HAS_ZERO:
                                         w = w - z[:, None]
                                     w = w * s[:, None]

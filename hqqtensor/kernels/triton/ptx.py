@@ -50,8 +50,9 @@ class _Text:
         first = 2 * self.positions
         words = [f"${first + i}" for i in range(len(self.planes))]
         for i in range(1, len(self.planes)):
-            count = self.op("and.b32", f"${first + len(self.planes) + i - 1}", 7)
-            words[i] = self.op("shr.b32", words[i], count)
+            # Of the four equal counts in the register, the wrapping shift takes the lowest five bits.
+            count = f"${first + len(self.planes) + i - 1}"
+            words[i] = self.op("shf.r.wrap.b32", words[i], 0, count)
         if self.nbits == 8 and self.dtype == "bf16":
             self.wide_bytes(words[0])
         elif self.nbits == 8:
