@@ -11,9 +11,10 @@ from hqqtensor.formats import get_format
 from hqqtensor.solvers import get_solver
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = ("float", "int8")
 _LAYER_FIELDS = (
     "nbits", "group_size", "axis", "format", "solver", "scale_dtype", "quant_scale", "quant_zero",
-    "compute_dtype", "view_as_float", "lp_norm",
+    "compute_dtype", "view_as_float", "lp_norm", "activation",
 )  # fmt: skip
 _DTYPE_FIELDS = ("scale_dtype", "compute_dtype")
 
@@ -38,6 +39,8 @@ class HqqConfig(AOBaseConfig):
     view_as_float: keep the packed bytes viewed as the weight's floating dtype.
     weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
     lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
+    activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for each
+        token and group of features (see docs/performance.md for speed and error).
     """
 
     nbits: int = 4
@@ -54,6 +57,7 @@ class HqqConfig(AOBaseConfig):
     view_as_float: bool = False
     weight_quant_params: dict[str, Any] | None = None
     lp_norm: float = 2.0
+    activation: str = "float"
 
     def __post_init__(self) -> None:
         if self.weight_quant_params is not None:
@@ -84,6 +88,8 @@ class HqqConfig(AOBaseConfig):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.lp_norm, (int, float)) or not 0 < self.lp_norm <= 2:
             raise ValueError(f"lp_norm must be over 0 and at most 2, got {self.lp_norm!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}")
         if not isinstance(self.skip_modules, list) or not all(isinstance(s, str) and s for s in self.skip_modules):
             raise ValueError(f"skip_modules must be a list of module names, got {self.skip_modules!r}")
         if self.dynamic_config is not None and not isinstance(self.dynamic_config, dict):

@@ -158,5 +158,5 @@ def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tu
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
     encoded = encode(values, HqqConfig(nbits=8, group_size=size, axis=0, solver="rtn", scale_dtype=torch.float32))
-    args = (encoded.qdata, encoded.scale, encoded.zero_point, 8, "int", size, 0, values.shape[-1], torch.float32)
+    args = (encoded.qdata, encoded.scale, encoded.zero_point, [], 8, "int", size, 0, values.shape[-1], torch.float32)
     return encoded, dequantize(*args)  # type: ignore[arg-type]

@@ -26,12 +26,12 @@ class HQQTensor(TorchAOBaseTensor):
         nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
         in_features, out_features: K and N, the length and the number of stored rows. rank: of the logical shape.
         shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
-            dimensions of ``shape`` are swapped against the stored ``[N, K]``.
+            dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
     """
 
     tensor_data_names = ["qdata", "scale", "zero_point"]
     optional_tensor_data_names = ["act_pre_scale"]
-    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed"]
+    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation"]
 
     qdata: Tensor
     scale: Tensor
@@ -41,7 +41,7 @@ class HQQTensor(TorchAOBaseTensor):
     def __new__(
         cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
         shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
-        act_pre_scale: Tensor | None = None,
+        activation: str = "float", act_pre_scale: Tensor | None = None,
     ) -> "HQQTensor":  # fmt: skip
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
@@ -50,12 +50,12 @@ class HQQTensor(TorchAOBaseTensor):
     def __init__(
         self, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
         shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
-        act_pre_scale: Tensor | None = None,
+        activation: str = "float", act_pre_scale: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
-        self.format, self.transposed = format, transposed
+        self.format, self.transposed, self.activation = format, transposed, activation
         # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
         self.rank = len(shape)
         self.in_features = shape[-2] if transposed else shape[-1]
@@ -78,6 +78,7 @@ class HQQTensor(TorchAOBaseTensor):
         check_weight(weight, config)
         dtype = config.compute_dtype or weight.dtype
         out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
+        out.activation = config.activation
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)
         return out
@@ -96,14 +97,22 @@ class HQQTensor(TorchAOBaseTensor):
         return sum(getattr(self, name).nbytes for name in names)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``qdata`` as uint8, and plain ``scale`` and ``zero_point``: what the ops take."""
+        """``qdata``, ``scale`` and ``zero_point`` as the ops take them: plain tensors, quantized ones as uint8."""
         qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
-        scale, zero = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (self.scale, self.zero_point))
+        scale, zero = self.scale, self.zero_point
+        if isinstance(scale, HQQTensor):
+            scale = scale.qdata[..., : scale.in_features]
+        if isinstance(zero, HQQTensor):
+            zero = zero.qdata[..., : zero.in_features]
         return qdata, scale, zero
 
-    def settings(self) -> tuple[int, str, int, int, int]:
-        """(nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        return self.nbits, self.format, self.group_size, self.axis, self.in_features
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
+        """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
+        meta = []
+        for t in (self.scale, self.zero_point):
+            if isinstance(t, HQQTensor):
+                meta += [t.scale, t.zero_point]
+        return meta, self.nbits, self.format, self.group_size, self.axis, self.in_features
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""

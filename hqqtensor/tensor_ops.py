@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
         raise RuntimeError(
             f"linear: input of shape {list(x.shape)} does not fit a weight with {weight.in_features} in_features"
         )
-    return ops.linear(_activations(x), *weight.packed(), bias, weight.act_pre_scale, *weight.settings())
+    x, act = _activations(x), weight.act_pre_scale
+    return ops.linear(x, *weight.packed(), bias, act, *weight.settings(), weight.activation)
 
 
 def _matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -39,8 +40,8 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
             return linear(x, weight, None)
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
-            x = _activations(x)
-            return ops.batched_linear(x, *weight.packed(), weight.act_pre_scale, *weight.settings())
+            x, act = _activations(x), weight.act_pre_scale
+            return ops.batched_linear(x, *weight.packed(), act, *weight.settings(), weight.activation)
     x, weight = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (x, weight))
     return torch.matmul(x, weight)
 
@@ -61,6 +62,23 @@ def _(func, types, args, kwargs):
 @implements_torch_function([torch.mm, torch.bmm, torch.matmul, Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__])
 def _(func, types, args, kwargs):
     return _matmul(*args, **(kwargs or {}))
+
+
+@implements([aten._grouped_mm.default])
+@implements_torch_function([torch.nn.functional.grouped_mm])
+def _(func, types, args, kwargs):
+    def call(x, weight, offs=None, bias=None, out_dtype=None):
+        experts = isinstance(weight, HQQTensor) and weight.transposed and weight.ndim == 3
+        if not experts or isinstance(x, HQQTensor) or x.ndim != 2 or offs is None or bias is not None:
+            raise NotImplementedError(
+                "grouped_mm: needs x [S, K], offs and a transposed 3-D HQQTensor [E, K, N], and no bias"
+            )
+        x, act = _activations(x), weight.act_pre_scale
+        settings = (*weight.settings(), weight.activation)
+        out = ops.grouped_linear(x, offs, *weight.packed(), act, *settings)
+        return out if out_dtype is None else out.to(out_dtype)
+
+    return call(*args, **(kwargs or {}))
 
 
 @implements_torch_function([Tensor.__rmatmul__])
@@ -201,7 +219,7 @@ def _(func, types, args, kwargs):
     head = tensors[0]
     dim = dim % head.ndim
     for t in tensors[1:]:
-        same = all(getattr(t, n) == getattr(head, n) for n in ("nbits", "axis", "dtype", "format", "transposed"))
+        same = all(getattr(t, n) == getattr(head, n) for n in ("nbits", "axis", "dtype", "format", "transposed", "activation"))
         if not same or t.group_size != head.group_size:
             raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
         if t.act_pre_scale is not None or head.act_pre_scale is not None:

@@ -83,7 +83,8 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
             true = dense[name].detach().to(weight.device, torch.float32)
             difference = weight.dequantize(torch.float32) - true
             error = (difference.square().sum() / true.square().sum()).item()
-        qdata, scale, zero = weight.packed()
+        qdata = weight.packed()[0]
+        scale, zero = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (weight.scale, weight.zero_point))
         codes = unpack(qdata, weight.nbits, weight.in_features)
         ends = ((codes == 0) | (codes == 2**weight.nbits - 1)).float().mean().item()
         found.append(

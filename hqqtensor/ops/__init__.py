@@ -1,9 +1,18 @@
 """Operators on packed weights: definitions, the plain reference, and the choice of backend."""
 
 from hqqtensor.ops.backend import backend, register_backend, set_backend
-from hqqtensor.ops.definitions import batched_linear, dequantize, embedding, linear
+from hqqtensor.ops.definitions import batched_linear, dequantize, embedding, grouped_linear, linear
 
-__all__ = ["backend", "batched_linear", "dequantize", "embedding", "linear", "register_backend", "set_backend"]
+__all__ = [
+    "backend",
+    "batched_linear",
+    "dequantize",
+    "embedding",
+    "grouped_linear",
+    "linear",
+    "register_backend",
+    "set_backend",
+]
 
 from hqqtensor.kernels import cpu as cpu
 

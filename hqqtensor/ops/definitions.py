@@ -14,32 +14,38 @@ from hqqtensor.ops import reference as reference  # registers the plain backend
 from hqqtensor.ops.backend import kernel
 
 _WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero_point"
-_SETTINGS = "int nbits, str format, int group_size, int axis, int in_features"
+_SETTINGS = "Tensor[] meta, int nbits, str format, int group_size, int axis, int in_features"
 SCHEMAS = {
     # Weights [..., N, K] of dtype from packed rows [..., N, row_bytes].
     "dequantize": f"({_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
     # x [..., K] times the transpose of packed weights [N, K], plus bias: [..., N] in x's dtype.
-    "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? act_pre_scale, {_SETTINGS}) -> Tensor",
+    "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? act_pre_scale, {_SETTINGS}, str activation) -> Tensor",
     # x [E, M, K] times the transpose of each of E packed weights [E, N, K]: [E, M, N].
-    "batched_linear": f"(Tensor x, {_WEIGHT}, Tensor? act_pre_scale, {_SETTINGS}) -> Tensor",
+    "batched_linear": f"(Tensor x, {_WEIGHT}, Tensor? act_pre_scale, {_SETTINGS}, str activation) -> Tensor",
+    # Rows of x [S, K] in runs: those before offsets[0] times weight 0, those before offsets[1] times weight 1, and so on
+    # (offsets int32 [E], rising): [S, N]; rows from offsets[-1] on are zero.
+    "grouped_linear": f"(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? act_pre_scale, {_SETTINGS}, str activation)"
+    " -> Tensor",
     # Rows `indices` (any shape, int) of packed weights [N, K]: [*indices.shape, K] of dtype.
     "embedding": f"(Tensor indices, {_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
 }
-"""Arguments of each operator. qdata, scale and zero_point as in ``HQQTensor``."""
+"""Arguments of each operator. qdata, scale and zero_point as in ``HQQTensor``, and settings.
+
+A uint8 scale is itself quantized along its rows: ``meta`` then begins with its own scale and zero point, in which row r
+uses row r % rows; those of a uint8 zero point follow. ``activation`` is "float" or "int8" (see ``HqqConfig``).
+"""
 
 LIBRARY = torch.library.Library("hqqtensor", "DEF")
 
 
 def _from_registry(op: str) -> Callable[..., Tensor]:
-    on = 1 if op == "embedding" else 0  # where the packed codes, or the activations beside them, are in the arguments
-
     def run(*args: object) -> Tensor:
-        return kernel(op, args[on].device.type)(*args)  # type: ignore[attr-defined]
+        return kernel(op, args[0].device.type)(*args)  # type: ignore[attr-defined]
 
     return run
 
 
-def _fake_dequantize(qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
+def _fake_dequantize(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
     return qdata.new_empty(*qdata.shape[:-1], in_features, dtype=dtype)
 
 
@@ -47,7 +53,11 @@ def _fake_linear(x, qdata, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
 
-def _fake_embedding(indices, qdata, scale, zero_point, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
+def _fake_grouped(x, offsets, qdata, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], qdata.shape[-2])
+
+
+def _fake_embedding(indices, qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
     return qdata.new_empty(*indices.shape, in_features, dtype=dtype)
 
 
@@ -55,6 +65,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "dequantize": _fake_dequantize,
     "linear": _fake_linear,
     "batched_linear": _fake_linear,
+    "grouped_linear": _fake_grouped,
     "embedding": _fake_embedding,
 }
 for _op, _schema in SCHEMAS.items():
@@ -66,4 +77,5 @@ for _op, _schema in SCHEMAS.items():
 dequantize = torch.ops.hqqtensor.dequantize.default
 linear = torch.ops.hqqtensor.linear.default
 batched_linear = torch.ops.hqqtensor.batched_linear.default
+grouped_linear = torch.ops.hqqtensor.grouped_linear.default
 embedding = torch.ops.hqqtensor.embedding.default

@@ -1,5 +1,7 @@
 """The plain path: unpack, dequantize in float32, and let torch multiply. Every kernel is tested against it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,50 +25,128 @@ def expand_groups(values: Tensor, out_features: int, in_features: int, group_siz
     return values.repeat(*([1] * (values.ndim - 2)), repeats, 1)[..., :out_features, :]
 
 
+def plain_meta(scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """``scale`` and ``zero_point`` in float32; those that are uint8 are read through their own scales in ``meta``."""
+    rest = list(meta)
+
+    def plain(values: Tensor) -> Tensor:
+        if values.dtype != torch.uint8:
+            return values.to(torch.float32)
+        own = [expand_groups(rest.pop(0).to(torch.float32), *values.shape[-2:], 0, 0) for _ in range(2)]
+        return (values.to(torch.float32) - own[1]) * own[0]
+
+    return plain(scale), None if zero_point is None else plain(zero_point)
+
+
 def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int, format: str,
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str,
     group_size: int, axis: int, in_features: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     codes = unpack(qdata, nbits, in_features)
     size = (codes.shape[-2], in_features, group_size, axis)
-    full_scale = expand_groups(scale.to(torch.float32), *size)
-    zero = None if zero_point is None else expand_groups(zero_point.to(torch.float32), *size)
-    return get_format(format).decode(codes, full_scale, zero, nbits).to(dtype)
+    scale, zero_point = plain_meta(scale, zero_point, meta)
+    zero = None if zero_point is None else expand_groups(zero_point, *size)
+    return get_format(format).decode(codes, expand_groups(scale, *size), zero, nbits).to(dtype)
+
+
+def activation_group(group_size: int, axis: int) -> int:
+    """Features that share a step under ``activation="int8"``: a group of the weight where that is 32, 64 or 128."""
+    return group_size if axis == 1 and group_size in (32, 64, 128) else 64
+
+
+def int8_activations(x: Tensor, size: int) -> Tensor:
+    """float32 ``x [..., K]`` rounded to 8-bit integers: a step for each token and ``size`` features, max / 127."""
+    K = x.shape[-1]
+    runs = torch.nn.functional.pad(x, (0, -K % size)).unflatten(-1, (-1, size))
+    top = runs.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top == 0, 0.0, 127 / top)
+    return ((runs * inverse).round() * (top / 127)).flatten(-2)[..., :K]
+
+
+def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], settings: tuple) -> Tensor:
+    """``x [M, K]`` times the transpose of one packed weight, activations as 8-bit integers; float32 ``[M, N]``.
+
+    With groups along out_features the scale of each column belongs to the activations before they are rounded.
+    """
+    nbits, format, group_size, axis, K = settings
+    qdata, scale, zero = w
+    assert qdata is not None and scale is not None
+    size, x = activation_group(group_size, axis), x.to(torch.float32)
+    if axis == 1:
+        dense = dequantize(qdata, scale, zero, meta, *settings, torch.float32)
+        return int8_activations(x, size) @ dense.t()
+    scale, zero = plain_meta(scale, zero, meta)
+    out = x.new_empty(x.shape[0], qdata.shape[0])
+    for g in range(scale.shape[0]):
+        own = None if zero is None else zero[g]
+        codes = get_format(format).decode(unpack(qdata[g :: scale.shape[0]], nbits, K), torch.ones(K), own, nbits)
+        out[:, g :: scale.shape[0]] = int8_activations(x * scale[g], size) @ codes.t()
+    return out
+
+
+def _product(
+    x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], act_pre_scale: Tensor | None, settings: tuple,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """``x [..., K]`` times the transpose of one packed weight: ``[..., N]`` in x's dtype."""
+    if act_pre_scale is not None:
+        x = x * act_pre_scale.to(x.dtype)
+    if activation == "int8":
+        return _int8_product(x.reshape(-1, x.shape[-1]), w, meta, settings).to(x.dtype).reshape(*x.shape[:-1], -1)
+    return x @ dequantize(w[0], w[1], w[2], meta, *settings, x.dtype).t()  # type: ignore[arg-type]
 
 
 def linear(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    act_pre_scale: Tensor | None, nbits: int, format: str, group_size: int, axis: int, in_features: int,
+    act_pre_scale: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int,
+    in_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    if act_pre_scale is not None:
-        x = x * act_pre_scale.to(x.dtype)
-    w = dequantize(qdata, scale, zero_point, nbits, format, group_size, axis, in_features, x.dtype)
-    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+    settings = (nbits, format, group_size, axis, in_features)
+    y = _product(x, (qdata, scale, zero_point), meta, act_pre_scale, settings, activation)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _expert(index: int, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None or t.ndim < 3 else t[index] for t in tensors]
 
 
 def batched_linear(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
-    nbits: int, format: str, group_size: int, axis: int, in_features: int,
+    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    if act_pre_scale is not None:
-        x = x * act_pre_scale.to(x.dtype)
-    w = dequantize(qdata, scale, zero_point, nbits, format, group_size, axis, in_features, x.dtype)
-    return torch.bmm(x, w.transpose(-1, -2))
+    S = x.shape[1]
+    ends = torch.arange(1, x.shape[0] + 1) * S
+    rest = (act_pre_scale, meta, nbits, format, group_size, axis, in_features, activation)
+    return grouped_linear(x.flatten(0, 1), ends, qdata, scale, zero_point, *rest).unflatten(0, (-1, S))  # type: ignore[arg-type]
+
+
+def grouped_linear(
+    x: Tensor, offsets: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
+    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    settings = (nbits, format, group_size, axis, in_features)
+    out = x.new_zeros(x.shape[0], qdata.shape[-2])
+    first = 0
+    for expert, last in enumerate(offsets.tolist()):
+        if last > first:
+            w, own = _expert(expert, (qdata, scale, zero_point)), _expert(expert, meta)
+            out[first:last] = _product(x[first:last], w, own, act_pre_scale, settings, activation)  # type: ignore[arg-type]
+        first = max(first, last)
+    return out
 
 
 def embedding(
-    indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int, format: str,
-    group_size: int, axis: int, in_features: int, dtype: torch.dtype,
+    indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int,
+    format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     rows = indices.reshape(-1)
-    meta = rows if axis == 1 else rows % scale.shape[-2]
-    picked = [None if t is None else t[meta] for t in (scale, zero_point)]
+    scale, zero_point = plain_meta(scale, zero_point, meta)
+    own = rows if axis == 1 else rows % scale.shape[-2]
+    picked = [None if t is None else t[own] for t in (scale, zero_point)]
     codes = unpack(qdata[rows], nbits, in_features)
     if axis == 1:
         size = (rows.numel(), in_features, group_size, axis)
-        picked = [None if t is None else expand_groups(t.to(torch.float32), *size) for t in picked]
-    else:
-        picked = [None if t is None else t.to(torch.float32) for t in picked]
+        picked = [None if t is None else expand_groups(t, *size) for t in picked]
     assert picked[0] is not None
     out = get_format(format).decode(codes, picked[0], picked[1], nbits).to(dtype)
     return out.reshape(*indices.shape, in_features)
@@ -75,6 +155,12 @@ def embedding(
 register_backend(
     Backend(
         "dequantize",
-        {"linear": linear, "batched_linear": batched_linear, "embedding": embedding, "dequantize": dequantize},
+        {
+            "linear": linear,
+            "batched_linear": batched_linear,
+            "grouped_linear": grouped_linear,
+            "embedding": embedding,
+            "dequantize": dequantize,
+        },
     )
 )

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtensor.config import SCALE_DTYPES
+from hqqtensor.config import ACTIVATIONS, SCALE_DTYPES
 from hqqtensor.formats import get_format
 from hqqtensor.packing import row_bytes
 from hqqtensor.tensor import HQQTensor
 
 MAX_DIM = 2**40
-_ATTRIBUTES = {"nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "view_as_float"}
+_PLAIN_ATTRIBUTES = ("nbits", "group_size", "axis", "format", "transposed", "activation")
+_ATTRIBUTES = {"nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "view_as_float"}
 
 
 class CheckpointError(ValueError):
@@ -40,7 +41,7 @@ def flatten(name: str, tensor: HQQTensor) -> tuple[dict[str, Tensor], str]:
 
 
 def _describe(tensor: HQQTensor, put: Any, prefix: str) -> dict[str, Any]:
-    data: dict[str, Any] = {n: getattr(tensor, n) for n in ("nbits", "group_size", "axis", "format", "transposed")}
+    data: dict[str, Any] = {n: getattr(tensor, n) for n in _PLAIN_ATTRIBUTES}
     data["shape"] = list(tensor.shape)
     data["dtype"] = str(tensor.dtype).removeprefix("torch.")
     qdata = tensor.qdata
@@ -93,6 +94,8 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
 
     need(isinstance(entry, dict) and entry.get("_type") == "HQQTensor", "metadata is not of an HQQTensor")
     data = entry.get("_data")
+    if isinstance(data, dict):
+        data.setdefault("activation", "float")  # files of before there was a choice
     need(isinstance(data, dict) and set(data) == _ATTRIBUTES, f"metadata must have {sorted(_ATTRIBUTES)}")
     try:
         fmt = get_format(data["format"])
@@ -102,6 +105,7 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     need(whole(data["axis"]) and data["axis"] in (0, 1), f"axis {data['axis']!r} is not 0 or 1")
     need(whole(data["group_size"]) and 0 < data["group_size"] < MAX_DIM, f"bad group_size {data['group_size']!r}")
     need(isinstance(data["transposed"], bool), "transposed must be true or false")
+    need(data["activation"] in ACTIVATIONS, f"activation {data['activation']!r} is not in {list(ACTIVATIONS)}")
     shape = data["shape"]
     good = isinstance(shape, list) and 2 <= len(shape) <= 8 and all(whole(s) and 0 < s < MAX_DIM for s in shape)
     need(good, f"bad shape {shape!r}")
@@ -162,5 +166,5 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
     act = take("act_pre_scale", [in_features], SCALE_DTYPES) if "act_pre_scale" in entry["_tensor_data_names"] else None
     return HQQTensor(
         qdata, meta["scale"], meta["zero_point"], data["nbits"], data["group_size"], data["axis"],
-        torch.Size(data["shape"]), getattr(torch, data["dtype"]), data["format"], data["transposed"], act,
+        torch.Size(data["shape"]), getattr(torch, data["dtype"]), data["format"], data["transposed"], data["activation"], act,
     )  # fmt: skip

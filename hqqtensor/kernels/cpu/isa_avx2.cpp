@@ -13,7 +13,7 @@
 
 namespace hqqtensor {
 const Kernels* kernels_avx2() {
-  static const Kernels table = HQQTENSOR_TABLE("avx2");
+  static const Kernels table = HQQTENSOR_TABLE("avx2", nullptr, nullptr, nullptr);
   return &table;
 }
 }  // namespace hqqtensor

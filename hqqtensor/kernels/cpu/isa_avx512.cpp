@@ -2,6 +2,7 @@
 // Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #if defined(__x86_64__)
@@ -9,11 +10,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2,popcnt")
 #include "vec_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
+#include "panel_avx512.h"
 #include "table.h"
 
 namespace hqqtensor {
 const Kernels* kernels_avx512() {
-  static const Kernels table = HQQTENSOR_TABLE("avx512");
+  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, panel_tile, linear_panel_scratch);
   return &table;
 }
 }  // namespace hqqtensor

@@ -6,7 +6,7 @@
 
 namespace hqqtensor {
 const Kernels* kernels_portable() {
-  static const Kernels table = HQQTENSOR_TABLE("portable");
+  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr);
   return &table;
 }
 }  // namespace hqqtensor

@@ -4,17 +4,37 @@
 
 namespace hqqtensor {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, u8 = 3 };
+inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
+
+// Scales or zero points, a matrix. Those of 8 bits are themselves quantized: row r reads (value - own_zero) * own_scale with
+// row r % own_rows of these.
+struct Values {
+  const void* data;  // null: none
+  DType type;
+  int64_t stride;  // elements from a row to the next
+  const float *own_scale, *own_zero;
+  int64_t own_rows, own_stride;
+};
+
+// What a code stands for besides itself: values[code], float32, 2^nbits of them, `stride` from a row's table to the next
+// (0: one for all rows). For kernels that multiply integers the same as digits in base 2^shift, highest first,
+//   values[code] = unit * (sum_d digits[d][code] * 2^(shift * (count - 1 - d)) - offset).
+struct Table {
+  const float* values;  // null: the codes are the numbers
+  int64_t stride;
+  int count;  // 0: no digits; 1: exact
+  float unit, offset;
+  alignas(16) uint8_t digits[3][16];
+};
 
 // Packed weight [N, K]. axis 1: scale and zero [N, groups], column k in group k / group_size.
 // axis 0: scale and zero [groups, K], row n in group n % groups.
 struct Weight {
   const uint8_t* qdata;
   int64_t row_stride;  // bytes from a row to the next
-  const void* scale;
-  const void* zero;
-  DType meta;
-  int64_t meta_stride;  // elements from a row of scale (and zero) to the next
+  Values scale, zero;
+  Table table;
   int64_t N, K, groups, group_size;
   int nbits, axis;
 };
@@ -27,31 +47,50 @@ struct Problem {
   DType x_type;
   const float* bias;
   const float* pre_scale;
-  void* y;  // of x_type, rows of N
+  void* y;  // of x_type, rows of y_stride
+  int64_t y_stride;
 };
 
 // Activations as integers: x = step * sum_d digit_d * 2^(shift * (count - 1 - d)), chunk by chunk of 64.
 struct Digits {
-  int8_t* digits;   // [M][chunks][count][64]
+  int8_t* digits;   // [M][chunks][count][64], or by tiles of `tile` tokens (the last has those left over), each
+                    // [16 chunks][tokens of the tile][count][4]
   float* step;      // [M][entries], an entry for each group or each chunk: see step_entries
-  float* sum;       // [M][padded(groups)]: sum of x over each group (axis 1 alone)
-  int64_t chunks, entries;
+  float* sum;       // [M][padded(groups)]: sum of x over each group (axis 1), or of zero * x over all (axis 0)
+  int64_t M, chunks, entries;
   int count;        // 3: as exact as float32 sums; 2: finer than 16-bit floats; 1: 8-bit activations
+  int tile;         // 0: no tiles
+
+  struct Place {
+    int8_t* at;        // first digit of token m, column 0
+    int64_t by_digit;  // bytes to the next digit of the same column
+    int64_t by_quad;   // to the next 4 columns, within a chunk and on
+  };
+  Place place(int64_t m) const {
+    if (tile == 0) return {digits + m * chunks * count * 64, 64, 4};
+    const int64_t first = m / tile * tile, tokens = M - first < tile ? M - first : tile;
+    return {digits + first * chunks * count * 64 + (m - first) * count * 4, 4, tokens * count * 4};
+  }
+  // Bytes from a chunk to the next.
+  int64_t by_chunk(const Place& p) const { return tile == 0 ? count * 64 : 16 * p.by_quad; }
 };
 
 struct Kernels {
   const char* name;
-  // Rows [first, last) of the result, from prepared activations (axis 1).
-  void (*linear_small)(const Problem&, const Digits&, int64_t first, int64_t last, float* scratch);
-  int64_t (*linear_small_scratch)(const Problem&);  // floats
-  // Groups [first, last) of rows of an axis-0 weight, activations prepared for each group in `scratch`.
-  void (*linear_small_axis0)(const Problem&, int digits, int64_t first, int64_t last, char* scratch);
-  int64_t (*linear_small_axis0_scratch)(const Problem&, int digits);  // bytes
-  // Rows [first, last) through dense panels in cache; x32 float32 [M, x32_stride].
-  void (*linear_large)(const Problem&, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch);
-  int64_t (*linear_large_scratch)(const Problem&);  // floats
-  // Row m of the activations as integers; false where they hold NaN, Inf or numbers too small for that.
+  // Row m of float32 activations as integers; false where they hold NaN, Inf or numbers too small for that.
   bool (*prepare)(const float* x, const Weight&, int64_t m, const Digits&);
+  // The same for group g of an axis-0 weight, whose scales belong to the activations.
+  bool (*prepare_axis0)(const float* x, const Weight&, int64_t g, int64_t m, const Digits&, float* scratch);
+  // Rows first, first + step, ... before last of the result for few tokens: every row is read by itself.
+  void (*linear_rows)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
+  int64_t (*linear_rows_scratch)(const Problem&, int64_t entries);  // floats
+  // The same for several tokens and more: panels of rows, turned so that lanes are rows. Null where there is none.
+  void (*linear_panel)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
+  int (*panel_tile)(const Weight&, int digits);  // tokens of its tiles
+  int64_t (*linear_panel_scratch)(const Problem&);  // floats
+  // Rows [first, last) through dense panels in cache; x32 float32 [M, x32_stride].
+  void (*linear_dense)(const Problem&, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch);
+  int64_t (*linear_dense_scratch)(const Problem&);  // floats
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
   int lanes;  // groups that solve_block works on together
@@ -68,16 +107,27 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
 
-// True where groups line up with the 4 codes of a 32-bit lane, or the 64 of a chunk: what linear_small needs.
-inline bool lane_groups(const Weight& w) {
+// True where the integer kernels serve: activations are grouped by lanes of 4 codes, tables have digits.
+inline bool quad_groups(const Weight& w) { return w.axis == 0 || w.groups == 1 || w.group_size % 4 == 0; }
+inline bool integer_codes(const Weight& w) { return w.table.values == nullptr || w.table.count > 0; }
+// True where groups line up with the 64 codes of a chunk as well: what linear_rows needs.
+inline bool chunk_groups(const Weight& w) {
   return w.axis == 0 || w.groups == 1 || w.group_size % 64 == 0 || (w.group_size % 4 == 0 && 64 % w.group_size == 0);
 }
 
 // Room for vectors to run past the end.
 inline int64_t padded(int64_t count) { return (count + 47) / 16 * 16; }
 
-// Groups of up to 128 have one step for each group, so that a row's scales and the steps multiply entry by entry.
-inline bool step_per_group(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size <= 128; }
+// Where chunks and groups line up, groups of up to 128 have one step each, so that a row's scales and the steps multiply
+// entry by entry. Elsewhere a chunk has one.
+inline bool step_per_group(const Weight& w) {
+  return w.axis == 1 && w.groups > 1 && w.group_size <= 128 && chunk_groups(w);
+}
 inline int64_t step_entries(const Weight& w) { return padded(step_per_group(w) ? w.groups : (w.K + 63) / 64); }
+// Entry of a chunk's step (of its first group's where it has several, which are equal).
+inline int64_t step_index(const Weight& w, int64_t chunk) {
+  if (!step_per_group(w)) return chunk;
+  return w.group_size == 128 ? chunk / 2 : chunk * (64 / w.group_size);
+}
 
 }  // namespace hqqtensor

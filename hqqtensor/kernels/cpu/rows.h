@@ -6,18 +6,23 @@ namespace {
 
 using hqqtensor::Digits;
 using hqqtensor::DType;
+using hqqtensor::padded;
 using hqqtensor::Problem;
+using hqqtensor::Table;
+using hqqtensor::Values;
 using hqqtensor::Weight;
 
-inline const char* at(const void* p, DType type, int64_t index) {
-  return (const char*)p + index * (type == DType::f32 ? 4 : 2);
-}
+inline const char* at(const void* p, DType type, int64_t index) { return (const char*)p + index * hqqtensor::size_of(type); }
 
 void to_float(const void* from, DType type, int64_t count, float* out) {
   const uint16_t* h = (const uint16_t*)from;
   int64_t i = 0;
   if (type == DType::f32) {
     __builtin_memcpy(out, from, (size_t)count * 4);
+    return;
+  }
+  if (type == DType::u8) {
+    for (; i < count; ++i) out[i] = (float)((const uint8_t*)from)[i];
     return;
   }
   for (; i + kFloats <= count; i += kFloats) f_store(out + i, type == DType::f16 ? f_load_f16(h + i) : f_load_bf16(h + i));
@@ -93,21 +98,50 @@ inline void with_nbits(int nbits, F f) {
   }
 }
 
+// Columns [first, first + count) of one row of scales or zero points.
+inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
+  to_float(at(v.data, v.type, row * v.stride + first), v.type, count, out);
+  if (v.type != DType::u8) return;
+  const int64_t own = row % v.own_rows * v.own_stride + first;
+  const float *scale = v.own_scale + own, *zero = v.own_zero + own;
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) f_store(out + i, f_mul(f_sub(f_load(out + i), f_load(zero + i)), f_load(scale + i)));
+  for (; i < count; ++i) out[i] = (out[i] - zero[i]) * scale[i];
+}
+
 constexpr int64_t kStretch = 1024;  // codes unpacked at a time: they stay in L1
 
-// (code - zero) * scale for `count` codes with one scale and zero for all, or one for each.
-inline void spread(const uint8_t* codes, int64_t count, float scale, float zero, float* out) {
-  const Floats s = f_set(scale), z = f_set(zero);
-  int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) f_store(out + i, f_mul(f_sub(f_codes(codes + i), z), s));
-  for (; i < count; ++i) out[i] = ((float)codes[i] - zero) * scale;
+// Dense numbers of `count` codes. `scale` and `zero`: functions of the place that give a vector, or one number.
+template <class Scale, class Zero>
+inline void spread(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float* out, Scale scale,
+                   Zero zero) {
+  uint8_t padded_codes[kFloats] = {};
+  for (int64_t i = 0; i < count; i += kFloats) {
+    const uint8_t* c = codes + i;
+    const int64_t left = count - i < kFloats ? count - i : kFloats;
+    if (left < kFloats) c = (const uint8_t*)__builtin_memcpy(padded_codes, c, (size_t)left);
+    const Floats number = table ? f_lookup(c, table, 1 << w.nbits) : f_sub(f_codes(c), zero(i));
+    const Floats value = f_mul(number, scale(i));
+    if (left == kFloats) {
+      f_store(out + i, value);
+    } else {
+      float tail[kFloats];
+      f_store(tail, value);
+      __builtin_memcpy(out + i, tail, (size_t)left * 4);
+    }
+  }
 }
 
 void dequantize_row(const Weight& w, int64_t n, float* out) {
   const uint8_t* row = w.qdata + n * w.row_stride;
-  const int64_t blocks = w.K / 128, meta_row = (w.axis == 1 ? n : n % w.groups) * w.meta_stride;
-  uint8_t codes[kStretch];
-  float scale[kStretch], zero[kStretch];
+  const float* table = w.table.values ? w.table.values + n * w.table.stride : nullptr;
+  const int64_t blocks = w.K / 128, values_row = w.axis == 1 ? n : n % w.groups;
+  uint8_t codes[kStretch + 64];
+  float scale[kStretch + kFloats], zero[kStretch + kFloats];
+  const auto load = [&](int64_t first, int64_t count) {
+    load_values(w.scale, values_row, first, count, scale);
+    if (w.zero.data) load_values(w.zero, values_row, first, count, zero);
+  };
   int64_t group = -1, group_end = 0, cached = 0, cached_end = 0;
   for (int64_t first = 0; first < w.K; first += kStretch) {
     const int64_t count = w.K - first < kStretch ? w.K - first : kStretch;
@@ -118,12 +152,9 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
     if (first + count > whole * 128)
       unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
     if (w.axis == 0) {
-      to_float(at(w.scale, w.meta, meta_row + first), w.meta, count, scale);
-      to_float(at(w.zero, w.meta, meta_row + first), w.meta, count, zero);
-      int64_t i = 0;
-      for (; i + kFloats <= count; i += kFloats)
-        f_store(out + first + i, f_mul(f_sub(f_codes(codes + i), f_load(zero + i)), f_load(scale + i)));
-      for (; i < count; ++i) out[first + i] = ((float)codes[i] - zero[i]) * scale[i];
+      load(first, count);
+      spread(w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
+             [&](int64_t i) { return f_load(zero + i); });
       continue;
     }
     for (int64_t k = first; k < first + count;) {
@@ -133,35 +164,49 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
         if (group >= cached_end) {
           cached = group;
           cached_end = group + kStretch < w.groups ? group + kStretch : w.groups;
-          to_float(at(w.scale, w.meta, meta_row + cached), w.meta, cached_end - cached, scale);
-          to_float(at(w.zero, w.meta, meta_row + cached), w.meta, cached_end - cached, zero);
+          load(cached, cached_end - cached);
         }
       }
       const int64_t end = group_end < first + count ? group_end : first + count;
-      spread(codes + (k - first), end - k, scale[group - cached], zero[group - cached], out + k);
+      const Floats s = f_set(scale[group - cached]), z = f_set(w.zero.data ? zero[group - cached] : 0.0f);
+      spread(w, table, codes + (k - first), end - k, out + k, [&](int64_t) { return s; }, [&](int64_t) { return z; });
       k = end;
     }
   }
 }
 
+// Bits of a digit of the activations.
+inline int x_shift(const Weight& w) { return w.table.count > 1 ? 7 : digit_shift(w.nbits); }
+
 // Largest integer for an activation: its digits must fit, and 4 products with codes must fit 31 bits.
-inline float digit_limit(int nbits, int count) {
-  const int shift = digit_shift(nbits);
+inline float digit_limit(const Weight& w, int count) {
+  if (count == 1) return 127;
+  const int shift = x_shift(w);
   const float digit = (float)((1 << (shift - 1)) - 1);
-  if (count == 1) return digit;
   const float whole = digit * (float)(count == 2 ? 1 << shift : (1 << (2 * shift)) + (1 << shift));
-  const float fits = 2147483648.0f / (float)(4 * ((1 << nbits) - 1)) * 0.999f;
+  if (w.table.count > 1) return whole;
+  const float fits = 2147483648.0f / (float)(4 * ((1 << w.nbits) - 1)) * 0.999f;
   return whole < fits ? whole : fits;
 }
 
+// What an integer product of codes and activations must be multiplied with besides their scales, and the number that
+// takes the place of a zero point where the format has a table.
+inline float code_unit(const Weight& w, int digits) {
+  if (!w.table.values) return 1;
+  const int both = digits < w.table.count ? digits : w.table.count;
+  return w.table.unit * (float)(1 << (7 * (both - 1)));
+}
+
 bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
-  const float limit = digit_limit(w.nbits, d.count);
-  const int shift = digit_shift(w.nbits);
+  const float limit = digit_limit(w, d.count);
+  const int shift = x_shift(w);
   const bool by_group = hqqtensor::step_per_group(w);
   const int64_t run = by_group && w.group_size == 128 ? 2 : 1;  // chunks that share a step
   const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;  // entries of a chunk
   const int64_t width = hqqtensor::padded(w.groups), quads = w.groups == 1 ? INT64_MAX : w.group_size / 4;
   float *step = d.step + m * d.entries, *sums = d.sum + m * width;
+  const Digits::Place place = d.place(m);
+  const int64_t by_chunk = d.by_chunk(place);
   double total = 0;
   int64_t group = 0, left = quads;
   for (int64_t c = 0; c < d.chunks; c += run) {
@@ -184,12 +229,12 @@ bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
     const float unit = top / limit, inverse = top == 0 ? 0 : limit / top;
     for (int64_t i = 0; i < each; ++i) step[c / run * each + i] = unit;
     for (int64_t part = c; part < c + run && part < d.chunks; ++part, in += 64) {
-      int8_t* out = d.digits + (m * d.chunks + part) * d.count * 64;
+      int8_t* out = place.at + part * by_chunk;
       float whole[64];
       for (int i = 0; i < 64; i += kFloats) {
         const Floats v = f_round(f_mul(f_load(in + i), f_set(inverse)));
         f_store(whole + i, v);
-        f_store_digits(out + i, v, shift, d.count);
+        f_store_digits(out + i / 4 * place.by_quad, v, shift, d.count, place.by_digit, place.by_quad);
       }
       if (w.axis == 0) continue;
       for (int i = 0; i < 64; i += 4) {
@@ -206,6 +251,39 @@ bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
     if (group < w.groups) sums[group++] = (float)total;
     for (; group < width; ++group) sums[group] = 0;
   }
+  return true;
+}
+
+// scratch: 2 K + 64 floats.
+bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const Digits& d, float* scratch) {
+  float *scaled = scratch, *zero = scratch + w.K + 32;
+  load_values(w.scale, g, 0, w.K, scaled);
+  int64_t k = 0;
+  for (; k + kFloats <= w.K; k += kFloats) f_store(scaled + k, f_mul(f_load(x + k), f_load(scaled + k)));
+  for (; k < w.K; ++k) scaled[k] *= x[k];
+  if (!prepare(scaled, w, m, d)) return false;
+  float* step = d.step + m * d.entries;
+  if (d.count == 1)  // what the products will see, so that an error of rounding meets code - zero point, not the code
+    for (k = 0; k < w.K; ++k) {
+      const Digits::Place p = d.place(m);
+      scaled[k] = (float)p.at[k / 64 * d.by_chunk(p) + k % 64 / 4 * p.by_quad + k % 4] * step[k / 64];
+    }
+  if (w.zero.data) load_values(w.zero, g, 0, w.K, zero);
+  const float constant = w.table.offset * w.table.unit;
+  double total = 0;
+  for (int64_t first = 0; first < w.K; first += 64) {  // float32 within a chunk, more over them
+    const int64_t end = first + 64 < w.K ? first + 64 : w.K;
+    Floats sum = f_zero();
+    float rest = 0;
+    for (k = first; k + kFloats <= end; k += kFloats)
+      sum = f_fma(f_load(scaled + k), w.zero.data ? f_load(zero + k) : f_set(constant), sum);
+    for (; k < end; ++k) rest += scaled[k] * (w.zero.data ? zero[k] : constant);
+    total += (double)(f_sum(sum) + rest);
+  }
+  d.sum[m] = (float)total;
+  const float unit = code_unit(w, d.count);
+  if (unit != 1)
+    for (int64_t c = 0; c < d.chunks; ++c) step[c] *= unit;
   return true;
 }
 

@@ -1,12 +1,11 @@
 // The table of this instruction set's functions. Included last by each isa_*.cpp.
 #pragma once
-#include "linear_large.h"
-#include "linear_small.h"
+#include "linear_dense.h"
+#include "linear_rows.h"
 #include "solve.h"
 
-#define HQQTENSOR_TABLE(name)                                                                                    \
+#define HQQTENSOR_TABLE(name, ...)                                                              \
   {                                                                                                              \
-    name, linear_small, linear_small_scratch, linear_small_axis0, linear_small_axis0_scratch, linear_large,      \
-        linear_large_scratch, prepare, dequantize_row, kFloats, solve_block,          \
-        assign_row, to_float, from_float                                      \
+    name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, __VA_ARGS__, linear_dense,          \
+        linear_dense_scratch, dequantize_row, kFloats, solve_block, assign_row, to_float, from_float             \
   }

@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int kRows = 2, kMaxTokens = 2;
-constexpr int kPanelRows = 4, kPanelTokens = 3;
+constexpr int kPanelRows = 4, kPanelTokens = 3;  // tile of linear_dense
 constexpr int kFloats = 8;
 
 struct Codes {
@@ -83,34 +83,71 @@ inline Tokens load_tokens(const int8_t* p) {
   return {p};
 }
 
-inline __m256i pairs(__m256i c, const int8_t* x) { return _mm256_maddubs_epi16(c, _mm256_load_si256((const __m256i*)x)); }
-inline __m256i lanes(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-
-// One digit of a whole chunk. Up to 6 bits the sums of pairs of both halves still fit 16 bits: one widening for two.
-template <int NB>
-inline __m256i dot_digit(const Codes& c, const int8_t* x) {
-  const __m256i a = pairs(c.a, x), b = pairs(c.b, x + 32);
-  if constexpr (NB <= 6) return lanes(_mm256_add_epi16(a, b));
-  return _mm256_add_epi32(lanes(a), lanes(b));
+inline Codes lookup(const Codes& c, const uint8_t* table16) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table16));
+  return {_mm256_shuffle_epi8(table, c.a), _mm256_shuffle_epi8(table, c.b)};
 }
-template <int NB, int D>
+
+inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+// Sums of 4 products of 32 codes with 8-bit activations, as integers of 32 bits. MAX bounds a code, XMAX an activation:
+// vpmaddubsw saturates at 2^15, so larger products are widened first.
+template <int MAX, int XMAX>
 inline __m256i dot_half(__m256i c, const int8_t* x) {
-  __m256i a = lanes(pairs(c, x));
-  for (int d = 1; d < D; ++d)
-    a = _mm256_add_epi32(_mm256_slli_epi32(a, digit_shift(NB)), lanes(pairs(c, x + 64 * d)));
+  const __m256i v = _mm256_load_si256((const __m256i*)x);
+  if constexpr (2 * MAX * XMAX < 32768) return widen(_mm256_maddubs_epi16(c, v));
+  const __m256i zero = _mm256_setzero_si256(), signs = _mm256_cmpgt_epi8(zero, v);
+  const __m256i low = _mm256_madd_epi16(_mm256_unpacklo_epi8(c, zero), _mm256_unpacklo_epi8(v, signs));
+  const __m256i high = _mm256_madd_epi16(_mm256_unpackhi_epi8(c, zero), _mm256_unpackhi_epi8(v, signs));
+  // Lanes hold sums of 2: the pairs that follow one another belong together.
+  return _mm256_hadd_epi32(low, high);
+}
+
+// The same for a whole chunk, both halves added: one widening for two where the sums of pairs still fit 16 bits.
+template <int MAX, int XMAX>
+inline __m256i dot_digit(const Codes& c, const int8_t* x) {
+  if constexpr (4 * MAX * XMAX < 32768) {
+    const __m256i a = _mm256_maddubs_epi16(c.a, _mm256_load_si256((const __m256i*)x));
+    const __m256i b = _mm256_maddubs_epi16(c.b, _mm256_load_si256((const __m256i*)(x + 32)));
+    return widen(_mm256_add_epi16(a, b));
+  }
+  return _mm256_add_epi32(dot_half<MAX, XMAX>(c.a, x), dot_half<MAX, XMAX>(c.b, x + 32));
+}
+
+template <int NB, int DW>
+constexpr int max_code() {
+  return DW == 0 ? (1 << NB) - 1 : DW == 1 ? 31 : 127;
+}
+template <int NB, int D, int DW>
+constexpr int radix_shift() {
+  return DW > 1 ? 7 : digit_shift(NB);
+}
+
+// One level of a product of D digits of activations with DW of codes (see vec_avx512.h): all pairs of digits whose
+// places add up to it. `digit(code digit, activations)` multiplies one pair.
+template <int D, int DW, class F>
+inline __m256i level_sum(int level, const int8_t* x, F digit) {
+  __m256i a = _mm256_setzero_si256();
+  for (int d = 0; d < D; ++d)
+    if (level - d >= 0 && level - d < (DW ? DW : 1)) a = _mm256_add_epi32(a, digit(level - d, x + 64 * d));
   return a;
 }
 
 inline Acc acc_from(__m256 v) { return {v, _mm256_setzero_ps()}; }
-template <int NB, int D>
-inline void add_chunk(Acc& acc, const Codes& c, const Tokens& t, const float* scale) {
-  constexpr int s = digit_shift(NB);
-  __m256i a = dot_digit<NB>(c, t.p);
-  if constexpr (D == 2) a = _mm256_add_epi32(_mm256_slli_epi32(a, s), dot_digit<NB>(c, t.p + 64));
-  __m256 f = _mm256_cvtepi32_ps(a);
-  if constexpr (D == 3) {  // a lane has 8 products here: the top digit goes on as a float, 32 bits hold the others
-    const __m256i low = _mm256_add_epi32(_mm256_slli_epi32(dot_digit<NB>(c, t.p + 64), s), dot_digit<NB>(c, t.p + 128));
-    f = _mm256_fmadd_ps(f, _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
+template <int NB, int D, int DW>
+inline void add_chunk(Acc& acc, const Codes* c, const Tokens& t, const float* scale) {
+  constexpr int s = radix_shift<NB, D, DW>(), levels = D > DW ? D : DW;
+  constexpr int MAX = max_code<NB, DW>(), XMAX = D == 1 ? 127 : 1 << (s - 1);
+  const auto digit = [&](int i, const int8_t* x) { return dot_digit<MAX, XMAX>(c[i], x); };
+  __m256i a = level_sum<D, DW>(0, t.p, digit);
+  __m256 f;
+  if constexpr (levels == 3) {  // a lane has 8 products here: the top digit goes on as a float, 32 bits hold the others
+    const __m256i low =
+        _mm256_add_epi32(_mm256_slli_epi32(level_sum<D, DW>(1, t.p, digit), s), level_sum<D, DW>(2, t.p, digit));
+    f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
+  } else {
+    if constexpr (levels == 2) a = _mm256_add_epi32(_mm256_slli_epi32(a, s), level_sum<D, DW>(1, t.p, digit));
+    f = _mm256_cvtepi32_ps(a);
   }
   acc.a = _mm256_fmadd_ps(f, _mm256_broadcast_ss(scale), acc.a);
 }
@@ -123,12 +160,21 @@ struct LaneScales {
     index = _mm256_load_si256((const __m256i*)lane);
   }
 };
-template <int NB, int D>
-inline void add_chunk_lanes(Acc& acc, const Codes& c, const Tokens& t, const float* scales, const LaneScales& l) {
+template <int NB, int D, int DW>
+inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
+  constexpr int s = radix_shift<NB, D, DW>(), levels = D > DW ? D : DW;
+  constexpr int MAX = max_code<NB, DW>(), XMAX = D == 1 ? 127 : 1 << (s - 1);
+  const auto half = [&](auto part, const int8_t* x) {
+    const auto digit = [&](int i, const int8_t* at) { return dot_half<MAX, XMAX>(part(c[i]), at); };
+    __m256i a = level_sum<D, DW>(0, x, digit);
+    for (int level = 1; level < levels; ++level)
+      a = _mm256_add_epi32(_mm256_slli_epi32(a, s), level_sum<D, DW>(level, x, digit));
+    return _mm256_cvtepi32_ps(a);
+  };
   const __m256 s0 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), l.index);
   const __m256 s1 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales + l.half), l.index);
-  acc.a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_half<NB, D>(c.a, t.p)), s0, acc.a);
-  acc.b = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_half<NB, D>(c.b, t.p + 32)), s1, acc.b);
+  acc.a = _mm256_fmadd_ps(half([](const Codes& v) { return v.a; }, t.p), s0, acc.a);
+  acc.b = _mm256_fmadd_ps(half([](const Codes& v) { return v.b; }, t.p + 32), s1, acc.b);
 }
 
 inline Floats f_zero() { return _mm256_setzero_ps(); }
@@ -159,6 +205,16 @@ inline float acc_sum(const Acc& a) { return f_sum(_mm256_add_ps(a.a, a.b)); }
 inline Floats f_codes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+// table[code] for 8 codes, all below `entries`.
+inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {
+  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
+  if (entries == 16) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  return _mm256_i32gather_ps(table, index, 4);
+}
 inline __m128i to_bytes(__m256i v) {  // the low byte of each of 8 lanes, in the low 8 bytes
   const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
                                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -173,13 +229,13 @@ inline void f_store_f16(uint16_t* p, Floats v) {
 inline Floats f_load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-// Whole floats as integers of `count` signed digits in base 2^shift, the highest first, each 64 bytes after the last.
-inline void f_store_digits(int8_t* out, Floats v, int shift, int count) {
+// Whole floats as integers of `count` signed digits in base 2^shift, the highest first, digits by_digit bytes apart.
+inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t by_digit, int64_t) {
   const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
   __m256i x = _mm256_cvtps_epi32(v);
   for (int d = count - 1; d > 0; --d) {
     const __m256i low = _mm256_sra_epi32(_mm256_sll_epi32(x, drop), drop);
-    _mm_storel_epi64((__m128i*)(out + 64 * d), to_bytes(low));
+    _mm_storel_epi64((__m128i*)(out + by_digit * d), to_bytes(low));
     x = _mm256_sra_epi32(_mm256_sub_epi32(x, low), by);
   }
   _mm_storel_epi64((__m128i*)out, to_bytes(x));

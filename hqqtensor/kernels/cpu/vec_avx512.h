@@ -6,8 +6,8 @@
 
 namespace {
 
-constexpr int kRows = 4, kMaxTokens = 4;      // tile of linear_small: rows of the weight x rows of the activations
-constexpr int kPanelRows = 6, kPanelTokens = 4;  // tile of linear_large
+constexpr int kRows = 4, kMaxTokens = 1;      // tile of linear_rows: rows of the weight x rows of the activations
+constexpr int kPanelRows = 6, kPanelTokens = 4;  // tile of linear_dense
 constexpr int kFloats = 16;
 
 using Codes = __m512i;
@@ -71,18 +71,32 @@ inline Tokens load_tokens(const int8_t* p) {
   return t;
 }
 
-// sum over the 4 codes of each lane of code * activation, as one integer; exact (see digit_limit).
-template <int NB, int D>
-inline __m512i dot(Codes c, const Tokens& t) {
-  __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, t.d[0]);
-  for (int d = 1; d < D; ++d) a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c, t.d[d]);
+inline Codes lookup(Codes c, const uint8_t* table16) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table16)), c);
+}
+
+// sum over the 4 codes of each lane of code * activation, as one integer; exact (see digit_limit). DW > 1: codes of DW
+// digits of 7 bits; what falls below the last digit kept is left out.
+template <int NB, int D, int DW>
+inline __m512i dot(const Codes* c, const Tokens& t) {
+  __m512i a = _mm512_setzero_si512();
+  if constexpr (DW <= 1) {
+    a = _mm512_dpbusd_epi32(a, c[0], t.d[0]);
+    for (int d = 1; d < D; ++d) a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c[0], t.d[d]);
+  } else {
+    for (int level = 0; level < (D > DW ? D : DW); ++level) {
+      if (level) a = _mm512_slli_epi32(a, 7);
+      for (int d = 0; d < D; ++d)
+        if (level - d >= 0 && level - d < DW) a = _mm512_dpbusd_epi32(a, c[level - d], t.d[d]);
+    }
+  }
   return a;
 }
 
 inline Acc acc_from(__m512 v) { return {v}; }
-template <int NB, int D>
-inline void add_chunk(Acc& acc, Codes c, const Tokens& t, const float* scale) {
-  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D>(c, t)), _mm512_set1_ps(*scale), acc.v);
+template <int NB, int D, int DW>
+inline void add_chunk(Acc& acc, const Codes* c, const Tokens& t, const float* scale) {
+  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D, DW>(c, t)), _mm512_set1_ps(*scale), acc.v);
 }
 struct LaneScales {  // which scale of a chunk's 64 / group_size each lane takes
   __m512i index;
@@ -92,10 +106,10 @@ struct LaneScales {  // which scale of a chunk's 64 / group_size each lane takes
     index = _mm512_load_si512(lane);
   }
 };
-template <int NB, int D>
-inline void add_chunk_lanes(Acc& acc, Codes c, const Tokens& t, const float* scales, const LaneScales& l) {
+template <int NB, int D, int DW>
+inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
   const __m512 s = _mm512_permutexvar_ps(l.index, _mm512_loadu_ps(scales));
-  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D>(c, t)), s, acc.v);
+  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D, DW>(c, t)), s, acc.v);
 }
 inline float acc_sum(const Acc& a) { return _mm512_reduce_add_ps(a.v); }
 
@@ -118,6 +132,12 @@ inline float f_hmin(Floats a) { return _mm512_reduce_min_ps(a); }
 inline Floats f_codes(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
+// table[code] for 16 codes, all below `entries`.
+inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+  if (entries <= 16) return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps((__mmask16)((1u << entries) - 1), table));
+  return _mm512_i32gather_ps(index, table, 4);
+}
 inline void f_to_codes(Floats v, uint8_t* p) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
@@ -131,16 +151,24 @@ inline Floats f_load_bf16(const uint16_t* p) {
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
-// The low byte of x, signed, goes to p; what it leaves comes back.
-inline __m512i split_digit(__m512i x, int8_t* p) {
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
-  const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24);
-  return _mm512_srai_epi32(_mm512_sub_epi32(x, low), 8);
-}
-// Whole floats as integers of `count` signed bytes in base 2^shift, the highest first, each 64 after the last.
-inline void f_store_digits(int8_t* out, Floats v, int, int count) {
+// Whole floats as integers of `count` signed digits in base 2^shift, the highest first: digits by_digit bytes apart, every
+// 4 numbers by_quad.
+inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t by_digit, int64_t by_quad) {
+  const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
   __m512i x = _mm512_cvtps_epi32(v);
-  for (int d = count - 1; d >= 0; --d) x = split_digit(x, out + 64 * d);
+  const auto put = [&](int8_t* to, __m128i b) {
+    if (by_quad == 4) return _mm_storeu_si128((__m128i*)to, b);
+    _mm_storeu_si32(to, b);
+    _mm_storeu_si32(to + by_quad, _mm_srli_si128(b, 4));
+    _mm_storeu_si32(to + 2 * by_quad, _mm_srli_si128(b, 8));
+    _mm_storeu_si32(to + 3 * by_quad, _mm_srli_si128(b, 12));
+  };
+  for (int d = count - 1; d > 0; --d) {
+    const __m512i low = _mm512_sra_epi32(_mm512_sll_epi32(x, drop), drop);
+    put(out + by_digit * d, _mm512_cvtepi32_epi8(low));
+    x = _mm512_sra_epi32(_mm512_sub_epi32(x, low), by);
+  }
+  put(out, _mm512_cvtepi32_epi8(x));
 }
 // Into the second level: aimed at the first, prefetches of a stream from memory wait for its few free slots (1.4 x slower).
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int kRows = 2, kMaxTokens = 2;
+constexpr int kRows = 2, kMaxTokens = 1;
 constexpr int kPanelRows = 4, kPanelTokens = 2;
 constexpr int kFloats = 8;
 
@@ -60,15 +60,22 @@ template <int D>
 inline Tokens load_tokens(const int8_t* p) {
   return {p};
 }
-template <int NB, int D>
-inline void dot(const Codes& c, const Tokens& t, int32_t out[16]) {
+inline Codes lookup(const Codes& c, const uint8_t* table16) {
+  Codes out;
+  for (int i = 0; i < 64; ++i) out.c[i] = table16[c.c[i]];
+  return out;
+}
+template <int NB, int D, int DW>
+inline void dot(const Codes* c, const Tokens& t, int32_t out[16]) {
   for (int i = 0; i < 16; ++i) out[i] = 0;
-  for (int d = 0; d < D; ++d)
-    for (int i = 0; i < 16; ++i) {
-      int32_t s = 0;
-      for (int j = 0; j < 4; ++j) s += (int32_t)c.c[4 * i + j] * t.p[64 * d + 4 * i + j];
-      out[i] = out[i] * 256 + s;
+  for (int level = 0; level < (D > DW ? D : DW); ++level) {
+    for (int i = 0; i < 16; ++i) out[i] *= DW > 1 ? 128 : 256;
+    for (int d = 0; d < D; ++d) {
+      if (level - d < 0 || level - d >= (DW ? DW : 1)) continue;
+      for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 4; ++j) out[i] += (int32_t)c[level - d].c[4 * i + j] * t.p[64 * d + 4 * i + j];
     }
+  }
 }
 
 inline Acc acc_from(const Floats& v) {
@@ -76,20 +83,20 @@ inline Acc acc_from(const Floats& v) {
   for (int i = 0; i < kFloats; ++i) a.v[i] = v.v[i];
   return a;
 }
-template <int NB, int D>
-inline void add_chunk(Acc& acc, const Codes& c, const Tokens& t, const float* scale) {
+template <int NB, int D, int DW>
+inline void add_chunk(Acc& acc, const Codes* c, const Tokens& t, const float* scale) {
   int32_t s[16];
-  dot<NB, D>(c, t, s);
+  dot<NB, D, DW>(c, t, s);
   for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * *scale;
 }
 struct LaneScales {
   int64_t group_size;
   explicit LaneScales(int64_t g) : group_size(g) {}
 };
-template <int NB, int D>
-inline void add_chunk_lanes(Acc& acc, const Codes& c, const Tokens& t, const float* scales, const LaneScales& l) {
+template <int NB, int D, int DW>
+inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
   int32_t s[16];
-  dot<NB, D>(c, t, s);
+  dot<NB, D, DW>(c, t, s);
   for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * scales[4 * i / l.group_size];
 }
 inline float acc_sum(const Acc& a) {
@@ -161,6 +168,9 @@ inline float f_hmin(const Floats& a) {
 inline Floats f_codes(const uint8_t* p) {
   return each([&](int i) { return (float)p[i]; });
 }
+inline Floats f_lookup(const uint8_t* codes, const float* table, int) {
+  return each([&](int i) { return table[codes[i]]; });
+}
 inline void f_to_codes(const Floats& v, uint8_t* p) {
   for (int i = 0; i < kFloats; ++i) p[i] = (uint8_t)lrintf(v.v[i]);
 }
@@ -200,13 +210,14 @@ inline Floats f_load_bf16(const uint16_t* p) {
     return f;
   });
 }
-inline void f_store_digits(int8_t* out, const Floats& v, int, int count) {
+inline void f_store_digits(int8_t* out, const Floats& v, int shift, int count, int64_t by_digit, int64_t) {
+  const int32_t base = 1 << shift;
   for (int i = 0; i < kFloats; ++i) {
     int32_t x = (int32_t)lrintf(v.v[i]);
     for (int d = count - 1; d > 0; --d) {
-      const int8_t low = (int8_t)(x & 255);
-      out[64 * d + i] = low;
-      x = (x - low) / 256;
+      const int32_t low = ((x + base / 2) & (base - 1)) - base / 2;
+      out[by_digit * d + i] = (int8_t)low;
+      x = (x - low) / base;
     }
     out[i] = (int8_t)x;
   }

@@ -13,7 +13,7 @@ inline int64_t panel_rows(const Problem& p) {
   return rows < kPanelRows ? kPanelRows : rows > 96 ? 96 : rows;
 }
 
-int64_t linear_large_scratch(const Problem& p) { return panel_rows(p) * (p.w.K + p.M) + 64; }
+int64_t linear_dense_scratch(const Problem& p) { return panel_rows(p) * (p.w.K + p.M) + 64; }
 
 template <int T>
 void panel_tile(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, float* out,
@@ -49,7 +49,7 @@ void panel_column(int64_t tokens, const float* w, int64_t w_stride, const float*
       panel_column<T - 1>(tokens - m, w, w_stride, x + m * x_stride, x_stride, depth, out + m * out_stride, out_stride);
 }
 
-void linear_large(const Problem& p, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch) {
+void linear_dense(const Problem& p, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch) {
   const int64_t K = p.w.K, rows = panel_rows(p);
   float *panel = scratch, *sums = scratch + rows * K;
   for (int64_t n = first; n < last; n += rows) {
@@ -66,7 +66,7 @@ void linear_large(const Problem& p, const float* x32, int64_t x32_stride, int64_
       float* s = sums + m * rows;
       if (p.bias)
         for (int64_t r = 0; r < count; ++r) s[r] += p.bias[n + r];
-      from_float(s, count, p.x_type, (char*)p.y + (m * p.w.N + n) * (p.x_type == DType::f32 ? 4 : 2));
+      from_float(s, count, p.x_type, (char*)p.y + (m * p.y_stride + n) * (p.x_type == DType::f32 ? 4 : 2));
     }
   }
 }

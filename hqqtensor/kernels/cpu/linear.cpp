@@ -1,0 +1,142 @@
+#include "linear.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+namespace hqqtensor {
+namespace {
+
+// Rows of x up to which a kernel is the faster one (docs/performance.md).
+constexpr int64_t kRowTokens = 1;       // linear_rows before linear_panel
+constexpr int64_t kRowTokensAlone = 16;  // linear_rows before linear_dense, where there is no linear_panel
+constexpr int64_t kBlock = 512;          // rows of x at a time: bounds the scratch memory
+
+struct Prepared {
+  const float* x;  // float32, pre-scaled
+  int64_t stride;
+};
+
+Prepared float_rows(const Problem& p, char* room) {
+  const Kernels& k = kernels();
+  if (p.x_type == DType::f32 && p.pre_scale == nullptr) return {(const float*)p.x, p.x_stride};
+  float* copy = (float*)room;
+  over(p.M, 1, p.M * p.w.K, [&](int64_t a, int64_t b) {
+    for (int64_t m = a; m < b; ++m) {
+      float* to = copy + m * p.w.K;
+      k.to_float((const char*)p.x + m * p.x_stride * size_of(p.x_type), p.x_type, p.w.K, to);
+      if (p.pre_scale)
+        for (int64_t i = 0; i < p.w.K; ++i) to[i] *= p.pre_scale[i];
+    }
+  });
+  return {copy, p.w.K};
+}
+
+int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
+  const int64_t chunks = (w.K + 63) / 64;
+  return M * (chunks * digits * 64 + 4 * step_entries(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 128;
+}
+
+bool use_rows(const Weight& w, int64_t M, int digits) {
+  const bool panel = kernels().linear_panel != nullptr;
+  return chunk_groups(w) && (panel ? M <= kRowTokens : M <= kRowTokensAlone || digits == 1);
+}
+
+Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
+  const bool rows = use_rows(w, M, digits);
+  Digits d{(int8_t*)room, nullptr, nullptr, M, (w.K + 63) / 64, step_entries(w), digits, rows ? 0 : kernels().panel_tile(w, digits)};
+  d.step = (float*)(room + M * d.chunks * digits * 64);
+  d.sum = d.step + M * d.entries;
+  return d;
+}
+
+bool integers_serve(const Weight& w, int64_t M, int digits) {
+  if (!integer_codes(w) || !quad_groups(w)) return false;
+  return kernels().linear_panel != nullptr || use_rows(w, M, digits);
+}
+
+void multiply(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step) {
+  const Kernels& k = kernels();
+  if (use_rows(p.w, p.M, d.count))
+    k.linear_rows(p, d, first, last, step, (float*)scratch(4 * k.linear_rows_scratch(p, d.entries), 1));
+  else
+    k.linear_panel(p, d, first, last, step, (float*)scratch(4 * k.linear_panel_scratch(p), 1));
+}
+
+bool multiply_integers(const Problem& p, const Prepared& x, int digits, char* room) {
+  const Kernels& k = kernels();
+  const int64_t work = p.w.N * p.w.K * p.M;
+  std::atomic<bool> whole{true};
+  if (p.w.axis == 1) {
+    const Digits d = digits_in(p.w, p.M, digits, room);
+    over(p.M, 1, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) {
+      for (int64_t m = a; m < b && whole; ++m)
+        if (!k.prepare(x.x + m * x.stride, p.w, m, d)) whole = false;
+    });
+    if (whole) over(p.w.N, 32, work, [&](int64_t a, int64_t b) { multiply(p, d, a, b, 1); });
+    return whole;
+  }
+  // Groups along rows: their scales belong to the activations, which are made anew for each group.
+  const int64_t bytes = digit_bytes(p.w, p.M, digits);
+  over(p.w.groups, 1, work, [&](int64_t a, int64_t b) {
+    char* own = scratch(bytes + 4 * (2 * p.w.K + 64), 2);
+    const Digits d = digits_in(p.w, p.M, digits, own);
+    for (int64_t g = a; g < b && whole; ++g) {
+      for (int64_t m = 0; m < p.M && whole; ++m)
+        if (!k.prepare_axis0(x.x + m * x.stride, p.w, g, m, d, (float*)(own + (bytes + 63) / 64 * 64))) whole = false;
+      if (whole) multiply(p, d, g, p.w.N, p.w.groups);
+    }
+  });
+  return whole;
+}
+
+bool run_block(const Problem& p, int digits) {
+  const Kernels& k = kernels();
+  const bool integers = integers_serve(p.w, p.M, digits);
+  const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
+  char* room = scratch(ints + 4 * (p.M * p.w.K + 16) + 64, 0);
+  const Prepared x = float_rows(p, room + ints);
+  if (integers && multiply_integers(p, x, digits, room)) return true;
+  if (digits == 1) return false;
+  over(p.w.N, 12, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
+    k.linear_dense(p, x.x, x.stride, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));
+  });
+  return true;
+}
+
+}  // namespace
+
+char* scratch(int64_t bytes, int slot) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[3];
+  Buffer& b = buffers[slot];
+  if (b.size < bytes) {
+    std::free(b.data);
+    b.size = (bytes + 4095) / 4096 * 4096;
+    b.data = std::aligned_alloc(64, (size_t)b.size);
+    if (b.data == nullptr) {
+      b.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return (char*)b.data;
+}
+
+bool run_linear(Problem p, int digits) {
+  if (p.w.N == 0) return true;
+  const int64_t M = p.M;
+  for (int64_t m = 0; m < M; m += kBlock) {
+    Problem part = p;
+    part.M = std::min(kBlock, M - m);
+    part.x = (const char*)p.x + m * p.x_stride * size_of(p.x_type);
+    part.y = (char*)p.y + m * p.y_stride * size_of(p.x_type);
+    if (!run_block(part, digits)) return false;
+  }
+  return true;
+}
+
+}  // namespace hqqtensor
