@@ -15,6 +15,10 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+SPIN = 12
+"""Loops of so few instructions wait for a barrier; they belong to the loop around them."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """An architecture, and the device whose figures stand for it: bytes/s, Hz, dense 16-bit multiply-adds a second x 2."""
@@ -126,12 +130,12 @@ def _read_nvidia(cubin: bytes, shared: int) -> Compiled:
     loops = [
         (labels[jump[1]], i)
         for i, line in enumerate(lines)
-        if (jump := re.search(r"BRA.*?`\((\.L_x_\d+)\)", line)) and labels.get(jump[1], i) < i - 4
+        if (jump := re.search(r"BRA.*?`\((\.L_x_\d+)\)", line)) and labels.get(jump[1], i) < i - SPIN
     ]
     body, looped = _main(lines, loops, r"MMA")
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in body)
     spills = sum(1 for line in lines if re.search(r"\b(STL|LDL)\b", line))
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     return Compiled(registers, spills, shared, names, looped)
 
 
@@ -147,7 +151,7 @@ def _read_amd(text: str, shared: int) -> Compiled:
     loops = [
         (labels[jump[1]], i)
         for i, line in enumerate(lines)
-        if (jump := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)) and labels.get(jump[1], i) < i - 4
+        if (jump := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)) and labels.get(jump[1], i) < i - SPIN
     ]
     body, looped = _main(lines, loops, r"v_mfma")
 

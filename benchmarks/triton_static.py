@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 
 from benchmarks import static_gemlite
 from benchmarks.static_compile import LIMITS, Compiled, compile_kernel
@@ -65,14 +66,14 @@ def compile_linear(variant: Variant) -> Compiled:
     constants = {
         "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": {4: 1, 6: 2, 8: 3}.get(variant.nbits, 0),
         "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
-        "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "RAGGED": False,
-        "ASM": asm[0], "CONSTRAINTS": asm[1], "PRECISION": precision(device), "SCALE": chosen.scale,
+        "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
+        "ASM": asm[0], "CONSTRAINTS": asm[1], "DOT": getattr(tl, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[variant.dtype]), "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
-    types |= {"qdata": "*u8", "shifts": "*u8", "table": "*fp32", "partial": "*fp32", "arrived": "*i32"}
+    types |= {"qdata": "*u8", "shifts": "*u8", "table": "*fp32", "partial": "*fp32"} | dict.fromkeys(("arrived", "offsets"), "*i32")
     types |= dict.fromkeys(META, "*fp32")
     return compile_kernel(linear_kernel, types, constants, variant.arch, options(tile, variant.arch), ("N", "K", "row_bytes", "columns"))
 

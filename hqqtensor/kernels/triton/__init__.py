@@ -39,7 +39,7 @@ def _lazy(op: str) -> Callable[..., Tensor]:
 register_backend(
     Backend(
         "triton",
-        {op: _lazy(op) for op in ("linear", "batched_linear", "embedding", "dequantize")},
+        {op: _lazy(op) for op in ("linear", "batched_linear", "grouped_linear", "embedding", "dequantize")},
         DEVICES,
         why_unavailable,
     )

@@ -24,6 +24,9 @@ def dequantize_kernel(
     inside = at < R
     at = tl.minimum(at, R - 1)
     rn = tl.load(indices + at) if HAS_INDICES else at
+    # A row that is not there reads as NaN; memory past the weight is never touched.
+    there = (rn >= 0) & (rn < N)
+    rn = tl.minimum(tl.maximum(rn, 0), N - 1)
     rows = qdata + (expert * N + rn) * row_bytes
     scale += expert * scale_rows * columns
     if HAS_ZERO:
@@ -49,6 +52,8 @@ def dequantize_kernel(
             if HAS_ZERO:
                 w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
             w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
+            if HAS_INDICES:
+                w = tl.where(there[:, None], w, float("nan"))
             tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None])
     else:
         last = block * 128 + tl.arange(0, 128)
@@ -59,4 +64,6 @@ def dequantize_kernel(
         if HAS_ZERO:
             rest -= group_value(zero, zero_scale, zero_zero, r, group, columns, zero_meta_rows, META_ZERO)
         rest *= group_value(scale, scale_scale, scale_zero, r, group, columns, scale_meta_rows, META_SCALE)
+        if HAS_INDICES:
+            rest = tl.where(there[:, None], rest, float("nan"))
         tl.store(target + last[None, :], rest.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from hqqtensor.formats import get_format
@@ -15,11 +16,13 @@ from hqqtensor.kernels.triton.config import Device, Plan, Problem, options, plan
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
+from hqqtensor.ops import reference
 from hqqtensor.packing import row_bytes
 
 MINIFLOATS = {"fp4": 1, "fp6": 2, "fp8": 3}
 """Mantissa bits of the formats that are decoded by moving bits."""
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = tuple(_TL)
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ def linear(
     in_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
     """x ``[..., K]`` times the transpose of packed weights ``[N, K]``, plus bias: ``[..., N]`` in x's dtype."""
+    if activation != "float":
+        args = (x, qdata, scale, zero_point, bias, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
+        return reference.linear(*args, activation)
     weight = _weight(qdata.unsqueeze(0), scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    flat = x.reshape(1, -1, in_features)
-    out = _product(flat, weight, bias, act_pre_scale, activation)
+    out = _product(x.reshape(1, -1, in_features), weight, bias, act_pre_scale)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -49,8 +54,24 @@ def batched_linear(
     meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
     """x ``[E, M, K]`` times the transpose of each of E packed weights ``[E, N, K]``: ``[E, M, N]``."""
+    if activation != "float":
+        args = (x, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
+        return reference.batched_linear(*args, activation)
     weight = _weight(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    return _product(x, weight, None, act_pre_scale, activation)
+    return _product(x, weight, None, act_pre_scale)
+
+
+def grouped_linear(
+    x: Tensor, offsets: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
+    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """Rows of x ``[S, K]`` in runs, run e (up to offsets[e]) times the transpose of weight e of ``[E, N, K]``: ``[S, N]``;
+    rows from offsets[-1] on are zero. Nothing waits for the offsets to reach the host."""
+    if activation != "float":
+        args = (x, offsets, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
+        return reference.grouped_linear(*args, activation)
+    weight = _weight(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
+    return _product(x.unsqueeze(0), weight, None, act_pre_scale, offsets).squeeze(0)
 
 
 def dequantize(
@@ -67,7 +88,8 @@ def embedding(
     indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int,
     format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Rows ``indices`` (any shape, int; the caller has them within 0 .. N - 1) of packed weights ``[N, K]``."""
+    """Rows ``indices`` (any shape, int) of packed weights ``[N, K]``; one outside 0 .. N - 1 gives a row of NaN, for an
+    error would have to wait for the device."""
     weight = _weight(qdata.unsqueeze(0), scale, zero_point, meta, nbits, format, group_size, axis, in_features)
     return _dense(weight, indices.reshape(-1).contiguous(), dtype).reshape(*indices.shape, in_features)
 
@@ -126,7 +148,7 @@ def _weight(
     if format == "codebook":
         if zero_point is None:
             raise ValueError("format 'codebook' needs its entries in the place of zero_point")
-        kind, table, zero_point = 2, zero_point.float().contiguous(), None
+        kind, table, zero_point = 2, _entries(zero_point, qdata), None
     elif format in MINIFLOATS:
         kind, mantissa = 1, MINIFLOATS[format]
     elif format != "int":
@@ -160,37 +182,46 @@ def _weight(
     return _Weight(tensors, sizes, constants, qdata.shape[0])
 
 
-def _product(x: Tensor, weight: _Weight, bias: Tensor | None, pre: Tensor | None, activation: str) -> Tensor:
-    if activation != "float":
-        raise ValueError(f"the Triton kernels take activation 'float', got {activation!r}")
+def _product(
+    x: Tensor, weight: _Weight, bias: Tensor | None, pre: Tensor | None, offsets: Tensor | None = None
+) -> Tensor:
+    """x ``[E, M, K]``, or ``[1, S, K]`` in runs that end before ``offsets``."""
     if x.dtype not in DTYPES:
         raise TypeError(f"activations must be one of {[str(d) for d in DTYPES]}, got {x.dtype}")
-    experts, M, K = x.shape
-    N = weight.sizes["N"]
-    out = x.new_empty(experts, M, N)
-    if out.numel() == 0:
-        return out
+    M, N, K, experts = x.shape[1], weight.sizes["N"], weight.sizes["K"], weight.experts
     device = describe(x.device)
+    make = x.new_empty if offsets is None else x.new_zeros
+    out = make(*x.shape[:2], N, dtype=_computed(x.dtype, device))
+    if out.numel() == 0:
+        return out.to(x.dtype)
     constants = weight.constants
+    usual = M if offsets is None else -(-M // experts)
     problem = Problem(
-        M, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size()
+        usual, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size()
     )
     x = x.contiguous()
 
     def run(chosen: Plan) -> None:
-        _launch(x, weight, bias, pre, out, device, chosen)
+        _launch(x, weight, bias, pre, offsets, out, device, chosen)
 
     run(autotune.choose(problem, device, str(x.dtype), constants["KIND"], run) or plan(problem, device))
-    return out
+    return out.to(x.dtype)
 
 
 def _launch(
-    x: Tensor, weight: _Weight, bias: Tensor | None, pre: Tensor | None, out: Tensor, device: Device, chosen: Plan
-) -> None:
+    x: Tensor, weight: _Weight, bias: Tensor | None, pre: Tensor | None, offsets: Tensor | None, out: Tensor,
+    device: Device, chosen: Plan,
+) -> None:  # fmt: skip
     none = _placeholder(x.device)
-    experts, M, K = x.shape
-    tile, N = chosen.tile, out.shape[-1]
-    tiles = -(-M // tile.block_m) * -(-N // tile.block_n)
+    tile, N, K = chosen.tile, weight.sizes["N"], weight.sizes["K"]
+    M, experts, padded = x.shape[1], x.shape[0], 0
+    tiles = -(-M // tile.block_m)
+    if offsets is not None:
+        # Each expert may end in a tile that is not full.
+        tiles, padded = tiles + weight.experts, triton.next_power_of_2(weight.experts)
+        offsets = torch.nn.functional.pad(offsets.to(torch.int32), (0, padded - weight.experts), mode="constant")
+        offsets = torch.cummax(offsets, 0).values
+    tiles *= -(-N // tile.block_n)
     partial = arrived = none
     if tile.split_k > 1:
         partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
@@ -198,11 +229,12 @@ def _launch(
     asm = decoder_text(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype)
     linear_kernel[(tiles, tile.split_k, experts)](
         x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
-        out=out, partial=partial, arrived=arrived, M=M, blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split,
-        HAS_BIAS=bias is not None, HAS_PRE=pre is not None, RAGGED=chosen.blocks * 128 < K,
-        ASM=asm[0], CONSTRAINTS=asm[1], PRECISION=precision(device), SCALE=chosen.scale, SPLIT_K=tile.split_k,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width, RUN=chosen.run, UNROLL=tile.unroll,
-        STAGES=tile.stages, **options(tile, device.arch), **weight.tensors, **weight.sizes, **weight.constants,
+        offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
+        blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
+        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, ASM=asm[0], CONSTRAINTS=asm[1], DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
+        SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
+        RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **weight.tensors,
+        **weight.sizes, **weight.constants,
     )  # fmt: skip
 
 
@@ -211,15 +243,20 @@ def _dense(weight: _Weight, indices: Tensor | None, dtype: torch.dtype) -> Tenso
         raise TypeError(f"dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
     qdata, K = weight.tensors["qdata"], weight.sizes["K"]
     rows = weight.sizes["N"] if indices is None else indices.numel()
-    out = qdata.new_empty(weight.experts, rows, K, dtype=dtype)
+    out = qdata.new_empty(weight.experts, rows, K, dtype=_computed(dtype, describe(qdata.device)))
     if out.numel() == 0:
-        return out
+        return out.to(dtype)
     block = 32
     dequantize_kernel[(-(-rows // block), -(-K // 128), weight.experts)](
         indices=_placeholder(qdata.device) if indices is None else indices, out=out, R=rows, blocks=K // 128,
         HAS_INDICES=indices is not None, BLOCK_R=block, **weight.tensors, **weight.sizes, **weight.constants,
     )  # fmt: skip
-    return out
+    return out.to(dtype)
+
+
+def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
+    """The dtype of products and results: float32 for bfloat16 under the interpreter, which computes with its bits."""
+    return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
 
 
 def decoder_text(device: Device, kind: int, nbits: int, dtype: torch.dtype) -> tuple[str, str]:
@@ -258,6 +295,13 @@ def shift_table(device: torch.device) -> Tensor:
     """Where the bits of a narrower plane begin in a byte, by column: 64 entries for planes of 1 bit, 64 for 2 bits."""
     columns = torch.arange(64)
     return torch.cat([columns // 16, columns // 32 * 2]).to(torch.uint8).to(device)
+
+
+def _entries(entries: Tensor, qdata: Tensor) -> Tensor:
+    """Learned entries as float32 ``[2**nbits]``, or a row of them for each row of each expert."""
+    if entries.numel() == entries.shape[-1]:
+        return entries.flatten().float().contiguous()
+    return entries.float().expand(*qdata.shape[:-1], entries.shape[-1]).contiguous()
 
 
 @cache

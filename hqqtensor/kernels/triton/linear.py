@@ -29,45 +29,67 @@ GROUP_SUMS, ROWS, ELEMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def load_x(x, pre, rm, k, K, mask, HAS_PRE: tl.constexpr, MASKED: tl.constexpr):
-    """Activations ``[k, m]`` (K by rows), times ``act_pre_scale`` rounded to their dtype, as the reference has it."""
-    pointers = x + rm[None, :] * K + k[:, None]
+def load_x(x, pre, rm, k, K, mask, DOT: tl.constexpr, HAS_PRE: tl.constexpr, MASKED: tl.constexpr):
+    """Activations ``[k, m]`` (K by rows) as DOT, times ``act_pre_scale``."""
+    pointers = x + rm[None, :].to(tl.int64) * K + k[:, None]
     if MASKED:
         out = tl.load(pointers, mask=mask[:, None], other=0.0)
-        if HAS_PRE:
-            out = out * tl.load(pre + k, mask=mask, other=0.0).to(out.dtype)[:, None]
     else:
         out = tl.load(pointers)
-        if HAS_PRE:
-            out = out * tl.load(pre + k).to(out.dtype)[:, None]
-    return out
+    if HAS_PRE:
+        # Columns that are masked hold zeros already; the last entry stands in for those past the end.
+        out = out.to(tl.float32) * tl.load(pre + tl.minimum(k, K - 1)).to(tl.float32)[:, None]
+    return out.to(DOT)
 
 
 @triton.jit
 def linear_kernel(
-    x, qdata, scale, zero, bias, pre, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, out, partial, arrived,
-    M, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks, blocks_a_split,
+    x, qdata, scale, zero, bias, pre, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, offsets,
+    out, partial, arrived, M, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks, blocks_a_split,
     NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
     GROUP: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
     META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PRE: tl.constexpr,
-    RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
+    EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x ``[E, M, K]``, qdata ``[E, N, row_bytes]``, out ``[E, M, N]``; grid (tiles of N and M, SPLIT_K, E).
 
+    With EXPERTS (their number padded to a power of two, ``offsets`` padded with its last entry), x is ``[S, K]`` in runs
+    of rows for one expert each, ending before offsets; grid (tiles of M that any such runs can need x tiles of N, SPLIT_K).
     columns, scale_rows: shape of each expert's scale. WIDTH: bytes a row that one dot takes. UNROLL: blocks of 128
     codes a turn of the loop. partial: float32 ``[tiles, SPLIT_K, BLOCK_N, BLOCK_M]``; arrived: int32 zeros, one a tile.
     """
-    expert = tl.program_id(2).to(tl.int64)
     part = tl.program_id(1)
-    tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
-    row = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if EXPERTS > 0:
+        # The tile's expert is the one at which the count of tiles of M, summed over the experts, passes its own.
+        index = tl.arange(0, EXPERTS)
+        ends = tl.load(offsets + index)
+        starts = tl.where(index == 0, 0, tl.load(offsets + tl.maximum(index - 1, 0)))
+        tiles = tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M)
+        past = tl.cumsum(tiles, 0)
+        own = tile // tl.cdiv(N, BLOCK_N)
+        expert = tl.sum((past <= own).to(tl.int32), 0)
+        if expert >= EXPERTS:
+            return
+        here = index == expert
+        at = own - tl.sum(tl.where(here, past - tiles, 0), 0)
+        m = tl.sum(tl.where(here, starts, 0), 0) + at * BLOCK_M + tl.arange(0, BLOCK_M)
+        limit = tl.sum(tl.where(here, ends, 0), 0)
+        row = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_row = 0
+    else:
+        expert = tl.program_id(2)
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        row = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        limit = M
+        first_row = expert * M
+    expert = expert.to(tl.int64)
     # Rows past the end repeat the last one: no masks in the loop, and nothing of theirs is stored.
     rn = tl.minimum(row, N - 1)
-    rm = tl.minimum(m, M - 1)
-    x += expert * M * K
+    rm = first_row + tl.minimum(m, limit - 1)
     rows = qdata + (expert * N + rn) * row_bytes
     scale += expert * scale_rows * columns
     if HAS_ZERO:
@@ -87,8 +109,7 @@ def linear_kernel(
     STEP: tl.constexpr = 2 if NBITS == 1 else 1
     DIFFER: tl.constexpr = NBITS == 1 and GROUP % 256 != 0
     HALVES: tl.constexpr = 2 if DIFFER and SCALE == GROUP_SUMS else 1
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.bfloat16 else tl.float16
+    HALF: tl.constexpr = tl.bfloat16 if DOT == tl.bfloat16 else tl.float16
     column = tl.arange(0, WIDTH)
     if NBITS == 1:
         offset = column // 16 * 128 + column % 16
@@ -117,15 +138,15 @@ def linear_kernel(
                         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                         for J in tl.static_range(J0, J0 + RUN):
                             k = (turn + u) * 128 + (16 * P * J + FIRST) + offset
-                            xk = load_x(x, pre, rm, k, K, column // 16 == H, HAS_PRE, HALVES == 2)
+                            xk = load_x(x, pre, rm, k, K, column // 16 == H, DOT, HAS_PRE, HALVES == 2)
                             if ASM != "":
                                 w = decoded[J]
                             else:
                                 w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
                             if SCALE == GROUP_SUMS:
-                                dot = tl.dot(w.to(DTYPE), xk, dot, input_precision=PRECISION)
+                                dot = tl.dot(w.to(DOT), xk, dot, input_precision=PRECISION)
                                 if HAS_ZERO:
-                                    same = ones(planes, ASM, HALF).to(DTYPE)
+                                    same = ones(planes, ASM, HALF).to(DOT)
                                     sums = tl.dot(same, xk, sums, input_precision=PRECISION)
                             else:
                                 w = w.to(tl.float32)
@@ -155,7 +176,7 @@ def linear_kernel(
                                     w *= group_value(
                                         scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE
                                     )
-                                acc = tl.dot(w.to(DTYPE), xk, acc, input_precision=PRECISION)
+                                acc = tl.dot(w.to(DOT), xk, acc, input_precision=PRECISION)
                         if SCALE == GROUP_SUMS:
                             if HAS_ZERO:
                                 dot -= z[:, None] * sums
@@ -165,7 +186,7 @@ def linear_kernel(
         for start in range(blocks * 128, K, 32):
             k = start + tl.arange(0, 32)
             inside = k < K
-            xk = load_x(x, pre, rm, k, K, inside, HAS_PRE, True)
+            xk = load_x(x, pre, rm, k, K, inside, DOT, HAS_PRE, True)
             w = value(gather_codes(rows, k, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
             k = tl.minimum(k, K - 1)
             r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
@@ -173,26 +194,26 @@ def linear_kernel(
             if HAS_ZERO:
                 w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
             w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
-            acc = tl.dot(w.to(DTYPE), xk, acc, input_precision=PRECISION)
+            acc = tl.dot(w.to(DOT), xk, acc, input_precision=PRECISION)
 
     if SPLIT_K > 1:
         # The program that arrives last adds the parts in their order, so results do not vary from run to run.
-        at = expert * tl.num_programs(0) + tile
+        spot = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tile
         inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        spot = partial + at * (SPLIT_K * BLOCK_N * BLOCK_M) + inner
-        tl.store(spot + part * (BLOCK_N * BLOCK_M), acc)
+        pieces = partial + spot * (SPLIT_K * BLOCK_N * BLOCK_M) + inner
+        tl.store(pieces + part * (BLOCK_N * BLOCK_M), acc)
         tl.debug_barrier()
-        before = tl.atomic_add(arrived + at, 1, sem="acq_rel")
+        before = tl.atomic_add(arrived + spot, 1, sem="acq_rel")
         if before != SPLIT_K - 1:
             return
         tl.debug_barrier()
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for i in range(SPLIT_K):
-            acc += tl.load(spot + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            acc += tl.load(pieces + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
     if HAS_BIAS:
         acc += tl.load(bias + rn).to(tl.float32)[:, None]
     tl.store(
-        out + (expert * M + m[None, :]) * N + row[:, None],
-        acc.to(DTYPE),
-        mask=(row[:, None] < N) & (m[None, :] < M),
+        out + (first_row + m[None, :]).to(tl.int64) * N + row[:, None],
+        acc.to(out.dtype.element_ty),
+        mask=(row[:, None] < N) & (m[None, :] < limit),
     )
