@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hqqtensor.ops.backend import Backend, register_backend
 
+OPERATORS = ("linear", "batched_linear", "grouped_linear", "embedding", "dequantize")
 DEVICES = ("cuda", "xpu")
 """HIP devices call themselves "cuda" in PyTorch."""
 
@@ -36,11 +37,4 @@ def _lazy(op: str) -> Callable[..., Tensor]:
     return run
 
 
-register_backend(
-    Backend(
-        "triton",
-        {op: _lazy(op) for op in ("linear", "batched_linear", "grouped_linear", "embedding", "dequantize")},
-        DEVICES,
-        why_unavailable,
-    )
-)
+register_backend(Backend("triton", {op: _lazy(op) for op in OPERATORS}, DEVICES, why_unavailable))

@@ -181,6 +181,28 @@ def scaling(problem: Problem) -> tuple[int, int, int]:
     return _rows_or_sums(problem), width, run
 
 
+@dataclass(frozen=True)
+class DensePlan:
+    """How dense weights are made: bytes of a row at a time, whether one scale serves them, rows a program."""
+
+    width: int
+    row_scales: bool
+    rows: int
+
+
+WARPS_DENSE = 4
+
+
+def plan_dense(nbits: int, group_size: int, axis: int, warp: int = 32) -> DensePlan:
+    """warp: threads of one. Rows are as many as give each thread 16 bytes."""
+    whole = width = 16 * PLANES[nbits][0]
+    while axis == 1 and width > 16 and group_size % width:
+        width //= 2
+    row_scales = axis == 1 and group_size % width == 0
+    width = width if row_scales else whole
+    return DensePlan(width, row_scales, max(16, 16 * WARPS_DENSE * warp // width))
+
+
 def _rows_or_sums(problem: Problem) -> int:
     return GROUP_SUMS if problem.M <= SUMS_UP_TO else ROWS
 

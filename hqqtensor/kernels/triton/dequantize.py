@@ -12,11 +12,13 @@ def dequantize_kernel(
     R, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks,
     NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
     GROUP: tl.constexpr, AXIS: tl.constexpr, HAS_ZERO: tl.constexpr,
-    META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_INDICES: tl.constexpr, BLOCK_R: tl.constexpr,
+    META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_INDICES: tl.constexpr, ROW_SCALES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out ``[E, R, K]``: row r of expert e is row indices[r], or r, of qdata ``[E, N, row_bytes]``.
 
-    Grid (tiles of R, blocks of 128 codes with the ragged last one, E); ``blocks`` counts the full ones.
+    Grid (tiles of R, blocks of 128 codes with the ragged last one, E); ``blocks`` counts the full ones. WIDTH: bytes of
+    a row at a time; with ROW_SCALES their codes share a group.
     """
     expert = tl.program_id(2).to(tl.int64)
     block = tl.program_id(1)
@@ -44,17 +46,22 @@ def dequantize_kernel(
 
     P: tl.constexpr = widest(NBITS)
     if block < blocks:
-        planes = load_planes(rows, shifts, block, 0, 16 * P, NBITS)
-        for J in tl.static_range(8 // P):
-            k = block * 128 + 16 * P * J + tl.arange(0, 16 * P)
-            w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
-            c = (k // GROUP if AXIS == 1 else k)[None, :]
-            if HAS_ZERO:
-                w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
-            w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
-            if HAS_INDICES:
-                w = tl.where(there[:, None], w, float("nan"))
-            tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None])
+        for FIRST in tl.static_range(0, 16 * P, WIDTH):
+            planes = load_planes(rows, shifts, block, FIRST, WIDTH, NBITS)
+            for J in tl.static_range(8 // P):
+                start = block * 128 + (16 * P * J + FIRST)
+                k = start + tl.arange(0, WIDTH)
+                w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+                if ROW_SCALES:  # the tile lies within a group
+                    c = (start // GROUP + tl.zeros((1,), tl.int32))[None, :]
+                else:
+                    c = (k // GROUP if AXIS == 1 else k)[None, :]
+                if HAS_ZERO:
+                    w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
+                w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
+                if HAS_INDICES:
+                    w = tl.where(there[:, None], w, float("nan"))
+                tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None])
     else:
         last = block * 128 + tl.arange(0, 128)
         rest = value(gather_codes(rows, last, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.kernels.triton import autotune, ptx
-from hqqtensor.kernels.triton.config import Device, Plan, Problem, options, plan
+from hqqtensor.kernels.triton.config import WARPS_DENSE, Device, Plan, Problem, options, plan, plan_dense
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
@@ -246,10 +246,12 @@ def _dense(weight: _Weight, indices: Tensor | None, dtype: torch.dtype) -> Tenso
     out = qdata.new_empty(weight.experts, rows, K, dtype=_computed(dtype, describe(qdata.device)))
     if out.numel() == 0:
         return out.to(dtype)
-    block = 32
-    dequantize_kernel[(-(-rows // block), -(-K // 128), weight.experts)](
+    constants, device = weight.constants, describe(qdata.device)
+    found = plan_dense(constants["NBITS"], constants["GROUP"], constants["AXIS"], 64 if "gfx" in device.arch else 32)
+    dequantize_kernel[(-(-rows // found.rows), -(-K // 128), weight.experts)](
         indices=_placeholder(qdata.device) if indices is None else indices, out=out, R=rows, blocks=K // 128,
-        HAS_INDICES=indices is not None, BLOCK_R=block, **weight.tensors, **weight.sizes, **weight.constants,
+        HAS_INDICES=indices is not None, ROW_SCALES=found.row_scales, WIDTH=found.width, BLOCK_R=found.rows,
+        num_warps=WARPS_DENSE, **weight.tensors, **weight.sizes, **constants,
     )  # fmt: skip
     return out.to(dtype)
 
