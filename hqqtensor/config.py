@@ -12,9 +12,10 @@ from hqqtensor.solvers import get_solver
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("float", "int8")
+CODEBOOKS = ("tensor", "row")
 _LAYER_FIELDS = (
     "nbits", "group_size", "axis", "format", "solver", "scale_dtype", "quant_scale", "quant_zero",
-    "compute_dtype", "view_as_float", "lp_norm", "activation",
+    "compute_dtype", "view_as_float", "lp_norm", "activation", "codebook", "integer_zero",
 )  # fmt: skip
 _DTYPE_FIELDS = ("scale_dtype", "compute_dtype")
 
@@ -24,10 +25,11 @@ class HqqConfig(AOBaseConfig):
     """Settings of half-quadratic weight-only quantization; every one is checked here (ValueError).
 
     nbits: bits a code, 1 to 8.
-    group_size: weights that share a scale and a zero point; None for a whole row (axis 1) or column (axis 0).
+    group_size: weights that share a scale (and a zero point); None for a whole row (axis 1) or column (axis 0).
     axis: 1 groups along in_features, 0 along out_features.
-    format: number format of the codes, see ``hqqtensor.formats``.
-    solver: "hqq_joint", "hqq" (the published one) or "rtn".
+    format: number format of the codes: "int" (1 to 8 bits), "fp4", "fp6", "fp8", "nf4" or "codebook" (learned, 1 to 4
+        bits), see ``hqqtensor.formats``. Only "int" has zero points.
+    solver: "hqq_joint", "hqq" (the published one, for "int" only) or "rtn".
     scale_dtype: storage dtype of scale and zero point (float16, bfloat16, float32). None takes float16 where
         it holds every scale and zero point of the weight well, else float32.
     quant_scale, quant_zero: keep scales / zero points as 8-bit codes in groups of 128.
@@ -39,8 +41,10 @@ class HqqConfig(AOBaseConfig):
     view_as_float: keep the packed bytes viewed as the weight's floating dtype.
     weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
     lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
-    activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for each
-        token and group of features (see docs/performance.md for speed and error).
+    activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
+        each token and group of features (see docs/performance.md for speed and error).
+    integer_zero: zero points are integers, at the price of about 14 % more squared error.
+    codebook: for the format "codebook", whether the "tensor" or each "row" (axis 1 only) has entries of its own.
     """
 
     nbits: int = 4
@@ -58,6 +62,8 @@ class HqqConfig(AOBaseConfig):
     weight_quant_params: dict[str, Any] | None = None
     lp_norm: float = 2.0
     activation: str = "float"
+    codebook: str = "tensor"
+    integer_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_quant_params is not None:
@@ -73,17 +79,34 @@ class HqqConfig(AOBaseConfig):
     def _check(self) -> None:
         fmt = get_format(self.format)
         if not _is_int(self.nbits) or self.nbits not in fmt.widths:
-            raise ValueError(f"nbits must be an integer out of {list(fmt.widths)}, got {self.nbits!r}")
+            raise ValueError(
+                f"nbits must be an integer out of {list(fmt.widths)} for format {self.format!r}, got {self.nbits!r}"
+            )
         if self.group_size is not None and (not _is_int(self.group_size) or self.group_size < 1):
             raise ValueError(f"group_size must be a positive integer or None, got {self.group_size!r}")
         if not _is_int(self.axis) or self.axis not in (0, 1):
             raise ValueError(f"axis must be 0 (along out_features) or 1 (along in_features), got {self.axis!r}")
         get_solver(self.solver)
+        if self.solver == "hqq" and not fmt.has_zero_point:
+            raise ValueError(
+                f'solver "hqq" moves zero points, which format {self.format!r} has not; use "hqq_joint" or "rtn"'
+            )
+        if self.quant_zero and not fmt.has_zero_point:
+            raise ValueError(f"quant_zero needs zero points, which format {self.format!r} has not")
+        if self.integer_zero and (not fmt.has_zero_point or self.solver == "hqq" or self.quant_zero):
+            raise ValueError(
+                'integer_zero needs format "int", solver "hqq_joint" or "rtn", and quant_zero=False; '
+                f"got {self.format!r}, {self.solver!r}, quant_zero={self.quant_zero}"
+            )
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(f"codebook must be one of {list(CODEBOOKS)}, got {self.codebook!r}")
+        if fmt.learned and self.codebook == "row" and self.axis == 0:
+            raise ValueError('codebook "row" needs axis 1: with axis 0 a group runs across rows')
         if self.scale_dtype not in (None, *SCALE_DTYPES):
             raise ValueError(f"scale_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.scale_dtype}")
         if self.compute_dtype not in (None, *SCALE_DTYPES):
             raise ValueError(f"compute_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.compute_dtype}")
-        for name in ("quant_scale", "quant_zero", "view_as_float"):
+        for name in ("quant_scale", "quant_zero", "view_as_float", "integer_zero"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.lp_norm, (int, float)) or not 0 < self.lp_norm <= 2:

@@ -1,18 +1,20 @@
 """From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hqqtensor.config import HqqConfig
-from hqqtensor.formats import get_format
+from hqqtensor.formats import Levels, get_format
 from hqqtensor.kernels import cpu
 from hqqtensor.ops.backend import serves
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
+from hqqtensor.solvers.coarse_zero import is_coarse, refit
+from hqqtensor.solvers.codebook import learn
 
 META_GROUP = 128
 """Scales (or zero points) that share their own 8-bit scale under quant_scale and quant_zero."""
@@ -20,11 +22,14 @@ META_GROUP = 128
 
 @dataclass(frozen=True)
 class Encoded:
-    """``qdata`` uint8 ``[..., N, row_bytes]``; ``scale``, ``zero_point`` plain, or themselves encoded."""
+    """``qdata`` uint8 ``[..., N, row_bytes]``; ``scale``, ``zero_point`` plain, or themselves encoded.
+
+    ``zero_point`` is None for formats without one; for a learned codebook it holds the entries.
+    """
 
     qdata: Tensor
     scale: "Tensor | Encoded"
-    zero_point: "Tensor | Encoded"
+    zero_point: "Tensor | Encoded | None"
     nbits: int
     group_size: int
     axis: int
@@ -64,38 +69,83 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
     extent = weight.shape[-1] if config.axis == 1 else weight.shape[-2]
     group_size = config.group_size or extent
     *lead, out_features, in_features = weight.shape
+    fmt = get_format(config.format)
     if config.axis == 1:
-        matrices = [weight.reshape(-1, in_features)]
         shape = [*lead, out_features, -(-in_features // group_size)]
     else:
-        matrices = list(weight.reshape(-1, out_features, in_features))
         shape = [*lead, -(-out_features // group_size), in_features]
+    if config.axis == 1 and not fmt.learned:
+        matrices = [weight.reshape(-1, in_features)]
+    else:
+        matrices = list(weight.reshape(-1, out_features, in_features))
     solutions = [_solve(matrix, group_size, config) for matrix in matrices]
     inverse = torch.stack([s.inverse_scale for s in solutions]).reshape(shape)
-    zero_point = torch.stack([s.zero_point for s in solutions]).reshape(shape)
+    zeros = [s.zero_point for s in solutions if s.zero_point is not None]
+    zero_shape = [*lead, -1, zeros[0].shape[-1]] if fmt.learned else shape
+    zero_point = torch.stack(zeros).reshape(zero_shape) if zeros else None
     scale = inverse.reciprocal()
-    dtype = config.scale_dtype or _storage_dtype(scale, zero_point)
+    dtype = config.scale_dtype or _storage_dtype(scale, zero_point if fmt.has_zero_point else None)
     stored_scale, seen_scale = _store(scale, dtype, config.quant_scale, "scale")
-    stored_zero, seen_zero = _store(zero_point, dtype, config.quant_zero, "zero_point")
+    stored_zero: Tensor | Encoded | None = None
+    seen_zero = zero_point
+    if zero_point is not None and fmt.learned:
+        stored_zero = zero_point.to(codebook_dtype(config))
+    elif zero_point is not None:
+        stored_zero, seen_zero = _store(zero_point, dtype, config.quant_zero, "zero_point")
     if not solutions[0].exact_encode:
         # A scale that rounding or 8 bits made zero can reach nothing but zero itself, whatever the code.
         inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
     qdata = weight.new_empty(*lead, out_features, row_bytes(in_features, config.nbits), dtype=torch.uint8)
     many = len(matrices)
     rows = qdata.reshape(many, -1, qdata.shape[-1])
-    inverses, zeros = (t.reshape(many, -1, shape[-1]) for t in (inverse, zero_point))
-    for matrix, inv, zero, out in zip(matrices, inverses, zeros, rows, strict=True):
+    split = [[None] * many if t is None else t.reshape(many, -1, t.shape[-1]) for t in (inverse, zero_point)]
+    for matrix, inv, zero, out in zip(matrices, *split, rows, strict=True):
         _assign(matrix, inv, zero, out, group_size, config)
     return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
 
 
 def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
+    """Solve ``[N, K]``, with zero points that can be stored where storage is coarse."""
+    found = _solve_freely(matrix, group_size, config)
+    dtype = None if config.integer_zero else config.scale_dtype
+    if found.zero_point is None or not get_format(config.format).has_zero_point or config.solver == "hqq":
+        return found
+    if config.solver == "rtn":
+        return replace(found, zero_point=found.zero_point.round()) if config.integer_zero else found
+    if not config.integer_zero and (dtype is None or config.quant_zero or not is_coarse(found.zero_point, dtype)):
+        return found
+    parts, joined = _parts(matrix, group_size, config.axis), 1 if config.axis == 1 else 0
+    sizes = [part.shape[joined] for part in parts]
+    split = zip(parts, found.inverse_scale.split(sizes, joined), found.zero_point.split(sizes, joined), strict=True)
+    refitted = [refit(part, inv, zero, config.nbits, config.lp_norm, dtype) for part, inv, zero in split]
+    inverse, zero_point = (torch.cat(each, joined) for each in zip(*refitted, strict=True))
+    return Solution(inverse, zero_point)
+
+
+def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
     if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
         return Solution(*cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver))
-    solve, options = get_solver(config.solver), SolverOptions(lp_norm=config.lp_norm)
+    fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
+    levels, entries = fmt.levels(config.nbits), None
+    if fmt.learned:
+        entries = learn(parts, config.nbits, config.codebook == "row", codebook_dtype(config))
+        levels = Levels.between(entries if config.codebook == "row" else entries[0])
+    solve, options = get_solver(config.solver), SolverOptions(config.lp_norm, levels)
+    found = [solve(part, config.nbits, options) for part in parts]
+    joined = 1 if config.axis == 1 else 0
+    zeros = [s.zero_point for s in found if s.zero_point is not None]
+    return Solution(
+        torch.cat([s.inverse_scale for s in found], dim=joined),
+        torch.cat(zeros, dim=joined) if zeros else entries,
+        found[0].exact_encode,
+    )
+
+
+def _parts(matrix: Tensor, group_size: int, axis: int) -> list[Tensor]:
+    """The groups of ``[N, K]`` as views ``[rows, columns, group]``: those of full length, and the ragged rest."""
     out_features, in_features = matrix.shape
-    if config.axis == 1:
+    if axis == 1:
         full = in_features // group_size
         parts = [matrix[:, : full * group_size].unflatten(1, (full, group_size))] if full else []
         if in_features % group_size:
@@ -108,20 +158,14 @@ def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
         if rest:
             longer = torch.cat([regular[:, :rest], matrix[rows * groups :].unsqueeze(0)])
             parts.insert(0, longer.permute(1, 2, 0))
-    found = [solve(part, config.nbits, options) for part in parts]
-    joined = 1 if config.axis == 1 else 0
-    return Solution(
-        torch.cat([s.inverse_scale for s in found], dim=joined),
-        torch.cat([s.zero_point for s in found], dim=joined),
-        found[0].exact_encode,
-    )
+    return parts
 
 
 def _assign(
-    matrix: Tensor, inverse: Tensor, zero_point: Tensor, out: Tensor, group_size: int, config: HqqConfig
+    matrix: Tensor, inverse: Tensor, zero_point: Tensor | None, out: Tensor, group_size: int, config: HqqConfig
 ) -> None:
     """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
-    if _on_cpu_kernels(matrix) and config.format == "int":
+    if _on_cpu_kernels(matrix) and config.format == "int" and zero_point is not None:
         cpu.assign(out, matrix, inverse, zero_point, config.nbits, group_size, config.axis)
         return
     out_features, in_features = matrix.shape
@@ -134,18 +178,30 @@ def _assign(
         rows = slice(first, min(first + step, out_features))
         count = rows.stop - rows.start
         size = (count, in_features, group_size, config.axis)
-        meta = [expand_groups(t[rows] if config.axis == 1 else t, *size) for t in (inverse, zero_point)]
-        out[rows] = pack(fmt.encode(matrix[rows].to(torch.float32), meta[0], meta[1], config.nbits), config.nbits)
+        zero = zero_point
+        inv = expand_groups(inverse[rows] if config.axis == 1 else inverse, *size)
+        if zero is not None and fmt.learned:
+            zero = zero if zero.shape[0] == 1 else zero[rows]
+        elif zero is not None:
+            zero = expand_groups(zero[rows] if config.axis == 1 else zero, *size)
+        out[rows] = pack(fmt.encode(matrix[rows].to(torch.float32), inv, zero, config.nbits), config.nbits)
 
 
 def _on_cpu_kernels(matrix: Tensor) -> bool:
     return serves("cpu", matrix.device.type)
 
 
-def _storage_dtype(scale: Tensor, zero_point: Tensor) -> torch.dtype:
-    """float16 where scales are normal numbers there and zero points keep 1/16 of a code, else float32."""
-    info = torch.finfo(torch.float16)
-    fits = (scale >= info.tiny) & (scale <= info.max) & (zero_point.abs() <= 256)
+def codebook_dtype(config: HqqConfig) -> torch.dtype:
+    """Storage dtype of learned entries, which lie within -1 and 1: that of scales, float16 where none was chosen."""
+    return config.scale_dtype or torch.float16
+
+
+def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
+    """float16 where scales are zero or normal numbers there and zero points keep 1/16 of a code, else float32."""
+    info, size = torch.finfo(torch.float16), scale.abs()
+    fits = (size == 0) | ((size >= info.tiny) & (size <= info.max))
+    if zero_point is not None:
+        fits &= zero_point.abs() <= 256
     return torch.float16 if bool(fits.all()) else torch.float32
 
 
@@ -158,5 +214,6 @@ def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tu
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
     encoded = encode(values, HqqConfig(nbits=8, group_size=size, axis=0, solver="rtn", scale_dtype=torch.float32))
-    args = (encoded.qdata, encoded.scale, encoded.zero_point, [], 8, "int", size, 0, values.shape[-1], torch.float32)
-    return encoded, dequantize(*args)  # type: ignore[arg-type]
+    assert isinstance(encoded.scale, Tensor) and isinstance(encoded.zero_point, Tensor)
+    meta = (encoded.scale, encoded.zero_point)
+    return encoded, dequantize(encoded.qdata, *meta, [], 8, "int", size, 0, values.shape[-1], torch.float32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hqqtensor.config import HqqConfig, hqq_weight_only
+from hqqtensor.formats import get_format
 
 PRESETS: dict[str, HqqConfig] = {
     "8/64": hqq_weight_only(8, 64),
@@ -35,10 +36,15 @@ class OptimalConfig:
 
 
 def bits_per_weight(config: HqqConfig) -> float:
-    """Stored bits a weight, scales and zero points counted, for float16 metadata and whole groups."""
+    """Stored bits a weight, scales and zero points counted, for float16 metadata and whole groups.
+
+    The entries of a learned codebook are not counted: 16 of a tensor are nothing, 16 of each row depend on its length.
+    """
     assert config.group_size is not None
-    meta = sum(8.5 if quantized else 16.0 for quantized in (config.quant_scale, config.quant_zero))
-    return config.nbits + meta / config.group_size
+    quantized = [config.quant_scale]
+    if get_format(config.format).has_zero_point:
+        quantized.append(config.quant_zero)
+    return config.nbits + sum(8.5 if q else 16.0 for q in quantized) / config.group_size
 
 
 def get_optimal_quant_config(

@@ -12,14 +12,15 @@ from hqqtensor.encode import Encoded, check_weight, encode
 
 
 class HQQTensor(TorchAOBaseTensor):
-    """A weight ``[..., N, K]`` kept in ``nbits`` bits; value = (code - zero_point) * scale.
+    """A weight ``[..., N, K]`` kept in ``nbits`` bits; value = (code - zero_point) * scale, or table[code] * scale.
 
     Tensor data:
         qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
             viewed as a floating dtype.
         scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
             plain floating tensor or an 8-bit HQQTensor.
-        zero_point: as ``scale``, in units of codes.
+        zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
+            ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
         act_pre_scale (optional): ``[K]``, multiplied into the activations.
 
     Attributes:
@@ -29,28 +30,28 @@ class HQQTensor(TorchAOBaseTensor):
             dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
     """
 
-    tensor_data_names = ["qdata", "scale", "zero_point"]
-    optional_tensor_data_names = ["act_pre_scale"]
+    tensor_data_names = ["qdata", "scale"]
+    optional_tensor_data_names = ["zero_point", "act_pre_scale"]
     tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation"]
 
     qdata: Tensor
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     act_pre_scale: Tensor | None
 
     def __new__(
-        cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
-        shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
-        activation: str = "float", act_pre_scale: Tensor | None = None,
+        cls, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
+        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
     ) -> "HQQTensor":  # fmt: skip
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
 
     def __init__(
-        self, qdata: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int,
-        shape: torch.Size, dtype: torch.dtype, format: str = "int", transposed: bool = False,
-        activation: str = "float", act_pre_scale: Tensor | None = None,
+        self, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
+        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
@@ -88,7 +89,8 @@ class HQQTensor(TorchAOBaseTensor):
         meta = [
             HQQTensor._from_encoded(m, torch.float32) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)
         ]
-        return HQQTensor(e.qdata, meta[0], meta[1], e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -96,7 +98,7 @@ class HQQTensor(TorchAOBaseTensor):
         names, _ = self.__tensor_flatten__()
         return sum(getattr(self, name).nbytes for name in names)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``qdata``, ``scale`` and ``zero_point`` as the ops take them: plain tensors, quantized ones as uint8."""
         qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
         scale, zero = self.scale, self.zero_point
@@ -106,12 +108,19 @@ class HQQTensor(TorchAOBaseTensor):
             zero = zero.qdata[..., : zero.in_features]
         return qdata, scale, zero
 
+    @property
+    def codebook(self) -> str | None:
+        """For the format "codebook", whether the "tensor" or each "row" has entries of its own; else None."""
+        if self.format != "codebook":
+            return None
+        return "tensor" if self.zero_point.shape[-2] == 1 else "row"  # type: ignore[union-attr]
+
     def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
         """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        meta = []
+        meta: list[Tensor] = []
         for t in (self.scale, self.zero_point):
             if isinstance(t, HQQTensor):
-                meta += [t.scale, t.zero_point]
+                meta += [t.scale, t.zero_point]  # type: ignore[list-item]
         return meta, self.nbits, self.format, self.group_size, self.axis, self.in_features
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
@@ -143,10 +152,11 @@ class HQQTensor(TorchAOBaseTensor):
         def meta(t: Tensor) -> str:
             return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
 
-        return (
-            f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}, "
-            f"scale={meta(self.scale)}, zero_point={meta(self.zero_point)}"
-        )
+        text = f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}"
+        text += f", scale={meta(self.scale)}"
+        if self.codebook is not None:
+            return f"{text}, codebook={self.codebook}"
+        return text if self.zero_point is None else f"{text}, zero_point={meta(self.zero_point)}"
 
     def __repr__(self) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")

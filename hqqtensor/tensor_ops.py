@@ -129,6 +129,18 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
+def _beside(self: HQQTensor, rows: bool) -> list[str]:
+    """What is cut along with qdata where rows (or columns) are: entries of a codebook are each row's or everyone's."""
+    if self.codebook is not None:
+        return ["scale", "zero_point"] if rows and self.codebook == "row" else ["scale"]
+    return ["scale"] if self.zero_point is None else ["scale", "zero_point"]
+
+
+def _stored(self: HQQTensor) -> list[str]:
+    """All data that has the leading dimensions."""
+    return ["qdata", "scale"] if self.zero_point is None else ["qdata", "scale", "zero_point"]
+
+
 def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
     """The view ``[start, end)`` of one dimension; raises NotImplementedError where that is no view."""
     shape = list(self.shape)
@@ -143,7 +155,7 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
         return aten.slice.Tensor(t, on, first, last)
 
     if stored < lead:
-        data = {n: meta(getattr(self, n), stored, start, end) for n in self.tensor_data_names}
+        data = {n: meta(getattr(self, n), stored, start, end) for n in _stored(self)}
     elif stored == lead:
         groups = self.scale.shape[-2]
         if self.axis == 0 and start % groups:
@@ -152,7 +164,7 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
             )
         data = {"qdata": aten.slice.Tensor(self.qdata, stored, start, end)}
         if self.axis == 1:
-            data |= {n: meta(getattr(self, n), stored, start, end) for n in ("scale", "zero_point")}
+            data |= {n: meta(getattr(self, n), stored, start, end) for n in _beside(self, rows=True)}
     else:
         K, size = self.in_features, self.group_size
         first, last = byte_offset(start, K, self.nbits), byte_offset(end, K, self.nbits)
@@ -168,7 +180,7 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
             raise NotImplementedError(f"slice: {start}:{end} is no whole number of {self.qdata.dtype} in qdata")
         data = {"qdata": aten.slice.Tensor(self.qdata, stored, first // item, last // item)}
         low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
-        data |= {n: meta(getattr(self, n), stored, low, high) for n in ("scale", "zero_point")}
+        data |= {n: meta(getattr(self, n), stored, low, high) for n in _beside(self, rows=False)}
         act = None if act is None else act[start:end]
     return self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
 
@@ -206,7 +218,7 @@ def _(func, types, args, kwargs):
     dim = dim % self.ndim
     if dim >= self.ndim - 2:
         raise NotImplementedError("select: only leading dimensions (experts) of an HQQTensor can be selected")
-    data = {n: aten.select.int(getattr(self, n), dim, index) for n in self.tensor_data_names}
+    data = {n: aten.select.int(getattr(self, n), dim, index) for n in _stored(self)}
     shape = torch.Size([s for d, s in enumerate(self.shape) if d != dim])
     return return_and_correct_aliasing(func, args, kwargs, self.with_data(**data, shape=shape))
 
@@ -219,7 +231,9 @@ def _(func, types, args, kwargs):
     head = tensors[0]
     dim = dim % head.ndim
     for t in tensors[1:]:
-        same = all(getattr(t, n) == getattr(head, n) for n in ("nbits", "axis", "dtype", "format", "transposed", "activation"))
+        same = all(
+            getattr(t, n) == getattr(head, n) for n in ("nbits", "axis", "dtype", "format", "transposed", "activation")
+        )
         if not same or t.group_size != head.group_size:
             raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
         if t.act_pre_scale is not None or head.act_pre_scale is not None:
@@ -232,8 +246,11 @@ def _(func, types, args, kwargs):
         if bad:
             raise NotImplementedError(f"cat: in_features must be multiples of {BLOCK} and the group size, got {bad}")
     data = {"qdata": torch.cat([t.qdata for t in tensors], stored)}
-    for name in ("scale", "zero_point"):
+    for name in _stored(head)[1:]:
         parts = [getattr(t, name) for t in tensors]
+        if name == "zero_point" and head.format == "codebook" and stored >= lead:
+            data[name] = _join_codebooks(tensors, stored == lead and head.axis == 1)
+            continue
         if stored == lead and head.axis == 0:
             if not all(torch.equal(parts[0], p) for p in parts[1:]):
                 raise NotImplementedError("cat: with axis=0 rows can be joined only where they share their scales")
@@ -243,6 +260,16 @@ def _(func, types, args, kwargs):
     shape = list(head.shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
     return head.with_data(**data, shape=torch.Size(shape))
+
+
+def _join_codebooks(tensors: list[HQQTensor], rows: bool) -> Tensor:
+    """The entries of joined weights: shared ones stay so, others go to each row where ``rows`` are joined."""
+    entries = [t.zero_point for t in tensors if t.zero_point is not None]
+    if all(torch.equal(entries[0], e) for e in entries[1:]) and (not rows or entries[0].shape[-2] == 1):
+        return entries[0]
+    if not rows:
+        raise NotImplementedError("cat: weights with codebooks of their own can be joined along rows only (axis 1)")
+    return torch.cat([e.expand(*e.shape[:-2], t.out_features, -1) for t, e in zip(tensors, entries, strict=True)], -2)
 
 
 @implements([aten.view.default, aten._unsafe_view.default])

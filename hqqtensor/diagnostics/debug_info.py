@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hqqtensor.diagnostics.table import text_table
+from hqqtensor.formats import get_format
 from hqqtensor.packing import unpack
 from hqqtensor.tensor import HQQTensor
 
@@ -14,9 +15,9 @@ from hqqtensor.tensor import HQQTensor
 class ModuleDebugInfo:
     """One quantized weight.
 
-    bits_per_weight: metadata counted. scale_range, zero_range: smallest and largest. saturated: share of codes that
-    are the first or the last. relative_error: sum of squared differences to the original over the sum of its squares;
-    None where no original was given.
+    bits_per_weight: metadata counted. scale_range, zero_range: smallest and largest; no zero_range for formats
+    without zero points. saturated: share of codes that stand for the lowest or the highest value. relative_error: sum
+    of squared differences to the original over the sum of its squares; None where no original was given.
     """
 
     name: str
@@ -28,7 +29,7 @@ class ModuleDebugInfo:
     bits_per_weight: float
     nbytes: int
     scale_range: tuple[float, float]
-    zero_range: tuple[float, float]
+    zero_range: tuple[float, float] | None
     saturated: float
     relative_error: float | None
 
@@ -65,6 +66,10 @@ class QuantizationDebugInfo:
         return text_table(header, rows)
 
 
+def _plain(t: Tensor) -> Tensor:
+    return t.dequantize() if isinstance(t, HQQTensor) else t
+
+
 @torch.no_grad()
 def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None = None) -> QuantizationDebugInfo:
     """Settings and figures of every quantized weight; ``original`` is the dense model, for the error.
@@ -84,9 +89,11 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
             difference = weight.dequantize(torch.float32) - true
             error = (difference.square().sum() / true.square().sum()).item()
         qdata = weight.packed()[0]
-        scale, zero = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (weight.scale, weight.zero_point))
+        fmt, scale = get_format(weight.format), _plain(weight.scale)
+        zero = None if weight.zero_point is None or not fmt.has_zero_point else _plain(weight.zero_point)
         codes = unpack(qdata, weight.nbits, weight.in_features)
-        ends = ((codes == 0) | (codes == 2**weight.nbits - 1)).float().mean().item()
+        low, high = fmt.ends(weight.nbits)
+        ends = ((codes == low) | (codes == high)).float().mean().item()
         found.append(
             ModuleDebugInfo(
                 name.removesuffix(".weight"),
@@ -98,7 +105,7 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
                 8 * weight.nbytes / weight.numel(),
                 weight.nbytes,
                 (scale.min().item(), scale.max().item()),
-                (zero.min().item(), zero.max().item()),
+                None if zero is None else (zero.min().item(), zero.max().item()),
                 ends,
                 error,
             )

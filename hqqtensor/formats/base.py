@@ -4,22 +4,33 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hqqtensor.formats.levels import Levels
+
 
 class Format(Protocol):
     """Turns scaled weights into codes and back, in float32.
 
     ``encode(w, inverse_scale, zero_point, nbits)`` gives the nearest codes (uint8, shape of ``w``);
     ``decode(codes, scale, zero_point, nbits)`` gives float32 weights. Scale and zero point
-    broadcast against ``w``.
+    broadcast against ``w``. A format without a zero point takes None there; a ``learned`` one takes the
+    entries of its codebook, ``[..., N or 1, 2**nbits]`` ascending, for weights ``[..., N, K]``.
+
+    ``levels(nbits)`` gives the values that codes stand for at scale 1, None where they are the integers
+    shifted by a zero point or are learned. ``ends(nbits)`` gives the codes of the lowest and the highest value.
     """
 
     name: str
     widths: tuple[int, ...]
     has_zero_point: bool
+    learned: bool
 
     def encode(self, w: Tensor, inverse_scale: Tensor, zero_point: Tensor | None, nbits: int) -> Tensor: ...
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int) -> Tensor: ...
+
+    def levels(self, nbits: int) -> Levels | None: ...
+
+    def ends(self, nbits: int) -> tuple[int, int]: ...
 
 
 _FORMATS: dict[str, Format] = {}

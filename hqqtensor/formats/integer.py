@@ -12,6 +12,7 @@ class IntegerFormat:
     name = "int"
     widths = tuple(range(1, 9))
     has_zero_point = True
+    learned = False
 
     def encode(self, w: Tensor, inverse_scale: Tensor, zero_point: Tensor | None, nbits: int) -> Tensor:
         assert zero_point is not None
@@ -21,6 +22,12 @@ class IntegerFormat:
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, nbits: int) -> Tensor:
         assert zero_point is not None
         return (codes.to(torch.float32) - zero_point) * scale
+
+    def levels(self, nbits: int) -> None:
+        return None
+
+    def ends(self, nbits: int) -> tuple[int, int]:
+        return 0, 2**nbits - 1
 
 
 INTEGER = IntegerFormat()

@@ -45,8 +45,10 @@ def dequantize(
     codes = unpack(qdata, nbits, in_features)
     size = (codes.shape[-2], in_features, group_size, axis)
     scale, zero_point = plain_meta(scale, zero_point, meta)
-    zero = None if zero_point is None else expand_groups(zero_point, *size)
-    return get_format(format).decode(codes, expand_groups(scale, *size), zero, nbits).to(dtype)
+    fmt = get_format(format)
+    if zero_point is not None and fmt.has_zero_point:
+        zero_point = expand_groups(zero_point, *size)
+    return fmt.decode(codes, expand_groups(scale, *size), zero_point, nbits).to(dtype)
 
 
 def activation_group(group_size: int, axis: int) -> int:
@@ -139,16 +141,20 @@ def embedding(
     indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int,
     format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    rows = indices.reshape(-1)
+    rows, fmt = indices.reshape(-1), get_format(format)
     scale, zero_point = plain_meta(scale, zero_point, meta)
     own = rows if axis == 1 else rows % scale.shape[-2]
-    picked = [None if t is None else t[own] for t in (scale, zero_point)]
+    size = (rows.numel(), in_features, group_size, axis)
+
+    def pick(t: Tensor) -> Tensor:
+        return expand_groups(t[own], *size) if axis == 1 else t[own]
+
+    if zero_point is not None and fmt.has_zero_point:
+        zero_point = pick(zero_point)
+    elif zero_point is not None and zero_point.numel() > zero_point.shape[-1]:  # a codebook for each row
+        zero_point = zero_point[rows]
     codes = unpack(qdata[rows], nbits, in_features)
-    if axis == 1:
-        size = (rows.numel(), in_features, group_size, axis)
-        picked = [None if t is None else expand_groups(t, *size) for t in picked]
-    assert picked[0] is not None
-    out = get_format(format).decode(codes, picked[0], picked[1], nbits).to(dtype)
+    out = fmt.decode(codes, pick(scale), zero_point, nbits).to(dtype)
     return out.reshape(*indices.shape, in_features)
 
 

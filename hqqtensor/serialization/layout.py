@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtensor.config import ACTIVATIONS, SCALE_DTYPES
+from hqqtensor.config import ACTIVATIONS, CODEBOOKS, SCALE_DTYPES
 from hqqtensor.formats import get_format
 from hqqtensor.packing import row_bytes
 from hqqtensor.tensor import HQQTensor
@@ -44,6 +44,8 @@ def _describe(tensor: HQQTensor, put: Any, prefix: str) -> dict[str, Any]:
     data: dict[str, Any] = {n: getattr(tensor, n) for n in _PLAIN_ATTRIBUTES}
     data["shape"] = list(tensor.shape)
     data["dtype"] = str(tensor.dtype).removeprefix("torch.")
+    if get_format(tensor.format).learned:
+        data["codebook"] = tensor.codebook
     qdata = tensor.qdata
     data["view_as_float"] = None if qdata.dtype == torch.uint8 else str(qdata.dtype).removeprefix("torch.")
     put(prefix + "qdata", qdata if qdata.dtype == torch.uint8 else qdata.view(torch.uint8))
@@ -96,11 +98,13 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     data = entry.get("_data")
     if isinstance(data, dict):
         data.setdefault("activation", "float")  # files of before there was a choice
-    need(isinstance(data, dict) and set(data) == _ATTRIBUTES, f"metadata must have {sorted(_ATTRIBUTES)}")
+    need(isinstance(data, dict) and set(data) >= _ATTRIBUTES, f"metadata must have {sorted(_ATTRIBUTES)}")
     try:
         fmt = get_format(data["format"])
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {error}") from None
+    extra = set(data) - _ATTRIBUTES
+    need(extra == ({"codebook"} if fmt.learned else set()), f"unexpected attributes {sorted(extra)} for {fmt.name!r}")
     need(whole(data["nbits"]) and data["nbits"] in fmt.widths, f"nbits {data['nbits']!r} is not in {list(fmt.widths)}")
     need(whole(data["axis"]) and data["axis"] in (0, 1), f"axis {data['axis']!r} is not 0 or 1")
     need(whole(data["group_size"]) and 0 < data["group_size"] < MAX_DIM, f"bad group_size {data['group_size']!r}")
@@ -117,11 +121,12 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     need(data["dtype"] in allowed, f"dtype {data['dtype']!r} is not in {sorted(allowed)}")
     need(data["view_as_float"] is None or data["view_as_float"] in allowed, "bad view_as_float")
     names = entry.get("_tensor_data_names")
-    good = isinstance(names, list) and names in (
-        ["qdata", "scale", "zero_point"], ["qdata", "scale", "zero_point", "act_pre_scale"])  # fmt: skip
-    need(good, f"bad _tensor_data_names {names!r}")
+    required = ["qdata", "scale", "zero_point"] if fmt.has_zero_point or fmt.learned else ["qdata", "scale"]
+    need(names in (required, [*required, "act_pre_scale"]), f"bad _tensor_data_names {names!r} for {fmt.name!r}")
+    need(not fmt.learned or data["codebook"] in CODEBOOKS, f"codebook must be one of {list(CODEBOOKS)}")
     inner = entry.get("_nested", {})
-    need(isinstance(inner, dict) and set(inner) <= {"scale", "zero_point"}, "bad _nested")
+    may_nest = {"scale", "zero_point"} if fmt.has_zero_point else {"scale"}
+    need(isinstance(inner, dict) and set(inner) <= may_nest, "bad _nested")
     need(not (nested and inner), "metadata is nested more than once")
     for part, sub in inner.items():
         _check_entry(f"{name}.{part}", sub, nested=True)
@@ -157,7 +162,12 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
         qdata = qdata.view(dtype)
     meta: dict[str, Tensor] = {}
     for part in ("scale", "zero_point"):
-        if part in nested:
+        if part not in entry["_tensor_data_names"]:
+            continue
+        if part == "zero_point" and get_format(data["format"]).learned:
+            rows = out_features if data["codebook"] == "row" else 1
+            meta[part] = take(part, [*lead, rows, 2 ** data["nbits"]], SCALE_DTYPES)
+        elif part in nested:
             if nested[part]["_data"]["shape"] != meta_shape:
                 raise CheckpointError(f"{name}: quantized {part} should have shape {meta_shape}")
             meta[part] = build(name, nested[part], tensors, f"{prefix}{part}_")
@@ -165,6 +175,7 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
             meta[part] = take(part, meta_shape, SCALE_DTYPES)
     act = take("act_pre_scale", [in_features], SCALE_DTYPES) if "act_pre_scale" in entry["_tensor_data_names"] else None
     return HQQTensor(
-        qdata, meta["scale"], meta["zero_point"], data["nbits"], data["group_size"], data["axis"],
-        torch.Size(data["shape"]), getattr(torch, data["dtype"]), data["format"], data["transposed"], data["activation"], act,
+        qdata, meta["scale"], data["nbits"], data["group_size"], data["axis"], torch.Size(data["shape"]),
+        getattr(torch, data["dtype"]), data["format"], data["transposed"], data["activation"],
+        zero_point=meta.get("zero_point"), act_pre_scale=act,
     )  # fmt: skip

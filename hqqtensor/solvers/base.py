@@ -7,27 +7,39 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hqqtensor.formats.levels import Levels
+
 CHUNK = 1 << 21
 """Weights that a solver works on at a time: bounds the scratch memory to a few times 8 MiB."""
 
 
+CACHED = 1 << 17
+"""Chunk of solvers that go over the weights many times: their scratch memory stays in a processor's cache."""
+
+
 @dataclass(frozen=True)
 class SolverOptions:
-    """Settings a solver may use: ``lp_norm`` is the p of the error |w - dequantized|^p to minimise."""
+    """Settings a solver may use.
+
+    lp_norm: p of the error |w - dequantized|^p to minimise.
+    levels: what codes stand for at scale 1; None for the integers, which have a zero point.
+    """
 
     lp_norm: float = 2.0
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True)
 class Solution:
     """Scales and zero points, float32, of the shape of the groups without their last dimension.
 
-    ``exact_encode`` asks for codes from these unrounded float32 numbers (the published solver), where
+    Formats other than "int" have no zero point, may have negative scales, and an infinite inverse scale where all
+    weights are zero. ``exact_encode`` asks for codes from these unrounded float32 numbers (the published solver), where
     otherwise codes are chosen again after scale and zero point have been rounded for storage.
     """
 
     inverse_scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     exact_encode: bool = False
 
 
@@ -59,10 +71,10 @@ def solver_names() -> list[str]:
     return sorted(_SOLVERS)
 
 
-def chunks(groups: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the first dimension with their groups in contiguous float32, about ``CHUNK`` weights each."""
+def chunks(groups: Tensor, size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the first dimension with their groups in contiguous float32, about ``size`` weights each."""
     per_row = max(1, groups.shape[1] * groups.shape[2])
-    step = max(1, CHUNK // per_row)
+    step = max(1, size // per_row)
     for first in range(0, groups.shape[0], step):
         part = slice(first, min(first + step, groups.shape[0]))
         yield part, groups[part].to(torch.float32).contiguous()

@@ -22,6 +22,8 @@ LP_NORM, BETA, ROUNDS = 0.7, 10.0, 20
 
 def solve(groups: Tensor, nbits: int, options: SolverOptions) -> Solution:
     """Inverse scale and zero point of each group of ``[R, C, group]``; the codes follow from them unrounded."""
+    if options.levels is not None:
+        raise ValueError('solver "hqq" moves zero points, which only format "int" has; use "hqq_joint" or "rtn"')
     last = 2**nbits - 1
     shape = (*groups.shape[:-1], 1)
     inverse = torch.empty(shape, dtype=torch.float32, device=groups.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hqqtensor.solvers.base import (
+    CACHED,
     Solution,
     SolverOptions,
     chunks,
@@ -23,6 +24,7 @@ from hqqtensor.solvers.base import (
     constant_solution,
     register_solver,
 )
+from hqqtensor.solvers.scale_only import fit_scales
 
 SHRINK, MAX_SHRINK = 4.0, 0.4
 STARTS = 3
@@ -69,6 +71,9 @@ class _Group:
 
 def solve(groups: Tensor, nbits: int, options: SolverOptions) -> Solution:
     """Inverse scale and zero point of each group of ``[R, C, group]``, float32, least |w - dequantized|_p^p."""
+    if options.levels is not None:
+        found = [fit_scales(w, options.levels.rows(part), options.lp_norm) for part, w in chunks(groups, CACHED)]
+        return Solution(torch.cat(found).reciprocal().squeeze(-1), None)
     inverse = torch.empty(groups.shape[:-1], dtype=torch.float32, device=groups.device)
     zero = torch.empty_like(inverse)
     for part, w in chunks(groups):

@@ -1,4 +1,7 @@
-"""Round to nearest: the group's smallest and largest weight become the first and the last code."""
+"""Round to nearest: the group's smallest and largest weight become the first and the last code.
+
+Formats without a zero point take the smallest scale with which no weight lies beyond the outermost levels.
+"""
 
 import torch
 from torch import Tensor
@@ -11,10 +14,14 @@ from hqqtensor.solvers.base import (
     constant_solution,
     register_solver,
 )
+from hqqtensor.solvers.scale_only import reaching_scale
 
 
 def solve(groups: Tensor, nbits: int, options: SolverOptions) -> Solution:
     """Scale = (max - min) / (2**nbits - 1), zero point = -min / scale, for each group of ``[R, C, group]``."""
+    if options.levels is not None:
+        found = [reaching_scale(w, options.levels.rows(part)) for part, w in chunks(groups)]
+        return Solution(torch.cat(found).reciprocal().squeeze(-1), None)
     shape = groups.shape[:-1]
     inverse = torch.empty(shape, dtype=torch.float32, device=groups.device)
     zero = torch.empty_like(inverse)

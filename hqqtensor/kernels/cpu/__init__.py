@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hqqtensor.formats import TableFormat, format_names, get_format
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
 
 _missing: str | None = None
@@ -57,3 +58,6 @@ def _follow(process: str, thread: str | None) -> None:
 register_backend(Backend("cpu", {}, ("cpu",), why_unavailable))
 if _missing is None:
     observe_choice(_follow)
+    for _format in (get_format(name) for name in format_names()):
+        if isinstance(_format, TableFormat):
+            _C.set_table(_format.name, _format.widths[0], _format.table)

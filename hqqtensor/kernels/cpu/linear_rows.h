@@ -110,9 +110,11 @@ inline void store(const Problem& p, int64_t m, int64_t n, float v) {
     from_float(&v, 1, p.x_type, (uint16_t*)p.y + i);
 }
 
-inline Floats load_direct(const void* p, DType type, int64_t i) {
-  if (type == DType::f32) return f_load((const float*)p + i);
-  return type == DType::f16 ? f_load_f16((const uint16_t*)p + i) : f_load_bf16((const uint16_t*)p + i);
+template <DType T>
+inline Floats load_as(const void* p, int64_t i) {
+  if constexpr (T == DType::f32) return f_load((const float*)p + i);
+  if constexpr (T == DType::f16) return f_load_f16((const uint16_t*)p + i);
+  return f_load_bf16((const uint16_t*)p + i);
 }
 
 // Scale and zero point of one row, for each of `tokens`: scale times step into out[t], and minus scale * zero * sum into
@@ -124,38 +126,46 @@ struct RowMeta {
   float unit;
   float *scale, *zero;  // scratch: values of a row, padded
 
-  void run(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* start) const {
-    const int64_t whole = w.scale.type == DType::u8 ? 0 : w.groups / kFloats * kFloats;
-    const float *step = d.step + token * d.entries, *sums = d.sum + token * padded(w.groups);
-    Floats total[kMaxTokens];
-    for (int64_t t = 0; t < tokens; ++t) total[t] = f_zero();
-    const Floats units = f_set(unit), offset = f_set(-w.table.offset * w.table.unit);
-    auto block = [&](Floats a, Floats b, int64_t g) __attribute__((always_inline)) {
-      const Floats product = f_mul(a, w.table.values ? offset : f_sub(f_zero(), b));
-      if (w.table.values) a = f_mul(a, units);
+  // Groups [first, last) out of values at s and z, whole vectors of them.
+  template <DType T>
+  __attribute__((always_inline)) void blocks(const void* s, const void* z, int64_t base, int64_t first, int64_t last,
+                                             int64_t token, int64_t tokens, float* const* out, Floats* total) const {
+    const bool table = w.table.values != nullptr;
+    const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
+    const int64_t width = padded(w.groups);
+    for (int64_t g = first; g < last; g += kFloats) {
+      Floats a = load_as<T>(s, g - base);
+      const Floats product = f_mul(a, table ? offset : load_as<T>(z, g - base));
+      if (table) a = f_mul(a, units);
       for (int64_t t = 0; t < tokens; ++t) {
-        if (by_group) f_store(out[t] + g, f_mul(a, f_load(step + t * d.entries + g)));
-        total[t] = f_fma(product, f_load(sums + t * padded(w.groups) + g), total[t]);
+        if (by_group) f_store(out[t] + g, f_mul(a, f_load(d.step + (token + t) * d.entries + g)));
+        total[t] = f_fnma(product, f_load(d.sum + (token + t) * width + g), total[t]);
       }
-    };
+    }
+  }
+
+  void run(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* start) const {
+    for (int64_t t = 0; t < tokens; ++t) start[t] = f_zero();
     // Straight from memory where that is possible: the values of a row are used once for each token.
-    const char* s = at(w.scale.data, w.scale.type, row * w.scale.stride);
-    const bool direct = w.zero.data == nullptr || w.zero.type == w.scale.type;
-    int64_t g = 0;
-    if (direct && whole) {
-      const char* z = w.zero.data ? at(w.zero.data, w.zero.type, row * w.zero.stride) : s;
-      for (; g < whole; g += kFloats) block(load_direct(s, w.scale.type, g), load_direct(z, w.scale.type, g), g);
+    const bool direct = w.scale.type != DType::u8 && (w.zero.data == nullptr || w.zero.type == w.scale.type);
+    const int64_t whole = direct ? w.groups / kFloats * kFloats : 0;
+    if (whole) {
+      const void* s = at(w.scale.data, w.scale.type, row * w.scale.stride);
+      const void* z = w.zero.data ? at(w.zero.data, w.zero.type, row * w.zero.stride) : s;
+      if (w.scale.type == DType::f16)
+        blocks<DType::f16>(s, z, 0, 0, whole, token, tokens, out, start);
+      else if (w.scale.type == DType::bf16)
+        blocks<DType::bf16>(s, z, 0, 0, whole, token, tokens, out, start);
+      else
+        blocks<DType::f32>(s, z, 0, 0, whole, token, tokens, out, start);
     }
-    if (g < w.groups) {
-      load_values(w.scale, row, g, w.groups - g, scale);
-      if (w.zero.data) load_values(w.zero, row, g, w.groups - g, zero);
-      for (const int64_t first = g; g < w.groups; g += kFloats) {
-        if (w.groups - g < kFloats)
-          for (int64_t i = w.groups - first; i < (w.groups - first + kFloats - 1) / kFloats * kFloats; ++i) scale[i] = zero[i] = 0;
-        block(f_load(scale + g - first), f_load(zero + g - first), g);
-      }
+    if (whole < w.groups) {
+      const int64_t left = w.groups - whole;
+      load_values(w.scale, row, whole, left, scale);
+      if (w.zero.data) load_values(w.zero, row, whole, left, zero);
+      for (int64_t i = left; i < padded(left); ++i) scale[i] = zero[i] = 0;
+      blocks<DType::f32>(scale, zero, whole, whole, w.groups, token, tokens, out, start);
     }
-    for (int64_t t = 0; t < tokens; ++t) start[t] = total[t];
     if (by_group) return;
     // A step for each chunk: a scale multiplies all those of its group.
     load_values(w.scale, row, 0, w.groups, scale);
@@ -164,7 +174,7 @@ struct RowMeta {
       const float v = scale[group] * unit;
       const int64_t first = c, end = c + per < d.chunks ? c + per : d.chunks;
       for (int64_t t = 0; t < tokens; ++t)
-        for (c = first; c < end; ++c) out[t][c] = v * step[t * d.entries + c];
+        for (c = first; c < end; ++c) out[t][c] = v * d.step[(token + t) * d.entries + c];
     }
   }
 

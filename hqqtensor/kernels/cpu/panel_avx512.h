@@ -78,6 +78,18 @@ inline void turn_rows(const uint8_t* const* rows, int64_t offset, const Table& t
     turn_block<NB, false>(rows, offset, table, panel);
 }
 
+// Lines of packed codes that will be turned next, fetched a few at a time while products keep the processor busy.
+struct Ahead {
+  const uint8_t* const* rows;
+  int64_t offset;  // of the first line in each row
+  int64_t next, count;
+
+  void fetch(int64_t lines) {
+    for (const int64_t end = next + lines < count ? next + lines : count; next < end; ++next)
+      prefetch(rows[next % kTurnedRows] + offset + next / kTurnedRows * 64);
+  }
+};
+
 // Activations of T tokens against a part of the panel.
 struct TurnedTile {
   const __m512i* panel;
@@ -85,6 +97,8 @@ struct TurnedTile {
   const float* step[12];  // steps of a token
   const float* sum[12];   // its sums of groups
   float* out;             // [T][32]
+  Ahead* ahead;
+  int64_t lines;  // to fetch after each segment
 };
 
 // One step (4 codes) for accumulator I: level I / (2 T), token I / 2 % T, half I % 2; digits d of x and level - d of codes.
@@ -114,11 +128,13 @@ inline __attribute__((always_inline)) __m512 turned_sum(const __m512i* acc) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[J]), _mm512_set1_ps((float)(1 << (2 * shift))), _mm512_cvtepi32_ps(low));
 }
 
-// Steps [w, end) of the panel, all of one group and with one step of the activations. The accumulators are arguments by
+// Steps [w, end) of the panel, all of one group and with one step of the activations; shift: what takes the group's zero
+// point out, null where another segment does. The accumulators are arguments by
 // value: an array of them would be kept in memory.
 template <int D, int W, int T, int... I, int... J, class... Acc>
 inline __attribute__((always_inline)) void turned_steps(const TurnedTile& tile, const __m512i* w, const __m512i* end,
-                                                        const int8_t* x, int64_t step, const float* scale,
+                                                        const int8_t* x, int64_t step, int64_t group,
+                                                        const float* scale, const float* shift,
                                                         std::integer_sequence<int, I...>, std::integer_sequence<int, J...>,
                                                         Acc... acc) {
   do {
@@ -130,17 +146,19 @@ inline __attribute__((always_inline)) void turned_steps(const TurnedTile& tile, 
   const __m512i all[] = {acc...};
   const __m512 s[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
   float* out = tile.out;
-  ((_mm512_storeu_ps(out + 16 * J, _mm512_fmadd_ps(turned_sum<D, W, T, J>(all),
-                                                  _mm512_mul_ps(_mm512_set1_ps(tile.step[J / 2][step]), s[J % 2]),
-                                                  _mm512_loadu_ps(out + 16 * J)))),
-   ...);
-}
-
-template <int D, int W, int T, int... I>
-inline __attribute__((always_inline)) void turned_segment(const TurnedTile& tile, int64_t first, int64_t last, int64_t step,
-                                                          const float* scale, std::integer_sequence<int, I...> all) {
-  turned_steps<D, W, T>(tile, tile.panel + 2 * W * first, tile.panel + 2 * W * last, tile.x + first * T * D * 4, step, scale,
-                        all, std::make_integer_sequence<int, 2 * T>(), (I, _mm512_setzero_si512())...);
+  const auto scaled = [&](auto j, __m512 old) __attribute__((always_inline)) {
+    return _mm512_fmadd_ps(turned_sum<D, W, T, j.value>(all),
+                           _mm512_mul_ps(_mm512_set1_ps(tile.step[j.value / 2][step]), s[j.value % 2]), old);
+  };
+  if (shift) {
+    const __m512 z[2] = {_mm512_loadu_ps(shift), _mm512_loadu_ps(shift + 16)};
+    ((_mm512_storeu_ps(out + 16 * J, scaled(std::integral_constant<int, J>(),
+                                            _mm512_fmadd_ps(_mm512_set1_ps(tile.sum[J / 2][group]), z[J % 2],
+                                                            _mm512_loadu_ps(out + 16 * J))))),
+     ...);
+  } else {
+    ((_mm512_storeu_ps(out + 16 * J, scaled(std::integral_constant<int, J>(), _mm512_loadu_ps(out + 16 * J)))), ...);
+  }
 }
 
 struct Segment {
@@ -149,20 +167,21 @@ struct Segment {
   bool opens;  // the first segment of its group, which takes the zero point out
 };
 
+template <int D, int W, int T, int... I>
+inline __attribute__((always_inline)) void turned_segment(const TurnedTile& tile, const Segment& s, const float* scale,
+                                                          const float* shift, std::integer_sequence<int, I...> all) {
+  const int64_t at_group = kTurnedRows * s.group;
+  turned_steps<D, W, T>(tile, tile.panel + 2 * W * s.first, tile.panel + 2 * W * s.last, tile.x + s.first * T * D * 4, s.step,
+                        s.group, scale + at_group, s.opens && shift ? shift + at_group : nullptr, all,
+                        std::make_integer_sequence<int, 2 * T>(), (I, _mm512_setzero_si512())...);
+}
+
 template <int D, int W, int T>
 void turned_tile(const TurnedTile& tile, const Segment* segments, int64_t count, const float* scale, const float* shift) {
   for (int64_t i = 0; i < count; ++i) {
-    const Segment& s = segments[i];
-    const float* own = scale + kTurnedRows * s.group;
-    turned_segment<D, W, T>(tile, s.first, s.last, s.step, own, std::make_integer_sequence<int, (D > W ? D : W) * T * 2>());
-    if (!s.opens || shift == nullptr) continue;
-    const float* zero = shift + kTurnedRows * s.group;
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < 32; v += 16) {
-        float* out = tile.out + 32 * t + v;
-        const __m512 sum = _mm512_set1_ps(tile.sum[t][s.group]);
-        _mm512_storeu_ps(out, _mm512_fmadd_ps(sum, _mm512_loadu_ps(zero + v), _mm512_loadu_ps(out)));
-      }
+    turned_segment<D, W, T>(tile, segments[i], scale, shift,
+                                     std::make_integer_sequence<int, (D > W ? D : W) * T * 2>());
+    tile.ahead->fetch(tile.lines);
   }
 }
 
@@ -225,6 +244,7 @@ void turned_values(const Weight& w, const int64_t* rows, int digits, float* line
   }
 }
 
+// The segments of columns [k, k + depth).
 int64_t turned_segments(const Weight& w, int64_t k, int64_t depth, Segment* out) {
   // Sums stay within 32 bits over 128 codes.
   const int64_t end = k + depth, longest = hqqtensor::step_per_group(w) && w.group_size == 128 ? 128 : 64;
@@ -245,10 +265,51 @@ int64_t turned_segments(const Weight& w, int64_t k, int64_t depth, Segment* out)
   return count;
 }
 
+// The codes of columns [k, k + depth) of 32 rows into the panel.
+template <int W>
+void turn_columns(const Weight& w, const uint8_t* const* rows, int64_t k, int64_t depth, __m512i* panel) {
+  with_nbits(w.nbits, [&](auto nb) {
+    constexpr int NB = nb.value;
+    for (int64_t b = 0; b < depth; b += 128) {
+      __m512i* to = panel + 2 * W * (b / 4);
+      const int64_t offset = (k + b) / 8 * NB;
+      if (k + b + 128 <= w.K) {
+        for (int v = 0; v < 2; ++v) turn_rows<NB>(rows + 16 * v, offset, w.table, to + v);
+        continue;
+      }
+      uint8_t codes[16][128];
+      const uint8_t* unpacked[16];
+      for (int v = 0; v < 2; ++v) {
+        for (int r = 0; r < 16; ++r) {
+          unpack_tail(rows[16 * v + r] + offset, NB, (w.K - k - b + 7) / 8 * 8, codes[r]);
+          unpacked[r] = codes[r];
+        }
+        turn_rows<8>(unpacked, 0, w.table, to + v);
+      }
+    }
+  });
+}
+
+// Results of 32 rows from n on for all tokens: sums, less what zero points of axis 0 add, plus bias.
+void store_turned(const Problem& p, const Digits& d, float* sums, int64_t n, int64_t count, int64_t step) {
+  const int64_t size = hqqtensor::size_of(p.x_type);
+  for (int64_t m = 0; m < p.M; ++m, sums += kTurnedRows) {
+    if (p.w.axis == 0)
+      for (int64_t r = 0; r < count; ++r) sums[r] -= d.sum[m];
+    if (p.bias)
+      for (int64_t r = 0; r < count; ++r) sums[r] += p.bias[n + r * step];
+    char* y = (char*)p.y + (m * p.y_stride + n) * size;
+    if (step == 1)
+      from_float(sums, count, p.x_type, y);
+    else
+      for (int64_t r = 0; r < count; ++r) from_float(sums + r, 1, p.x_type, y + r * step * size);
+  }
+}
+
 template <int D, int W>
 void run_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
-  const int64_t groups = turned_groups(w), width = padded(w.groups), values = padded(groups);
+  const int64_t width = padded(w.groups), values = padded(turned_groups(w));
   __m512i* panel = (__m512i*)scratch;
   float* scale = scratch + kTurnedSteps * kTurnedRows * 3;
   float *shift = scale + kTurnedRows * values, *line = shift + kTurnedRows * values, *sums = line + 32 * values;
@@ -258,44 +319,27 @@ void run_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, i
   tile.panel = panel;
   if (w.axis == 0)
     for (int64_t r = 0; r < kTurnedRows; ++r) scale[r] = 1;
+  const uint8_t *rows[kTurnedRows], *after[kTurnedRows];
   for (int64_t n = first; n < last; n += kTurnedRows * step) {
-    const uint8_t* rows[kTurnedRows];
     int64_t index[kTurnedRows], count = 0;
     for (int64_t r = 0; r < kTurnedRows; ++r) {
+      const int64_t later = n + (kTurnedRows + r) * step;
       const bool there = n + r * step < last;
       index[r] = there ? n + r * step : n;
       rows[r] = w.qdata + index[r] * w.row_stride;
+      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
       count += there;
     }
     if (w.axis == 1) turned_values(w, index, d.count, line, scale, shift);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kTurnedRows));
-    const int64_t next = n + kTurnedRows * step < last ? kTurnedRows * step * w.row_stride : 0;
     for (int64_t k = 0; k < w.K; k += kTurnedDepth) {
-      const int64_t depth = w.K - k < kTurnedDepth ? w.K - k : kTurnedDepth;
-      const int64_t ahead = k + kTurnedDepth < w.K ? 0 : next - k / 8 * w.nbits - kTurnedDepth / 8 * w.nbits;
-      with_nbits(w.nbits, [&](auto nb) {
-        constexpr int NB = nb.value;
-        for (int64_t b = 0; b < depth; b += 128) {
-          __m512i* to = panel + 2 * W * (b / 4);
-          const int64_t offset = (k + b) / 8 * NB;
-          if (k + b + 128 <= w.K) {
-            for (int64_t r = 0; r < kTurnedRows; ++r)
-              for (int64_t i = 0; i < 16 * NB; i += 64) prefetch(rows[r] + offset + kTurnedDepth / 8 * NB + ahead + i);
-            for (int v = 0; v < 2; ++v) turn_rows<NB>(rows + 16 * v, offset, w.table, to + v);
-          } else {
-            uint8_t codes[16][128];
-            const uint8_t* unpacked[16];
-            for (int v = 0; v < 2; ++v) {
-              for (int r = 0; r < 16; ++r) {
-                unpack_tail(rows[16 * v + r] + offset, NB, (w.K - k - b + 7) / 8 * 8, codes[r]);
-                unpacked[r] = codes[r];
-              }
-              turn_rows<8>(unpacked, 0, w.table, to + v);
-            }
-          }
-        }
-      });
+      const int64_t depth = w.K - k < kTurnedDepth ? w.K - k : kTurnedDepth, next = k + kTurnedDepth;
+      turn_columns<W>(w, rows, k, depth, panel);
       const int64_t parts = turned_segments(w, k, depth, segments);
+      const int64_t bytes = (next < w.K && w.K - next < kTurnedDepth ? w.K - next : depth) / 8 * w.nbits;
+      Ahead ahead{next < w.K ? rows : after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kTurnedRows};
+      tile.ahead = &ahead;
+      tile.lines = (ahead.count + parts - 1) / parts;
       for (int64_t m = 0; m < p.M; m += T) {
         const int64_t tokens = p.M - m < T ? p.M - m : T;
         tile.x = d.digits + m * d.chunks * D * 64 + k / 4 * tokens * D * 4;
@@ -307,29 +351,20 @@ void run_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, i
         turned_run<D, W>(tokens)(tile, segments, parts, scale, w.axis == 1 ? shift : nullptr);
       }
     }
-    for (int64_t m = 0; m < p.M; ++m) {
-      float* s = sums + m * kTurnedRows;
-      if (w.axis == 0)
-        for (int64_t r = 0; r < count; ++r) s[r] -= d.sum[m];
-      if (p.bias)
-        for (int64_t r = 0; r < count; ++r) s[r] += p.bias[n + r * step];
-      const int64_t size = hqqtensor::size_of(p.x_type);
-      char* y = (char*)p.y + (m * p.y_stride + n) * size;
-      if (step == 1)
-        from_float(s, count, p.x_type, y);
-      else
-        for (int64_t r = 0; r < count; ++r) from_float(s + r, 1, p.x_type, y + r * step * size);
-    }
+    store_turned(p, d, sums, n, count, step);
   }
 }
 
+template <int D>
+void run_panel_digits(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+  if (p.w.table.count > 1) return run_panel<D, D == 1 ? 2 : D>(p, d, first, last, step, scratch);
+  run_panel<D, 1>(p, d, first, last, step, scratch);
+}
+
 void linear_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  const bool many = p.w.table.count > 1;
-  if (d.count == 1)
-    return many ? run_panel<1, 2>(p, d, first, last, step, scratch) : run_panel<1, 1>(p, d, first, last, step, scratch);
-  if (d.count == 2)
-    return many ? run_panel<2, 2>(p, d, first, last, step, scratch) : run_panel<2, 1>(p, d, first, last, step, scratch);
-  many ? run_panel<3, 3>(p, d, first, last, step, scratch) : run_panel<3, 1>(p, d, first, last, step, scratch);
+  if (d.count == 1) return run_panel_digits<1>(p, d, first, last, step, scratch);
+  if (d.count == 2) return run_panel_digits<2>(p, d, first, last, step, scratch);
+  run_panel_digits<3>(p, d, first, last, step, scratch);
 }
 
 }  // namespace

@@ -218,22 +218,16 @@ bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
       __builtin_memcpy(padded_x, in, (size_t)count * 4);
       in = padded_x;
     }
-    Floats largest = f_zero(), nan = f_zero();
-    for (int i = 0; i < 64 * run; i += kFloats) {
-      const Floats v = f_load(in + i);
-      largest = f_max(largest, f_abs(v));
-      nan = f_fma(v, f_zero(), nan);  // 0 unless a number is NaN or Inf
-    }
-    const float top = f_hmax(largest);
-    if (f_sum(nan) != 0 || !(top < 1e37f) || (top != 0 && top < 1e-28f)) return false;
+    const float top = f_largest(in, 64 * run);  // NaN where one is among them
+    if (!(top < 1e37f) || (top != 0 && top < 1e-28f)) return false;
     const float unit = top / limit, inverse = top == 0 ? 0 : limit / top;
     for (int64_t i = 0; i < each; ++i) step[c / run * each + i] = unit;
     for (int64_t part = c; part < c + run && part < d.chunks; ++part, in += 64) {
       int8_t* out = place.at + part * by_chunk;
       float whole[64];
       for (int i = 0; i < 64; i += kFloats) {
-        const Floats v = f_round(f_mul(f_load(in + i), f_set(inverse)));
-        f_store(whole + i, v);
+        const Floats v = f_mul(f_load(in + i), f_set(inverse));
+        if (w.axis == 1) f_store(whole + i, f_round(v));
         f_store_digits(out + i / 4 * place.by_quad, v, shift, d.count, place.by_digit, place.by_quad);
       }
       if (w.axis == 0) continue;
@@ -270,16 +264,16 @@ bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const 
     }
   if (w.zero.data) load_values(w.zero, g, 0, w.K, zero);
   const float constant = w.table.offset * w.table.unit;
+  Floats sums[4];
+  for (Floats& sum : sums) sum = f_zero();
+  for (k = 0; k + 4 * kFloats <= w.K; k += 4 * kFloats)
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at_k = k + i * kFloats;
+      sums[i] = f_fma(f_load(scaled + at_k), w.zero.data ? f_load(zero + at_k) : f_set(constant), sums[i]);
+    }
   double total = 0;
-  for (int64_t first = 0; first < w.K; first += 64) {  // float32 within a chunk, more over them
-    const int64_t end = first + 64 < w.K ? first + 64 : w.K;
-    Floats sum = f_zero();
-    float rest = 0;
-    for (k = first; k + kFloats <= end; k += kFloats)
-      sum = f_fma(f_load(scaled + k), w.zero.data ? f_load(zero + k) : f_set(constant), sum);
-    for (; k < end; ++k) rest += scaled[k] * (w.zero.data ? zero[k] : constant);
-    total += (double)(f_sum(sum) + rest);
-  }
+  for (; k < w.K; ++k) total += (double)(scaled[k] * (w.zero.data ? zero[k] : constant));
+  for (const Floats& sum : sums) total += (double)f_sum(sum);
   d.sum[m] = (float)total;
   const float unit = code_unit(w, d.count);
   if (unit != 1)

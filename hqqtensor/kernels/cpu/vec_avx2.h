@@ -186,6 +186,7 @@ inline Floats f_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats f_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats f_div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats f_fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats f_fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 inline Floats f_min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats f_max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats f_round(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -229,7 +230,18 @@ inline void f_store_f16(uint16_t* p, Floats v) {
 inline Floats f_load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-// Whole floats as integers of `count` signed digits in base 2^shift, the highest first, digits by_digit bytes apart.
+// The largest magnitude of `count` floats, a multiple of 8; NaN where one is among them (its bits exceed all others').
+inline float f_largest(const float* p, int64_t count) {
+  __m256i top = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 8)
+    top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + i)), _mm256_set1_epi32(0x7fffffff)));
+  __m128i t = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+  t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xB1));
+  return _mm_cvtss_f32(_mm_castsi128_ps(t));
+}
+
+// Floats rounded to integers of `count` signed digits in base 2^shift, the highest first, digits by_digit bytes apart.
 inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t by_digit, int64_t) {
   const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
   __m256i x = _mm256_cvtps_epi32(v);

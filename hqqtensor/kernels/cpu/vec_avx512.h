@@ -122,6 +122,7 @@ inline Floats f_sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats f_mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats f_div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats f_fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats f_fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 inline Floats f_min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats f_max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats f_round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -151,10 +152,17 @@ inline Floats f_load_bf16(const uint16_t* p) {
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
-// Whole floats as integers of `count` signed digits in base 2^shift, the highest first: digits by_digit bytes apart, every
-// 4 numbers by_quad.
+// The largest magnitude of `count` floats, a multiple of 16; NaN where one is among them (its bits exceed all others').
+inline float f_largest(const float* p, int64_t count) {
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16)
+    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_loadu_si512(p + i), _mm512_set1_epi32(0x7fffffff)));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)_mm512_reduce_max_epu32(top))));
+}
+
+// Floats rounded to integers of `count` signed digits in base 2^shift, the highest first: digits by_digit bytes apart,
+// every 4 numbers by_quad.
 inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t by_digit, int64_t by_quad) {
-  const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
   __m512i x = _mm512_cvtps_epi32(v);
   const auto put = [&](int8_t* to, __m128i b) {
     if (by_quad == 4) return _mm_storeu_si128((__m128i*)to, b);
@@ -163,6 +171,15 @@ inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t 
     _mm_storeu_si32(to + 2 * by_quad, _mm_srli_si128(b, 8));
     _mm_storeu_si32(to + 3 * by_quad, _mm_srli_si128(b, 12));
   };
+  if (shift == 8) {  // half a base more in all digits but the first: then each is a byte, less the same half
+    const __m512i half = _mm512_set1_epi32(count == 3 ? 0x8080 : count == 2 ? 0x80 : 0);
+    x = _mm512_xor_si512(_mm512_add_epi32(x, half), half);
+    put(out + by_digit * (count - 1), _mm512_cvtepi32_epi8(x));
+    if (count > 1) put(out + by_digit * (count - 2), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+    if (count > 2) put(out, _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 16)));
+    return;
+  }
+  const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
   for (int d = count - 1; d > 0; --d) {
     const __m512i low = _mm512_sra_epi32(_mm512_sll_epi32(x, drop), drop);
     put(out + by_digit * d, _mm512_cvtepi32_epi8(low));

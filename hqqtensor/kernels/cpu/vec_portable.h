@@ -134,6 +134,9 @@ inline Floats f_div(const Floats& a, const Floats& b) {
 inline Floats f_fma(const Floats& a, const Floats& b, const Floats& c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline Floats f_fnma(const Floats& a, const Floats& b, const Floats& c) {  // c - a b
+  return each([&](int i) { return c.v[i] - a.v[i] * b.v[i]; });
+}
 inline Floats f_min(const Floats& a, const Floats& b) {
   return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -209,6 +212,13 @@ inline Floats f_load_bf16(const uint16_t* p) {
     std::memcpy(&f, &bits, 4);
     return f;
   });
+}
+inline float f_largest(const float* p, int64_t count) {
+  float top = 0;
+  for (int64_t i = 0; i < count; ++i) top = std::fabs(p[i]) > top ? std::fabs(p[i]) : top;
+  for (int64_t i = 0; i < count; ++i)
+    if (p[i] != p[i]) return p[i];
+  return top;
 }
 inline void f_store_digits(int8_t* out, const Floats& v, int shift, int count, int64_t by_digit, int64_t) {
   const int32_t base = 1 << shift;

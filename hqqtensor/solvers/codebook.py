@@ -1,0 +1,105 @@
+"""Learned codebooks: the entries that a weight, or each of its rows, is best quantized with.
+
+Codes c, scales s of groups and entries t make the error sum (w - s t_c)^2. Three steps take turns, none of which
+raises it: the nearest codes; the best scale of each group for them; the best entries for them, Lloyd's rule in the
+group-weighted form of any4 (Elhoushi and Johnson, "any4: Learned 4-bit Numeric Representation for LLMs", 2025),
+
+    t_c = (sum of s w over the weights of code c) / (sum of s^2 over them)
+
+4 bits start from NF4, other widths from the like quantiles of a normal distribution.
+"""
+
+from collections.abc import Iterator
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from hqqtensor.formats.levels import Levels
+from hqqtensor.formats.nf4 import VALUES
+from hqqtensor.solvers.base import CACHED, chunks
+from hqqtensor.solvers.scale_only import Scales, fit_scales
+
+ROUNDS = 10
+SAMPLE = 1 << 20
+"""Weights that one codebook for a whole tensor is learned from."""
+
+
+def starting_entries(nbits: int) -> Tensor:
+    """``[2**nbits]`` entries from -1 to 1: NF4's, or medians of equally likely slices of a normal distribution."""
+    if nbits == 4:
+        return VALUES.clone()
+    count, normal = 2**nbits, NormalDist()
+    values = torch.tensor([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+    return values / values[-1]
+
+
+def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype) -> Tensor:
+    """Entries, ascending and within -1 and 1, as ``dtype`` holds them but in float32: ``[R or 1, 2**nbits]``.
+
+    parts: the groups of one weight as views ``[R, C, group]``; with ``per_row`` each of the R rows gets entries of its
+    own. One codebook for all is found on an even sample of about ``SAMPLE`` weights. Where what was learned fits
+    worse than the start did, the start is kept.
+    """
+    groups = parts if per_row else [_sample(part, SAMPLE // len(parts)) for part in parts]
+    rows = groups[0].shape[0] if per_row else 1
+    start = starting_entries(nbits).to(groups[0].device).expand(rows, -1)
+    units = _units(groups, rows)
+    scales = [torch.empty(*part.shape[:2], 1, device=part.device) for part in groups]
+    for i, part, w, levels in _walk(groups, units, start):
+        scales[i][part] = fit_scales(w, levels, 2.0)
+    first = start.to(dtype).to(torch.float32)
+    first_error = _error(groups, units, first, scales)
+    entries = start
+    for _ in range(ROUNDS):
+        entries = _lloyd(groups, units, entries, scales)
+        largest = entries.abs().amax(-1, keepdim=True)
+        entries = entries / largest
+        for s in scales:
+            s *= largest.unsqueeze(-1)
+    found = entries.to(dtype).to(torch.float32)
+    return torch.where(_error(groups, units, found, scales) <= first_error, found, first)
+
+
+def _lloyd(groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor]) -> Tensor:
+    """Entries that are best for the codes that ``entries`` give; ``scales`` become the best for those codes."""
+    top, bottom = torch.zeros(2, *entries.shape, device=entries.device)
+    for i, part, w, levels in _walk(groups, units, entries):
+        s = Scales(w, levels, 2.0).step(scales[i][part])[1]
+        scales[i][part] = s
+        rows = slice(None) if len(entries) == 1 else part
+        codes = levels.nearest(w / s).long().view(len(entries[rows]), -1)
+        for total, each in ((top, s * w), (bottom, (s * s).expand_as(w))):
+            total[rows].scatter_add_(1, codes, each.reshape(codes.shape))
+    return torch.where(bottom > 0, top / bottom, entries)
+
+
+def _sample(part: Tensor, most: int) -> Tensor:
+    """About ``most`` weights of ``[R, C, group]``, whole groups evenly taken from all over."""
+    step = -(-part.numel() // most)
+    down = min(step, part.shape[0])
+    return part[::down, :: -(-step // down)]
+
+
+def _units(groups: list[Tensor], rows: int) -> Tensor:
+    """``[rows, 1, 1]``: the largest weight of each row, or of all; what is computed in these units cannot underflow."""
+    sizes = torch.stack([part.reshape(rows, -1).abs().amax(1).to(torch.float32) for part in groups]).amax(0)
+    return torch.where(sizes == 0, 1.0, sizes).view(-1, 1, 1)
+
+
+def _walk(groups: list[Tensor], units: Tensor, entries: Tensor) -> Iterator[tuple[int, slice, Tensor, Levels]]:
+    """Chunks of the weights in ``units``, where they come from, and the levels of their rows."""
+    levels = Levels.between(entries[0] if len(entries) == 1 else entries)
+    for i, part in enumerate(groups):
+        for rows, w in chunks(part, CACHED):
+            yield i, rows, w / (units if len(units) == 1 else units[rows]), levels.rows(rows)
+
+
+def _error(groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor]) -> Tensor:
+    """``[rows, 1]``: the squared error with these scales."""
+    out = torch.zeros(len(entries), 1, device=entries.device)
+    for i, part, w, levels in _walk(groups, units, entries):
+        rows = slice(None) if len(entries) == 1 else part
+        error = Scales(w, levels, 2.0).step(scales[i][part])[0]
+        out[rows] += error.reshape(len(out[rows]), -1).sum(1, keepdim=True)
+    return out
