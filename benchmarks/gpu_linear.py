@@ -1,9 +1,9 @@
 """Time of one linear layer on a GPU: ``python -m benchmarks.gpu_linear [--report FILE]``.
 
-Ours at every width beside dense float16 and whatever of gemlite, torchao's int4 and Marlin (vLLM) is installed. Before it
-is timed, every product of ours is compared with the plain reference on the same device; one out of bounds ends the run
-with status 1. Each time is the median of runs over weights that together exceed the cache, so that each is read from
-memory.
+Ours at every width beside dense float16 and whatever of gemlite, torchao's int4 and Marlin (vLLM) is installed. Before
+it is timed, every product of ours is compared with the plain reference on the same device; one out of bounds ends the
+run with status 1. Each time is the median of runs over weights that together exceed the cache, so that each is read
+from memory.
 
 Not yet run: the project's machine has no GPU.
 """
@@ -129,8 +129,10 @@ def gemlite_int(N: int, K: int, nbits: int, copies: int) -> list[Call]:
 
 def marlin_int4(N: int, K: int, copies: int) -> list[Call]:
     from vllm.model_executor.layers.quantization.utils import marlin_utils_test as utils
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import (
+        apply_gptq_marlin_linear,
+        marlin_make_workspace_new,
+    )
     from vllm.scalar_type import scalar_types
 
     kind = scalar_types.uint4b8
@@ -144,6 +146,13 @@ def marlin_int4(N: int, K: int, copies: int) -> list[Call]:
         return lambda x: apply_gptq_marlin_linear(x, *args)
 
     return [layer() for _ in range(copies)]
+
+
+def mine(N: int, K: int, copies: int) -> dict[str, Callable[[], list[Call]]]:
+    out: dict[str, Callable[[], list[Call]]] = {"dense fp16": lambda: dense(N, K, max(2, copies // 4))}
+    for nbits in range(8, 0, -1):
+        out[f"hqqtensor int{nbits}"] = lambda nbits=nbits: ours(N, K, nbits, copies)
+    return out
 
 
 def peers(N: int, K: int, copies: int) -> dict[str, Callable[[], list[Call]]]:
@@ -161,7 +170,12 @@ def peers(N: int, K: int, copies: int) -> dict[str, Callable[[], list[Call]]]:
 def measure(rows: tuple[int, ...]) -> tuple[list[str], bool]:
     """Lines of the report, and whether every product of ours was within bounds."""
     name = torch.cuda.get_device_name()
-    lines = [f"# Linear layers on {name}", "", f"torch {torch.__version__}, {platform.python_version()}, groups of {GROUP}.", ""]
+    lines = [
+        f"# Linear layers on {name}",
+        "",
+        f"torch {torch.__version__}, {platform.python_version()}, groups of {GROUP}.",
+        "",
+    ]
     good = True
     for N, K in SHAPES:
         worst = {nbits: max(check(N, K, nbits, M) for M in (1, 16, 128)) for nbits in range(1, 9)}
@@ -170,10 +184,7 @@ def measure(rows: tuple[int, ...]) -> tuple[list[str], bool]:
         lines += [f"## {N} x {K}", "", f"Error against the reference (1 = the bound): {errors}.", ""]
         lines += ["us at M = | " + " | ".join(map(str, rows)), " | ".join(["---"] * (len(rows) + 1))]
         copies = max(2, CACHE // (N * K // 2))
-        runs: dict[str, Callable[[], list[Call]]] = {"dense fp16": lambda N=N, K=K: dense(N, K, max(2, copies // 4))}
-        for nbits in range(8, 0, -1):
-            runs[f"hqqtensor int{nbits}"] = lambda N=N, K=K, nbits=nbits: ours(N, K, nbits, copies)
-        for label, make in {**runs, **peers(N, K, copies)}.items():
+        for label, make in {**mine(N, K, copies), **peers(N, K, copies)}.items():
             try:
                 calls = make()
                 cells = []

@@ -21,7 +21,7 @@ SPIN = 12
 
 @dataclass(frozen=True)
 class Limits:
-    """An architecture, and the device whose figures stand for it: bytes/s, Hz, dense 16-bit multiply-adds a second x 2."""
+    """An architecture, and the device whose figures stand for it: bytes/s, Hz, dense 16-bit operations a second."""
 
     device: str
     processors: int
@@ -87,7 +87,9 @@ class Compiled:
 
     def tensor_instruction(self) -> str:
         """The product instruction used most, "" where there is none."""
-        found = [(n, name) for name, n in self.loop.items() if re.match(r"(HMMA|HGMMA|IMMA|UTCHMMA|QGMMA|v_mfma)", name)]
+        found = [
+            (n, name) for name, n in self.loop.items() if re.match(r"(HMMA|HGMMA|IMMA|UTCHMMA|QGMMA|v_mfma)", name)
+        ]
         return max(found)[1] if found else ""
 
 

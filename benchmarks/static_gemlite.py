@@ -1,7 +1,7 @@
 """gemlite's kernels for a machine without a GPU: its modules are loaded with a stand-in for the device they ask about.
 
-Only the kernels' sources are used, compiled with gemlite's own smallest and usual settings (float16, asymmetric groups of
-64, int32 packing where it packs into int32).
+Only the kernels' sources are used, compiled with gemlite's usual settings: float16, asymmetric groups of 64, codes
+below 8 bits packed into int32.
 """
 
 import importlib
@@ -85,7 +85,11 @@ def _compile(module: str, kernel: str, nbits: int, arch: str, warps: int, **tile
         if parameter.name not in constants and parameter.has_default:
             constants[parameter.name] = parameter.default
     packed = "*i32" if nbits < 8 else "*u8"
-    types = {name: "*fp16" for name in names if name.endswith("_ptr")} | {"b_ptr": packed, "M": "i32", "M_CLOSEST": "i32"}
+    types = {name: "*fp16" for name in names if name.endswith("_ptr")} | {
+        "b_ptr": packed,
+        "M": "i32",
+        "M_CLOSEST": "i32",
+    }
     types["mapping_ptr"] = "*i32"
     return compile_kernel(function, types, constants, arch, {"num_warps": warps}, aligned=("N", "K"))
 
@@ -105,8 +109,8 @@ def gemv(nbits: int, arch: str, block_k: int, block_n: int, warps: int) -> tuple
 def gemv_cost(nbits: int, arch: str) -> float:
     """Instructions a weight of gemlite's cheapest tile at M=1.
 
-    REVSPLITK has no loop. What a tile of twice the rows takes more is what its weights cost, without what starts and ends
-    the kernel; where the whole kernel comes out cheaper still, that counts.
+    REVSPLITK has no loop. What a tile of twice the rows takes more is what its weights cost, without what starts and
+    ends the kernel; where the whole kernel comes out cheaper still, that counts.
     """
     best = float("inf")
     for warps, block_n in ((1, 64), (1, 128), (1, 256), (2, 256)):

@@ -2,9 +2,10 @@
 
 For each architecture, width and tile that is shipped: registers, spills, shared memory, instructions per 16 weights of
 the main loop, width of global loads, tensor-core instruction, occupancy, and the time that a roofline of memory,
-instruction issue and tensor cores allows at M = 1, 16, 128 for an 11008 x 4096 weight. gemlite's kernels are compiled the same way where it
-is installed. Ends with status 1 where a kernel spills, loads packed codes narrower than it can, or multiplies without
-tensor cores. These are compiler's figures and estimates: nothing runs.
+instruction issue and tensor cores allows at M = 1, 16, 128 for an 11008 x 4096 weight. gemlite's kernels are compiled
+the same way where it is installed. Ends with status 1 where a kernel spills, loads packed codes narrower than it can,
+multiplies without tensor cores, or decodes at more instructions a weight than gemlite. These are the compiler's figures
+and estimates: nothing runs.
 """
 
 import argparse
@@ -17,7 +18,17 @@ import triton.language as tl
 
 from benchmarks import static_gemlite
 from benchmarks.static_compile import LIMITS, Compiled, compile_kernel
-from hqqtensor.kernels.triton.config import SUMS_UP_TO, TARGETS, Device, Plan, Problem, options, plan, plan_dense, shipped
+from hqqtensor.kernels.triton.config import (
+    SUMS_UP_TO,
+    TARGETS,
+    Device,
+    Plan,
+    Problem,
+    options,
+    plan,
+    plan_dense,
+    shipped,
+)
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.launch import decoder_text, precision
 from hqqtensor.kernels.triton.linear import linear_kernel
@@ -26,6 +37,7 @@ from hqqtensor.packing import PLANES, row_bytes
 
 N, K, GROUP = 11008, 4096, 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DOTS = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
 WARPS = {"num_warps": 4}
 META = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
 
@@ -67,15 +79,20 @@ def compile_linear(variant: Variant) -> Compiled:
         "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": {4: 1, 6: 2, 8: 3}.get(variant.nbits, 0),
         "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
         "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
-        "ASM": asm[0], "CONSTRAINTS": asm[1], "DOT": getattr(tl, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[variant.dtype]), "PRECISION": precision(device), "SCALE": chosen.scale,
+        "ASM": asm[0], "CONSTRAINTS": asm[1], "DOT": DOTS[variant.dtype],
+        "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
-    types |= {"qdata": "*u8", "shifts": "*u8", "table": "*fp32", "partial": "*fp32"} | dict.fromkeys(("arrived", "offsets"), "*i32")
+    types |= {"qdata": "*u8", "shifts": "*u8", "table": "*fp32", "partial": "*fp32"} | dict.fromkeys(
+        ("arrived", "offsets"), "*i32"
+    )
     types |= dict.fromkeys(META, "*fp32")
-    return compile_kernel(linear_kernel, types, constants, variant.arch, options(tile, variant.arch), ("N", "K", "row_bytes", "columns"))
+    return compile_kernel(
+        linear_kernel, types, constants, variant.arch, options(tile, variant.arch), ("N", "K", "row_bytes", "columns")
+    )
 
 
 def weights_a_turn(variant: Variant) -> float:
@@ -145,7 +162,10 @@ def variants(arch: str, quick: bool) -> Iterator[Variant]:
 def check_linear(arch: str, quick: bool) -> tuple[list[str], dict[tuple[int, str], float]]:
     """Print a line a variant; give the failures, and the instructions a weight at M = 1 by width and dtype."""
     failures, cost = [], {}
-    print(f"\n{arch} ({LIMITS[arch].device}); weight {N}x{K}, group {GROUP}; BLOCK_N x BLOCK_M, warps, unroll, stages, split-K")
+    print(
+        f"\n{arch} ({LIMITS[arch].device}); weight {N}x{K}, group {GROUP}; "
+        "BLOCK_N x BLOCK_M, warps, unroll, stages, split-K"
+    )
     print(f"{'':70s} regs spill  smem  per16  loads (bits: number)           occ   estimate   x fp16  product")
     for variant in variants(arch, quick):
         found = compile_linear(variant)
@@ -155,7 +175,8 @@ def check_linear(arch: str, quick: bool) -> tuple[list[str], dict[tuple[int, str
             cost[variant.nbits, variant.dtype] = per_weight
         loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
         print(
-            f"{variant!s:70s} {found.registers:4d} {found.spills:5d} {found.shared:6d} {per_weight * 16:5.1f}  {loads:28s} "
+            f"{variant!s:70s} {found.registers:4d} {found.spills:5d} {found.shared:6d} "
+            f"{per_weight * 16:5.1f}  {loads:28s} "
             f"{found.occupancy(arch, variant.plan.tile.warps):4.0%} {seconds * 1e6:6.1f} us {bound:6s} "
             f"{fp16_time(arch, variant.M) / seconds:4.2f}  {found.tensor_instruction()}",
             flush=True,
@@ -168,9 +189,8 @@ def check_others(arch: str, quick: bool) -> list[str]:
     """The kernels without a product: dequantize, the solvers, packing."""
     failures = []
     print(f"\n{'':30s} regs spill  smem  loads (bits: number)")
-    scalars = dict.fromkeys(
-        "R N K row_bytes columns scale_rows scale_meta_rows zero_meta_rows blocks rows groups size".split(), "i32"
-    )
+    sizes = "R N K row_bytes columns scale_rows scale_meta_rows zero_meta_rows blocks rows groups size"
+    scalars = dict.fromkeys(sizes.split(), "i32")
     pointers = {"indices": "*i64", "qdata": "*u8", "shifts": "*u8", "table": "*fp32", "out": "*bf16"}
     pointers |= {"scale": "*fp16", "zero": "*fp16"} | dict.fromkeys(META, "*fp32")
     aligned = ("N", "K", "row_bytes", "columns")
@@ -193,7 +213,9 @@ def check_others(arch: str, quick: bool) -> list[str]:
         )
         for name, found in runs.items():
             loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
-            print(f"{arch:7s} {name:10s} int{nbits:<6d} {found.registers:5d} {found.spills:5d} {found.shared:6d}  {loads}")
+            print(
+                f"{arch:7s} {name:10s} int{nbits:<6d} {found.registers:5d} {found.spills:5d} {found.shared:6d}  {loads}"
+            )
             if found.spills:
                 failures.append(f"{arch} {name} {nbits} bits: {found.spills} spills")
         if not runs["dequantize"].global_loads().get(128):
@@ -222,7 +244,8 @@ def compare(arch: str, cost: dict[tuple[int, str], float]) -> list[str]:
         for rows in (16, 128):
             found, weights, warps = static_gemlite.gemm(nbits, arch, rows)
             print(
-                f"  gemlite M={rows:<3d} {nbits} bits: per16 {found.instructions / weights * 16:.1f}, regs {found.registers}, "
+                f"  gemlite M={rows:<3d} {nbits} bits: per16 {found.instructions / weights * 16:.1f}, "
+                f"regs {found.registers}, "
                 f"spills {found.spills}, smem {found.shared}, loads {found.global_loads()}, "
                 f"occ {found.occupancy(arch, warps):.0%}, {found.tensor_instruction()}"
             )

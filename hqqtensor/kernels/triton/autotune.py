@@ -1,8 +1,8 @@
 """Timing of tiles on the device at hand, off unless asked for, and a file that remembers what won.
 
 Set ``HQQTENSOR_AUTOTUNE=1`` to time each new shape when it is first met. The file (``HQQTENSOR_AUTOTUNE_CACHE``, or
-``~/.cache/hqqtensor/triton.json``) may be shared by processes: it is replaced whole, under a lock, with what others have
-written in between merged in, and every entry is checked when it is read.
+``~/.cache/hqqtensor/triton.json``) may be shared by processes: it is replaced whole, under a lock, with what others
+have written in between merged in, and every entry is checked when it is read.
 """
 
 import fcntl
@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def choose(
     if name not in _remembered:
         time = bench or triton.testing.do_bench
         candidates = {plan(problem, device, tile).tile for tile in tiles(problem, device)}
-        times = {tile: _time(lambda t=tile: run(plan(problem, device, t)), time) for tile in candidates}
+        times = {tile: _time(partial(run, plan(problem, device, tile)), time) for tile in candidates}
         best = min(times, key=lambda tile: times[tile])
         if times[best] == float("inf"):
             raise RuntimeError(f"autotuning: no tile runs on {device.arch} for {problem}")

@@ -44,8 +44,8 @@ class Device:
     processors: int
 
 
-# (least architecture, most rows of x): tile before split-K. Two warps keep Hopper and Blackwell on the register forms of
-# their tensor instructions (mma), which take few rows; from 64 rows of x up four or eight warps bring wgmma.
+# Tiles, before K is split, by the most rows of x. Two warps keep Hopper and Blackwell on mma, whose operands come in
+# registers in the shape that decoding leaves them; with more rows of x, four or eight warps bring wgmma and tcgen05.
 _SHIPPED: dict[str, dict[int, Tile]] = {
     "sm_80": {
         8: Tile(8, 64, 2, 3, 2),
@@ -69,8 +69,8 @@ _SHIPPED: dict[str, dict[int, Tile]] = {
         1 << 30: Tile(128, 128, 1, 3, 8),
     },
     "gfx942": {
-        16: Tile(16, 64, 1, 2, 4),
-        32: Tile(32, 64, 1, 2, 4),
+        16: Tile(16, 64, 2, 2, 1),
+        32: Tile(32, 64, 1, 2, 2),
         64: Tile(64, 64, 1, 2, 4),
         1 << 30: Tile(64, 128, 1, 2, 4),
     },
@@ -84,7 +84,9 @@ def family(arch: str) -> str:
     if arch in _SHIPPED:
         return arch
     if arch.startswith("sm_"):
-        return max((a for a in ("sm_80", "sm_90", "sm_100") if int(a[3:]) <= int(arch[3:])), default="sm_80", key=_number)
+        return max(
+            (a for a in ("sm_80", "sm_90", "sm_100") if int(a[3:]) <= int(arch[3:])), default="sm_80", key=_number
+        )
     return "gfx942" if arch.startswith("gfx") else "sm_80"
 
 
@@ -222,6 +224,6 @@ def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:
     return replace(
         tile,
         unroll=1 if wide or problem.nbits in (1, 8) else tile.unroll,
-        stages=min(tile.stages, 2) if wide or (problem.nbits == 1 and tile.block_m >= 64) else tile.stages,
+        stages=min(tile.stages, 2) if wide else tile.stages - (problem.nbits == 1 and tile.block_m >= 64),
         split_k=split,
     )

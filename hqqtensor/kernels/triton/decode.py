@@ -1,10 +1,11 @@
 """From packed bytes to weights, within Triton kernels. Shared by every kernel; the layout is that of ``packing.py``.
 
-A tile is ``[rows, WIDTH]`` bytes of the widest plane: columns FIRST .. FIRST + WIDTH of a block's ``16 * P`` bytes (P the
-bits of that plane). Its position j (of ``8 / P``) holds the codes ``16 * P * j + FIRST`` onward, one a column, so shifting
-and masking the whole tile gives a tile of consecutive weights. The bytes of a narrower plane of q bits repeat every
-``16 * q`` columns, and their bits for position j begin at ``P * j + q * (column // (16 * q))``.
+A tile is ``[rows, WIDTH]`` bytes of the widest plane: columns FIRST .. FIRST + WIDTH of a block's ``16 * P`` bytes (P
+the bits of that plane). Its position j (of ``8 / P``) holds the codes ``16 * P * j + FIRST`` onward, one a column, so
+shifting and masking the whole tile gives a tile of consecutive weights. The bytes of a narrower plane of q bits repeat
+every ``16 * q`` columns, and their bits for position j begin at ``P * j + q * (column // (16 * q))``.
 """
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
@@ -77,7 +78,7 @@ def ones(planes, TEXT: tl.constexpr, DTYPE: tl.constexpr):
     KIND: tl.constexpr = copies(DTYPE, 1)
     if TEXT == "":
         return tl.full(planes[0].shape, 1.0, DTYPE)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         text: tl.constexpr = "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;"
         return tl.inline_asm_elementwise(text, "=r,=r,r", (planes[0],), KIND, is_pure=True, pack=4)[0]
     else:
@@ -102,8 +103,8 @@ def code(planes, J: tl.constexpr, NBITS: tl.constexpr):
 
 @triton.jit
 def gather_codes(rows, k, in_features, NBITS: tl.constexpr):
-    """Codes of the columns ``k`` (``[columns]``, below in_features), byte by byte, in full blocks and in the ragged last
-    one alike: uint8 ``[rows, columns]``. Columns from in_features on give 0."""
+    """Codes of the columns ``k`` (``[columns]``), byte by byte, in full blocks and in the ragged last one alike: uint8
+    ``[rows, columns]``. Columns from in_features on give 0."""
     P: tl.constexpr = widest(NBITS)
     Q: tl.constexpr = narrower(NBITS, 1)
     R: tl.constexpr = narrower(NBITS, 2)

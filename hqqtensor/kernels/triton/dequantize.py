@@ -1,4 +1,5 @@
 """Dense weights from packed ones: whole matrices, or the rows that an embedding looks up."""
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl

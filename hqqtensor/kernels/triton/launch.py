@@ -65,8 +65,8 @@ def grouped_linear(
     x: Tensor, offsets: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
     meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    """Rows of x ``[S, K]`` in runs, run e (up to offsets[e]) times the transpose of weight e of ``[E, N, K]``: ``[S, N]``;
-    rows from offsets[-1] on are zero. Nothing waits for the offsets to reach the host."""
+    """Rows of x ``[S, K]`` in runs, run e (up to offsets[e]) times the transpose of weight e of ``[E, N, K]``:
+    ``[S, N]``; rows from offsets[-1] on are zero. Nothing waits for the offsets to reach the host."""
     if activation != "float":
         args = (x, offsets, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
         return reference.grouped_linear(*args, activation)
@@ -106,7 +106,9 @@ def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -
     members = group_size if axis == 1 else -(-N // groups)
     padded = max(16, triton.next_power_of_2(members))
     if padded > 4096:
-        raise ValueError(f"group_size {group_size} is too long for a group to stay in registers; allowed are up to 4096")
+        raise ValueError(
+            f"group_size {group_size} is too long for a group to stay in registers; allowed are up to 4096"
+        )
     shape = (N, groups) if axis == 1 else (groups, K)
     inverse = torch.empty(shape, dtype=torch.float32, device=matrix.device)
     zero = torch.empty_like(inverse)
@@ -196,9 +198,7 @@ def _product(
         return out.to(x.dtype)
     constants = weight.constants
     usual = M if offsets is None else -(-M // experts)
-    problem = Problem(
-        usual, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size()
-    )
+    problem = Problem(usual, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size())
     x = x.contiguous()
 
     def run(chosen: Plan) -> None:
@@ -231,7 +231,8 @@ def _launch(
         x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
         offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
         blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
-        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, ASM=asm[0], CONSTRAINTS=asm[1], DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
+        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, ASM=asm[0], CONSTRAINTS=asm[1],
+        DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
         SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
         RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **weight.tensors,
         **weight.sizes, **weight.constants,

@@ -7,14 +7,13 @@ registers, where they were just decoded. Three ways of scaling (SCALE):
 - ROWS: weights rounded to x's dtype, one scale a row of the tile. For many rows of x.
 - ELEMENTS: the same with a scale looked up for each weight: axis 0, and groups that no tile fits.
 """
+# mypy: ignore-errors
+# ruff: noqa: SIM108
 
 import triton
 import triton.language as tl
 
 from hqqtensor.kernels.triton.decode import (
-    INT,
-    MINIFLOAT,
-    TABLE,
     code,
     gather_codes,
     group_value,
@@ -45,18 +44,20 @@ def load_x(x, pre, rm, k, K, mask, DOT: tl.constexpr, HAS_PRE: tl.constexpr, MAS
 @triton.jit
 def linear_kernel(
     x, qdata, scale, zero, bias, pre, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, offsets,
-    out, partial, arrived, M, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks, blocks_a_split,
+    out, partial, arrived,
+    M, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks, blocks_a_split,
     NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
     GROUP: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
     META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PRE: tl.constexpr,
-    EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x ``[E, M, K]``, qdata ``[E, N, row_bytes]``, out ``[E, M, N]``; grid (tiles of N and M, SPLIT_K, E).
 
-    With EXPERTS (their number padded to a power of two, ``offsets`` padded with its last entry), x is ``[S, K]`` in runs
-    of rows for one expert each, ending before offsets; grid (tiles of M that any such runs can need x tiles of N, SPLIT_K).
+    With EXPERTS (their number padded to a power of two, ``offsets`` padded with its last entry), x is ``[S, K]`` in
+    runs of rows for one expert each, ending before offsets; grid (tiles of N times tiles of M that any such runs can
+    need, SPLIT_K).
     columns, scale_rows: shape of each expert's scale. WIDTH: bytes a row that one dot takes. UNROLL: blocks of 128
     codes a turn of the loop. partial: float32 ``[tiles, SPLIT_K, BLOCK_N, BLOCK_M]``; arrived: int32 zeros, one a tile.
     """
@@ -104,12 +105,12 @@ def linear_kernel(
         table += expert * N * (2**NBITS)
 
     P: tl.constexpr = widest(NBITS)
-    # One bit: a tile is two blocks, for a dot takes at least 32 bytes. Where they differ in scale, sums are taken twice,
-    # with the other block's activations left out, and rows are scaled by halves.
+    # One bit: a tile is two blocks, for a dot takes at least 32 bytes. Where they differ in scale, sums are taken
+    # twice, with the other block's activations left out, and rows are scaled by halves.
     STEP: tl.constexpr = 2 if NBITS == 1 else 1
     DIFFER: tl.constexpr = NBITS == 1 and GROUP % 256 != 0
     HALVES: tl.constexpr = 2 if DIFFER and SCALE == GROUP_SUMS else 1
-    HALF: tl.constexpr = tl.bfloat16 if DOT == tl.bfloat16 else tl.float16
+    HALF: tl.constexpr = tl.bfloat16 if tl.bfloat16 == DOT else tl.float16
     column = tl.arange(0, WIDTH)
     if NBITS == 1:
         offset = column // 16 * 128 + column % 16

@@ -100,7 +100,7 @@ class _Text:
                 self.subtract(out, magic)
 
     def wide_bytes(self, word: str) -> None:
-        """bfloat16 has no room for 8 bits below its leading one: by way of float32, 0x4B000000 | code = 2**23 + code."""
+        """bfloat16 has no room for 8 bits below the leading one: by float32, 0x4B000000 | code is 2**23 + code."""
         for half in (0, 1):
             pair = []
             for i in (0, 1):

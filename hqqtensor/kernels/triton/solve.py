@@ -2,6 +2,7 @@
 
 Equations and constants are those of ``hqqtensor.solvers.rtn`` and ``hqqtensor.solvers.hqq_joint`` (norm 2).
 """
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
@@ -87,7 +88,7 @@ def solve_kernel(
     matrix, inverse, zero, N, K, groups, size,
     NBITS: tl.constexpr, JOINT: tl.constexpr, AXIS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Inverse scales and zero points, float32, of matrix ``[N, K]``: ``[N, groups]`` (axis 1), ``[groups, K]`` (axis 0).
+    """Inverse scales and zero points, float32, of matrix ``[N, K]``: ``[N, groups]`` or (axis 0) ``[groups, K]``.
 
     size: members of a group (axis 1). MEMBERS: the most that one has, rounded up to a power of two.
     """

@@ -13,6 +13,7 @@ from hqqtensor.kernels.triton import autotune
 from hqqtensor.kernels.triton.config import Device, Plan, Problem, Tile, plan
 
 DEVICE = Device("sm_90", 132)
+GOOD = asdict(Tile(8, 64, 1, 3, 2))
 PROBLEM = Problem(1, 4096, 4096, 1, 4, 64, 1, 2)
 
 
@@ -80,8 +81,8 @@ def test_a_broken_file_starts_anew(file: Path, content: str) -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [{}, {"block_m": 8}, 5, None, {**asdict(Tile(8, 64, 1, 3, 2)), "warps": 3}, {**asdict(Tile(8, 64, 1, 3, 2)), "more": 1},
-     {**asdict(Tile(8, 64, 1, 3, 2)), "block_n": "64"}, {**asdict(Tile(8, 64, 1, 3, 2)), "split_k": 10**9}],
+    [{}, {"block_m": 8}, 5, None, {**GOOD, "warps": 3}, {**GOOD, "more": 1}, {**GOOD, "block_n": "64"},
+     {**GOOD, "split_k": 10**9}],
 )  # fmt: skip
 def test_bad_entries_are_left_out_and_named(file: Path, entry: object) -> None:
     file.parent.mkdir()

@@ -1,4 +1,4 @@
-"""The backend without a device: loading it is cheap, it says why it cannot run, and its route traces on fake tensors."""
+"""The backend without a device: it loads cheaply, says why it cannot run, and its route traces on fake tensors."""
 
 import os
 import subprocess
@@ -67,7 +67,9 @@ def test_the_cuda_route_traces_whole_on_fake_tensors(axis: int) -> None:
 
     with FakeTensorMode(allow_non_fake_inputs=False):
         names = quantized.tensor_data_names
-        data = {n: torch.empty(getattr(quantized, n).shape, dtype=getattr(quantized, n).dtype, device="cuda") for n in names}
+        data = {
+            n: torch.empty(getattr(quantized, n).shape, dtype=getattr(quantized, n).dtype, device="cuda") for n in names
+        }
         x = torch.empty(2, 5, 256, device="cuda", dtype=torch.bfloat16)
         bias = torch.empty(64, device="cuda", dtype=torch.bfloat16)
 

@@ -32,7 +32,9 @@ PROBLEMS = st.builds(
     axis=st.sampled_from([0, 1]),
     element_size=st.sampled_from([2, 4]),
 )
-DEVICES = st.builds(Device, st.sampled_from([*TARGETS, "sm_86", "sm_120", "gfx90a", "xpu", "interpreter"]), st.integers(1, 300))
+DEVICES = st.builds(
+    Device, st.sampled_from([*TARGETS, "sm_86", "sm_120", "gfx90a", "xpu", "interpreter"]), st.integers(1, 300)
+)
 
 
 @given(PROBLEMS, DEVICES)

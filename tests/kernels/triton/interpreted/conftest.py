@@ -1,4 +1,4 @@
-"""These tests need TRITON_INTERPRET=1 from the start of the process; ``test_triton_interpreted.py`` starts one for them."""
+"""These tests need TRITON_INTERPRET=1 from the start; ``test_triton_interpreted.py`` runs them in such a process."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""Products and dense weights by Triton's interpreter, against the plain reference, within bounds that follow from dtypes."""
+"""Products and dense weights by Triton's interpreter against the plain reference, within bounds that follow from
+dtypes."""
 
 import pytest
 import torch
@@ -54,9 +55,7 @@ def span_of(q, scale, zero, nbits, size, axis, K):
     with_bias=st.booleans(),
     with_pre=st.booleans(),
 )
-def test_linear_equals_the_dense_product(
-    nbits, size, axis, N, K, M, dtype, scale_dtype, with_bias, with_pre
-) -> None:
+def test_linear_equals_the_dense_product(nbits, size, axis, N, K, M, dtype, scale_dtype, with_bias, with_pre) -> None:
     size = min(size, K if axis == 1 else N)
     q, scale, zero = weight(N, K, nbits, size, axis, dtype=scale_dtype)
     generator = torch.manual_seed(1)
@@ -191,7 +190,9 @@ def test_every_shipped_tile_and_split() -> None:
     tiles = {tile for arch in config.TARGETS for tile in config.shipped(arch).values()}
     for tile in tiles:
         for split in (1, 4):
-            chosen = config.plan(config.Problem(20, 130, 1024, 1, 4, 64, 1, 2), device, config.replace(tile, split_k=split))
+            chosen = config.plan(
+                config.Problem(20, 130, 1024, 1, 4, 64, 1, 2), device, config.replace(tile, split_k=split)
+            )
             out = torch.full((1, 20, 130), torch.nan, dtype=torch.float16)
             launch._launch(x.unsqueeze(0), w, None, None, None, out, device, chosen)
             assert_product(out[0], x, dense, span)

@@ -45,7 +45,9 @@ def test_joint_reaches_the_plain_solvers_error(nbits: int, N: int, K: int, size:
     with backend("dequantize"):
         want = _solve(w, size, HqqConfig(nbits, size, axis=axis))
     inverse, zero = launch.solve(w, nbits, size, axis, "hqq_joint")
-    got, plain = (error(w, *pair, nbits, size, axis) for pair in ((inverse, zero), (want.inverse_scale, want.zero_point)))
+    got, plain = (
+        error(w, *pair, nbits, size, axis) for pair in ((inverse, zero), (want.inverse_scale, want.zero_point))
+    )
     # Sums in another order may settle another way now and then, in either direction.
     assert got <= plain * 1.01 + 1e-12 and plain <= got * 1.01 + 1e-12
     # Most groups take the very same road.
