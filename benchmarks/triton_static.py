@@ -141,14 +141,14 @@ def fp16_time(arch: str, M: int) -> float:
     return max((2 * (N * K + M * (N + K))) / limits.bandwidth, 2.0 * M * N * K / limits.tensor)
 
 
-def variants(arch: str, quick: bool) -> Iterator[Variant]:
+def variants(arch: str, quick: bool, bits: list[int]) -> Iterator[Variant]:
     rows = sorted(shipped(arch))[:-1]
-    for nbits in range(1, 9):
+    for nbits in bits:
         for dtype in ("fp16", "bf16"):
             for M in [1, *(r for r in rows if r > 8), 128]:
                 if not quick or (M in (1, 16, 128) and dtype == "fp16"):
                     yield Variant(arch, M, nbits, dtype)
-    if quick:
+    if quick or 4 not in bits:
         return
     for M in (1, 128):
         yield Variant(arch, M, 4, "fp32")
@@ -159,7 +159,7 @@ def variants(arch: str, quick: bool) -> Iterator[Variant]:
             yield Variant(arch, M, nbits, "bf16", kind)
 
 
-def check_linear(arch: str, quick: bool) -> tuple[list[str], dict[tuple[int, str], float]]:
+def check_linear(arch: str, quick: bool, bits: list[int]) -> tuple[list[str], dict[tuple[int, str], float]]:
     """Print a line a variant; give the failures, and the instructions a weight at M = 1 by width and dtype."""
     failures, cost = [], {}
     print(
@@ -167,7 +167,7 @@ def check_linear(arch: str, quick: bool) -> tuple[list[str], dict[tuple[int, str
         "BLOCK_N x BLOCK_M, warps, unroll, stages, split-K"
     )
     print(f"{'':70s} regs spill  smem  per16  loads (bits: number)           occ   estimate   x fp16  product")
-    for variant in variants(arch, quick):
+    for variant in variants(arch, quick, bits):
         found = compile_linear(variant)
         per_weight = found.instructions / weights_a_turn(variant)
         seconds, bound = roofline(variant, per_weight)
@@ -185,7 +185,7 @@ def check_linear(arch: str, quick: bool) -> tuple[list[str], dict[tuple[int, str
     return failures, cost
 
 
-def check_others(arch: str, quick: bool) -> list[str]:
+def check_others(arch: str, bits: list[int]) -> list[str]:
     """The kernels without a product: dequantize, the solvers, packing."""
     failures = []
     print(f"\n{'':30s} regs spill  smem  loads (bits: number)")
@@ -194,7 +194,7 @@ def check_others(arch: str, quick: bool) -> list[str]:
     pointers = {"indices": "*i64", "qdata": "*u8", "shifts": "*u8", "table": "*fp32", "out": "*bf16"}
     pointers |= {"scale": "*fp16", "zero": "*fp16"} | dict.fromkeys(META, "*fp32")
     aligned = ("N", "K", "row_bytes", "columns")
-    for nbits in (4,) if quick else range(1, 9):
+    for nbits in bits:
         dense = plan_dense(nbits, GROUP, 1, LIMITS[arch].warp)
         constants = {
             "NBITS": nbits, "KIND": 0, "MANTISSA": 0, "PER_ROW": False, "GROUP": GROUP, "AXIS": 1, "HAS_ZERO": True,
@@ -229,6 +229,8 @@ def compare(arch: str, cost: dict[tuple[int, str], float]) -> list[str]:
     print(f"\n{arch}: instructions a weight at M=1 (float16)")
     reason = static_gemlite.why_missing()
     for nbits in (8, 4, 3, 2, 1):
+        if (nbits, "fp16") not in cost or (nbits == 3 and not {(2, "fp16"), (4, "fp16")} <= cost.keys()):
+            continue
         ours = cost[nbits, "fp16"]
         if nbits == 3:
             mean = (cost[2, "fp16"] + cost[4, "fp16"]) / 2
@@ -241,6 +243,8 @@ def compare(arch: str, cost: dict[tuple[int, str], float]) -> list[str]:
             if ours > theirs:
                 failures.append(f"{arch} {nbits} bits: {ours:.2f} instructions a weight, gemlite {theirs:.2f}")
     for nbits in (8, 4, 2, 1) if reason is None else ():
+        if (nbits, "fp16") not in cost:
+            continue
         for rows in (16, 128):
             found, weights, warps = static_gemlite.gemm(nbits, arch, rows)
             print(
@@ -256,11 +260,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--quick", action="store_true", help="float16 at M = 1, 16, 128 only")
+    parser.add_argument("--bits", type=int, nargs="+", choices=range(1, 9), default=list(range(1, 9)))
     args = parser.parse_args()
     failures: list[str] = []
     for arch in args.arch:
-        found, cost = check_linear(arch, args.quick)
-        failures += found + check_others(arch, args.quick) + compare(arch, cost)
+        found, cost = check_linear(arch, args.quick, args.bits)
+        failures += found + check_others(arch, args.bits) + compare(arch, cost)
     print(f"\nfew rows of x: M <= {SUMS_UP_TO}. Estimates are upper bounds of speed, not measurements.")
     for failure in failures:
         print("FAIL", failure)

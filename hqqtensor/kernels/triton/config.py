@@ -70,8 +70,7 @@ _SHIPPED: dict[str, dict[int, Tile]] = {
     },
     "gfx942": {
         16: Tile(16, 64, 2, 2, 1),
-        32: Tile(32, 64, 1, 2, 2),
-        64: Tile(64, 64, 1, 2, 4),
+        64: Tile(64, 64, 1, 2, 1),
         1 << 30: Tile(64, 128, 1, 2, 4),
     },
 }
@@ -134,8 +133,8 @@ def options(tile: Tile, arch: str) -> dict[str, int]:
     return out
 
 
-SUMS_UP_TO = 64
-"""Most rows of x for which groups are summed before they are scaled."""
+SUMS_UP_TO, SUMS_UP_TO_ONE_BIT = 64, 16
+"""Most rows of x for which groups are summed before they are scaled; at 1 bit sums are taken twice."""
 
 
 def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
@@ -149,6 +148,8 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         if width == 32 and family(device.arch) == "sm_100" and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(64, 64, 1, 3, 2)
+        if problem.nbits == 1 and family(device.arch) == "gfx942" and tile.warps > 1:
+            tile = table[64]  # the larger one spills
         tile = _fit(tile, problem, device, steps)
     splits = max(s for s in _ALLOWED["split_k"] if s <= min(tile.split_k, max(1, steps)))
     a_split = -(-steps // splits)
@@ -206,7 +207,8 @@ def plan_dense(nbits: int, group_size: int, axis: int, warp: int = 32) -> DenseP
 
 
 def _rows_or_sums(problem: Problem) -> int:
-    return GROUP_SUMS if problem.M <= SUMS_UP_TO else ROWS
+    limit = SUMS_UP_TO_ONE_BIT if problem.nbits == 1 else SUMS_UP_TO
+    return GROUP_SUMS if problem.M <= limit else ROWS
 
 
 def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:

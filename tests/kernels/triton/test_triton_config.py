@@ -11,6 +11,7 @@ from hqqtensor.kernels.triton.config import (
     GROUP_SUMS,
     ROWS,
     SUMS_UP_TO,
+    SUMS_UP_TO_ONE_BIT,
     TARGETS,
     Device,
     Problem,
@@ -53,7 +54,8 @@ def test_plans_cover_every_block_once_and_no_dot_straddles_groups(problem: Probl
         span = 16 * plane * found.run if found.run > 1 or problem.nbits == 1 else found.width
         assert problem.axis == 1
         assert problem.group_size % span == 0 or problem.group_size >= problem.K
-        assert found.scale == (GROUP_SUMS if problem.M <= SUMS_UP_TO else ROWS)
+        limit = SUMS_UP_TO_ONE_BIT if problem.nbits == 1 else SUMS_UP_TO
+        assert found.scale == (GROUP_SUMS if problem.M <= limit else ROWS)
         assert found.run == 1 or found.width == whole
 
 
