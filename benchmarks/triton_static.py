@@ -19,6 +19,7 @@ import triton.language as tl
 from benchmarks import static_gemlite
 from benchmarks.static_compile import LIMITS, Compiled, compile_kernel
 from hqqtensor.kernels.triton.config import (
+    SOLVE_TILE,
     SUMS_UP_TO,
     TARGETS,
     Device,
@@ -204,7 +205,7 @@ def check_others(arch: str, bits: list[int]) -> list[str]:
         runs = {"dequantize": compile_kernel(dequantize_kernel, scalars | pointers, constants, arch, WARPS, aligned)}
         solver_types = scalars | dict.fromkeys(("matrix", "inverse", "zero"), "*fp32")
         for joint in (False, True):
-            constants = {"NBITS": nbits, "JOINT": joint, "AXIS": 1, "MEMBERS": GROUP, "BLOCK_G": 2048 // GROUP}
+            constants = {"NBITS": nbits, "JOINT": joint, "AXIS": 1, "MEMBERS": GROUP, "BLOCK_G": SOLVE_TILE // GROUP}
             name = "hqq_joint" if joint else "rtn"
             runs[name] = compile_kernel(solve_kernel, solver_types, constants, arch, WARPS, ("N", "K"))
         constants = {"NBITS": nbits, "GROUP": GROUP, "AXIS": 1, "BLOCK_R": 16}

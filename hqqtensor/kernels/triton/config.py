@@ -69,9 +69,8 @@ _SHIPPED: dict[str, dict[int, Tile]] = {
         1 << 30: Tile(128, 128, 1, 3, 8),
     },
     "gfx942": {
-        16: Tile(16, 64, 2, 2, 1),
-        64: Tile(64, 64, 1, 2, 1),
-        1 << 30: Tile(64, 128, 1, 2, 4),
+        16: Tile(16, 64, 1, 2, 1),
+        1 << 30: Tile(64, 64, 1, 2, 1),
     },
 }
 TARGETS = tuple(_SHIPPED)
@@ -145,11 +144,14 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
     if tile is None:
         table = shipped(device.arch)
         tile = table[min(rows for rows in table if rows >= problem.M)]
-        if width == 32 and family(device.arch) == "sm_100" and tile.warps > 2:
+        kind = family(device.arch)
+        if kind == "gfx942" and problem.nbits == 7 and tile.block_m > 32:
+            tile = replace(tile, block_m=32)  # 64 spill
+        elif kind.startswith("sm_") and problem.nbits == 1 and 16 < problem.M <= 64:
+            tile = Tile(32, 64, 1, 3, 2)  # 64 spill
+        elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
-            tile = Tile(64, 64, 1, 3, 2)
-        if problem.nbits == 1 and family(device.arch) == "gfx942" and tile.warps > 1:
-            tile = table[64]  # the larger one spills
+            tile = Tile(32, 64, 1, 3, 2)
         tile = _fit(tile, problem, device, steps)
     splits = max(s for s in _ALLOWED["split_k"] if s <= min(tile.split_k, max(1, steps)))
     a_split = -(-steps // splits)
@@ -194,6 +196,8 @@ class DensePlan:
 
 
 WARPS_DENSE = 4
+SOLVE_TILE = 1024
+"""Weights that a program of the solvers holds: 8 a thread, so that all rounds stay in registers."""
 
 
 def plan_dense(nbits: int, group_size: int, axis: int, warp: int = 32) -> DensePlan:

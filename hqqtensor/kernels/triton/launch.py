@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.kernels.triton import autotune, ptx
-from hqqtensor.kernels.triton.config import WARPS_DENSE, Device, Plan, Problem, options, plan, plan_dense
+from hqqtensor.kernels.triton.config import SOLVE_TILE, WARPS_DENSE, Device, Plan, Problem, options, plan, plan_dense
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
@@ -112,7 +112,7 @@ def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -
     shape = (N, groups) if axis == 1 else (groups, K)
     inverse = torch.empty(shape, dtype=torch.float32, device=matrix.device)
     zero = torch.empty_like(inverse)
-    block = max(1, 2048 // padded)
+    block = max(1, SOLVE_TILE // padded)
     solve_kernel[(-(-inverse.numel() // block),)](
         matrix.contiguous(), inverse, zero, N, K, groups, group_size,
         NBITS=nbits, JOINT=solver == "hqq_joint", AXIS=axis, MEMBERS=padded, BLOCK_G=block,
