@@ -120,6 +120,9 @@ def problems(variant: Variant, found: Compiled) -> list[str]:
     wide, expected = found.global_loads().get(128, 0), wide_loads_expected(variant)
     if wide < expected:
         out.append(f"{wide} loads of 128 bits where packed codes alone need {expected}: {found.global_loads()}")
+    limit = LIMITS[variant.arch].shared - (0 if variant.arch.startswith("gfx") else 1024)
+    if found.shared > limit:
+        out.append(f"{found.shared} bytes of shared memory, a block can have {limit}")
     if not found.tensor_instruction():
         out.append("no tensor-core instruction")
     return out

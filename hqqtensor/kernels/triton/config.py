@@ -147,12 +147,18 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         kind = family(device.arch)
         if kind == "gfx942" and problem.nbits == 7 and tile.block_m > 32:
             tile = replace(tile, block_m=32)  # 64 spill
+        elif kind == "sm_100" and problem.nbits == 1 and problem.M > 16:
+            tile = Tile(16, 64, 1, 3, 2)  # 32 spill
         elif kind.startswith("sm_") and problem.nbits == 1 and 16 < problem.M <= 64:
             tile = Tile(32, 64, 1, 3, 2)  # 64 spill
         elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
         tile = _fit(tile, problem, device, steps)
+        if scale == ELEMENTS:  # scales of every weight are in flight too
+            tile = replace(
+                tile, unroll=1, stages=min(tile.stages, 2), block_m=min(tile.block_m, 32 if kind == "gfx942" else 64)
+            )
     splits = max(s for s in _ALLOWED["split_k"] if s <= min(tile.split_k, max(1, steps)))
     a_split = -(-steps // splits)
     unroll = tile.unroll

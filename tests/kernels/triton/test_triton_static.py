@@ -50,9 +50,12 @@ def test_problems_are_found() -> None:
     good = Counter({"LDGSTS.E.BYPASS.128": enough, "HMMA.16816.F32": 8})
     assert problems(variant, Compiled(100, 0, 0, good, True)) == []
     assert "3 spills" in problems(variant, Compiled(100, 3, 0, good, True))
+    assert "shared memory" in problems(variant, Compiled(100, 0, 240000, good, True))[0]
     narrow = Counter({"LDG.E.64": 2 * enough, "HMMA.16816.F32": 8})
     assert "loads of 128 bits" in problems(variant, Compiled(100, 0, 0, narrow, True))[0]
-    assert problems(variant, Compiled(100, 0, 0, Counter({"LDG.E.128": enough}), True)) == ["no tensor-core instruction"]
+    assert problems(variant, Compiled(100, 0, 0, Counter({"LDG.E.128": enough}), True)) == [
+        "no tensor-core instruction"
+    ]
 
 
 def test_the_roofline_names_what_binds() -> None:
