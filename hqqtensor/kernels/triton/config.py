@@ -145,7 +145,7 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         table = shipped(device.arch)
         tile = table[min(rows for rows in table if rows >= problem.M)]
         kind = family(device.arch)
-        if kind == "gfx942" and problem.nbits == 7 and tile.block_m > 32:
+        if kind == "gfx942" and problem.nbits >= 7 and tile.block_m > 32:
             tile = replace(tile, block_m=32)  # 64 spill
         elif kind == "sm_100" and problem.nbits == 1 and problem.M > 16:
             tile = Tile(16, 64, 1, 3, 2)  # 32 spill
@@ -218,7 +218,7 @@ def plan_dense(nbits: int, group_size: int, axis: int, warp: int = 32) -> DenseP
 
 def _rows_or_sums(problem: Problem) -> int:
     limit = SUMS_UP_TO_ONE_BIT if problem.nbits == 1 else SUMS_UP_TO
-    return GROUP_SUMS if problem.M <= limit else ROWS
+    return GROUP_SUMS if limit >= problem.M else ROWS
 
 
 def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:

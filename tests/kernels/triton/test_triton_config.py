@@ -55,7 +55,7 @@ def test_plans_cover_every_block_once_and_no_dot_straddles_groups(problem: Probl
         assert problem.axis == 1
         assert problem.group_size % span == 0 or problem.group_size >= problem.K
         limit = SUMS_UP_TO_ONE_BIT if problem.nbits == 1 else SUMS_UP_TO
-        assert found.scale == (GROUP_SUMS if problem.M <= limit else ROWS)
+        assert found.scale == (GROUP_SUMS if limit >= problem.M else ROWS)
         assert found.run == 1 or found.width == whole
 
 
