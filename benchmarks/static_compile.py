@@ -95,10 +95,10 @@ class Compiled:
 
 def compile_kernel(
     function: Any, types: dict[str, str], constants: dict[str, Any], arch: str, options: dict[str, int],
-    aligned: tuple[str, ...] = (),
+    aligned: tuple[str, ...] = (), whole: bool = False,
 ) -> Compiled:  # fmt: skip
     """Compile for ``arch``. types: Triton's type of each argument that is no constant; pointers, and the integers in
-    ``aligned``, are taken to be multiples of 16."""
+    ``aligned``, are taken to be multiples of 16. whole: count the whole kernel, not a loop."""
     names = [p.name for p in function.params]
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     hints: dict[tuple[int, ...], list[list[object]]] = {
@@ -110,11 +110,11 @@ def compile_kernel(
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
     kernel = triton.compile(source, target=target, options=options)
     if arch.startswith("gfx"):
-        return _read_amd(kernel.asm["amdgcn"], kernel.metadata.shared)
-    return _read_nvidia(kernel.asm["cubin"], kernel.metadata.shared)
+        return _read_amd(kernel.asm["amdgcn"], kernel.metadata.shared, whole)
+    return _read_nvidia(kernel.asm["cubin"], kernel.metadata.shared, whole)
 
 
-def _read_nvidia(cubin: bytes, shared: int) -> Compiled:
+def _read_nvidia(cubin: bytes, shared: int, whole: bool) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -134,14 +134,14 @@ def _read_nvidia(cubin: bytes, shared: int) -> Compiled:
         for i, line in enumerate(lines)
         if (jump := re.search(r"BRA.*?`\((\.L_x_\d+)\)", line)) and labels.get(jump[1], i) < i - SPIN
     ]
-    body, looped = _main(lines, loops, r"MMA")
+    body, looped = _main(lines, [] if whole else loops, r"MMA")
     names = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in body)
     spills = sum(1 for line in lines if re.search(r"\b(STL|LDL)\b", line))
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     return Compiled(registers, spills, shared, names, looped)
 
 
-def _read_amd(text: str, shared: int) -> Compiled:
+def _read_amd(text: str, shared: int, whole: bool) -> Compiled:
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -155,7 +155,7 @@ def _read_amd(text: str, shared: int) -> Compiled:
         for i, line in enumerate(lines)
         if (jump := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)) and labels.get(jump[1], i) < i - SPIN
     ]
-    body, looped = _main(lines, loops, r"v_mfma")
+    body, looped = _main(lines, [] if whole else loops, r"v_mfma")
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}: *(\d+)", text)

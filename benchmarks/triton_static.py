@@ -26,6 +26,7 @@ from hqqtensor.kernels.triton.config import (
     Plan,
     Problem,
     options,
+    options_dense,
     plan,
     plan_dense,
     shipped,
@@ -39,7 +40,6 @@ from hqqtensor.packing import PLANES, row_bytes
 N, K, GROUP = 11008, 4096, 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DOTS = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
-WARPS = {"num_warps": 4}
 META = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
 
 
@@ -205,15 +205,19 @@ def check_others(arch: str, bits: list[int]) -> list[str]:
             "META_SCALE": False, "META_ZERO": False, "HAS_INDICES": False, "ROW_SCALES": dense.row_scales,
             "WIDTH": dense.width, "BLOCK_R": dense.rows,
         }  # fmt: skip
-        runs = {"dequantize": compile_kernel(dequantize_kernel, scalars | pointers, constants, arch, WARPS, aligned)}
+        runs = {
+            "dequantize": compile_kernel(
+                dequantize_kernel, scalars | pointers, constants, arch, options_dense(arch), aligned
+            )
+        }
         solver_types = scalars | dict.fromkeys(("matrix", "inverse", "zero"), "*fp32")
         for joint in (False, True):
             constants = {"NBITS": nbits, "JOINT": joint, "AXIS": 1, "MEMBERS": GROUP, "BLOCK_G": SOLVE_TILE // GROUP}
             name = "hqq_joint" if joint else "rtn"
-            runs[name] = compile_kernel(solve_kernel, solver_types, constants, arch, WARPS, ("N", "K"))
+            runs[name] = compile_kernel(solve_kernel, solver_types, constants, arch, options_dense(arch), ("N", "K"))
         constants = {"NBITS": nbits, "GROUP": GROUP, "AXIS": 1, "BLOCK_R": 16}
         runs["assign"] = compile_kernel(
-            assign_kernel, solver_types | {"out": "*u8"}, constants, arch, WARPS, ("N", "K", "row_bytes")
+            assign_kernel, solver_types | {"out": "*u8"}, constants, arch, options_dense(arch), ("N", "K", "row_bytes")
         )
         for name, found in runs.items():
             loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))

@@ -202,6 +202,13 @@ class DensePlan:
 
 
 WARPS_DENSE = 4
+
+
+def options_dense(arch: str) -> dict[str, int]:
+    """Compiler options of the kernels without a product; see ``options``."""
+    return {"num_warps": WARPS_DENSE} | ({"maxnreg": 255} if arch.startswith("sm_") else {})
+
+
 SOLVE_TILE = 1024
 """Weights that a program of the solvers holds: 8 a thread, so that all rounds stay in registers."""
 

@@ -64,14 +64,15 @@ def dequantize_kernel(
                     w = tl.where(there[:, None], w, float("nan"))
                 tl.store(target + k[None, :], w.to(out.dtype.element_ty), mask=inside[:, None])
     else:
-        last = block * 128 + tl.arange(0, 128)
-        rest = value(gather_codes(rows, last, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
-        real = last < K
-        last = tl.minimum(last, K - 1)
-        group = (last // GROUP if AXIS == 1 else last)[None, :]
-        if HAS_ZERO:
-            rest -= group_value(zero, zero_scale, zero_zero, r, group, columns, zero_meta_rows, META_ZERO)
-        rest *= group_value(scale, scale_scale, scale_zero, r, group, columns, scale_meta_rows, META_SCALE)
-        if HAS_INDICES:
-            rest = tl.where(there[:, None], rest, float("nan"))
-        tl.store(target + last[None, :], rest.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+        for part in range(4):
+            last = block * 128 + part * 32 + tl.arange(0, 32)
+            rest = value(gather_codes(rows, last, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+            real = last < K
+            last = tl.minimum(last, K - 1)
+            group = (last // GROUP if AXIS == 1 else last)[None, :]
+            if HAS_ZERO:
+                rest -= group_value(zero, zero_scale, zero_zero, r, group, columns, zero_meta_rows, META_ZERO)
+            rest *= group_value(scale, scale_scale, scale_zero, r, group, columns, scale_meta_rows, META_SCALE)
+            if HAS_INDICES:
+                rest = tl.where(there[:, None], rest, float("nan"))
+            tl.store(target + last[None, :], rest.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.kernels.triton import autotune, ptx
-from hqqtensor.kernels.triton.config import SOLVE_TILE, WARPS_DENSE, Device, Plan, Problem, options, plan, plan_dense
+from hqqtensor.kernels.triton.config import SOLVE_TILE, Device, Plan, Problem, options, options_dense, plan, plan_dense
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
@@ -116,6 +116,7 @@ def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -
     solve_kernel[(-(-inverse.numel() // block),)](
         matrix.contiguous(), inverse, zero, N, K, groups, group_size,
         NBITS=nbits, JOINT=solver == "hqq_joint", AXIS=axis, MEMBERS=padded, BLOCK_G=block,
+        **options_dense(describe(matrix.device).arch),
     )  # fmt: skip
     return inverse, zero
 
@@ -252,7 +253,7 @@ def _dense(weight: _Weight, indices: Tensor | None, dtype: torch.dtype) -> Tenso
     dequantize_kernel[(-(-rows // found.rows), -(-K // 128), weight.experts)](
         indices=_placeholder(qdata.device) if indices is None else indices, out=out, R=rows, blocks=K // 128,
         HAS_INDICES=indices is not None, ROW_SCALES=found.row_scales, WIDTH=found.width, BLOCK_R=found.rows,
-        num_warps=WARPS_DENSE, **weight.tensors, **weight.sizes, **constants,
+        **options_dense(device.arch), **weight.tensors, **weight.sizes, **constants,
     )  # fmt: skip
     return out.to(dtype)
 

@@ -66,7 +66,7 @@ def test_the_cuda_route_traces_whole_on_fake_tensors(axis: int) -> None:
         return graph
 
     with FakeTensorMode(allow_non_fake_inputs=False):
-        names = quantized.tensor_data_names
+        names = ("qdata", "scale", "zero_point")
         data = {
             n: torch.empty(getattr(quantized, n).shape, dtype=getattr(quantized, n).dtype, device="cuda") for n in names
         }
