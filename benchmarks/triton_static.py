@@ -207,7 +207,7 @@ def check_others(arch: str, bits: list[int]) -> list[str]:
         }  # fmt: skip
         runs = {
             "dequantize": compile_kernel(
-                dequantize_kernel, scalars | pointers, constants, arch, options_dense(arch), aligned
+                dequantize_kernel, scalars | pointers, constants, arch, options_dense(arch), aligned, True
             )
         }
         solver_types = scalars | dict.fromkeys(("matrix", "inverse", "zero"), "*fp32")
