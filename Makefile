@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize gpu-check clean
 
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,12 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_basic
 	$(BIN)/python -m benchmarks.cpu_linear
 	$(BIN)/python -m benchmarks.cpu_quantize
+
+# On a machine with a GPU: the kernels against the reference, then their times, both into gpu-report.md.
+gpu-check: $(STAMP)
+	$(BIN)/pip install -q triton
+	$(BIN)/python -m pytest -q tests/kernels/triton tests/test_tensor.py
+	$(BIN)/python -m benchmarks.gpu_linear --report gpu-report.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

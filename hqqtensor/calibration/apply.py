@@ -35,8 +35,8 @@ def quantize_calibrated(
 ) -> dict[int, nn.Parameter]:
     """New weights of the calibrated layers of ``choices`` by id of the old; the model is left as it was.
 
-    done(weight, name): called after each. "full" runs the batches once for each set of layers with a common input and keeps
-    one ``[K, K]`` matrix at a time.
+    done(weight, name): called after each. "full" runs the batches once for each set of layers with a common input and
+    keeps one ``[K, K]`` matrix at a time.
     """
     by_module = {_module(choice.names[0]): choice for choice in choices}
     made: dict[int, nn.Parameter] = {}

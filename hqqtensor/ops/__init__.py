@@ -15,6 +15,7 @@ __all__ = [
 ]
 
 from hqqtensor.kernels import cpu as cpu
+from hqqtensor.kernels import triton as triton
 
 if cpu.why_unavailable() is not None:
     from hqqtensor.ops import gradients

@@ -1,0 +1,284 @@
+"""What the Triton kernels compile to, for GPUs that are not there: ``python -m benchmarks.triton_static``.
+
+For each architecture, width and tile that is shipped: registers, spills, shared memory, instructions per 16 weights of
+the main loop, width of global loads, tensor-core instruction, occupancy, and the time that a roofline of memory,
+instruction issue and tensor cores allows at M = 1, 16, 128 for an 11008 x 4096 weight. gemlite's kernels are compiled
+the same way where it is installed. Ends with status 1 where a kernel spills, loads packed codes narrower than it can,
+multiplies without tensor cores, or decodes at more instructions a weight than gemlite. These are the compiler's figures
+and estimates: nothing runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+
+from benchmarks import static_gemlite
+from benchmarks.static_compile import LIMITS, Compiled, compile_kernel
+from hqqtensor.kernels.triton.config import (
+    SOLVE_TILE,
+    SUMS_UP_TO,
+    TARGETS,
+    Device,
+    Plan,
+    Problem,
+    options,
+    options_dense,
+    plan,
+    plan_dense,
+    shipped,
+)
+from hqqtensor.kernels.triton.dequantize import dequantize_kernel
+from hqqtensor.kernels.triton.launch import decoder_text, precision
+from hqqtensor.kernels.triton.linear import linear_kernel
+from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
+from hqqtensor.packing import PLANES, row_bytes
+
+N, K, GROUP = 11008, 4096, 64
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DOTS = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
+META = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A product kernel to compile: M rows of x of a dtype, and what the weight is like."""
+
+    arch: str
+    M: int
+    nbits: int
+    dtype: str = "fp16"
+    kind: int = 0
+    group: int = GROUP
+    axis: int = 1
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.M, N, K, 1, self.nbits, self.group, self.axis, DTYPES[self.dtype].itemsize)
+
+    @property
+    def plan(self) -> Plan:
+        return plan(self.problem, Device(self.arch, LIMITS[self.arch].processors))
+
+    def __str__(self) -> str:
+        kind = ("int", "float", "table")[self.kind]
+        tile = self.plan.tile
+        return (
+            f"{self.arch:7s} {kind}{self.nbits} g{self.group} axis{self.axis} {self.dtype} M={self.M:<4d}"
+            f"{tile.block_n}x{tile.block_m} w{tile.warps} u{tile.unroll} s{tile.stages} k{tile.split_k}"
+        )
+
+
+def compile_linear(variant: Variant) -> Compiled:
+    chosen, tile = variant.plan, variant.plan.tile
+    device = Device(variant.arch, LIMITS[variant.arch].processors)
+    asm = decoder_text(device, variant.kind, variant.nbits, DTYPES[variant.dtype])
+    constants = {
+        "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": {4: 1, 6: 2, 8: 3}.get(variant.nbits, 0),
+        "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
+        "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
+        "ASM": asm[0], "CONSTRAINTS": asm[1], "DOT": DOTS[variant.dtype],
+        "PRECISION": precision(device), "SCALE": chosen.scale,
+        "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
+        "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
+    }  # fmt: skip
+    types = {p.name: "i32" for p in linear_kernel.params}
+    types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
+    types |= {"qdata": "*u8", "shifts": "*u8", "table": "*fp32", "partial": "*fp32"} | dict.fromkeys(
+        ("arrived", "offsets"), "*i32"
+    )
+    types |= dict.fromkeys(META, "*fp32")
+    return compile_kernel(
+        linear_kernel, types, constants, variant.arch, options(tile, variant.arch), ("N", "K", "row_bytes", "columns")
+    )
+
+
+def weights_a_turn(variant: Variant) -> float:
+    """Weights that a thread decodes in a turn of the loop."""
+    tile = variant.plan.tile
+    codes = 128 * tile.unroll * (2 if variant.nbits == 1 else 1)
+    return tile.block_n * codes / (tile.warps * LIMITS[variant.arch].warp)
+
+
+def wide_loads_expected(variant: Variant) -> int:
+    """128-bit loads a thread and turn that the packed bytes of the tile come to, planes of fewer bits counted as often
+    as their bytes repeat."""
+    chosen, tile = variant.plan, variant.plan.tile
+    bytes_a_tile = tile.block_n * chosen.width
+    threads = tile.warps * LIMITS[variant.arch].warp
+    whole = 32 if variant.nbits == 1 else 16 * PLANES[variant.nbits][0]
+    tiles = whole // chosen.width * tile.unroll * len(PLANES[variant.nbits])
+    return tiles * (bytes_a_tile // (16 * threads))
+
+
+def problems(variant: Variant, found: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel, in words."""
+    out = [f"{found.spills} spills"] if found.spills else []
+    wide, expected = found.global_loads().get(128, 0), wide_loads_expected(variant)
+    if wide < expected:
+        out.append(f"{wide} loads of 128 bits where packed codes alone need {expected}: {found.global_loads()}")
+    limit = LIMITS[variant.arch].shared - (0 if variant.arch.startswith("gfx") else 1024)
+    if found.shared > limit:
+        out.append(f"{found.shared} bytes of shared memory, a block can have {limit}")
+    if not found.tensor_instruction():
+        out.append("no tensor-core instruction")
+    return out
+
+
+def roofline(variant: Variant, per_weight: float) -> tuple[float, str]:
+    """Seconds that the slowest of memory, instruction issue and tensor cores needs, and which of them it is."""
+    limits, tile = LIMITS[variant.arch], variant.plan.tile
+    size = DTYPES[variant.dtype].itemsize
+    read = N * row_bytes(K, variant.nbits) + N * (K // GROUP) * 4 + variant.M * (K + N) * size
+    passes = -(-variant.M // tile.block_m)
+    issue = N * K * passes * per_weight / limits.warp / (limits.processors * limits.issue * limits.clock)
+    tensor = 2.0 * N * K * passes * tile.block_m / limits.tensor
+    return max((read / limits.bandwidth, "memory"), (issue, "issue"), (tensor, "tensor"))
+
+
+def fp16_time(arch: str, M: int) -> float:
+    """The same roofline for a dense float16 weight."""
+    limits = LIMITS[arch]
+    return max((2 * (N * K + M * (N + K))) / limits.bandwidth, 2.0 * M * N * K / limits.tensor)
+
+
+def variants(arch: str, quick: bool, bits: list[int]) -> Iterator[Variant]:
+    rows = sorted(shipped(arch))[:-1]
+    for nbits in bits:
+        for dtype in ("fp16", "bf16"):
+            for M in [1, *(r for r in rows if r > 8), 128]:
+                if not quick or (M in (1, 16, 128) and dtype == "fp16"):
+                    yield Variant(arch, M, nbits, dtype)
+    if quick or 4 not in bits:
+        return
+    for M in (1, 128):
+        yield Variant(arch, M, 4, "fp32")
+        yield Variant(arch, M, 4, group=32)
+        yield Variant(arch, M, 4, group=16)
+        yield Variant(arch, M, 4, axis=0)
+        for nbits, kind in ((4, 1), (6, 1), (8, 1), (4, 2)):
+            yield Variant(arch, M, nbits, "bf16", kind)
+
+
+def check_linear(arch: str, quick: bool, bits: list[int]) -> tuple[list[str], dict[tuple[int, str], float]]:
+    """Print a line a variant; give the failures, and the instructions a weight at M = 1 by width and dtype."""
+    failures, cost = [], {}
+    print(
+        f"\n{arch} ({LIMITS[arch].device}); weight {N}x{K}, group {GROUP}; "
+        "BLOCK_N x BLOCK_M, warps, unroll, stages, split-K"
+    )
+    print(f"{'':70s} regs spill  smem  per16  loads (bits: number)           occ   estimate   x fp16  product")
+    for variant in variants(arch, quick, bits):
+        found = compile_linear(variant)
+        per_weight = found.instructions / weights_a_turn(variant)
+        seconds, bound = roofline(variant, per_weight)
+        if variant.M == 1 and variant.kind == 0 and variant.group == GROUP and variant.axis == 1:
+            cost[variant.nbits, variant.dtype] = per_weight
+        loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
+        print(
+            f"{variant!s:70s} {found.registers:4d} {found.spills:5d} {found.shared:6d} "
+            f"{per_weight * 16:5.1f}  {loads:28s} "
+            f"{found.occupancy(arch, variant.plan.tile.warps):4.0%} {seconds * 1e6:6.1f} us {bound:6s} "
+            f"{fp16_time(arch, variant.M) / seconds:4.2f}  {found.tensor_instruction()}",
+            flush=True,
+        )
+        failures += [f"{variant}: {text}" for text in problems(variant, found)]
+    return failures, cost
+
+
+def check_others(arch: str, bits: list[int]) -> list[str]:
+    """The kernels without a product: dequantize, the solvers, packing."""
+    failures = []
+    print(f"\n{'':30s} regs spill  smem  loads (bits: number)")
+    sizes = "R N K row_bytes columns scale_rows scale_meta_rows zero_meta_rows blocks rows groups size"
+    scalars = dict.fromkeys(sizes.split(), "i32")
+    pointers = {"indices": "*i64", "qdata": "*u8", "shifts": "*u8", "table": "*fp32", "out": "*bf16"}
+    pointers |= {"scale": "*fp16", "zero": "*fp16"} | dict.fromkeys(META, "*fp32")
+    aligned = ("N", "K", "row_bytes", "columns")
+    for nbits in bits:
+        dense = plan_dense(nbits, GROUP, 1, LIMITS[arch].warp)
+        constants = {
+            "NBITS": nbits, "KIND": 0, "MANTISSA": 0, "PER_ROW": False, "GROUP": GROUP, "AXIS": 1, "HAS_ZERO": True,
+            "META_SCALE": False, "META_ZERO": False, "HAS_INDICES": False, "ROW_SCALES": dense.row_scales,
+            "WIDTH": dense.width, "BLOCK_R": dense.rows,
+        }  # fmt: skip
+        runs = {
+            "dequantize": compile_kernel(
+                dequantize_kernel, scalars | pointers, constants, arch, options_dense(arch), aligned, True
+            )
+        }
+        solver_types = scalars | dict.fromkeys(("matrix", "inverse", "zero"), "*fp32")
+        for joint in (False, True):
+            constants = {"NBITS": nbits, "JOINT": joint, "AXIS": 1, "MEMBERS": GROUP, "BLOCK_G": SOLVE_TILE // GROUP}
+            name = "hqq_joint" if joint else "rtn"
+            runs[name] = compile_kernel(solve_kernel, solver_types, constants, arch, options_dense(arch), ("N", "K"))
+        constants = {"NBITS": nbits, "GROUP": GROUP, "AXIS": 1, "BLOCK_R": 16}
+        runs["assign"] = compile_kernel(
+            assign_kernel, solver_types | {"out": "*u8"}, constants, arch, options_dense(arch), ("N", "K", "row_bytes")
+        )
+        for name, found in runs.items():
+            loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
+            print(
+                f"{arch:7s} {name:10s} int{nbits:<6d} {found.registers:5d} {found.spills:5d} {found.shared:6d}  {loads}"
+            )
+            if found.spills:
+                failures.append(f"{arch} {name} {nbits} bits: {found.spills} spills")
+        if not runs["dequantize"].global_loads().get(128):
+            failures.append(f"{arch} dequantize {nbits} bits: no loads of 128 bits")
+    return failures
+
+
+def compare(arch: str, cost: dict[tuple[int, str], float]) -> list[str]:
+    """Instructions a weight at M = 1 beside gemlite's, and beside the widths between which 3 bits lie."""
+    failures = []
+    print(f"\n{arch}: instructions a weight at M=1 (float16)")
+    reason = static_gemlite.why_missing()
+    for nbits in (8, 4, 3, 2, 1):
+        if (nbits, "fp16") not in cost or (nbits == 3 and not {(2, "fp16"), (4, "fp16")} <= cost.keys()):
+            continue
+        ours = cost[nbits, "fp16"]
+        if nbits == 3:
+            mean = (cost[2, "fp16"] + cost[4, "fp16"]) / 2
+            print(f"  3 bits: {ours:.2f}; mean of 2 and 4 bits {mean:.2f}; gemlite has no 3 bits")
+        elif reason:
+            print(f"  {nbits} bits: {ours:.2f}; {reason}")
+        else:
+            theirs = static_gemlite.gemv_cost(nbits, arch)
+            print(f"  {nbits} bits: {ours:.2f}; gemlite {theirs:.2f}")
+            if ours > theirs:
+                failures.append(f"{arch} {nbits} bits: {ours:.2f} instructions a weight, gemlite {theirs:.2f}")
+    for nbits in (8, 4, 2, 1) if reason is None else ():
+        if (nbits, "fp16") not in cost:
+            continue
+        for rows in (16, 128):
+            found, weights, warps = static_gemlite.gemm(nbits, arch, rows)
+            print(
+                f"  gemlite M={rows:<3d} {nbits} bits: per16 {found.instructions / weights * 16:.1f}, "
+                f"regs {found.registers}, "
+                f"spills {found.spills}, smem {found.shared}, loads {found.global_loads()}, "
+                f"occ {found.occupancy(arch, warps):.0%}, {found.tensor_instruction()}"
+            )
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--quick", action="store_true", help="float16 at M = 1, 16, 128 only")
+    parser.add_argument("--bits", type=int, nargs="+", choices=range(1, 9), default=list(range(1, 9)))
+    args = parser.parse_args()
+    failures: list[str] = []
+    for arch in args.arch:
+        found, cost = check_linear(arch, args.quick, args.bits)
+        failures += found + check_others(arch, args.bits) + compare(arch, cost)
+    print(f"\nfew rows of x: M <= {SUMS_UP_TO}. Estimates are upper bounds of speed, not measurements.")
+    for failure in failures:
+        print("FAIL", failure)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""From packed bytes to weights, within Triton kernels. Shared by every kernel; the layout is that of ``packing.py``.
+
+A tile is ``[rows, WIDTH]`` bytes of the widest plane: columns FIRST .. FIRST + WIDTH of a block's ``16 * P`` bytes (P
+the bits of that plane). Its position j (of ``8 / P``) holds the codes ``16 * P * j + FIRST`` onward, one a column, so
+shifting and masking the whole tile gives a tile of consecutive weights. The bytes of a narrower plane of q bits repeat
+every ``16 * q`` columns, and their bits for position j begin at ``P * j + q * (column // (16 * q))``.
+"""
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+INT, MINIFLOAT, TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What a code stands for: itself, a small float (sign, exponent, mantissa), or an entry of a table."""
+
+
+@triton.constexpr_function
+def widest(nbits):
+    """Bits of the widest plane of a width."""
+    return 8 if nbits == 8 else 4 if nbits >= 4 else 2 if nbits >= 2 else 1
+
+
+@triton.constexpr_function
+def narrower(nbits, index):
+    """Bits of the second (1) or third (2) plane of a width, or 0."""
+    rest = nbits - widest(nbits)
+    second = 2 if rest >= 2 else rest
+    return second if index == 1 else rest - second
+
+
+@triton.constexpr_function
+def copies(item, count):
+    return (item,) * count
+
+
+@triton.jit
+def load_planes(rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr):
+    """The bytes ``[rows, WIDTH]`` of a full block's planes, and the shift counts ``[1, WIDTH]`` of the narrower ones:
+    (widest, second, third, second's shifts, third's shifts); absent ones stand in by the first.
+
+    rows: pointers to the first byte of each packed row, ``[rows]``. shifts: ``launch.shift_table``; it is read, not
+    computed, because the compiler lets the tensor cores' operand layout reach back only to loads.
+    """
+    P: tl.constexpr = widest(NBITS)
+    Q: tl.constexpr = narrower(NBITS, 1)
+    R: tl.constexpr = narrower(NBITS, 2)
+    column = FIRST + tl.arange(0, WIDTH)
+    start = rows[:, None] + block * (16 * NBITS)
+    w = tl.load(start + column[None, :], eviction_policy="evict_first")
+    second, third, second_shift, third_shift = w, w, w, w
+    if Q > 0:
+        second = tl.load(start + (16 * P + column % (16 * Q))[None, :], eviction_policy="evict_first")
+        second_shift = tl.load(shifts + 64 * (Q - 1) + column)[None, :]
+    if R > 0:
+        third = tl.load(start + (16 * (P + Q) + column % (16 * R))[None, :], eviction_policy="evict_first")
+        third_shift = tl.load(shifts + 64 * (R - 1) + column)[None, :]
+    return w, second, third, second_shift, third_shift
+
+
+@triton.jit
+def positions(planes, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, NBITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Integer codes of every position as a tuple of ``8 / P`` tiles of DTYPE (float16 or bfloat16), by the PTX that
+    ``ptx.decoder`` wrote for that dtype."""
+    w, second, third, second_shift, third_shift = planes
+    if narrower(NBITS, 2) > 0:
+        args = (w, second, third, second_shift, third_shift)
+    elif narrower(NBITS, 1) > 0:
+        args = (w, second, second_shift)
+    else:
+        args = (w,)
+    KINDS: tl.constexpr = copies(DTYPE, 8 // widest(NBITS))
+    return tl.inline_asm_elementwise(TEXT, CONSTRAINTS, args, dtype=KINDS, is_pure=True, pack=4)
+
+
+@triton.jit
+def ones(planes, TEXT: tl.constexpr, DTYPE: tl.constexpr):
+    """Ones of DTYPE in the shape and, where PTX decodes, in the register layout of decoded codes."""
+    KIND: tl.constexpr = copies(DTYPE, 1)
+    if TEXT == "":
+        return tl.full(planes[0].shape, 1.0, DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        text: tl.constexpr = "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;"
+        return tl.inline_asm_elementwise(text, "=r,=r,r", (planes[0],), KIND, is_pure=True, pack=4)[0]
+    else:
+        text: tl.constexpr = "mov.b32 $0, 0x3C003C00; mov.b32 $1, 0x3C003C00;"
+        return tl.inline_asm_elementwise(text, "=r,=r,r", (planes[0],), KIND, is_pure=True, pack=4)[0]
+
+
+@triton.jit
+def code(planes, J: tl.constexpr, NBITS: tl.constexpr):
+    """Codes of position J, uint8 ``[rows, WIDTH]``."""
+    P: tl.constexpr = widest(NBITS)
+    Q: tl.constexpr = narrower(NBITS, 1)
+    R: tl.constexpr = narrower(NBITS, 2)
+    w, second, third, second_shift, third_shift = planes
+    out = (w >> (P * J)) & (2**P - 1)
+    if Q > 0:
+        out = out | (((second >> second_shift >> (P * J)) & (2**Q - 1)) << P)
+    if R > 0:
+        out = out | (((third >> third_shift >> (P * J)) & (2**R - 1)) << (P + Q))
+    return out
+
+
+@triton.jit
+def gather_codes(rows, k, in_features, NBITS: tl.constexpr):
+    """Codes of the columns ``k`` (``[columns]``), byte by byte, in full blocks and in the ragged last one alike: uint8
+    ``[rows, columns]``. Columns from in_features on give 0."""
+    P: tl.constexpr = widest(NBITS)
+    Q: tl.constexpr = narrower(NBITS, 1)
+    R: tl.constexpr = narrower(NBITS, 2)
+    block = k // 128
+    size = tl.minimum((in_features + 7) // 8 * 8 - block * 128, 128)
+    c = k - block * 128
+    start = block * (16 * NBITS)
+    out = gather_plane(rows, start, c, size, k < in_features, P)
+    if Q > 0:
+        out = out | (gather_plane(rows, start + size * P // 8, c, size, k < in_features, Q) << P)
+    if R > 0:
+        out = out | (gather_plane(rows, start + size * (P + Q) // 8, c, size, k < in_features, R) << (P + Q))
+    return out
+
+
+@triton.jit
+def gather_plane(rows, start, c, size, mask, P: tl.constexpr):
+    width = size * P // 8
+    width = tl.maximum(width, 1)
+    shift = (P * (c // width)).to(tl.uint8)
+    byte = tl.load(rows[:, None] + (start + c % width)[None, :], mask=mask[None, :], other=0)
+    return (byte >> shift[None, :]) & (2**P - 1)
+
+
+@triton.jit
+def value(codes, table, row, KIND: tl.constexpr, NBITS: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr):
+    """Float32 numbers that uint8 ``codes [rows, columns]`` stand for, before scale and zero point.
+
+    table: float32 entries ``[2**NBITS]``, or ``[N, 2**NBITS]`` with PER_ROW, then ``row`` gives each row's index.
+    """
+    if KIND == INT:
+        return codes.to(tl.float32)
+    elif KIND == MINIFLOAT:
+        # Sign, exponent and mantissa in the places of float32's; the product mends the bias, and subnormals with it.
+        EXPONENT: tl.constexpr = NBITS - 1 - MANTISSA
+        FACTOR: tl.constexpr = 2.0 ** (127 - (2 ** (EXPONENT - 1) - 1))
+        wide = codes.to(tl.int32)
+        bits = (wide >> (NBITS - 1) << 31) | ((wide & (2 ** (NBITS - 1) - 1)) << (23 - MANTISSA))
+        return bits.to(tl.float32, bitcast=True) * FACTOR
+    else:
+        index = codes.to(tl.int32)
+        if PER_ROW:
+            index += row[:, None] * (2**NBITS)
+        return tl.load(table + index)
+
+
+@triton.jit
+def group_value(values, meta_scale, meta_zero, row, column, columns, meta_rows, META: tl.constexpr):
+    """Scale or zero point at (row, column) of its matrix in float32, undoing its own quantization where META."""
+    out = tl.load(values + row * columns + column).to(tl.float32)
+    if META:
+        at = row % meta_rows * columns + column
+        out = (out - tl.load(meta_zero + at).to(tl.float32)) * tl.load(meta_scale + at).to(tl.float32)
+    return out

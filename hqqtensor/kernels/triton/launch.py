@@ -1,0 +1,315 @@
+"""The operators' CUDA, HIP and XPU implementations: from the arguments of the op schemas to kernel launches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqqtensor.formats import get_format
+from hqqtensor.kernels.triton import autotune, ptx
+from hqqtensor.kernels.triton.config import SOLVE_TILE, Device, Plan, Problem, options, options_dense, plan, plan_dense
+from hqqtensor.kernels.triton.dequantize import dequantize_kernel
+from hqqtensor.kernels.triton.linear import linear_kernel
+from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
+from hqqtensor.ops import reference
+from hqqtensor.packing import row_bytes
+
+MINIFLOATS = {"fp4": 1, "fp6": 2, "fp8": 3}
+"""Mantissa bits of the formats that are decoded by moving bits."""
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = tuple(_TL)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What every kernel needs of a packed weight ``[experts, N, K]``: tensors, and constants by the kernels' names."""
+
+    tensors: dict[str, Tensor]
+    sizes: dict[str, int]
+    constants: dict[str, Any]
+    experts: int
+
+
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    act_pre_scale: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int,
+    in_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """x ``[..., K]`` times the transpose of packed weights ``[N, K]``, plus bias: ``[..., N]`` in x's dtype."""
+    if activation != "float":
+        args = (x, qdata, scale, zero_point, bias, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
+        return reference.linear(*args, activation)
+    weight = _weight(qdata.unsqueeze(0), scale, zero_point, meta, nbits, format, group_size, axis, in_features)
+    out = _product(x.reshape(1, -1, in_features), weight, bias, act_pre_scale)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def batched_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
+    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """x ``[E, M, K]`` times the transpose of each of E packed weights ``[E, N, K]``: ``[E, M, N]``."""
+    if activation != "float":
+        args = (x, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
+        return reference.batched_linear(*args, activation)
+    weight = _weight(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
+    return _product(x, weight, None, act_pre_scale)
+
+
+def grouped_linear(
+    x: Tensor, offsets: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
+    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """Rows of x ``[S, K]`` in runs, run e (up to offsets[e]) times the transpose of weight e of ``[E, N, K]``:
+    ``[S, N]``; rows from offsets[-1] on are zero. Nothing waits for the offsets to reach the host."""
+    if activation != "float":
+        args = (x, offsets, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
+        return reference.grouped_linear(*args, activation)
+    weight = _weight(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
+    return _product(x.unsqueeze(0), weight, None, act_pre_scale, offsets).squeeze(0)
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str,
+    group_size: int, axis: int, in_features: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Dense weights ``[..., N, K]`` of ``dtype`` from packed rows ``[..., N, row_bytes]``."""
+    flat = qdata.reshape(-1, *qdata.shape[-2:])
+    weight = _weight(flat, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
+    return _dense(weight, None, dtype).reshape(*qdata.shape[:-1], in_features)
+
+
+def embedding(
+    indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int,
+    format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Rows ``indices`` (any shape, int) of packed weights ``[N, K]``; one outside 0 .. N - 1 gives a row of NaN, for an
+    error would have to wait for the device."""
+    weight = _weight(qdata.unsqueeze(0), scale, zero_point, meta, nbits, format, group_size, axis, in_features)
+    return _dense(weight, indices.reshape(-1).contiguous(), dtype).reshape(*indices.shape, in_features)
+
+
+def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
+    """Inverse scales and zero points, float32, of ``[N, K]``: ``[N, groups]`` (axis 1) or ``[groups, K]`` (axis 0).
+
+    solver: "rtn", or "hqq_joint" with norm 2. ValueError for another, or for groups of more than 4096 members.
+    """
+    if solver not in ("rtn", "hqq_joint"):
+        raise ValueError(f"solver must be 'rtn' or 'hqq_joint' for the Triton kernels, got {solver!r}")
+    N, K = matrix.shape
+    groups = -(-(K if axis == 1 else N) // group_size)
+    members = group_size if axis == 1 else -(-N // groups)
+    padded = max(16, triton.next_power_of_2(members))
+    if padded > 4096:
+        raise ValueError(
+            f"group_size {group_size} is too long for a group to stay in registers; allowed are up to 4096"
+        )
+    shape = (N, groups) if axis == 1 else (groups, K)
+    inverse = torch.empty(shape, dtype=torch.float32, device=matrix.device)
+    zero = torch.empty_like(inverse)
+    block = max(1, SOLVE_TILE // padded)
+    solve_kernel[(-(-inverse.numel() // block),)](
+        matrix.contiguous(), inverse, zero, N, K, groups, group_size,
+        NBITS=nbits, JOINT=solver == "hqq_joint", AXIS=axis, MEMBERS=padded, BLOCK_G=block,
+        **options_dense(describe(matrix.device).arch),
+    )  # fmt: skip
+    return inverse, zero
+
+
+def assign(
+    out: Tensor, matrix: Tensor, inverse: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int
+) -> None:
+    """Pack the nearest integer codes of ``[N, K]`` into ``out``, uint8 ``[N, row_bytes]``; scales as from ``solve``."""
+    N, K = matrix.shape
+    expected = (N, row_bytes(K, nbits))
+    if out.dtype != torch.uint8 or tuple(out.shape) != expected or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous uint8 {list(expected)}, got {out.dtype} {list(out.shape)}")
+    rows, columns = inverse.shape
+    block = 16
+    assign_kernel[(-(-N // block), -(-K // 128))](
+        out, matrix.contiguous(), inverse.float().contiguous(), zero_point.float().contiguous(), N, K, out.shape[1],
+        columns, rows, NBITS=nbits, GROUP=group_size, AXIS=axis, BLOCK_R=block,
+    )  # fmt: skip
+
+
+def _weight(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str,
+    group_size: int, axis: int, in_features: int,
+) -> _Weight:  # fmt: skip
+    if qdata.shape[-1] != row_bytes(in_features, nbits):
+        raise ValueError(
+            f"packed rows of {in_features} codes of {nbits} bits take {row_bytes(in_features, nbits)} bytes, "
+            f"got {qdata.shape[-1]}"
+        )
+    none = _placeholder(qdata.device)
+    kind, mantissa, table = 0, 0, none
+    if format == "codebook":
+        if zero_point is None:
+            raise ValueError("format 'codebook' needs its entries in the place of zero_point")
+        kind, table, zero_point = 2, _entries(zero_point, qdata), None
+    elif format in MINIFLOATS:
+        kind, mantissa = 1, MINIFLOATS[format]
+    elif format != "int":
+        kind, table = 2, _table(format, nbits, qdata.device)
+    tensors = {"qdata": qdata.contiguous(), "scale": scale.contiguous(), "zero": none, "table": table}
+    tensors["shifts"] = shift_table(qdata.device)
+    if zero_point is not None:
+        tensors["zero"] = zero_point.contiguous()
+    rows = {"scale": 1, "zero": 1}
+    pairs = iter(meta)
+    for name in ("scale", "zero"):
+        quantized = tensors[name].dtype == torch.uint8 and tensors[name] is not none
+        for part in ("scale", "zero"):
+            tensors[f"{name}_{part}"] = next(pairs).contiguous() if quantized else none
+        if quantized:
+            rows[name] = tensors[f"{name}_scale"].shape[-2]
+    sizes = {
+        "N": qdata.shape[-2],
+        "K": in_features,
+        "row_bytes": qdata.shape[-1],
+        "columns": scale.shape[-1],
+        "scale_rows": scale.shape[-2],
+        "scale_meta_rows": rows["scale"],
+        "zero_meta_rows": rows["zero"],
+    }
+    constants = {
+        "NBITS": nbits, "KIND": kind, "MANTISSA": mantissa, "PER_ROW": kind == 2 and table.ndim > 1,
+        "GROUP": group_size, "AXIS": axis, "HAS_ZERO": zero_point is not None,
+        "META_SCALE": tensors["scale_scale"] is not none, "META_ZERO": tensors["zero_scale"] is not none,
+    }  # fmt: skip
+    return _Weight(tensors, sizes, constants, qdata.shape[0])
+
+
+def _product(
+    x: Tensor, weight: _Weight, bias: Tensor | None, pre: Tensor | None, offsets: Tensor | None = None
+) -> Tensor:
+    """x ``[E, M, K]``, or ``[1, S, K]`` in runs that end before ``offsets``."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"activations must be one of {[str(d) for d in DTYPES]}, got {x.dtype}")
+    M, N, K, experts = x.shape[1], weight.sizes["N"], weight.sizes["K"], weight.experts
+    device = describe(x.device)
+    make = x.new_empty if offsets is None else x.new_zeros
+    out = make(*x.shape[:2], N, dtype=_computed(x.dtype, device))
+    if out.numel() == 0:
+        return out.to(x.dtype)
+    constants = weight.constants
+    usual = M if offsets is None else -(-M // experts)
+    problem = Problem(usual, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size())
+    x = x.contiguous()
+
+    def run(chosen: Plan) -> None:
+        _launch(x, weight, bias, pre, offsets, out, device, chosen)
+
+    run(autotune.choose(problem, device, str(x.dtype), constants["KIND"], run) or plan(problem, device))
+    return out.to(x.dtype)
+
+
+def _launch(
+    x: Tensor, weight: _Weight, bias: Tensor | None, pre: Tensor | None, offsets: Tensor | None, out: Tensor,
+    device: Device, chosen: Plan,
+) -> None:  # fmt: skip
+    none = _placeholder(x.device)
+    tile, N, K = chosen.tile, weight.sizes["N"], weight.sizes["K"]
+    M, experts, padded = x.shape[1], x.shape[0], 0
+    tiles = -(-M // tile.block_m)
+    if offsets is not None:
+        # Each expert may end in a tile that is not full.
+        tiles, padded = tiles + weight.experts, triton.next_power_of_2(weight.experts)
+        offsets = torch.nn.functional.pad(offsets.to(torch.int32), (0, padded - weight.experts), mode="constant")
+        offsets = torch.cummax(offsets, 0).values
+    tiles *= -(-N // tile.block_n)
+    partial = arrived = none
+    if tile.split_k > 1:
+        partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
+        arrived = x.new_zeros(experts * tiles, dtype=torch.int32)
+    asm = decoder_text(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype)
+    linear_kernel[(tiles, tile.split_k, experts)](
+        x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
+        offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
+        blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
+        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, ASM=asm[0], CONSTRAINTS=asm[1],
+        DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
+        SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
+        RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **weight.tensors,
+        **weight.sizes, **weight.constants,
+    )  # fmt: skip
+
+
+def _dense(weight: _Weight, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
+    qdata, K = weight.tensors["qdata"], weight.sizes["K"]
+    rows = weight.sizes["N"] if indices is None else indices.numel()
+    out = qdata.new_empty(weight.experts, rows, K, dtype=_computed(dtype, describe(qdata.device)))
+    if out.numel() == 0:
+        return out.to(dtype)
+    constants, device = weight.constants, describe(qdata.device)
+    found = plan_dense(constants["NBITS"], constants["GROUP"], constants["AXIS"], 64 if "gfx" in device.arch else 32)
+    dequantize_kernel[(-(-rows // found.rows), -(-K // 128), weight.experts)](
+        indices=_placeholder(qdata.device) if indices is None else indices, out=out, R=rows, blocks=K // 128,
+        HAS_INDICES=indices is not None, ROW_SCALES=found.row_scales, WIDTH=found.width, BLOCK_R=found.rows,
+        **options_dense(device.arch), **weight.tensors, **weight.sizes, **constants,
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
+    """The dtype of products and results: float32 for bfloat16 under the interpreter, which computes with its bits."""
+    return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
+
+
+def decoder_text(device: Device, kind: int, nbits: int, dtype: torch.dtype) -> tuple[str, str]:
+    """PTX for NVIDIA devices and integer codes, nothing elsewhere: there the plain form of ``decode.py`` serves."""
+    if kind != 0 or not device.arch.startswith("sm_"):
+        return "", ""
+    return ptx.decoder(nbits, "bf16" if dtype == torch.bfloat16 else "fp16")
+
+
+def precision(device: Device) -> str:
+    """How products of float32 are taken: three tensor-core products on NVIDIA, plain float32 elsewhere."""
+    return "tf32x3" if device.arch.startswith("sm_") else "ieee"
+
+
+@cache
+def describe(device: torch.device) -> Device:
+    """Architecture and number of processors; "interpreter" for CPU tensors (under TRITON_INTERPRET=1)."""
+    if device.type == "cpu":
+        return Device("interpreter", 4)
+    if device.type == "xpu":
+        return Device("xpu", torch.xpu.get_device_properties(device).max_compute_units)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+@cache
+def _placeholder(device: torch.device) -> Tensor:
+    """Stands in for tensors that a kernel's constants say it does not read."""
+    return torch.zeros(16, dtype=torch.uint8, device=device)
+
+
+@cache
+def shift_table(device: torch.device) -> Tensor:
+    """Where the bits of a narrower plane begin in a byte, by column: 64 entries for planes of 1 bit, 64 for 2 bits."""
+    columns = torch.arange(64)
+    return torch.cat([columns // 16, columns // 32 * 2]).to(torch.uint8).to(device)
+
+
+def _entries(entries: Tensor, qdata: Tensor) -> Tensor:
+    """Learned entries as float32 ``[2**nbits]``, or a row of them for each row of each expert."""
+    if entries.numel() == entries.shape[-1]:
+        return entries.flatten().float().contiguous()
+    return entries.float().expand(*qdata.shape[:-1], entries.shape[-1]).contiguous()
+
+
+@cache
+def _table(format: str, nbits: int, device: torch.device) -> Tensor:
+    """The numbers that the codes of a format without a zero point stand for."""
+    codes = torch.arange(2**nbits, dtype=torch.uint8)
+    return get_format(format).decode(codes, torch.ones(()), None, nbits).to(torch.float32).to(device)

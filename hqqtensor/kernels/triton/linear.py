@@ -1,0 +1,220 @@
+"""y = x W^T with packed W: one kernel, tiled as GEMV (few rows of x), split-K GEMM or GEMM by its constants.
+
+The product is taken as W x^T: weights are the left operand of the tensor cores' instructions, which Hopper reads from
+registers, where they were just decoded. Three ways of scaling (SCALE):
+
+- GROUP_SUMS: dot of the codes themselves (exact in 16 bits), scaled once a group in float32. For few rows of x.
+- ROWS: weights rounded to x's dtype, one scale a row of the tile. For many rows of x.
+- ELEMENTS: the same with a scale looked up for each weight: axis 0, and groups that no tile fits.
+"""
+# mypy: ignore-errors
+# ruff: noqa: SIM108
+
+import triton
+import triton.language as tl
+
+from hqqtensor.kernels.triton.decode import (
+    code,
+    gather_codes,
+    group_value,
+    load_planes,
+    ones,
+    positions,
+    value,
+    widest,
+)
+
+GROUP_SUMS, ROWS, ELEMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def load_x(x, pre, rm, k, K, mask, DOT: tl.constexpr, HAS_PRE: tl.constexpr, MASKED: tl.constexpr):
+    """Activations ``[k, m]`` (K by rows) as DOT, times ``act_pre_scale``."""
+    pointers = x + rm[None, :].to(tl.int64) * K + k[:, None]
+    if MASKED:
+        out = tl.load(pointers, mask=mask[:, None], other=0.0)
+    else:
+        out = tl.load(pointers)
+    if HAS_PRE:
+        # Columns that are masked hold zeros already; the last entry stands in for those past the end.
+        out = out.to(tl.float32) * tl.load(pre + tl.minimum(k, K - 1)).to(tl.float32)[:, None]
+    return out.to(DOT)
+
+
+@triton.jit
+def linear_kernel(
+    x, qdata, scale, zero, bias, pre, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, offsets,
+    out, partial, arrived,
+    M, N, K, row_bytes, columns, scale_rows, scale_meta_rows, zero_meta_rows, blocks, blocks_a_split,
+    NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
+    GROUP: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PRE: tl.constexpr,
+    EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x ``[E, M, K]``, qdata ``[E, N, row_bytes]``, out ``[E, M, N]``; grid (tiles of N and M, SPLIT_K, E).
+
+    With EXPERTS (their number padded to a power of two, ``offsets`` padded with its last entry), x is ``[S, K]`` in
+    runs of rows for one expert each, ending before offsets; grid (tiles of N times tiles of M that any such runs can
+    need, SPLIT_K).
+    columns, scale_rows: shape of each expert's scale. WIDTH: bytes a row that one dot takes. UNROLL: blocks of 128
+    codes a turn of the loop. partial: float32 ``[tiles, SPLIT_K, BLOCK_N, BLOCK_M]``; arrived: int32 zeros, one a tile.
+    """
+    part = tl.program_id(1)
+    tile = tl.program_id(0)
+    if EXPERTS > 0:
+        # The tile's expert is the one at which the count of tiles of M, summed over the experts, passes its own.
+        index = tl.arange(0, EXPERTS)
+        ends = tl.load(offsets + index)
+        starts = tl.where(index == 0, 0, tl.load(offsets + tl.maximum(index - 1, 0)))
+        tiles = tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M)
+        past = tl.cumsum(tiles, 0)
+        own = tile // tl.cdiv(N, BLOCK_N)
+        expert = tl.sum((past <= own).to(tl.int32), 0)
+        if expert >= EXPERTS:
+            return
+        here = index == expert
+        at = own - tl.sum(tl.where(here, past - tiles, 0), 0)
+        m = tl.sum(tl.where(here, starts, 0), 0) + at * BLOCK_M + tl.arange(0, BLOCK_M)
+        limit = tl.sum(tl.where(here, ends, 0), 0)
+        row = tile % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_row = 0
+    else:
+        expert = tl.program_id(2)
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        row = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        limit = M
+        first_row = expert * M
+    expert = expert.to(tl.int64)
+    # Rows past the end repeat the last one: no masks in the loop, and nothing of theirs is stored.
+    rn = tl.minimum(row, N - 1)
+    rm = first_row + tl.minimum(m, limit - 1)
+    rows = qdata + (expert * N + rn) * row_bytes
+    scale += expert * scale_rows * columns
+    if HAS_ZERO:
+        zero += expert * scale_rows * columns
+    if META_SCALE:
+        scale_scale += expert * scale_meta_rows * columns
+        scale_zero += expert * scale_meta_rows * columns
+    if META_ZERO:
+        zero_scale += expert * zero_meta_rows * columns
+        zero_zero += expert * zero_meta_rows * columns
+    if PER_ROW:
+        table += expert * N * (2**NBITS)
+
+    P: tl.constexpr = widest(NBITS)
+    # One bit: a tile is two blocks, for a dot takes at least 32 bytes. Where they differ in scale, sums are taken
+    # twice, with the other block's activations left out, and rows are scaled by halves.
+    STEP: tl.constexpr = 2 if NBITS == 1 else 1
+    DIFFER: tl.constexpr = NBITS == 1 and GROUP % 256 != 0
+    HALVES: tl.constexpr = 2 if DIFFER and SCALE == GROUP_SUMS else 1
+    HALF: tl.constexpr = tl.bfloat16 if tl.bfloat16 == DOT else tl.float16
+    column = tl.arange(0, WIDTH)
+    if NBITS == 1:
+        offset = column // 16 * 128 + column % 16
+    else:
+        offset = column
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = part * blocks_a_split
+    for turn in tl.range(first, tl.minimum(first + blocks_a_split, blocks), UNROLL * STEP, num_stages=STAGES):
+        for u in tl.static_range(0, UNROLL * STEP, STEP):
+            for FIRST in tl.static_range(0, 16 * P, WIDTH):
+                planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS)
+                if ASM != "":
+                    decoded = positions(planes, ASM, CONSTRAINTS, NBITS, HALF)
+                for J0 in tl.static_range(0, 8 // P, RUN):
+                    for H in tl.static_range(HALVES):
+                        if SCALE != ELEMENTS:
+                            group = ((turn + u + H) * 128 + (16 * P * J0 + FIRST)) // GROUP
+                            s = group_value(
+                                scale, scale_scale, scale_zero, rn, group, columns, scale_meta_rows, META_SCALE
+                            )
+                            if HAS_ZERO:
+                                z = group_value(
+                                    zero, zero_scale, zero_zero, rn, group, columns, zero_meta_rows, META_ZERO
+                                )
+                        dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                        for J in tl.static_range(J0, J0 + RUN):
+                            k = (turn + u) * 128 + (16 * P * J + FIRST) + offset
+                            xk = load_x(x, pre, rm, k, K, column // 16 == H, DOT, HAS_PRE, HALVES == 2)
+                            if ASM != "":
+                                w = decoded[J]
+                            else:
+                                w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+                            if SCALE == GROUP_SUMS:
+                                dot = tl.dot(w.to(DOT), xk, dot, input_precision=PRECISION)
+                                if HAS_ZERO:
+                                    same = ones(planes, ASM, HALF).to(DOT)
+                                    sums = tl.dot(same, xk, sums, input_precision=PRECISION)
+                            else:
+                                w = w.to(tl.float32)
+                                if SCALE == ROWS and DIFFER:
+                                    half = tl.load(shifts + column)[None, :] == 0
+                                    after = ((turn + u + 1) * 128 + (16 * P * J0 + FIRST)) // GROUP
+                                    s1 = group_value(
+                                        scale, scale_scale, scale_zero, rn, after, columns, scale_meta_rows, META_SCALE
+                                    )
+                                    if HAS_ZERO:
+                                        z1 = group_value(
+                                            zero, zero_scale, zero_zero, rn, after, columns, zero_meta_rows, META_ZERO
+                                        )
+                                        w = w - tl.where(half, z[:, None], z1[:, None])
+                                    w = w * tl.where(half, s[:, None], s1[:, None])
+                                elif SCALE == ROWS:
+                                    if HAS_ZERO:
+                                        w = w - z[:, None]
+                                    w = w * s[:, None]
+                                else:
+                                    r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
+                                    c = (k // GROUP if AXIS == 1 else k)[None, :]
+                                    if HAS_ZERO:
+                                        w -= group_value(
+                                            zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO
+                                        )
+                                    w *= group_value(
+                                        scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE
+                                    )
+                                acc = tl.dot(w.to(DOT), xk, acc, input_precision=PRECISION)
+                        if SCALE == GROUP_SUMS:
+                            if HAS_ZERO:
+                                dot -= z[:, None] * sums
+                            acc += dot * s[:, None]
+
+    if RAGGED and part == SPLIT_K - 1:
+        for start in range(blocks * 128, K, 32):
+            k = start + tl.arange(0, 32)
+            inside = k < K
+            xk = load_x(x, pre, rm, k, K, inside, DOT, HAS_PRE, True)
+            w = value(gather_codes(rows, k, K, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+            k = tl.minimum(k, K - 1)
+            r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
+            c = (k // GROUP if AXIS == 1 else k)[None, :]
+            if HAS_ZERO:
+                w -= group_value(zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO)
+            w *= group_value(scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE)
+            acc = tl.dot(w.to(DOT), xk, acc, input_precision=PRECISION)
+
+    if SPLIT_K > 1:
+        # The program that arrives last adds the parts in their order, so results do not vary from run to run.
+        spot = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tile
+        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        pieces = partial + spot * (SPLIT_K * BLOCK_N * BLOCK_M) + inner
+        tl.store(pieces + part * (BLOCK_N * BLOCK_M), acc)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + spot, 1, sem="acq_rel")
+        if before != SPLIT_K - 1:
+            return
+        tl.debug_barrier()
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for i in range(SPLIT_K):
+            acc += tl.load(pieces + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    if HAS_BIAS:
+        acc += tl.load(bias + rn).to(tl.float32)[:, None]
+    tl.store(
+        out + (first_row + m[None, :]).to(tl.int64) * N + row[:, None],
+        acc.to(out.dtype.element_ty),
+        mask=(row[:, None] < N) & (m[None, :] < limit),
+    )
