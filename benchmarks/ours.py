@@ -37,8 +37,9 @@ def label(nbits: int, dtype: str, options: dict[str, Any]) -> str:
 
 def contenders(w: Tensor, nbits: int, dtypes: list[str], **options: Any) -> list[Contender]:
     """``F.linear`` on ``w`` packed with these options, once for each dtype of the activations."""
-    q = HQQTensor.from_hp(w, config_for(nbits, **options))
-    kept = copies(q, q.nbytes, HQQTensor.clone)
+    config = config_for(nbits, **options)
+    q = HQQTensor.from_hp(w, config)
+    kept = copies(q, q.nbytes, lambda _: HQQTensor.from_hp(w, config))  # in memory as quantize_ takes it
 
     def contender(dtype: str) -> Contender:
         weights = itertools.cycle([k.to(DTYPES[dtype]) for k in kept])

@@ -8,6 +8,8 @@ from hqqtensor.ops.definitions import LIBRARY, dequantize
 def _save(ctx, activations, weight, act_pre_scale, settings, bias=None):  # type: ignore[no-untyped-def]
     """Keep what the gradients need: of ``settings`` all but the last, which says how activations are rounded."""
     meta, *ctx.settings = settings[:-1]
+    # The gradients of what comes after the weight: of a list there is a list.
+    ctx.rest = ([None] * len(meta), *([None] * len(settings[1:])))
     ctx.save_for_backward(*activations, *weight, act_pre_scale, *meta)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -34,7 +36,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x = _scaled(grad @ w, act)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, None, None, None, grad_bias, *([None] * 8))
+    return (grad_x, None, None, None, grad_bias, None, *ctx.rest)
 
 
 def _save_batched(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -44,7 +46,7 @@ def _save_batched(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _batched_backward(ctx, grad):  # type: ignore[no-untyped-def]
     w, act = _dense(ctx, ctx.saved_tensors, grad.dtype)
-    return (_scaled(torch.bmm(grad, w), act), *([None] * 11))
+    return (_scaled(torch.bmm(grad, w), act), *([None] * 4), *ctx.rest)
 
 
 def _save_grouped(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -59,7 +61,7 @@ def _grouped_backward(ctx, grad):  # type: ignore[no-untyped-def]
     for expert, last in enumerate(offsets.tolist()):
         out[first:last] = grad[first:last] @ w[expert]
         first = max(first, last)
-    return (_scaled(out, act), *([None] * 12))
+    return (_scaled(out, act), *([None] * 5), *ctx.rest)
 
 
 def register() -> None:

@@ -59,11 +59,11 @@ def test_products_and_rows_equal_the_dense_ones(options) -> None:
 def test_experts_multiply_and_can_be_selected(options) -> None:
     e, x = quantized(options, (3, 32, 256)), torch.randn(3, 7, 256)
     d = e.dequantize()
-    torch.testing.assert_close(torch.bmm(x, e.transpose(1, 2)), torch.bmm(x, d.transpose(1, 2)))
+    torch.testing.assert_close(torch.bmm(x, e.transpose(1, 2)), torch.bmm(x, d.transpose(1, 2)), atol=1e-4, rtol=1e-5)
     assert torch.equal(e[1].dequantize(), d[1]) and torch.equal(e[1:].dequantize(), d[1:])
     assert torch.equal(torch.cat([e[2:], e[:1]]).dequantize(), torch.cat([d[2:], d[:1]]))
     alone = quantized(options, (3, 32, 256))[2]
-    assert torch.equal(F.linear(x, alone), F.linear(x, d[2]))
+    torch.testing.assert_close(F.linear(x, alone), F.linear(x, d[2]), atol=1e-4, rtol=1e-5)
 
 
 @every_format

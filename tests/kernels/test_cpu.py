@@ -358,3 +358,34 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     env = {**os.environ, "HQQTENSOR_CPU": "sse9"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert found.returncode != 0 and "must be avx512, avx2 or portable, got 'sse9'" in found.stderr
+
+
+def test_without_the_extension_the_plain_path_works_and_says_so_once() -> None:
+    code = """
+import sys, warnings
+sys.modules["hqqtensor.kernels.cpu._C"] = None
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch
+    from hqqtensor import HQQTensor, HqqConfig
+    from hqqtensor.cli.env import collect
+    q = HQQTensor.from_hp(torch.randn(16, 64), HqqConfig(4, 32))
+    x = torch.randn(3, 64, requires_grad=True)
+    for _ in range(2):
+        y = torch.nn.functional.linear(x, q)
+    y.sum().backward()
+    e = HQQTensor.from_hp(torch.randn(2, 16, 64), HqqConfig(4, 4, quant_scale=True))
+    x3 = torch.randn(2, 3, 64, requires_grad=True)
+    torch.bmm(x3, e.transpose(1, 2)).sum().backward()
+    torch.testing.assert_close(x3.grad, e.dequantize().sum(1, keepdim=True).expand(2, 3, -1))
+    x2 = torch.randn(5, 64, requires_grad=True)
+    torch._grouped_mm(x2, e.transpose(1, 2), offs=torch.tensor([2, 5], dtype=torch.int32)).sum().backward()
+    torch.testing.assert_close(x2.grad[2:], e.dequantize()[1].sum(0).expand(3, -1))
+torch.testing.assert_close(y, x @ q.dequantize().t())
+torch.testing.assert_close(x.grad, q.dequantize().sum(0).expand(3, -1))
+assert sum("plain path" in str(w.message) for w in seen) == 1
+assert "compiled extension is not there" in next(b for b in collect()["backends"] if b["name"] == "cpu")["reason"]
+print("fine")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip().endswith("fine"), found.stderr[-2000:]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hqqtensor import HqqConfig, HQQTensor
+from hqqtensor import HqqConfig, HQQTensor, backend
 
 quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
 
@@ -18,8 +18,12 @@ def published(w: torch.Tensor, nbits: int, axis: int) -> torch.Tensor:
 @pytest.mark.parametrize("nbits", [8, 6, 5, 4, 3, 2, 1])
 def test_hqq_equals_the_published_solver_to_the_last_bit(nbits: int) -> None:
     w = torch.randn(256, 512, generator=torch.manual_seed(0)) * 0.02
-    ours = HQQTensor.from_hp(w, HqqConfig(nbits, 64, solver="hqq", scale_dtype=torch.float32))
-    assert torch.equal(ours.dequantize(), published(w, nbits, 1))
+    config, theirs = HqqConfig(nbits, 64, solver="hqq", scale_dtype=torch.float32), published(w, nbits, 1)
+    with backend("dequantize"):
+        assert torch.equal(HQQTensor.from_hp(w, config).dequantize(), theirs)
+    # The compiled solver adds up in another order: zero points differ in their last bits, hardly ever a code.
+    difference = (HQQTensor.from_hp(w, config).dequantize() - theirs).abs()
+    assert (difference > 1e-6).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("nbits", [4, 3, 2])

@@ -4,6 +4,7 @@ Importing this module puts the compiled kernels behind the operators for CPU ten
 through the plain path.
 """
 
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ try:
     from hqqtensor.kernels.cpu import _C  # type: ignore[no-redef]
 except ImportError as error:
     _missing = f"the compiled extension is not there ({error}); install with --no-build-isolation and a C++ compiler"
+    warnings.warn(f"hqqtensor runs through its plain path, many times slower: {_missing}", stacklevel=2)
 
 
 def why_unavailable() -> str | None:
