@@ -58,6 +58,7 @@ class HQQTensor(TorchAOBaseTensor):
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
         self.format, self.transposed, self.activation = format, transposed, activation
+        self.nested = isinstance(scale, HQQTensor) or isinstance(zero_point, HQQTensor)
         # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
         self.rank = len(shape)
         self.in_features = shape[-2] if transposed else shape[-1]
@@ -66,8 +67,8 @@ class HQQTensor(TorchAOBaseTensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """torchao's dispatch by table, with the call that models make most taken straight to its operator."""
-        if func is torch.nn.functional.linear and len(args) == 3 and not kwargs:
-            x, weight, bias = args
+        if func is torch.nn.functional.linear and len(args) >= 2 and not kwargs:
+            x, weight, bias = args if len(args) == 3 else (*args, None)
             if type(x) is Tensor and type(weight) is not Tensor and weight.rank == 2 and not weight.transposed:
                 return tensor_ops.linear(x, weight, bias)
         return super().__torch_function__(func, types, args, kwargs)
@@ -109,6 +110,8 @@ class HQQTensor(TorchAOBaseTensor):
         """``qdata``, ``scale`` and ``zero_point`` as the ops take them: plain tensors, quantized ones as uint8."""
         qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
         scale, zero = self.scale, self.zero_point
+        if not self.nested:
+            return qdata, scale, zero
         if isinstance(scale, HQQTensor):
             scale = scale.qdata[..., : scale.in_features]
         if isinstance(zero, HQQTensor):
@@ -125,7 +128,7 @@ class HQQTensor(TorchAOBaseTensor):
     def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
         """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
         meta: list[Tensor] = []
-        for t in (self.scale, self.zero_point):
+        for t in (self.scale, self.zero_point) if self.nested else ():
             if isinstance(t, HQQTensor):
                 meta += [t.scale, t.zero_point]  # type: ignore[list-item]
         return meta, self.nbits, self.format, self.group_size, self.axis, self.in_features

@@ -17,6 +17,8 @@ implements_torch_function = HQQTensor.implements_torch_function
 
 def _activations(x: Tensor) -> Tensor:
     """Autocast does not know our ops; do for their input what it would do for a dense linear."""
+    if not torch._C._is_any_autocast_enabled():  # the question that costs least first
+        return x
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

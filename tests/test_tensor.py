@@ -63,7 +63,13 @@ def test_every_setting_gives_a_close_weight_and_its_linear(nbits, group_size, ax
     # points of short last groups can lie far apart and share a scale.
     assert relative < (8 / (2**nbits - 1)) ** 2 / 12 + (1e-2 if meta else 1e-4)
     x = torch.randn(3, shape[1]).to(dtype)
-    torch.testing.assert_close(F.linear(x, q), F.linear(x, d))
+    assert_same_product(F.linear(x, q), F.linear(x, d))
+
+
+def assert_same_product(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal but for the order of float32 sums, whose error belongs to what is largest, not to each result."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert (got - want).abs().max() <= 2e-6 * want.abs().max()
 
 
 def test_linear_takes_keywords_bias_any_rank_and_empty_batches() -> None:
@@ -71,7 +77,7 @@ def test_linear_takes_keywords_bias_any_rank_and_empty_batches() -> None:
     d = q.dequantize()
     for lead in ((), (3,), (2, 3), (0,), (2, 0, 3)):
         x = torch.randn(*lead, 256)
-        torch.testing.assert_close(F.linear(x, weight=q, bias=b), F.linear(x, d, b))
+        assert_same_product(F.linear(x, weight=q, bias=b), F.linear(x, d, b))
 
 
 def test_linear_gives_gradients_to_input_and_bias() -> None:
@@ -83,19 +89,19 @@ def test_linear_gives_gradients_to_input_and_bias() -> None:
     F.linear(x2, q.dequantize(), b2).square().sum().backward()
     size = x2.grad.abs().max()  # sums of other orders: an error of float32 in what is largest
     assert (x.grad - x2.grad).abs().max() < 1e-6 * size
-    torch.testing.assert_close(b.grad, b2.grad)
+    assert_same_product(b.grad, b2.grad)
 
 
 def test_matrix_products_equal_the_dense_ones() -> None:
     q = quantized()
     d, x, b = q.dequantize(), torch.randn(5, 256), torch.randn(96)
-    torch.testing.assert_close(torch.mm(x, q.t()), x @ d.t())
-    torch.testing.assert_close(x @ q.transpose(0, 1), x @ d.t())
-    torch.testing.assert_close(torch.addmm(b, x, q.t()), torch.addmm(b, x, d.t()))
-    torch.testing.assert_close(torch.randn(2, 96).new_ones(2, 96) @ q, torch.ones(2, 96) @ d)
+    assert_same_product(torch.mm(x, q.t()), x @ d.t())
+    assert_same_product(x @ q.transpose(0, 1), x @ d.t())
+    assert_same_product(torch.addmm(b, x, q.t()), torch.addmm(b, x, d.t()))
+    assert_same_product(torch.randn(2, 96).new_ones(2, 96) @ q, torch.ones(2, 96) @ d)
     e = quantized((3, 96, 256))
     y = torch.randn(3, 7, 256)
-    torch.testing.assert_close(torch.bmm(y, e.transpose(1, 2)), torch.bmm(y, e.dequantize().transpose(1, 2)))
+    assert_same_product(torch.bmm(y, e.transpose(1, 2)), torch.bmm(y, e.dequantize().transpose(1, 2)))
 
 
 @pytest.mark.parametrize("axis", [0, 1])

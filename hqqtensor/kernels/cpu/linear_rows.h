@@ -203,7 +203,8 @@ void linear_rows(const Problem& p, const Digits& d, int64_t first, int64_t last,
   const int group_shift = meta.by_group && w.group_size == 128 ? 1 : 0;
   for (int64_t n = first; n < last; n += kRows * step) {
     Tile tile;
-    tile.ahead = kRows * step * w.row_stride;
+    // After the last tile of an axis-0 group come the rows of the next group.
+    tile.ahead = (w.axis == 1 || n + kRows * step < last ? kRows * step : first + 1 - n) * w.row_stride;
     tile.table = &w.table.digits[0][0];
     int64_t rows = 0;
     for (int64_t r = 0; r < kRows; ++r) {  // a short last tile computes its first row again
