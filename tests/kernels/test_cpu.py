@@ -140,8 +140,8 @@ def test_int8_activations_equal_the_plain_path(format, group_size, axis, N, K, M
     name, nbits = format
     q = weight((N, K), nbits, group_size, axis, format=name).to(dtype).with_data(activation="int8")
     x = torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
-    # Where no integer kernel lines up with the groups, the plain path takes over.
-    with backend("cpu" if cpu.instruction_set() == "avx512" else "auto"):
+    # With axis 0, where no integer kernel serves, the plain path takes over.
+    with backend("cpu" if axis == 1 or cpu.instruction_set() == "avx512" else "auto"):
         got = F.linear(x, q).float()
     with backend("dequantize"):
         want = F.linear(x, q).float()

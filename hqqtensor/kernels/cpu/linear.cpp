@@ -1,6 +1,8 @@
 #include "linear.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <new>
 
@@ -10,6 +12,7 @@ namespace {
 // Rows of x up to which a kernel is the faster one (docs/performance.md).
 constexpr int64_t kRowTokens = 1;       // linear_rows before linear_panel
 constexpr int64_t kRowTokensAlone = 16;  // linear_rows before linear_dense, where there is no linear_panel
+constexpr int64_t kAxis0Tokens = 48;     // integers before linear_dense, where each group makes its own of the activations
 constexpr int64_t kBlock = 512;          // rows of x at a time: bounds the scratch memory
 
 struct Prepared {
@@ -38,8 +41,9 @@ int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
 }
 
 bool use_rows(const Weight& w, int64_t M, int digits) {
-  const bool panel = kernels().linear_panel != nullptr;
-  return chunk_groups(w) && (panel ? M <= kRowTokens : M <= kRowTokensAlone || digits == 1);
+  if (!chunk_groups(w)) return false;
+  if (kernels().linear_panel != nullptr) return M <= kRowTokens;
+  return M <= kRowTokensAlone || (w.axis == 0 && digits == 1);
 }
 
 Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
@@ -52,6 +56,7 @@ Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
 
 bool integers_serve(const Weight& w, int64_t M, int digits) {
   if (!integer_codes(w) || !quad_groups(w)) return false;
+  if (w.axis == 0 && digits > 1 && M > kAxis0Tokens) return false;
   return kernels().linear_panel != nullptr || use_rows(w, M, digits);
 }
 
@@ -90,14 +95,41 @@ bool multiply_integers(const Problem& p, const Prepared& x, int digits, char* ro
   return whole;
 }
 
+// 8-bit activations as floats, in place: what `prepare` does, for products that integer kernels do not serve.
+bool round_rows(const Weight& w, int64_t M, float* x) {
+  const int64_t run = step_per_group(w) && w.group_size == 128 ? 128 : 64;
+  std::atomic<bool> whole{true};
+  over(M, 1, 4 * M * w.K, [&](int64_t a, int64_t b) {
+    for (int64_t i = a * w.K, end = b * w.K; i < end;) {
+      const int64_t stop = std::min(i + run, (i / w.K + 1) * w.K);
+      float top = 0;
+      bool finite = true;
+      for (int64_t k = i; k < stop; ++k) {
+        top = std::max(top, std::fabs(x[k]));
+        finite = finite && std::isfinite(x[k]);
+      }
+      if (!finite) whole = false;
+      const float inverse = top == 0 ? 0 : 127 / top, step = top / 127;
+      for (; i < stop; ++i) x[i] = std::nearbyint(x[i] * inverse) * step;
+    }
+  });
+  return whole;
+}
+
 bool run_block(const Problem& p, int digits) {
   const Kernels& k = kernels();
   const bool integers = integers_serve(p.w, p.M, digits);
   const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
   char* room = scratch(ints + 4 * (p.M * p.w.K + 16) + 64, 0);
-  const Prepared x = float_rows(p, room + ints);
+  Prepared x = float_rows(p, room + ints);
   if (integers && multiply_integers(p, x, digits, room)) return true;
-  if (digits == 1) return false;
+  if (digits == 1) {
+    if (integers || p.w.axis == 0) return false;  // NaN, say; scales of axis 0 belong to the activations before rounding
+    if (x.x == p.x)
+      for (int64_t m = 0; m < p.M; ++m) std::copy_n(x.x + m * x.stride, p.w.K, (float*)(room + ints) + m * p.w.K);
+    if (!round_rows(p.w, p.M, (float*)(room + ints))) return false;
+    x = {(float*)(room + ints), p.w.K};
+  }
   over(p.w.N, 12, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     k.linear_dense(p, x.x, x.stride, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));
   });
