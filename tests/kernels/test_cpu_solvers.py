@@ -96,8 +96,9 @@ def test_the_published_solver_equals_the_plain_one_up_to_rounding(nbits, group_s
     chosen = None if group_size is None else min(group_size, extent)
     fast, plain = both(w, HqqConfig(nbits, chosen, axis=axis, solver="hqq", scale_dtype=torch.float32))
     assert torch.equal(fast.scale, plain.scale)
-    # Sums are taken in another order, so zero points differ in their last bits, and now and then a code at a tie.
-    close = (fast.zero_point - plain.zero_point).abs() <= 1e-3 + 1e-5 * plain.zero_point.abs()
-    assert close.float().mean() >= 0.98
+    # Sums are taken in another order, so zero points differ in their last bits, and now and then a code at a tie moves
+    # that of its group.
+    far = (fast.zero_point - plain.zero_point).abs() > 1e-3 + 1e-5 * plain.zero_point.abs()
+    assert far.sum() <= max(2, 0.02 * far.numel())
     errors = [(q.dequantize(torch.float32) - w.float()).abs().sum().item() for q in (fast, plain)]
     assert abs(errors[0] - errors[1]) <= 0.02 * errors[1] + 1e-12
