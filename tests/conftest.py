@@ -1,4 +1,4 @@
-"""Property tests try the same examples in every run of CI, others elsewhere: what they find is mended, not landed on."""
+"""Property tests try the same examples in every run of CI, others elsewhere: what they find is mended first."""
 
 import os
 
