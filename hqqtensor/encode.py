@@ -95,8 +95,9 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
     if not solutions[0].exact_encode:
         # A scale that rounding or 8 bits made zero can reach nothing but zero itself, whatever the code.
         inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
-    qdata = weight.new_empty(*lead, out_features, row_bytes(in_features, config.nbits), dtype=torch.uint8)
-    cpu.advise_huge_pages(qdata)
+    size = (*lead, out_features, row_bytes(in_features, config.nbits))
+    on_cpu = weight.device.type == "cpu"
+    qdata = cpu.empty_packed(*size) if on_cpu else weight.new_empty(size, dtype=torch.uint8)
     many = len(matrices)
     rows = qdata.reshape(many, -1, qdata.shape[-1])
     split = [[None] * many if t is None else t.reshape(many, -1, t.shape[-1]) for t in (inverse, zero_point)]

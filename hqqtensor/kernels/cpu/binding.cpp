@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include <atomic>
+#include <cstdlib>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -217,14 +218,19 @@ Tensor embedding(const Tensor& indices, const Tensor& qdata, const Tensor& scale
   return out;
 }
 
-// Whole pages of 2 MiB within the tensor's memory, if the system gives them on request.
-void advise_huge_pages([[maybe_unused]] const Tensor& t) {
+// Room for packed codes, uint8: from 2 MiB on at a multiple of that, in huge pages if the system gives them on request.
+Tensor empty_packed(at::IntArrayRef sizes) {
+  const auto options = at::TensorOptions().dtype(at::kByte);
 #if defined(__linux__)
-  constexpr uintptr_t page = (uintptr_t)1 << 21;
-  if (!t.device().is_cpu() || !t.is_contiguous() || t.nbytes() < 2 * page) return;
-  const uintptr_t begin = ((uintptr_t)t.data_ptr() + page - 1) / page * page, end = ((uintptr_t)t.data_ptr() + t.nbytes()) / page * page;
-  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+  constexpr size_t page = (size_t)1 << 21;
+  const size_t bytes = (size_t)c10::multiply_integers(sizes);
+  void* data = nullptr;
+  if (bytes >= page && posix_memalign(&data, page, bytes) == 0) {
+    madvise(data, bytes / page * page, MADV_HUGEPAGE);
+    return at::from_blob(data, sizes, std::free, options);
+  }
 #endif
+  return at::empty(sizes, options);
 }
 
 }  // namespace
@@ -243,7 +249,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("solve", &hq::solve, free);
   m.def("assign", &hq::assign, free);
   m.def("set_table", &hq::set_table);
-  m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("empty_packed", [](const std::vector<int64_t>& sizes) { return empty_packed(sizes); });
   m.def("set_process_choice", [](int c) { process_choice = c; });
   m.def("set_thread_choice", [](int c) { thread_choice = c; });
 }
