@@ -1,4 +1,3 @@
-import time
 from typing import Any
 
 import pytest
@@ -120,21 +119,6 @@ def test_a_narrow_cache_is_more_exact_than_transformers_hqq_backend() -> None:
             got = cache.update(*states(1, 1), 0)
             errors.append([error(g[:, :, :256], w) for g, w in zip(got, (keys, values), strict=True)])
         assert errors[0][0] < errors[1][0] and errors[0][1] < errors[1][1], errors
-
-
-def test_decoding_is_faster_than_with_transformers_hqq_backend() -> None:
-    keys, values = states(512, batch=1)
-    tokens = [states(1, t, batch=1) for t in range(70)]  # one flush
-    times = []
-    mine = HqqQuantizedCache(CONFIG, 4, residual_length=64)
-    theirs = tf.QuantizedCache("hqq", CONFIG, nbits=4, axis_key=0, axis_value=1, residual_length=64)
-    for cache in (mine, theirs):
-        cache.update(keys, values, 0)
-        start = time.perf_counter()
-        for token in tokens:
-            cache.update(*token, 0)
-        times.append(time.perf_counter() - start)
-    assert times[0] < times[1], times
 
 
 def test_sliding_layers_stay_as_they_are() -> None:
