@@ -2,13 +2,12 @@
 """What transformers' expert layers do with 3-D weights ``[E, N, K]``, beside what ``tensor_ops`` has.
 
 Its "eager" experts take ``weight[e]`` into ``F.linear`` or ``@``. "batched_mm" takes ``weight[experts]``, an expert a
-row of activations, into ``torch.bmm``, as the first operand where the weight is kept ``[E, N, K]``. "grouped_mm" calls
+row of activations, into ``torch.bmm``, where ``tensor_ops`` takes it as either operand. "grouped_mm" calls
 ``F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)``, which is ``torch._grouped_mm``, on rows sorted by expert, or,
 in compiled float32 code, its own operator ``transformers::grouped_mm_fallback`` with the same operands.
 """
 
 import torch
-from torch import Tensor
 
 from hqqtensor.integrations.import_hook import when_imported
 from hqqtensor.tensor import HQQTensor
@@ -26,19 +25,6 @@ def _(func, types, args, kwargs):
     by_expert = [name for name in self.__tensor_flatten__()[0] if name != "act_pre_scale"]
     data = {name: getattr(self, name)[picked[0]] for name in by_expert}
     return self.with_data(**data, shape=torch.Size([*picked[0].shape, *self.shape[1:]]))
-
-
-_bmm = HQQTensor._ATEN_OP_TABLE[HQQTensor][aten.bmm.default]
-
-
-@HQQTensor.implements([aten.bmm.default])
-@HQQTensor.implements_torch_function([torch.bmm, Tensor.bmm])
-def _(func, types, args, kwargs):
-    first, second = args[0], args[1]
-    if isinstance(first, HQQTensor) and not first.transposed and not isinstance(second, HQQTensor):
-        # A product of the transposes: the kernels take weights as the second operand.
-        return torch.bmm(second.transpose(-1, -2), first.transpose(-1, -2)).transpose(-1, -2)
-    return _bmm(func, types, args, kwargs)
 
 
 def _register_fallback() -> None:

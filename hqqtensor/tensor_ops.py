@@ -44,6 +44,10 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
             x, act = _activations(x), weight.act_pre_scale
             return ops.batched_linear(x, *weight.packed(), act, *weight.settings(), weight.activation)
+    first = isinstance(x, HQQTensor) and not x.transposed and not isinstance(weight, HQQTensor)
+    if first and x.ndim == weight.ndim == 3:
+        # A product of the transposes: the kernels take weights as the second operand.
+        return _matmul(weight.transpose(-1, -2), x.transpose(-1, -2)).transpose(-1, -2)
     x, weight = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (x, weight))
     return torch.matmul(x, weight)
 
