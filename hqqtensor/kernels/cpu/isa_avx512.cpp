@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2,popcnt")
 #include "vec_avx512.h"
+#include "pairs_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
 #include "panel_avx512.h"
 #include "table.h"

@@ -53,7 +53,7 @@ struct Problem {
 
 // Activations as integers: x = step * sum_d digit_d * 2^(shift * (count - 1 - d)), chunk by chunk of 64.
 struct Digits {
-  int8_t* digits;   // [M][chunks][count][64], or by tiles of `tile` tokens (the last has those left over), each
+  int8_t* digits;   // [M][chunks][count][64] (blocks of two chunks in the order of Pairs where those serve), or by tiles of `tile` tokens (the last has those left over), each
                     // [16 chunks][tokens of the tile][count][4]
   float* step;      // [M][entries], an entry for each group or each chunk: see step_entries
   float* sum;       // [M][padded(groups)]: sum of x over each group (axis 1), or of zero * x over all (axis 0)
@@ -81,10 +81,12 @@ struct Kernels {
   bool (*prepare)(const float* x, const Weight&, int64_t m, const Digits&);
   // The same for group g of an axis-0 weight, whose scales belong to the activations.
   bool (*prepare_axis0)(const float* x, const Weight&, int64_t g, int64_t m, const Digits&, float* scratch);
-  // Rows first, first + step, ... before last of the result for few tokens: every row is read by itself.
-  void (*linear_rows)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
+  // Rows [first, last) of the result for few tokens: every row is read by itself. axis 0: the rows of groups [first, last),
+  // each with its own digits.
+  void (*linear_rows)(const Problem&, const Digits*, int64_t first, int64_t last, float* scratch);
   int64_t (*linear_rows_scratch)(const Problem&, int64_t entries);  // floats
-  // The same for several tokens and more: panels of rows, turned so that lanes are rows. Null where there is none.
+  // Rows first, first + step, ... before last for several tokens and more: panels of rows, turned so that lanes are rows.
+  // Null where there is none.
   void (*linear_panel)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
   int (*panel_tile)(const Weight&, int digits);  // tokens of its tiles
   int64_t (*linear_panel_scratch)(const Problem&);  // floats
@@ -116,7 +118,7 @@ inline bool quad_groups(const Weight& w) { return w.axis == 0 || w.groups == 1 |
 inline bool integer_codes(const Weight& w) { return w.table.values == nullptr || w.table.count > 0; }
 // True where groups line up with the 64 codes of a chunk as well: what linear_rows needs.
 inline bool chunk_groups(const Weight& w) {
-  return w.axis == 0 || w.groups == 1 || w.group_size % 64 == 0 || (w.group_size % 4 == 0 && 64 % w.group_size == 0);
+  return w.axis == 0 || w.groups == 1 || w.group_size % 64 == 0 || (w.group_size % 8 == 0 && 64 % w.group_size == 0);
 }
 
 // Room for vectors to run past the end.

@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kRowTokens = 1;       // linear_rows before linear_panel
 constexpr int64_t kRowTokensAlone = 16;  // linear_rows before linear_dense, where there is no linear_panel
 constexpr int64_t kAxis0Tokens = 48;     // integers before linear_dense, where each group makes its own of the activations
+constexpr int64_t kGroups = 32, kGroupBytes = 256 << 10;  // groups of axis 0 at a time, and room for their activations
 constexpr int64_t kBlock = 512;          // rows of x at a time: bounds the scratch memory
 
 struct Prepared {
@@ -60,12 +61,14 @@ bool integers_serve(const Weight& w, int64_t M, int digits) {
   return kernels().linear_panel != nullptr || use_rows(w, M, digits);
 }
 
-void multiply(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step) {
+// Rows [first, last); axis 0: the rows of groups [first, last), each with its digits.
+void multiply(const Problem& p, const Digits* d, int64_t first, int64_t last) {
   const Kernels& k = kernels();
-  if (use_rows(p.w, p.M, d.count))
-    k.linear_rows(p, d, first, last, step, (float*)scratch(4 * k.linear_rows_scratch(p, d.entries), 1));
-  else
-    k.linear_panel(p, d, first, last, step, (float*)scratch(4 * k.linear_panel_scratch(p), 1));
+  if (use_rows(p.w, p.M, d->count))
+    return k.linear_rows(p, d, first, last, (float*)scratch(4 * k.linear_rows_scratch(p, d->entries), 1));
+  float* room = (float*)scratch(4 * k.linear_panel_scratch(p), 1);
+  if (p.w.axis == 1) return k.linear_panel(p, *d, first, last, 1, room);
+  for (int64_t g = first; g < last; ++g) k.linear_panel(p, d[g - first], g, p.w.N, p.w.groups, room);
 }
 
 bool multiply_integers(const Problem& p, const Prepared& x, int digits, char* room) {
@@ -78,18 +81,24 @@ bool multiply_integers(const Problem& p, const Prepared& x, int digits, char* ro
       for (int64_t m = a; m < b && whole; ++m)
         if (!k.prepare(x.x + m * x.stride, p.w, m, d)) whole = false;
     });
-    if (whole) over(p.w.N, 32, work, [&](int64_t a, int64_t b) { multiply(p, d, a, b, 1); });
+    if (whole) over(p.w.N, 32, work, [&](int64_t a, int64_t b) { multiply(p, &d, a, b); });
     return whole;
   }
-  // Groups along rows: their scales belong to the activations, which are made anew for each group.
-  const int64_t bytes = digit_bytes(p.w, p.M, digits);
+  // Groups along rows: their scales belong to the activations, which are made anew for each group; for as many groups at a
+  // time as stay in the second level of cache.
+  const int64_t bytes = (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64;
+  const int64_t most = std::clamp<int64_t>(kGroupBytes / bytes, 1, kGroups);
   over(p.w.groups, 1, work, [&](int64_t a, int64_t b) {
-    char* own = scratch(bytes + 4 * (2 * p.w.K + 64), 2);
-    const Digits d = digits_in(p.w, p.M, digits, own);
-    for (int64_t g = a; g < b && whole; ++g) {
-      for (int64_t m = 0; m < p.M && whole; ++m)
-        if (!k.prepare_axis0(x.x + m * x.stride, p.w, g, m, d, (float*)(own + (bytes + 63) / 64 * 64))) whole = false;
-      if (whole) multiply(p, d, g, p.w.N, p.w.groups);
+    const int64_t count = std::min(most, b - a);
+    char* own = scratch(bytes * count + 4 * (2 * p.w.K + 192), 2);
+    Digits d[kGroups];
+    for (int64_t i = 0; i < count; ++i) d[i] = digits_in(p.w, p.M, digits, own + bytes * i);
+    for (int64_t g = a; g < b && whole; g += count) {
+      const int64_t end = std::min(g + count, b);
+      for (int64_t i = g; i < end && whole; ++i)
+        for (int64_t m = 0; m < p.M && whole; ++m)
+          if (!k.prepare_axis0(x.x + m * x.stride, p.w, i, m, d[i - g], (float*)(own + bytes * count))) whole = false;
+      if (whole) multiply(p, d, g, end);
     }
   });
   return whole;

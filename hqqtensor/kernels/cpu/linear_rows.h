@@ -14,52 +14,78 @@ struct Tile {
   const uint8_t* rows[kRows];
   const int8_t* x[kMaxTokens];
   const float* scale[kRows][kMaxTokens];
-  Floats start[kRows][kMaxTokens];  // what the lanes of a result begin with
+  Floats start[kRows][kMaxTokens];  // what is added to the lanes of a result
   const uint8_t* table;
-  int64_t ahead;  // bytes to the same place in the next tile, fetched while this one is multiplied
+  const uint8_t* lines;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
+  int64_t ahead;         // else bytes to the same place in the next tile
   float out[kRows][kMaxTokens];
 };
 
-// group_shift: a scale serves 2^group_shift chunks. LANES: a chunk has 64 / group_size scales. DW: digits of a table.
+// LANES: a chunk has 64 / group_size scales, else one. DW: digits of a table.
 template <int NB, int D, int DW, int T, bool LANES>
-void run_tile(Tile& tile, int64_t K, int64_t group_size, int group_shift) {
+void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
   const int64_t blocks = K / 128, tail = K % 128;
-  const int64_t per_chunk = LANES ? 64 / group_size : 1;
-  const LaneScales lane_scales(LANES ? group_size : 4);
-  Acc acc[kRows][T];
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < T; ++t) acc[r][t] = acc_from(tile.start[r][t]);
+  Acc acc[kRows][T] = {};
   constexpr int W = DW ? DW : 1;
-  auto half = [&](int64_t chunk, const Codes (*codes)[W]) __attribute__((always_inline)) {
+  const auto half = [&](int64_t chunk, const Codes (*codes)[2 * W]) __attribute__((always_inline)) {
     for (int t = 0; t < T; ++t) {
       const Tokens x = load_tokens<D>(tile.x[t] + chunk * D * 64);
       for (int r = 0; r < kRows; ++r) {
-        const float* s = tile.scale[r][t] + (LANES ? chunk * per_chunk : chunk >> group_shift);
+        const float* s = tile.scale[r][t] + (LANES ? chunk * per_chunk : chunk);
         if constexpr (LANES)
-          add_chunk_lanes<NB, D, DW>(acc[r][t], codes[r], x, s, lane_scales);
+          add_chunk_lanes<NB, D, DW>(acc[r][t], codes[r], x, s, lanes);
         else
           add_chunk<NB, D, DW>(acc[r][t], codes[r], x, s);
       }
     }
   };
-  auto numbers = [&](Codes c, Codes* out) __attribute__((always_inline)) {
+  const auto numbers = [&](Codes c, Codes* out) __attribute__((always_inline)) {
     if constexpr (DW == 0)
       out[0] = c;
     else
       for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
   };
-  Codes codes[kRows][W];
+  Codes codes[kRows][2 * W];
   for (int64_t b = 0; b < blocks; ++b) {
-    for (int r = 0; r < kRows; ++r) {
-      const uint8_t* p = tile.rows[r] + b * 16 * NB;
-      prefetch(p + tile.ahead);
-      if constexpr (NB > 4) prefetch(p + tile.ahead + 64);
-      numbers(decode<NB, 0>(p), codes[r]);
+    if (tile.lines) {
+      for (int i = 0; i < kRows * NB / 4; ++i) prefetch(tile.lines + (b * (kRows * NB / 4) + i) * 64);
+    } else if (NB >= 4 || (b * 16 * NB & 63) < 16 * NB) {  // once for each line
+      for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.ahead + 16 * i);
     }
-    half(2 * b, codes);
-    for (int r = 0; r < kRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
-    half(2 * b + 1, codes);
+    if constexpr (Pairs<NB>::serve) {
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* p = tile.rows[r] + b * 16 * NB;
+        Codes first, second;
+        Pairs<NB>::template decode<codes_in_place(D, DW > 0)>(p, first, second);
+        numbers(first, codes[r]);
+        numbers(second, codes[r] + W);
+      }
+      for (int t = 0; t < T; ++t) {
+        const int8_t* at = tile.x[t] + b * D * 128;
+        const Tokens x[2] = {load_tokens<D>(at), load_tokens<D>(at + D * 64)};
+        for (int r = 0; r < kRows; ++r) {
+          const typename Pairs<NB>::Sums sum = Pairs<NB>::template dot<D, DW>(codes[r], x);
+          const float* s = tile.scale[r][t] + (LANES ? 2 * b * per_chunk : 2 * b);
+          if constexpr (LANES)
+            Pairs<NB>::add_lanes(acc[r][t], sum, s, lanes);
+          else
+            Pairs<NB>::add(acc[r][t], sum, s);
+        }
+      }
+    } else {
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* p = tile.rows[r] + b * 16 * NB;
+        numbers(decode<NB, 0>(p), codes[r]);
+      }
+      half(2 * b, codes);
+      for (int r = 0; r < kRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
+      half(2 * b + 1, codes);
+    }
   }
+  if constexpr (Pairs<NB>::serve && codes_in_place(D, DW > 0))
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
   if (tail) {
     uint8_t unpacked[kRows][128];
     for (int r = 0; r < kRows; ++r) unpack_tail(tile.rows[r] + blocks * 16 * NB, NB, (tail + 7) / 8 * 8, unpacked[r]);
@@ -69,10 +95,10 @@ void run_tile(Tile& tile, int64_t K, int64_t group_size, int group_shift) {
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < T; ++t) tile.out[r][t] = acc_sum(acc[r][t]);
+    for (int t = 0; t < T; ++t) tile.out[r][t] = acc_sum(acc[r][t], tile.start[r][t]);
 }
 
-using RunTile = void (*)(Tile&, int64_t, int64_t, int);
+using RunTile = void (*)(Tile&, int64_t, int64_t, const LaneScales&);
 
 template <int NB, int D, int DW>
 RunTile pick_shape(bool by_lane, int64_t tokens) {
@@ -110,127 +136,161 @@ inline void store(const Problem& p, int64_t m, int64_t n, float v) {
     from_float(&v, 1, p.x_type, (uint16_t*)p.y + i);
 }
 
-template <DType T>
-inline Floats load_as(const void* p, int64_t i) {
-  if constexpr (T == DType::f32) return f_load((const float*)p + i);
-  if constexpr (T == DType::f16) return f_load_f16((const uint16_t*)p + i);
-  return f_load_bf16((const uint16_t*)p + i);
-}
-
-// Scale and zero point of one row, for each of `tokens`: scale times step into out[t], and minus scale * zero * sum into
-// the lanes of start[t], which the codes' products are then added to.
+// Scale and zero point of one row, for each of `tokens`: scale times step into out[t], an entry for each chunk (for each
+// group where a chunk has several), and minus scale * zero * sum into the lanes of start[t].
 struct RowMeta {
   const Weight& w;
   const Digits& d;
-  bool by_group;
+  bool by_group, in_place;
   float unit;
-  float *scale, *zero;  // scratch: values of a row, padded
+  float *scale, *zero;  // scratch: values of a row, padded with zeros
 
-  // Groups [first, last) out of values at s and z, whole vectors of them.
-  template <DType T>
-  __attribute__((always_inline)) void blocks(const void* s, const void* z, int64_t base, int64_t first, int64_t last,
-                                             int64_t token, int64_t tokens, float* const* out, Floats* total) const {
-    const bool table = w.table.values != nullptr;
+  // Groups [first, last), whole vectors of them, whose values lie at s and z.
+  template <DType T, bool TABLE>
+  __attribute__((always_inline)) void blocks(const void* s, const void* z, int64_t first, int64_t last, int64_t token,
+                                             int64_t tokens, float* const* out, Floats* total) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
     const int64_t width = padded(w.groups);
     for (int64_t g = first; g < last; g += kFloats) {
-      Floats a = load_as<T>(s, g - base);
-      const Floats product = f_mul(a, table ? offset : load_as<T>(z, g - base));
-      if (table) a = f_mul(a, units);
+      Floats a = load_as<T>(s, g - first);
+      const Floats product = f_mul(a, TABLE ? offset : load_as<T>(z, g - first));
+      if (TABLE) a = f_mul(a, units);
       for (int64_t t = 0; t < tokens; ++t) {
         if (by_group) f_store(out[t] + g, f_mul(a, f_load(d.step + (token + t) * d.entries + g)));
         total[t] = f_fnma(product, f_load(d.sum + (token + t) * width + g), total[t]);
       }
     }
   }
+  template <DType T>
+  void blocks(const void* s, const void* z, int64_t first, int64_t last, int64_t token, int64_t tokens, float* const* out,
+              Floats* total) const {
+    if (w.table.values)
+      blocks<T, true>(s, z, first, last, token, tokens, out, total);
+    else
+      blocks<T, false>(s, z, first, last, token, tokens, out, total);
+  }
+  template <DType T>
+  void row_blocks(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* total) const {
+    const char* s = at(w.scale.data, T, row * w.scale.stride);
+    const char* z = w.zero.data ? at(w.zero.data, T, row * w.zero.stride) : s;
+    const int64_t whole = w.groups / kFloats * kFloats, size = hqqtensor::size_of(T), left = (w.groups - whole) * size;
+    blocks<T>(s, z, 0, whole, token, tokens, out, total);
+    if (left == 0) return;
+    char last[2][4 * kFloats] = {};  // what lies behind a row may not be read
+    __builtin_memcpy(last[0], s + whole * size, (size_t)left);
+    __builtin_memcpy(last[1], z + whole * size, (size_t)left);
+    blocks<T>(last[0], last[1], whole, w.groups, token, tokens, out, total);
+  }
 
   void run(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* start) const {
     for (int64_t t = 0; t < tokens; ++t) start[t] = f_zero();
     // Straight from memory where that is possible: the values of a row are used once for each token.
     const bool direct = w.scale.type != DType::u8 && (w.zero.data == nullptr || w.zero.type == w.scale.type);
-    const int64_t whole = direct ? w.groups / kFloats * kFloats : 0;
-    if (whole) {
-      const void* s = at(w.scale.data, w.scale.type, row * w.scale.stride);
-      const void* z = w.zero.data ? at(w.zero.data, w.zero.type, row * w.zero.stride) : s;
-      if (w.scale.type == DType::f16)
-        blocks<DType::f16>(s, z, 0, 0, whole, token, tokens, out, start);
-      else if (w.scale.type == DType::bf16)
-        blocks<DType::bf16>(s, z, 0, 0, whole, token, tokens, out, start);
-      else
-        blocks<DType::f32>(s, z, 0, 0, whole, token, tokens, out, start);
+    if (!direct) {
+      load_values(w.scale, row, 0, w.groups, scale);
+      if (w.zero.data) load_values(w.zero, row, 0, w.groups, zero);
+      blocks<DType::f32>(scale, zero, 0, w.groups, token, tokens, out, start);
+    } else if (w.scale.type == DType::f16) {
+      row_blocks<DType::f16>(row, token, tokens, out, start);
+    } else if (w.scale.type == DType::bf16) {
+      row_blocks<DType::bf16>(row, token, tokens, out, start);
+    } else {
+      row_blocks<DType::f32>(row, token, tokens, out, start);
     }
-    if (whole < w.groups) {
-      const int64_t left = w.groups - whole;
-      load_values(w.scale, row, whole, left, scale);
-      if (w.zero.data) load_values(w.zero, row, whole, left, zero);
-      for (int64_t i = left; i < padded(left); ++i) scale[i] = zero[i] = 0;
-      blocks<DType::f32>(scale, zero, whole, whole, w.groups, token, tokens, out, start);
-    }
-    if (by_group) return;
-    // A step for each chunk: a scale multiplies all those of its group.
-    load_values(w.scale, row, 0, w.groups, scale);
+    if (by_group && w.group_size <= 64) return;
     const int64_t per = w.groups == 1 ? d.chunks : w.group_size / 64;
-    for (int64_t group = 0, c = 0; c < d.chunks; ++group) {
-      const float v = scale[group] * unit;
-      const int64_t first = c, end = c + per < d.chunks ? c + per : d.chunks;
-      for (int64_t t = 0; t < tokens; ++t)
-        for (c = first; c < end; ++c) out[t][c] = v * d.step[(token + t) * d.entries + c];
+    if (by_group) {  // one step for two chunks: both get it, from the back as they lie in the same place
+      const Floats second = f_set(in_place ? 1.0f / 16 : 1);
+      const int64_t odd = w.K / 128 * 2 + 1;  // a second chunk outside whole blocks
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t g = (w.groups - 1) / kFloats * kFloats; g >= 0; g -= kFloats) {
+          const Floats v = f_load(out[t] + g);
+          f_store_pairs(out[t] + 2 * g, v, f_mul(v, second));
+        }
+        if (odd < d.chunks) out[t][odd] = out[t][odd - 1];
+      }
+      return;
     }
-  }
-
-  // Scales and zero points of a row that comes soon.
-  void fetch(int64_t row) const {
-    const Values* both[] = {&w.scale, &w.zero};
-    for (const Values* v : both) {
-      if (!v->data) continue;
-      const char* p = at(v->data, v->type, row * v->stride);
-      for (int64_t i = 0; i < w.groups * hqqtensor::size_of(v->type); i += 64) prefetch(p + i);
+    // A step for each chunk. Vectors run on into the next group, which comes after.
+    load_values(w.scale, row, 0, w.groups, scale);
+    for (int64_t group = 0; group < w.groups; ++group) {
+      const Floats v = f_set(scale[group] * unit);
+      const int64_t first = group * per, end = first + per < d.chunks ? first + per : d.chunks;
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t c = first; c < end; c += kFloats) f_store(out[t] + c, f_mul(v, f_load(d.step + (token + t) * d.entries + c)));
     }
   }
 };
 
-int64_t linear_rows_scratch(const Problem& p, int64_t entries) {
-  return 2 * padded(p.w.axis == 1 ? p.w.groups : 1) + kRows * kMaxTokens * entries + 64;
+// Floats of one row's entries.
+inline int64_t row_entries(const Weight& w, int64_t entries) {
+  const int64_t chunks = padded((w.K + 63) / 64);
+  return entries > chunks ? entries : chunks;
 }
 
-void linear_rows(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+int64_t linear_rows_scratch(const Problem& p, int64_t entries) {
+  return 2 * padded(p.w.axis == 1 ? p.w.groups : 1) + kRows * kMaxTokens * row_entries(p.w, entries) + 64;
+}
+
+void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.w;
-  const int64_t width = padded(w.axis == 1 ? w.groups : 1);
-  const RowMeta meta{w, d, hqqtensor::step_per_group(w), code_unit(w, d.count), scratch, scratch + width};
+  const Digits& d = *digits;
+  const int64_t width = padded(w.axis == 1 ? w.groups : 1), entries = row_entries(w, d.entries);
+  const RowMeta meta{w,
+                     d,
+                     hqqtensor::step_per_group(w),
+                     pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
+                     code_unit(w, d.count),
+                     scratch,
+                     scratch + width};
   float* both = scratch + 2 * width;
   __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.entries));
   const bool by_lane = w.axis == 1 && w.groups > 1 && w.group_size < 64;
-  const int group_shift = meta.by_group && w.group_size == 128 ? 1 : 0;
-  for (int64_t n = first; n < last; n += kRows * step) {
-    Tile tile;
-    // After the last tile of an axis-0 group come the rows of the next group.
-    tile.ahead = (w.axis == 1 || n + kRows * step < last ? kRows * step : first + 1 - n) * w.row_stride;
-    tile.table = &w.table.digits[0][0];
+  const int64_t per_chunk = by_lane ? 64 / w.group_size : 1;
+  const LaneScales lanes(by_lane ? w.group_size : 64);
+  const RunTile one = pick_tile(w, d.count, by_lane, 1), several = pick_tile(w, d.count, by_lane, kMaxTokens);
+  Tile tile;
+  tile.table = &w.table.digits[0][0];
+  const auto run = [&](int64_t n, int64_t step, int64_t end, int64_t next, const Digits& own) {
+    tile.ahead = (next - n) * w.row_stride;
+    tile.lines = step == 1 ? w.qdata + next * w.row_stride : nullptr;
     int64_t rows = 0;
     for (int64_t r = 0; r < kRows; ++r) {  // a short last tile computes its first row again
-      const bool there = n + r * step < last;
+      const bool there = n + r * step < end;
       tile.rows[r] = w.qdata + (there ? n + r * step : n) * w.row_stride;
       rows += there;
-      if (w.axis == 1 && n + (kRows + r) * step < last) meta.fetch(n + (kRows + r) * step);
+      if (w.axis == 1 && n + kRows + r < end) {  // what comes soon
+        fetch_values(w.scale, n + kRows + r, w.groups);
+        fetch_values(w.zero, n + kRows + r, w.groups);
+      }
     }
     for (int64_t m = 0; m < p.M; m += kMaxTokens) {
       const int64_t tokens = p.M - m < kMaxTokens ? p.M - m : kMaxTokens;
-      for (int64_t t = 0; t < kMaxTokens; ++t) tile.x[t] = d.digits + (t < tokens ? m + t : m) * d.chunks * d.count * 64;
+      for (int64_t t = 0; t < kMaxTokens; ++t)
+        tile.x[t] = own.digits + (t < tokens ? m + t : m) * own.chunks * own.count * 64;
       for (int64_t r = 0; r < kRows; ++r) {
         float* out[kMaxTokens];
         for (int64_t t = 0; t < kMaxTokens; ++t) {
-          out[t] = both + (r * kMaxTokens + t) * d.entries;
-          tile.scale[r][t] = w.axis == 0 ? d.step + (t < tokens ? m + t : m) * d.entries : out[t < tokens ? t : 0];
+          out[t] = both + (r * kMaxTokens + t) * entries;
+          tile.scale[r][t] = w.axis == 0 ? own.step + (t < tokens ? m + t : m) * own.entries : out[t < tokens ? t : 0];
           tile.start[r][t] = f_zero();
         }
-        if (w.axis == 1 && r < rows) meta.run(n + r * step, m, tokens, out, tile.start[r]);
+        if (w.axis == 1 && r < rows) meta.run(n + r, m, tokens, out, tile.start[r]);
       }
-      pick_tile(w, d.count, by_lane, tokens)(tile, w.K, w.group_size, group_shift);
+      (tokens > 1 ? several : one)(tile, w.K, per_chunk, lanes);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < rows; ++r)
-          store(p, m + t, n + r * step, w.axis == 0 ? tile.out[r][t] - d.sum[m + t] : tile.out[r][t]);
+          store(p, m + t, n + r * step, w.axis == 0 ? tile.out[r][t] - own.sum[m + t] : tile.out[r][t]);
     }
+  };
+  if (w.axis == 1) {
+    for (int64_t n = first; n < last; n += kRows) run(n, 1, last, n + 2 * kRows, d);
+    return;
   }
+  // A tile of rows of one group, then one of the next group: so each row follows one read before in memory.
+  for (int64_t n = 0; n < w.N; n += kRows * w.groups)
+    for (int64_t g = first; g < last && n + g < w.N; ++g)
+      run(n + g, w.groups, w.N, g + 1 < last ? n + g + 1 : n + kRows * w.groups + first, digits[g - first]);
 }
 
 }  // namespace

@@ -114,9 +114,6 @@ inline __attribute__((always_inline)) __m512i turned_step(__m512i acc, const __m
   return acc;
 }
 
-// Keeps a value where it is: else gcc 12 moves accumulators about, and to memory, at every step of the loop.
-inline __attribute__((always_inline)) void stay(__m512i& v) { asm("" : "+v"(v)); }
-
 // Sums of token J / 2, half J % 2, as floats: its levels put together.
 template <int D, int W, int T, int J>
 inline __attribute__((always_inline)) __m512 turned_sum(const __m512i* acc) {

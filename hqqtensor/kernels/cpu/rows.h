@@ -35,6 +35,13 @@ void to_float(const void* from, DType type, int64_t count, float* out) {
   }
 }
 
+template <DType T>
+inline Floats load_as(const void* p, int64_t i) {
+  if constexpr (T == DType::f32) return f_load((const float*)p + i);
+  if constexpr (T == DType::f16) return f_load_f16((const uint16_t*)p + i);
+  return f_load_bf16((const uint16_t*)p + i);
+}
+
 inline uint16_t bf16_bits(float f) {  // round to nearest even, NaN kept
   uint32_t bits;
   __builtin_memcpy(&bits, &f, 4);
@@ -107,6 +114,12 @@ inline void load_values(const Values& v, int64_t row, int64_t first, int64_t cou
   int64_t i = 0;
   for (; i + kFloats <= count; i += kFloats) f_store(out + i, f_mul(f_sub(f_load(out + i), f_load(zero + i)), f_load(scale + i)));
   for (; i < count; ++i) out[i] = (out[i] - zero[i]) * scale[i];
+}
+
+inline void fetch_values(const Values& v, int64_t row, int64_t count) {
+  if (!v.data) return;
+  const char* p = at(v.data, v.type, row * v.stride);
+  for (int64_t i = 0; i < count * hqqtensor::size_of(v.type); i += 64) prefetch(p + i);
 }
 
 constexpr int64_t kStretch = 1024;  // codes unpacked at a time: they stay in L1
@@ -197,7 +210,8 @@ inline float code_unit(const Weight& w, int digits) {
   return w.table.unit * (float)(1 << (7 * (both - 1)));
 }
 
-bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
+// `rounded`, where it is not null: gets what the digits stand for.
+bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, float* rounded) {
   const float limit = digit_limit(w, d.count);
   const int shift = x_shift(w);
   const bool by_group = hqqtensor::step_per_group(w);
@@ -225,11 +239,20 @@ bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
     for (int64_t part = c; part < c + run && part < d.chunks; ++part, in += 64) {
       int8_t* out = place.at + part * by_chunk;
       float whole[64];
-      for (int i = 0; i < 64; i += kFloats) {
-        const Floats v = f_mul(f_load(in + i), f_set(inverse));
-        if (w.axis == 1) f_store(whole + i, f_round(v));
-        f_store_digits(out + i / 4 * place.by_quad, v, shift, d.count, place.by_digit, place.by_quad);
-      }
+      const auto chunk = [&](int shift, int count, int64_t by_digit, int64_t by_quad) __attribute__((always_inline)) {
+        for (int i = 0; i < 64; i += kFloats) {
+          const Floats v = f_mul(f_load(in + i), f_set(inverse));
+          if (w.axis == 1) f_store(whole + i, f_round(v));
+          if (rounded) f_store(rounded + 64 * part + i, f_mul(f_round(v), f_set(unit)));
+          f_store_digits(out + i / 4 * by_quad, v, shift, count, by_digit, by_quad);
+        }
+      };
+      if (d.tile == 0 && shift == 8 && d.count == 2)  // the most frequent cases by themselves, twice as fast
+        chunk(8, 2, 64, 4);
+      else if (d.tile == 0 && shift == 8 && d.count == 3)
+        chunk(8, 3, 64, 4);
+      else
+        chunk(shift, d.count, place.by_digit, place.by_quad);
       if (w.axis == 0) continue;
       for (int i = 0; i < 64; i += 4) {
         total += (double)((whole[i] + whole[i + 1]) + (whole[i + 2] + whole[i + 3])) * unit;
@@ -248,33 +271,98 @@ bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
   return true;
 }
 
-// scratch: 2 K + 64 floats.
-bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const Digits& d, float* scratch) {
-  float *scaled = scratch, *zero = scratch + w.K + 32;
-  load_values(w.scale, g, 0, w.K, scaled);
-  int64_t k = 0;
-  for (; k + kFloats <= w.K; k += kFloats) f_store(scaled + k, f_mul(f_load(x + k), f_load(scaled + k)));
-  for (; k < w.K; ++k) scaled[k] *= x[k];
-  if (!prepare(scaled, w, m, d)) return false;
+// Whole blocks as linear_rows wants them where it multiplies them as pairs of chunks: digits in their order, and steps of
+// second chunks less where their codes count 16-fold.
+bool pairs_serve(const Weight& w, const Digits& d) {
+  bool found = false;
+  with_nbits(w.nbits, [&](auto nb) { found = Pairs<nb.value>::serve; });
+  return found && d.tile == 0;
+}
+constexpr bool codes_in_place(int digits, bool table) { return digits <= 2 && !table; }
+
+void order_digits(const Weight& w, int64_t m, const Digits& d) {
+  if (!pairs_serve(w, d)) return;
+  int8_t* row = d.digits + m * d.chunks * d.count * 64;
   float* step = d.step + m * d.entries;
-  if (d.count == 1)  // what the products will see, so that an error of rounding meets code - zero point, not the code
-    for (k = 0; k < w.K; ++k) {
-      const Digits::Place p = d.place(m);
-      scaled[k] = (float)p.at[k / 64 * d.by_chunk(p) + k % 64 / 4 * p.by_quad + k % 4] * step[k / 64];
-    }
-  if (w.zero.data) load_values(w.zero, g, 0, w.K, zero);
-  const float constant = w.table.offset * w.table.unit;
-  Floats sums[4];
+  const bool by_group = hqqtensor::step_per_group(w), shared = by_group && w.group_size == 128;  // see RowMeta for these
+  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;
+  for (int64_t b = 0; b < w.K / 128; ++b) {
+    for (int i = 0; i < d.count; ++i) pair_digits(row + (2 * b * d.count + i) * 64, row + ((2 * b + 1) * d.count + i) * 64);
+    if (codes_in_place(d.count, w.table.values != nullptr) && !shared)
+      for (int64_t i = 0; i < each; ++i) step[(2 * b + 1) * each + i] /= 16;
+  }
+}
+
+bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
+  if (!make_digits(x, w, m, d, nullptr)) return false;
+  order_digits(w, m, d);
+  return true;
+}
+
+// K activations times scales and their sum times the zero points (`constant` where z is null); all of one type.
+template <DType T>
+double scale_activations(const float* x, const void* s, const void* z, float constant, int64_t K, float* out) {
+  constexpr int kSums = 4;
+  Floats sums[kSums];
   for (Floats& sum : sums) sum = f_zero();
-  for (k = 0; k + 4 * kFloats <= w.K; k += 4 * kFloats)
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at_k = k + i * kFloats;
-      sums[i] = f_fma(f_load(scaled + at_k), w.zero.data ? f_load(zero + at_k) : f_set(constant), sums[i]);
-    }
+  const auto step = [&](int64_t k, Floats& sum) __attribute__((always_inline)) {
+    const Floats v = f_mul(f_load(x + k), load_as<T>(s, k));
+    f_store(out + k, v);
+    sum = f_fma(v, z ? load_as<T>(z, k) : f_set(constant), sum);
+  };
+  int64_t k = 0;
+  for (; k + kSums * kFloats <= K; k += kSums * kFloats)
+    for (int i = 0; i < kSums; ++i) step(k + i * kFloats, sums[i]);
   double total = 0;
-  for (; k < w.K; ++k) total += (double)(scaled[k] * (w.zero.data ? zero[k] : constant));
   for (const Floats& sum : sums) total += (double)f_sum(sum);
+  float scale = 0, zero = constant;
+  for (; k < K; ++k) {
+    to_float(at(s, T, k), T, 1, &scale);
+    if (z) to_float(at(z, T, k), T, 1, &zero);
+    out[k] = x[k] * scale;
+    total += (double)(out[k] * zero);
+  }
+  return total;
+}
+
+inline double weighted_sum(const float* v, const float* z, float constant, int64_t K) {
+  Floats sum = f_zero();
+  int64_t k = 0;
+  for (; k + kFloats <= K; k += kFloats) sum = f_fma(f_load(v + k), z ? f_load(z + k) : f_set(constant), sum);
+  double total = (double)f_sum(sum);
+  for (; k < K; ++k) total += (double)(v[k] * (z ? z[k] : constant));
+  return total;
+}
+
+// scratch: 2 K + 192 floats.
+bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const Digits& d, float* scratch) {
+  float *scaled = scratch, *values = scratch + w.K + 96;
+  const float constant = w.table.offset * w.table.unit;
+  const void *s = at(w.scale.data, w.scale.type, g * w.scale.stride), *z = nullptr;
+  if (w.zero.data) z = at(w.zero.data, w.zero.type, g * w.zero.stride);
+  double total;
+  if (w.scale.type == DType::u8 || (z && w.zero.type != w.scale.type)) {
+    load_values(w.scale, g, 0, w.K, values);
+    scale_activations<DType::f32>(x, values, nullptr, 0, w.K, scaled);
+    if (z) load_values(w.zero, g, 0, w.K, values);
+    total = weighted_sum(scaled, z ? values : nullptr, constant, w.K);
+  } else {
+    total = w.scale.type == DType::f16    ? scale_activations<DType::f16>(x, s, z, constant, w.K, scaled)
+            : w.scale.type == DType::bf16 ? scale_activations<DType::bf16>(x, s, z, constant, w.K, scaled)
+                                          : scale_activations<DType::f32>(x, s, z, constant, w.K, scaled);
+  }
+  if (!make_digits(scaled, w, m, d, d.count == 1 ? scaled : nullptr)) return false;
+  if (d.count == 1) {  // zero points meet what the products see, so that an error of rounding meets code - zero point, not code
+    if (z) load_values(w.zero, g, 0, w.K, values);
+    total = weighted_sum(scaled, z ? values : nullptr, constant, w.K);
+  }
+  order_digits(w, m, d);
+  if (m == 0 && g + 1 < w.groups) {  // those of the next group, while this one's rows are multiplied
+    fetch_values(w.scale, g + 1, w.K);
+    fetch_values(w.zero, g + 1, w.K);
+  }
   d.sum[m] = (float)total;
+  float* step = d.step + m * d.entries;
   const float unit = code_unit(w, d.count);
   if (unit != 1)
     for (int64_t c = 0; c < d.chunks; ++c) step[c] *= unit;

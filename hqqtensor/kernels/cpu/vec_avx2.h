@@ -133,7 +133,6 @@ inline __m256i level_sum(int level, const int8_t* x, F digit) {
   return a;
 }
 
-inline Acc acc_from(__m256 v) { return {v, _mm256_setzero_ps()}; }
 template <int NB, int D, int DW>
 inline void add_chunk(Acc& acc, const Codes* c, const Tokens& t, const float* scale) {
   constexpr int s = radix_shift<NB, D, DW>(), levels = D > DW ? D : DW;
@@ -177,10 +176,21 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const flo
   acc.b = _mm256_fmadd_ps(half([](const Codes& v) { return v.b; }, t.p + 32), s1, acc.b);
 }
 
+template <int NB>
+struct Pairs {  // see pairs_avx512.h
+  static constexpr bool serve = false;
+};
+inline void pair_digits(int8_t*, int8_t*) {}
+
 inline Floats f_zero() { return _mm256_setzero_ps(); }
 inline Floats f_set(float v) { return _mm256_set1_ps(v); }
 inline Floats f_load(const float* p) { return _mm256_loadu_ps(p); }
 inline void f_store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline void f_store_pairs(float* p, Floats a, Floats b) {  // a0 b0 a1 b1 ...
+  const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
 inline Floats f_add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats f_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats f_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
@@ -202,7 +212,7 @@ inline float f_hmax(Floats v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline float f_hmin(Floats v) { return -f_hmax(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
-inline float acc_sum(const Acc& a) { return f_sum(_mm256_add_ps(a.a, a.b)); }
+inline float acc_sum(const Acc& a, __m256 more) { return f_sum(_mm256_add_ps(_mm256_add_ps(a.a, a.b), more)); }
 inline Floats f_codes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }

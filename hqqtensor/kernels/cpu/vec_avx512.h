@@ -61,6 +61,9 @@ inline Codes decode(const uint8_t* b) {
 
 inline Codes load_codes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
+// Keeps a value where it is: else gcc 12 moves accumulators about, and to memory, at every step of the loop.
+inline __attribute__((always_inline)) void stay(__m512i& v) { asm("" : "+v"(v)); }
+
 struct Tokens {  // the digits of one chunk of activations
   __m512i d[3];
 };
@@ -77,46 +80,50 @@ inline Codes lookup(Codes c, const uint8_t* table16) {
 
 // sum over the 4 codes of each lane of code * activation, as one integer; exact (see digit_limit). DW > 1: codes of DW
 // digits of 7 bits; what falls below the last digit kept is left out.
-template <int NB, int D, int DW>
+template <int D, int DW>
 inline __m512i dot(const Codes* c, const Tokens& t) {
+  constexpr int W = DW ? DW : 1;
   __m512i a = _mm512_setzero_si512();
-  if constexpr (DW <= 1) {
-    a = _mm512_dpbusd_epi32(a, c[0], t.d[0]);
-    for (int d = 1; d < D; ++d) a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), c[0], t.d[d]);
-  } else {
-    for (int level = 0; level < (D > DW ? D : DW); ++level) {
-      if (level) a = _mm512_slli_epi32(a, 7);
-      for (int d = 0; d < D; ++d)
-        if (level - d >= 0 && level - d < DW) a = _mm512_dpbusd_epi32(a, c[level - d], t.d[d]);
-    }
+  for (int level = 0; level < (D > DW ? D : DW); ++level) {
+    if (level) a = _mm512_slli_epi32(a, DW > 1 ? 7 : 8);
+    for (int d = 0; d < D; ++d)
+      if (level - d >= 0 && level - d < W) a = _mm512_dpbusd_epi32(a, c[level - d], t.d[d]);
   }
   return a;
 }
 
-inline Acc acc_from(__m512 v) { return {v}; }
+inline __m512 scaled(__m512 acc, __m512i sum, __m512 scale) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc); }
 template <int NB, int D, int DW>
 inline void add_chunk(Acc& acc, const Codes* c, const Tokens& t, const float* scale) {
-  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D, DW>(c, t)), _mm512_set1_ps(*scale), acc.v);
+  acc.v = scaled(acc.v, dot<D, DW>(c, t), _mm512_set1_ps(*scale));
 }
-struct LaneScales {  // which scale of a chunk's 64 / group_size each lane takes
-  __m512i index;
+struct LaneScales {  // which of a chunk's 64 / group_size scales each lane takes, and of a block's (see pairs_avx512.h)
+  __m512i index, pair;
   explicit LaneScales(int64_t group_size) {
-    alignas(64) int32_t lane[16];
-    for (int i = 0; i < 16; ++i) lane[i] = (int32_t)(4 * i / group_size);
+    alignas(64) int32_t lane[16], pairs[16];
+    for (int i = 0; i < 16; ++i) {
+      lane[i] = (int32_t)(4 * i / group_size);
+      pairs[i] = lane[i] + (i % 2 ? (int32_t)(64 / group_size) : 0);
+    }
     index = _mm512_load_si512(lane);
+    pair = _mm512_load_si512(pairs);
   }
 };
 template <int NB, int D, int DW>
 inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
-  const __m512 s = _mm512_permutexvar_ps(l.index, _mm512_loadu_ps(scales));
-  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<NB, D, DW>(c, t)), s, acc.v);
+  acc.v = scaled(acc.v, dot<D, DW>(c, t), _mm512_permutexvar_ps(l.index, _mm512_loadu_ps(scales)));
 }
-inline float acc_sum(const Acc& a) { return _mm512_reduce_add_ps(a.v); }
+inline float acc_sum(const Acc& a, __m512 more) { return _mm512_reduce_add_ps(_mm512_add_ps(a.v, more)); }
 
 inline Floats f_zero() { return _mm512_setzero_ps(); }
 inline Floats f_set(float v) { return _mm512_set1_ps(v); }
 inline Floats f_load(const float* p) { return _mm512_loadu_ps(p); }
 inline void f_store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline void f_store_pairs(float* p, Floats a, Floats b) {  // a0 b0 a1 b1 ...
+  const __m512i i = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(a, i, b));
+  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(i, _mm512_set1_epi32(8)), b));
+}
 inline Floats f_add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats f_sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats f_mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

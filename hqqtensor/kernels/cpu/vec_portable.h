@@ -78,11 +78,6 @@ inline void dot(const Codes* c, const Tokens& t, int32_t out[16]) {
   }
 }
 
-inline Acc acc_from(const Floats& v) {
-  Acc a{};
-  for (int i = 0; i < kFloats; ++i) a.v[i] = v.v[i];
-  return a;
-}
 template <int NB, int D, int DW>
 inline void add_chunk(Acc& acc, const Codes* c, const Tokens& t, const float* scale) {
   int32_t s[16];
@@ -99,9 +94,9 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const flo
   dot<NB, D, DW>(c, t, s);
   for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * scales[4 * i / l.group_size];
 }
-inline float acc_sum(const Acc& a) {
+inline float acc_sum(const Acc& a, const Floats& more) {
   float s = 0;
-  for (float v : a.v) s += v;
+  for (int i = 0; i < kFloats; ++i) s += a.v[i] + more.v[i];
   return s;
 }
 
@@ -114,11 +109,23 @@ inline Floats each(F f) {
 inline Floats f_set(float v) {
   return each([&](int) { return v; });
 }
+template <int NB>
+struct Pairs {  // see pairs_avx512.h
+  static constexpr bool serve = false;
+};
+inline void pair_digits(int8_t*, int8_t*) {}
+
 inline Floats f_zero() { return f_set(0); }
 inline Floats f_load(const float* p) {
   return each([&](int i) { return p[i]; });
 }
 inline void f_store(float* p, const Floats& v) { std::memcpy(p, v.v, sizeof v.v); }
+inline void f_store_pairs(float* p, const Floats& a, const Floats& b) {  // a0 b0 a1 b1 ...
+  for (int i = 0; i < kFloats; ++i) {
+    p[2 * i] = a.v[i];
+    p[2 * i + 1] = b.v[i];
+  }
+}
 inline Floats f_add(const Floats& a, const Floats& b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }
