@@ -136,88 +136,116 @@ inline void store(const Problem& p, int64_t m, int64_t n, float v) {
     from_float(&v, 1, p.x_type, (uint16_t*)p.y + i);
 }
 
-// Scale and zero point of one row, for each of `tokens`: scale times step into out[t], an entry for each chunk (for each
-// group where a chunk has several), and minus scale * zero * sum into the lanes of start[t].
+// Scales and zero points of the rows of a tile, for each of `tokens`: scale times step into out[r][t], an entry for each
+// chunk (for each group where a chunk has several), and minus scale * zero * sum into the lanes of start[r][t].
 struct RowMeta {
   const Weight& w;
   const Digits& d;
   bool by_group, in_place;
   float unit;
-  float *scale, *zero;  // scratch: values of a row, padded with zeros
+  float* scratch;  // 2 kRows rows of values, padded with zeros
 
-  // Groups [first, last), whole vectors of them, whose values lie at s and z.
+  using Out = float* [kMaxTokens];
+  using Start = Floats[kMaxTokens];
+
+  // Groups [first, last), whole vectors of them, whose values lie at s[r] and z[r].
   template <DType T, bool TABLE>
-  __attribute__((always_inline)) void blocks(const void* s, const void* z, int64_t first, int64_t last, int64_t token,
-                                             int64_t tokens, float* const* out, Floats* total) const {
+  __attribute__((always_inline)) void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last,
+                                             int64_t token, int64_t tokens, Out* out, Start* start) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
     const int64_t width = padded(w.groups);
-    for (int64_t g = first; g < last; g += kFloats) {
-      Floats a = load_as<T>(s, g - first);
-      const Floats product = f_mul(a, TABLE ? offset : load_as<T>(z, g - first));
-      if (TABLE) a = f_mul(a, units);
-      for (int64_t t = 0; t < tokens; ++t) {
-        if (by_group) f_store(out[t] + g, f_mul(a, f_load(d.step + (token + t) * d.entries + g)));
-        total[t] = f_fnma(product, f_load(d.sum + (token + t) * width + g), total[t]);
-      }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float *step = d.step + (token + t) * d.entries, *sums = d.sum + (token + t) * width;
+      Floats total[kRows];
+      for (int r = 0; r < kRows; ++r) total[r] = start[r][t];
+      for (int64_t g = first; g < last; g += kFloats)
+        for (int r = 0; r < kRows; ++r) {
+          const Floats a = load_as<T>(s[r], g - first);
+          const Floats product = f_mul(a, TABLE ? offset : load_as<T>(z[r], g - first));
+          if (by_group) f_store(out[r][t] + g, f_mul(TABLE ? f_mul(a, units) : a, f_load(step + g)));
+          total[r] = f_fnma(product, f_load(sums + g), total[r]);
+        }
+      for (int r = 0; r < kRows; ++r) start[r][t] = total[r];
     }
   }
   template <DType T>
-  void blocks(const void* s, const void* z, int64_t first, int64_t last, int64_t token, int64_t tokens, float* const* out,
-              Floats* total) const {
+  void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens,
+              Out* out, Start* start) const {
     if (w.table.values)
-      blocks<T, true>(s, z, first, last, token, tokens, out, total);
+      blocks<T, true>(s, z, first, last, token, tokens, out, start);
     else
-      blocks<T, false>(s, z, first, last, token, tokens, out, total);
+      blocks<T, false>(s, z, first, last, token, tokens, out, start);
   }
+  // Straight from memory: the values of a row are used once for each token.
   template <DType T>
-  void row_blocks(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* total) const {
-    const char* s = at(w.scale.data, T, row * w.scale.stride);
-    const char* z = w.zero.data ? at(w.zero.data, T, row * w.zero.stride) : s;
+  void direct(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
     const int64_t whole = w.groups / kFloats * kFloats, size = hqqtensor::size_of(T), left = (w.groups - whole) * size;
-    blocks<T>(s, z, 0, whole, token, tokens, out, total);
+    const char *s[kRows], *z[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      s[r] = at(w.scale.data, T, rows[r] * w.scale.stride);
+      z[r] = w.zero.data ? at(w.zero.data, T, rows[r] * w.zero.stride) : s[r];
+    }
+    blocks<T>(s, z, 0, whole, token, tokens, out, start);
     if (left == 0) return;
-    char last[2][4 * kFloats] = {};  // what lies behind a row may not be read
-    __builtin_memcpy(last[0], s + whole * size, (size_t)left);
-    __builtin_memcpy(last[1], z + whole * size, (size_t)left);
-    blocks<T>(last[0], last[1], whole, w.groups, token, tokens, out, total);
+    char last[kRows][2][4 * kFloats] = {};  // what lies behind a row may not be read
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_memcpy(last[r][0], s[r] + whole * size, (size_t)left);
+      __builtin_memcpy(last[r][1], z[r] + whole * size, (size_t)left);
+      s[r] = last[r][0];
+      z[r] = last[r][1];
+    }
+    blocks<T>(s, z, whole, w.groups, token, tokens, out, start);
   }
 
-  void run(int64_t row, int64_t token, int64_t tokens, float* const* out, Floats* start) const {
-    for (int64_t t = 0; t < tokens; ++t) start[t] = f_zero();
-    // Straight from memory where that is possible: the values of a row are used once for each token.
-    const bool direct = w.scale.type != DType::u8 && (w.zero.data == nullptr || w.zero.type == w.scale.type);
-    if (!direct) {
-      load_values(w.scale, row, 0, w.groups, scale);
-      if (w.zero.data) load_values(w.zero, row, 0, w.groups, zero);
-      blocks<DType::f32>(scale, zero, 0, w.groups, token, tokens, out, start);
+  void run(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
+    for (int r = 0; r < kRows; ++r)
+      for (int64_t t = 0; t < tokens; ++t) start[r][t] = f_zero();
+    if (w.scale.type == DType::u8 || (w.zero.data && w.zero.type != w.scale.type)) {
+      const char *s[kRows], *z[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        float *scale = scratch + 2 * r * padded(w.groups), *zero = scale + padded(w.groups);
+        load_values(w.scale, rows[r], 0, w.groups, scale);
+        if (w.zero.data) load_values(w.zero, rows[r], 0, w.groups, zero);
+        s[r] = (const char*)scale;
+        z[r] = (const char*)zero;
+      }
+      blocks<DType::f32>(s, z, 0, w.groups, token, tokens, out, start);
     } else if (w.scale.type == DType::f16) {
-      row_blocks<DType::f16>(row, token, tokens, out, start);
+      direct<DType::f16>(rows, token, tokens, out, start);
     } else if (w.scale.type == DType::bf16) {
-      row_blocks<DType::bf16>(row, token, tokens, out, start);
+      direct<DType::bf16>(rows, token, tokens, out, start);
     } else {
-      row_blocks<DType::f32>(row, token, tokens, out, start);
+      direct<DType::f32>(rows, token, tokens, out, start);
     }
     if (by_group && w.group_size <= 64) return;
-    const int64_t per = w.groups == 1 ? d.chunks : w.group_size / 64;
-    if (by_group) {  // one step for two chunks: both get it, from the back as they lie in the same place
-      const Floats second = f_set(in_place ? 1.0f / 16 : 1);
-      const int64_t odd = w.K / 128 * 2 + 1;  // a second chunk outside whole blocks
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t g = (w.groups - 1) / kFloats * kFloats; g >= 0; g -= kFloats) {
-          const Floats v = f_load(out[t] + g);
-          f_store_pairs(out[t] + 2 * g, v, f_mul(v, second));
-        }
-        if (odd < d.chunks) out[t][odd] = out[t][odd - 1];
-      }
-      return;
+    for (int r = 0; r < kRows; ++r) {
+      if (by_group)
+        for (int64_t t = 0; t < tokens; ++t) halve(out[r][t]);
+      else
+        spread_scales(rows[r], token, tokens, out[r]);
     }
-    // A step for each chunk. Vectors run on into the next group, which comes after.
-    load_values(w.scale, row, 0, w.groups, scale);
+  }
+
+  // One step for two chunks: both get it, from the back as they lie in the same place.
+  void halve(float* out) const {
+    const Floats second = f_set(in_place ? 1.0f / 16 : 1);
+    for (int64_t g = (w.groups - 1) / kFloats * kFloats; g >= 0; g -= kFloats) {
+      const Floats v = f_load(out + g);
+      f_store_pairs(out + 2 * g, v, f_mul(v, second));
+    }
+    const int64_t odd = w.K / 128 * 2 + 1;  // a second chunk outside whole blocks
+    if (odd < d.chunks) out[odd] = out[odd - 1];
+  }
+  // A step for each chunk. Vectors run on into the next group, which comes after.
+  void spread_scales(int64_t row, int64_t token, int64_t tokens, float* const* out) const {
+    const int64_t per = w.groups == 1 ? d.chunks : w.group_size / 64;
+    load_values(w.scale, row, 0, w.groups, scratch);
     for (int64_t group = 0; group < w.groups; ++group) {
-      const Floats v = f_set(scale[group] * unit);
+      const Floats v = f_set(scratch[group] * unit);
       const int64_t first = group * per, end = first + per < d.chunks ? first + per : d.chunks;
       for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t c = first; c < end; c += kFloats) f_store(out[t] + c, f_mul(v, f_load(d.step + (token + t) * d.entries + c)));
+        for (int64_t c = first; c < end; c += kFloats)
+          f_store(out[t] + c, f_mul(v, f_load(d.step + (token + t) * d.entries + c)));
     }
   }
 };
@@ -229,7 +257,7 @@ inline int64_t row_entries(const Weight& w, int64_t entries) {
 }
 
 int64_t linear_rows_scratch(const Problem& p, int64_t entries) {
-  return 2 * padded(p.w.axis == 1 ? p.w.groups : 1) + kRows * kMaxTokens * row_entries(p.w, entries) + 64;
+  return 2 * kRows * padded(p.w.axis == 1 ? p.w.groups : 1) + kRows * kMaxTokens * row_entries(p.w, entries) + 64;
 }
 
 void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t last, float* scratch) {
@@ -241,9 +269,8 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
                      hqqtensor::step_per_group(w),
                      pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
                      code_unit(w, d.count),
-                     scratch,
-                     scratch + width};
-  float* both = scratch + 2 * width;
+                     scratch};
+  float* both = scratch + 2 * kRows * width;
   __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.entries));
   const bool by_lane = w.axis == 1 && w.groups > 1 && w.group_size < 64;
   const int64_t per_chunk = by_lane ? 64 / w.group_size : 1;
@@ -254,10 +281,11 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
   const auto run = [&](int64_t n, int64_t step, int64_t end, int64_t next, const Digits& own) {
     tile.ahead = (next - n) * w.row_stride;
     tile.lines = step == 1 ? w.qdata + next * w.row_stride : nullptr;
-    int64_t rows = 0;
+    int64_t rows = 0, numbers[kRows];
     for (int64_t r = 0; r < kRows; ++r) {  // a short last tile computes its first row again
       const bool there = n + r * step < end;
-      tile.rows[r] = w.qdata + (there ? n + r * step : n) * w.row_stride;
+      numbers[r] = there ? n + r * step : n;
+      tile.rows[r] = w.qdata + numbers[r] * w.row_stride;
       rows += there;
       if (w.axis == 1 && n + kRows + r < end) {  // what comes soon
         fetch_values(w.scale, n + kRows + r, w.groups);
@@ -268,15 +296,14 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
       const int64_t tokens = p.M - m < kMaxTokens ? p.M - m : kMaxTokens;
       for (int64_t t = 0; t < kMaxTokens; ++t)
         tile.x[t] = own.digits + (t < tokens ? m + t : m) * own.chunks * own.count * 64;
-      for (int64_t r = 0; r < kRows; ++r) {
-        float* out[kMaxTokens];
+      float* out[kRows][kMaxTokens];
+      for (int64_t r = 0; r < kRows; ++r)
         for (int64_t t = 0; t < kMaxTokens; ++t) {
-          out[t] = both + (r * kMaxTokens + t) * entries;
-          tile.scale[r][t] = w.axis == 0 ? own.step + (t < tokens ? m + t : m) * own.entries : out[t < tokens ? t : 0];
+          out[r][t] = both + (r * kMaxTokens + t) * entries;
+          tile.scale[r][t] = w.axis == 0 ? own.step + (t < tokens ? m + t : m) * own.entries : out[r][t < tokens ? t : 0];
           tile.start[r][t] = f_zero();
         }
-        if (w.axis == 1 && r < rows) meta.run(n + r, m, tokens, out, tile.start[r]);
-      }
+      if (w.axis == 1) meta.run(numbers, m, tokens, out, tile.start);
       (tokens > 1 ? several : one)(tile, w.K, per_chunk, lanes);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < rows; ++r)

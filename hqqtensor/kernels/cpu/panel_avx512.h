@@ -170,7 +170,7 @@ inline __attribute__((always_inline)) void turned_segment(const TurnedTile& tile
   const int64_t at_group = kTurnedRows * s.group;
   turned_steps<D, W, T>(tile, tile.panel + 2 * W * s.first, tile.panel + 2 * W * s.last, tile.x + s.first * T * D * 4, s.step,
                         s.group, scale + at_group, s.opens && shift ? shift + at_group : nullptr, all,
-                        std::make_integer_sequence<int, 2 * T>(), (I, _mm512_setzero_si512())...);
+                        std::make_integer_sequence<int, 2 * T>(), ((void)I, _mm512_setzero_si512())...);
 }
 
 template <int D, int W, int T>
