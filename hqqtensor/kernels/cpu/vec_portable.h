@@ -96,7 +96,8 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const flo
 }
 inline float acc_sum(const Acc& a, const Floats& more) {
   float s = 0;
-  for (int i = 0; i < kFloats; ++i) s += a.v[i] + more.v[i];
+  for (float v : a.v) s += v;
+  for (float v : more.v) s += v;
   return s;
 }
 
