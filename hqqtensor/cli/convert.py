@@ -1,4 +1,4 @@
-"""``hqqtensor convert``: an hqq-library checkpoint in, hqqtensor's layout out, or back."""
+"""``hqqtensor convert``: checkpoints of hqq, GPTQ, AWQ and GGUF in, hqqtensor's layout out; or out to others."""
 
 import argparse
 import json
@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from hqqtensor.cli import model_dir
-from hqqtensor.cli.output import CommandError, print_json
+from hqqtensor.cli.output import CommandError, UsageError, print_json
 from hqqtensor.diagnostics.table import megabytes
+from hqqtensor.serialization.gguf_file import open_gguf
+from hqqtensor.serialization.gguf_llama import llama_config
+from hqqtensor.serialization.gptq_checkpoint import ACT_ORDER
 from hqqtensor.serialization.hqq_export import to_flat
 from hqqtensor.serialization.load import read_checkpoint
 from hqqtensor.serialization.save import save_state
@@ -19,9 +22,18 @@ from hqqtensor.tensor import HQQTensor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("src", metavar="SRC", type=Path, help="model directory: safetensors, or hqq's qmodel.pt")
+    parser.add_argument(
+        "src", metavar="SRC", type=Path, help="model directory (hqq, GPTQ, AWQ, hqqtensor), or a .gguf file"
+    )
     parser.add_argument("dst", metavar="DST", type=Path)
     parser.add_argument("--to", choices=("hqqtensor", "hqq"), default="hqqtensor", help="layout of DST")
+    parser.add_argument(
+        "--config", metavar="DIR", type=Path, help="for a .gguf file: config.json and tokenizer from here"
+    )
+    parser.add_argument(
+        "--act-order", choices=ACT_ORDER, default="error",
+        help="GPTQ layers whose groups lie in an order of their own: refuse them, or keep them dense (default error)",
+    )  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in DST")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
@@ -29,9 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, check everything, write, report."""
-    settings = model_dir.read_config(args.src)
-    model_dir.check_output(args.dst, args.src, args.overwrite)
-    state, aliases, hidden = read_checkpoint(args.src)
+    gguf = args.src.suffix == ".gguf"
+    if args.config is not None and not gguf:
+        raise UsageError(f"--config is for .gguf files; {args.src} has its own config.json")
+    companions = args.config if gguf else args.src
+    settings = llama_config(open_gguf(args.src)) if companions is None else model_dir.read_config(companions)
+    for source in (args.src, *([args.config] if args.config is not None else [])):
+        model_dir.check_output(args.dst, source, args.overwrite)
+    state, aliases, hidden = read_checkpoint(args.src, args.act_order)
     weights = {name: t for name, t in state.items() if isinstance(t, HQQTensor)}
     if not weights:
         raise CommandError(f"{args.src} holds no quantized weights; hqqtensor quantize makes them")
@@ -43,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         settings["quantization_config"] = _own_config(weights, settings)
     with model_dir.written_at_once(args.dst) as work:
         save_state(state, work, aliases, sorted(hidden), args.max_shard_size)
-        model_dir.copy_companions(args.src, work)
+        if companions is not None:
+            model_dir.copy_companions(companions, work)
         (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in args.dst.glob("*.safetensors"))
     if args.json:
@@ -61,7 +79,7 @@ def _own_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, Any]) -
     if entry.get("quant_method") == model_dir.QUANT_METHOD:
         return dict(entry)
     first = next(iter(weights.values()))
-    skip = entry.get("skip_modules", ["lm_head"])
+    skip = entry.get("skip_modules") or entry.get("modules_to_not_convert") or ["lm_head"]
     config = HqqConfig(first.nbits, first.group_size, first.axis, skip_modules=skip)
     return {"quant_method": model_dir.QUANT_METHOD, **config.to_dict()}
 
