@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.output import CommandError, UsageError, print_json
+from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.diagnostics.table import megabytes
+from hqqtensor.integrations.vllm import for_vllm
 from hqqtensor.serialization.gguf_file import open_gguf
 from hqqtensor.serialization.gguf_llama import llama_config
 from hqqtensor.serialization.gptq_checkpoint import ACT_ORDER
@@ -26,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "src", metavar="SRC", type=Path, help="model directory (hqq, GPTQ, AWQ, hqqtensor), or a .gguf file"
     )
     parser.add_argument("dst", metavar="DST", type=Path)
-    parser.add_argument("--to", choices=("hqqtensor", "hqq"), default="hqqtensor", help="layout of DST")
+    parser.add_argument("--to", choices=("hqqtensor", "hqq", "vllm"), default="hqqtensor", help="layout of DST")
     parser.add_argument(
         "--config", metavar="DIR", type=Path, help="for a .gguf file: config.json and tokenizer from here"
     )
@@ -56,10 +60,16 @@ def run(args: argparse.Namespace) -> int:
         settings["quantization_config"] = _hqq_config(weights)
         state = to_flat({name: t for name, t in state.items() if name not in hidden})
         aliases, hidden = {}, set()
+    elif args.to == "vllm":
+        state, settings["quantization_config"] = _for_vllm(
+            {n: t for n, t in state.items() if n not in hidden}, settings
+        )
+        weights = {name: t for name, t in state.items() if isinstance(t, HQQTensor)}
+        aliases, hidden = {}, set()
     else:
         settings["quantization_config"] = _own_config(weights, settings)
     with model_dir.written_at_once(args.dst) as work:
-        save_state(state, work, aliases, sorted(hidden), args.max_shard_size)
+        save_state(state, work, aliases, sorted(hidden), args.max_shard_size, torchao=args.to == "vllm")
         if companions is not None:
             model_dir.copy_companions(companions, work)
         (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -69,6 +79,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {args.dst}: {len(weights)} quantized weights in the layout of {args.to}, {megabytes(size)}")
     return 0
+
+
+def _for_vllm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    name = str(settings.get("dtype") or settings.get("torch_dtype"))
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
+    made = for_vllm(model_dir.empty_model(settings), state, dtypes.get(name, torch.float16))
+    if made.made_dense:
+        print(f"stored dense, since vLLM quantizes linear layers alone: {', '.join(made.made_dense)}", file=sys.stderr)
+    return made.state, made.quantization_config
 
 
 def _own_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, Any]) -> dict[str, Any]:
