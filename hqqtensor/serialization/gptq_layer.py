@@ -56,31 +56,32 @@ def read_packed(
             raise CheckpointError(f"{name}: {key} should be of rank {rank} and {shown}, got {list(t.shape)} {t.dtype}")
         return t.detach()
 
-    words = take("qweight", (torch.int32,), 2)
+    words, zeros = (take(key, (torch.int32,), 2) for key in ("qweight", "qzeros"))
     scale = take("scales", SCALE_DTYPES, 2)
     nbits, awq = settings.nbits, settings.version == "awq"
     groups, rows = scale.shape
-    columns, short = (words.shape[0], 0) if awq else divmod(words.shape[0] * 32, nbits)
+    index = None if awq or "g_idx" not in entries else take("g_idx", (torch.int32, torch.int64), 1).long()
+    columns = words.shape[0] if awq else words.shape[0] * 32 // nbits
+    if index is not None and _words(index.shape[0], nbits) == words.shape[0]:
+        columns = index.shape[0]  # the last words may be filled up
     size = min(settings.group_size or columns, columns)
     want = {
-        "qweight": (columns, rows * nbits / 32) if awq else (words.shape[0], rows),
+        "qweight": (columns, _words(rows, nbits)) if awq else (_words(columns, nbits), rows),
         "scales": (-(-columns // size), rows),
-        "qzeros": (groups, rows * nbits / 32),
+        "qzeros": (groups, _words(rows, nbits)),
     }
-    zeros = take("qzeros", (torch.int32,), 2)
     for key, t in (("qweight", words), ("scales", scale), ("qzeros", zeros)):
-        if short or tuple(t.shape) != want[key]:
+        if tuple(t.shape) != want[key]:
             raise CheckpointError(
                 f"{name}: {nbits} bits in groups of {size} over [{rows}, {columns}] do not fit {key} {list(t.shape)}"
             )
     if not bool(scale.isfinite().all()):
         raise CheckpointError(f"{name}: scales hold NaN or Inf")
 
-    zero = _zero_points(zeros, settings).to(scale.dtype)
-    codes = unpack_words(words, nbits, AWQ_ORDER).t() if awq else unpack_words(words.t(), nbits)  # [N, K]
-    scale, zero = scale.t().contiguous(), zero.t().contiguous()  # [N, groups]
-    if not awq and "g_idx" in entries:
-        index = take("g_idx", (torch.int32, torch.int64), 1).long()
+    zero = _zero_points(zeros, settings)[:, :rows].t().to(scale.dtype)  # [N, groups]
+    scale = scale.t().contiguous()
+    codes = unpack_words(words, nbits, AWQ_ORDER).t()[:rows] if awq else unpack_words(words.t(), nbits)[:, :columns]
+    if index is not None:
         if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= groups:
             raise CheckpointError(f"{name}: g_idx should be {columns} numbers of groups below {groups}")
         step = _neighbours(index, size)
@@ -93,9 +94,16 @@ def read_packed(
             )
         if step != size or bool((index != torch.arange(columns) // size).any()):
             size, first = step, index[::step]
-            scale, zero = scale[:, first].contiguous(), zero[:, first].contiguous()
+            scale, zero = scale[:, first].contiguous(), zero[:, first]
+    zero = zero.contiguous()
     shape = torch.Size((rows, columns))
     return HQQTensor(pack(codes.contiguous(), nbits), scale, nbits, size, 1, shape, scale.dtype, zero_point=zero)
+
+
+def _words(codes: int, nbits: int) -> int:
+    """Words that hold so many codes: whole runs of words, the last filled up."""
+    span = math.lcm(nbits, 32)
+    return -(-codes * nbits // span) * (span // 32)
 
 
 def unpack_words(words: Tensor, nbits: int, order: tuple[int, ...] | None = None) -> Tensor:

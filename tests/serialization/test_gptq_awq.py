@@ -115,6 +115,20 @@ def test_zero_points_of_0_at_3_bits_wrap_alone() -> None:
     assert torch.equal(layer.read(qzeros=packed((layer.zeros.t() - 1) % 8, 3)).dequantize(), layer.weight)
 
 
+@pytest.mark.parametrize(("rows", "columns", "bits"), [(61, 96, 4), (64, 93, 4), (61, 93, 2), (63, 95, 8), (50, 70, 3)])
+def test_words_that_are_filled_up_at_the_end_are_read(rows: int, columns: int, bits: int) -> None:
+    layer = Layer(96, 128, bits)
+    groups = -(-columns // 32)
+    words = {2: 16, 3: 32, 4: 8, 8: 4}[bits]  # codes in a run of words
+    last, wide = (-(-n // words) * words * bits // 32 for n in (columns, rows))
+    got = layer.read(
+        qweight=layer.entries["qweight"][:last, :rows].contiguous(),
+        qzeros=layer.entries["qzeros"][:groups, :wide].contiguous(),
+        scales=layer.entries["scales"][:groups, :rows].contiguous(), g_idx=layer.entries["g_idx"][:columns],
+    )  # fmt: skip
+    assert torch.equal(got.dequantize(), layer.weight[:rows, :columns])
+
+
 # the order of inputs (desc_act)
 
 
@@ -160,7 +174,7 @@ def test_an_order_that_groups_cannot_express_is_refused_or_kept_dense() -> None:
         ("scales", torch.full((3, 64), float("nan")), "NaN or Inf"),
         ("g_idx", torch.full((96,), 3), "g_idx should be 96 numbers of groups below 3"),
         ("g_idx", torch.full((96,), -1), "g_idx should be 96 numbers"),
-        ("g_idx", torch.zeros(95, dtype=torch.int32), "g_idx should be 96 numbers"),
+        ("g_idx", torch.zeros(60, dtype=torch.int32), "g_idx should be 96 numbers"),
         ("g_idx", torch.zeros(96), "g_idx should be of rank 1"),
     ],
 )
