@@ -80,7 +80,7 @@ def read_packed(
 
     zero = _zero_points(zeros, settings)[:, :rows].t().to(scale.dtype)  # [N, groups]
     scale = scale.t().contiguous()
-    codes = unpack_words(words, nbits, AWQ_ORDER).t()[:rows] if awq else unpack_words(words.t(), nbits)[:, :columns]
+    codes = _unpack_columns(words, settings).t()[:rows] if awq else unpack_words(words.t(), nbits)[:, :columns]
     if index is not None:
         if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= groups:
             raise CheckpointError(f"{name}: g_idx should be {columns} numbers of groups below {groups}")
@@ -106,21 +106,27 @@ def _words(codes: int, nbits: int) -> int:
     return -(-codes * nbits // span) * (span // 32)
 
 
-def unpack_words(words: Tensor, nbits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """The codes, uint8 ``[R, W * 32 / nbits]``, of int32 words ``[R, W]`` that hold one stream of bits a row.
+def unpack_words(words: Tensor, nbits: int) -> Tensor:
+    """The codes, uint8 ``[R, W * 32 / nbits]``, of int32 words ``[R, W]`` that hold one stream of bits a row."""
+    span = math.lcm(nbits, 8)
+    chunks = words.contiguous().view(torch.uint8).unflatten(1, (-1, span // 8))  # little-endian: the same stream
+    codes = []
+    for start in range(0, span, nbits):
+        byte, shift = divmod(start, 8)
+        code = chunks[..., byte] >> shift
+        if shift + nbits > 8:
+            code = code | chunks[..., byte + 1] << (8 - shift)
+        codes.append(code & (2**nbits - 1))
+    return torch.stack(codes, -1).flatten(1)
 
-    order: where in each run of codes that fills whole words the codes go, as they follow one another in the stream.
-    """
-    span = math.lcm(nbits, 32)
-    chunks = (words.long() & 0xFFFFFFFF).unflatten(1, (-1, span // 32))
-    out = torch.empty(*chunks.shape[:2], span // nbits, dtype=torch.uint8)
-    for place in range(span // nbits):
-        word, shift = divmod(place * nbits, 32)
-        code = chunks[..., word] >> shift
-        if shift + nbits > 32:
-            code = code | chunks[..., word + 1] << (32 - shift)
-        out[..., order[place] if order else place] = (code & (2**nbits - 1)).to(torch.uint8)
-    return out.flatten(1)
+
+def _unpack_columns(words: Tensor, settings: PackedSettings) -> Tensor:
+    """What is packed along out_features: AWQ's codes, everyone's zero points."""
+    codes = unpack_words(words, settings.nbits)
+    if settings.version != "awq":
+        return codes
+    places = [AWQ_ORDER.index(column) for column in range(8)]
+    return codes.unflatten(1, (-1, 8))[..., places].flatten(1)
 
 
 def _zero_points(words: Tensor, settings: PackedSettings) -> Tensor:
@@ -130,12 +136,10 @@ def _zero_points(words: Tensor, settings: PackedSettings) -> Tensor:
     counted up as whole words, with a carry into the neighbour, 3 bits each on its own.
     """
     nbits = settings.nbits
-    if settings.version != "gptq":
-        return unpack_words(words, nbits, AWQ_ORDER if settings.version == "awq" else None)
-    if nbits == 3:
-        return (unpack_words(words, nbits) + 1) & 7
-    ones = sum(1 << shift for shift in range(0, 32, nbits))
-    return unpack_words((words.long() + ones) & 0xFFFFFFFF, nbits)
+    if settings.version == "gptq" and nbits != 3:
+        words = (words.long() + sum(1 << shift for shift in range(0, 32, nbits))).to(torch.int32)
+    zeros = _unpack_columns(words, settings)
+    return (zeros + 1) & 7 if settings.version == "gptq" and nbits == 3 else zeros
 
 
 def _neighbours(index: Tensor, size: int) -> int:
