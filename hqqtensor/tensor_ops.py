@@ -309,7 +309,9 @@ def _(func, types, args, kwargs):
         return self
     if not isinstance(src, HQQTensor):
         raise TypeError(f"copy_: a dense {list(src.shape)} tensor cannot be copied into {self!r}; quantize it first")
-    _base_copy(func, types, args, kwargs)
+    if src.dtype != self.dtype:  # as for dense tensors: the numbers come, the dtype stays
+        src = src.with_data(dtype=self.dtype)
+    _base_copy(func, types, (self, src), kwargs)
     return self
 
 

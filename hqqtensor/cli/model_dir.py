@@ -5,11 +5,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hqqtensor.cli.output import CommandError, UsageError
@@ -106,6 +107,18 @@ def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     if model.can_generate() and (directory / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
+
+
+def empty_model(settings: Mapping[str, Any]) -> nn.Module:
+    """The model that a ``config.json`` describes, on the meta device: for its structure alone."""
+    transformers = import_transformers()
+    own = {key: value for key, value in settings.items() if key not in ("quantization_config", "model_type")}
+    names = settings.get("architectures") or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None or not isinstance(settings.get("model_type"), str):
+        raise CommandError(f"config.json names no model of transformers (architectures {names})")
+    with torch.device("meta"):
+        return cls(transformers.AutoConfig.for_model(settings["model_type"], **own))
 
 
 def open_tokenizer(directory: Path) -> Any:

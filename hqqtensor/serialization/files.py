@@ -18,10 +18,16 @@ def index_path(path: Path) -> Path:
 
 
 def checkpoint_files(path: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a checkpoint given as file, index or directory; CheckpointError where there is none."""
+    """The safetensors files of a checkpoint given as file, index or directory; CheckpointError where there is none.
+
+    In a directory: ``model.safetensors``, whole or sharded, else the only safetensors file there, whatever its name.
+    """
     path = Path(path)
     if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
         path = path / DEFAULT_NAME
+        if len(found) == 1 and not index_path(path).is_file() and "-of-" not in found[0].name:
+            return found
     index = path if path.name.endswith(".index.json") else index_path(path)
     if index != path and path.is_file():
         return [path]

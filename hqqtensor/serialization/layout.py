@@ -82,8 +82,28 @@ def parse_entry(name: str, text: str) -> dict[str, Any]:
         entry = json.loads(text)
     except ValueError:
         raise CheckpointError(f"{name}: its metadata is no JSON") from None
+    _from_torchao(entry)
     _check_entry(name, entry, nested=False)
     return entry
+
+
+def torchao_entry(tensor: HQQTensor) -> str:
+    """The JSON entry that torchao's safetensors code writes and reads; it knows no quantized scales."""
+    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
+
+    return json.dumps(tensor, cls=TensorSubclassAttributeJSONEncoder)
+
+
+def _from_torchao(entry: Any) -> None:
+    """Turn an entry that torchao wrote into ours, in place: its dtype is a dict, its names are in another order."""
+    data = entry.get("_data") if isinstance(entry, dict) else None
+    dtype = data.get("dtype") if isinstance(data, dict) else None
+    if isinstance(data, dict) and isinstance(dtype, dict) and dtype.get("_type") == "torch.dtype":
+        data["dtype"] = dtype.get("_data")
+        data.setdefault("view_as_float", None)
+        names = entry.get("_tensor_data_names")
+        if isinstance(names, list):
+            entry["_tensor_data_names"] = [n for n in ("qdata", "scale", "zero_point", "act_pre_scale") if n in names]
 
 
 def _check_entry(name: str, entry: Any, nested: bool) -> None:
@@ -118,8 +138,12 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
         size *= extent
     need(size < 2**62, f"shape {shape!r} overflows")
     allowed = {str(d).removeprefix("torch.") for d in SCALE_DTYPES}
-    need(data["dtype"] in allowed, f"dtype {data['dtype']!r} is not in {sorted(allowed)}")
-    need(data["view_as_float"] is None or data["view_as_float"] in allowed, "bad view_as_float")
+    need(
+        isinstance(data["dtype"], str) and data["dtype"] in allowed,
+        f"dtype {data['dtype']!r} is not in {sorted(allowed)}",
+    )
+    view = data["view_as_float"]
+    need(view is None or (isinstance(view, str) and view in allowed), "bad view_as_float")
     names = entry.get("_tensor_data_names")
     required = ["qdata", "scale", "zero_point"] if fmt.has_zero_point or fmt.learned else ["qdata", "scale"]
     need(names in (required, [*required, "act_pre_scale"]), f"bad _tensor_data_names {names!r} for {fmt.name!r}")

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,30 @@ from torch import Tensor, nn
 
 from hqqtensor.quantize import show_quantized
 from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.gguf_file import open_gguf
+from hqqtensor.serialization.gguf_llama import from_llama
+from hqqtensor.serialization.gptq_checkpoint import from_packed, is_packed
 from hqqtensor.serialization.hqq_checkpoint import from_flat, is_flat, pickle_file, read_pickle
 from hqqtensor.serialization.layout import CheckpointError, build, keys_of, parse_entry
 from hqqtensor.tensor import HQQTensor
 
 
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
-    """The state of a checkpoint (memory-mapped), its aliases {name: stored name}, and its non-persistent buffers."""
+def read_checkpoint(
+    path: str | os.PathLike, act_order: str = "error"
+) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """The state of a checkpoint (memory-mapped), its aliases {name: stored name}, and its non-persistent buffers.
+
+    act_order: what becomes of GPTQ layers in an order of their own, see ``gptq_layer.read_packed``.
+    """
+    if Path(path).suffix == ".gguf":
+        return from_llama(open_gguf(path)), {}, set()
     pickle = pickle_file(path)
-    return read_files(checkpoint_files(path)) if pickle is None else (read_pickle(pickle), {}, set())
+    return read_files(checkpoint_files(path), act_order) if pickle is None else (read_pickle(pickle), {}, set())
 
 
-def read_files(files: Iterable[str | os.PathLike]) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+def read_files(
+    files: Sequence[str | os.PathLike], act_order: str = "error"
+) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """``read_checkpoint`` for the files of one checkpoint."""
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
@@ -33,6 +45,8 @@ def read_files(files: Iterable[str | os.PathLike]) -> tuple[dict[str, Tensor], d
                 tensors[key] = f.get_tensor(key)
     if is_flat(tensors):
         return from_flat(tensors), {}, set()
+    if is_packed(tensors):
+        return from_packed(tensors, Path(files[0]).parent, act_order), {}, set()
     own = _own_header(header)
     state: dict[str, Tensor] = {}
     for name in stored_names(header):
@@ -50,7 +64,8 @@ def load_model(
 ) -> tuple[list[str], list[str]]:
     """Load a checkpoint of ``save_model`` into ``model``, in memory or on the meta device, quantized or not.
 
-    A checkpoint of the hqq library (flat safetensors or ``qmodel.pt``) is read as well, its codes packed anew.
+    A checkpoint of the hqq library (flat safetensors or ``qmodel.pt``), of GPTQ or AWQ (its directory) and a llama
+    model's ``.gguf`` file are read as well, their codes packed anew.
     Quantized weights, and all that is on the meta device, are put in place as they lie in the memory-mapped file;
     other tensors are copied into the model's own. Returns (missing, unexpected) names; with ``strict`` either
     raises RuntimeError. CheckpointError (a ValueError) for a file that is missing, cut short, or does not hold

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hqqtensor.presets import parse_size
 from hqqtensor.serialization.files import DEFAULT_NAME, checkpoint_files, index_path
-from hqqtensor.serialization.layout import CheckpointError, flatten
+from hqqtensor.serialization.layout import CheckpointError, flatten, torchao_entry
 from hqqtensor.tensor import HQQTensor
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -40,11 +40,11 @@ def save_model(
 
 def save_state(
     state: Mapping[str, Tensor], path: str | os.PathLike, aliases: Mapping[str, str], hidden: Sequence[str],
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "5GB", torchao: bool = False,
 ) -> None:  # fmt: skip
     """``save_model`` for a state by name; ``aliases``: names that are stored under another; ``hidden``: names of
-    non-persistent buffers in ``state``."""
-    units, header = _split(state, dict(aliases), list(hidden))
+    non-persistent buffers in ``state``; ``torchao``: entries as torchao's safetensors code reads them, no guard."""
+    units, header = _split(state, dict(aliases), list(hidden), torchao)
     _write_units(units, header, path, max_shard_size)
 
 
@@ -76,7 +76,7 @@ def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[st
 
 
 def _split(
-    state: Mapping[str, Tensor], aliases: dict[str, str], extra: list[str]
+    state: Mapping[str, Tensor], aliases: dict[str, str], extra: list[str], torchao: bool = False
 ) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
     units: list[dict[str, Tensor]] = []
     entries: dict[str, str] = {}
@@ -92,7 +92,9 @@ def _split(
             aliases[name] = first
         elif isinstance(tensor, HQQTensor):
             parts, entry = flatten(name, tensor)
-            if not guarded and name.rpartition(".")[2][0].islower():
+            if torchao:
+                entry = torchao_entry(tensor)
+            elif not guarded and name.rpartition(".")[2][0].islower():
                 parts[name], guarded = GUARD, True
             units.append({k: v.detach().contiguous().cpu() for k, v in parts.items()})
             entries[name] = entry

@@ -89,6 +89,7 @@ def _damage(path, **changes) -> None:
     [
         {"nbits": 5}, {"nbits": 0}, {"nbits": True}, {"group_size": 0}, {"group_size": 32}, {"axis": 0}, {"axis": 7},
         {"shape": [128, 512]}, {"shape": [2**62, 2**62]}, {"shape": [-1, 256]}, {"dtype": "int8"}, {"format": "eval"},
+        {"dtype": ["float16"]}, {"dtype": {"_type": "torch.dtype", "_data": []}}, {"view_as_float": []},
     ],
 )  # fmt: skip
 def test_metadata_that_does_not_match_is_refused_and_nothing_changes(tmp_path, changes) -> None:

@@ -1,0 +1,154 @@
+"""A GGUF file: its metadata and where its tensors lie, every number held against the file's size before it is used.
+
+The gguf package reads the same files, but trusts lengths: an array that claims 2**60 entries keeps it busy for ever.
+"""
+
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqqtensor.serialization.layout import MAX_DIM, CheckpointError
+
+BLOCKS = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
+    "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210),
+}  # fmt: skip
+"""Types that are read: number in the file, weights a block, bytes a block."""
+
+_OTHERS = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+_NAMES = _OTHERS | {number: name for name, (number, _, _) in BLOCKS.items()}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MOST = 2**20
+"""Bound on the number of tensors and of metadata entries."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file: shape in torch's order (rows first), offset and bytes within the file."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """Metadata (arrays as lists) and tensors by name."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+    def bytes_of(self, tensor: GgufTensor) -> Tensor:
+        """The tensor's bytes, uint8, memory-mapped."""
+        whole = torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
+        return whole[tensor.offset : tensor.offset + tensor.nbytes]
+
+
+def open_gguf(path: str | os.PathLike) -> GgufFile:
+    """Read the header of a little-endian GGUF file, version 2 or 3; CheckpointError for anything that does not fit."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return _Header(path, view).read()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+class _Header:
+    def __init__(self, path: Path, view: mmap.mmap) -> None:
+        self.path, self.view, self.at = path, view, 0
+
+    def read(self) -> GgufFile:
+        if self._take(4) != b"GGUF":
+            raise ValueError("is no GGUF file")
+        version = self._number("I")
+        if version not in (2, 3):
+            raise ValueError(f"GGUF version {version} is not read; 2 and 3, little-endian, are")
+        tensors, entries = self._number("Q"), self._number("Q")
+        if max(tensors, entries) > _MOST:
+            raise ValueError(f"claims {tensors} tensors and {entries} metadata entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self._text()
+            if key in metadata:
+                raise ValueError(f"metadata {key!r} is there twice")
+            metadata[key] = self._value(self._number("I"))
+        if metadata.get("split.count", 1) != 1:
+            raise ValueError("is one part of several; join them (llama-gguf-split --merge)")
+        infos = [self._tensor_info() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment % 8 or alignment > _MOST:
+            raise ValueError(f"bad general.alignment {alignment!r}")
+        start = -(-self.at // alignment) * alignment
+        found: dict[str, GgufTensor] = {}
+        for name, shape, number, offset in infos:
+            if name in found:
+                raise ValueError(f"tensor {name!r} is there twice")
+            found[name] = self._place(name, shape, number, start, offset, alignment)
+        return GgufFile(self.path, metadata, found)
+
+    def _place(
+        self, name: str, shape: tuple[int, ...], number: int, start: int, offset: int, alignment: int
+    ) -> GgufTensor:
+        kind = _NAMES.get(number, f"number {number}")
+        if kind not in BLOCKS:
+            raise ValueError(f"tensor {name!r} is of type {kind}; {', '.join(BLOCKS)} are read")
+        _, block, size = BLOCKS[kind]
+        count = math.prod(shape)
+        if not shape or not all(0 < extent < MAX_DIM for extent in shape) or shape[-1] % block:
+            raise ValueError(f"tensor {name!r} of type {kind} has shape {list(shape)}")
+        first, nbytes = start + offset, count // block * size
+        if offset % alignment or first + nbytes > len(self.view):
+            raise ValueError(f"tensor {name!r} lies at {first} with {nbytes} bytes, in a file of {len(self.view)}")
+        return GgufTensor(name, kind, shape, first, nbytes)
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, rank = self._text(), self._number("I")
+        if not 0 < rank <= 4:
+            raise ValueError(f"tensor {name!r} claims {rank} dimensions")
+        shape = tuple(self._number("Q") for _ in range(rank))[::-1]
+        return name, shape, self._number("I"), self._number("Q")
+
+    def _value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY or depth > 2:
+            raise ValueError(f"metadata of unknown type {kind}")
+        inner, count = self._number("I"), self._number("Q")
+        # Each entry takes a byte at the least, so a count over the bytes that are left ends before it is believed.
+        if count > len(self.view) - self.at:
+            raise ValueError(f"an array claims {count} entries")
+        if inner in _SCALARS:
+            code = _SCALARS[inner]
+            return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(f"<{code}"))))
+        return [self._value(inner, depth + 1) for _ in range(count)]
+
+    def _text(self) -> str:
+        return self._take(self._number("Q")).decode("utf-8", errors="replace")
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
+
+    def _take(self, count: int) -> bytes:
+        if count > len(self.view) - self.at:
+            raise ValueError("is cut short")
+        self.at += count
+        return self.view[self.at - count : self.at]
