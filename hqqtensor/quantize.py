@@ -10,7 +10,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
-from hqqtensor.selection import choose
+from hqqtensor.selection import choose, row_dims
 from hqqtensor.tensor import HQQTensor
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def quantize_(
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
     Chosen are the ``nn.Linear`` modules, transformers' ``Conv1D`` and 3-D expert weights (or the modules that
-    ``filter_fn(module, name)`` accepts) and embeddings that a ``dynamic_config`` tag names, less ``skip_modules``.
+    ``filter_fn(module, name)`` accepts), and embeddings and convolutions that a ``dynamic_config`` tag names, less
+    ``skip_modules``.
     All checks come first and all new weights are made before the first is swapped in, so that an error leaves the
     model as it was. Tied weights are quantized once and stay tied. Weights that are quantized already are left
     alone with a warning. ``device``: where to quantize and where the whole model is afterwards.
@@ -130,7 +131,8 @@ def _torchao_handler(module: nn.Module, config: HqqConfig, *, parameter_name: st
         return module
     settings = config.for_tag(None)
     assert settings is not None
-    check_weight(old, settings, f"{type(module).__name__}.{parameter_name}")
-    setattr(module, parameter_name, nn.Parameter(HQQTensor.from_hp(old, settings), requires_grad=False))
+    folded = row_dims(module) if parameter_name == "weight" else 1
+    check_weight(old, settings, f"{type(module).__name__}.{parameter_name}", folded)
+    setattr(module, parameter_name, nn.Parameter(HQQTensor.from_hp(old, settings, folded), requires_grad=False))
     show_quantized(module)
     return module

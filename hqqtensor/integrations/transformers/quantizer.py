@@ -142,7 +142,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes a weight, scales and zero points counted: ``device_map="auto"`` plans with it."""
         if param_name in self.plan:
-            settings, shape = self.plan[param_name].settings, self.plan[param_name].weight.shape
+            settings, shape = self.plan[param_name].settings, self.plan[param_name].matrix_shape()
             size = settings.group_size or shape[-1 if settings.axis == 1 else -2]
             return bits_per_weight(dataclasses.replace(settings, group_size=size)) / 8
         if param_name in self.ready:
