@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,19 +47,24 @@ class HQQTensor(TorchAOBaseTensor):
     act_pre_scale: Tensor | None
 
     def __new__(
-        cls, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
-        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
-        row_dims: int = 1, zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
+        cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
+        dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *, requires_grad: bool = False,
     ) -> "HQQTensor":  # fmt: skip
+        if isinstance(qdata, HQQTensor):
+            # accelerate makes a parameter anew by its type: HQQTensor(q, requires_grad=...), as nn.Parameter(t, ...).
+            return torch.nn.Parameter(qdata, requires_grad)  # type: ignore[return-value]
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
 
     def __init__(
-        self, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
-        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
-        row_dims: int = 1, zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
+        self, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
+        dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *, requires_grad: bool = False,
     ) -> None:  # fmt: skip
+        if isinstance(qdata, HQQTensor):
+            return
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis

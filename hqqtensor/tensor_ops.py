@@ -312,9 +312,16 @@ def _(func, types, args, kwargs):
     to = self._get_to_kwargs(*args[1:], **kwargs)
     if not to["dtype"].is_floating_point:
         raise TypeError(f"to: an HQQTensor presents a floating dtype, got {to['dtype']}")
-    where = {"device": to["device"], "non_blocking": to["non_blocking"]}
-    data = {n: getattr(self, n).to(**where) for n in self.__tensor_flatten__()[0]}
-    return return_and_correct_aliasing(func, args, kwargs, self.with_data(**data, dtype=to["dtype"]))
+    moved = _moved(self, {"device": to["device"], "non_blocking": to["non_blocking"]}).with_data(dtype=to["dtype"])
+    return return_and_correct_aliasing(func, args, kwargs, moved)
+
+
+def _moved(self: HQQTensor, where) -> HQQTensor:
+    """All data moved. Scales that are quantized are not asked: torchao's ``to`` claims the storage of the old device."""
+    parts = {n: getattr(self, n) for n in self.__tensor_flatten__()[0]}
+    return self.with_data(
+        **{n: _moved(t, where) if isinstance(t, HQQTensor) else t.to(**where) for n, t in parts.items()}
+    )
 
 
 _base_copy = HQQTensor._ATEN_OP_TABLE[HQQTensor][aten.copy_.default]
@@ -358,6 +365,12 @@ def _(func, types, args, kwargs):
 @implements([aten.is_pinned.default])
 def _(func, types, args, kwargs):
     return all(getattr(args[0], n).is_pinned() for n in args[0].__tensor_flatten__()[0])
+
+
+@implements_torch_function([Tensor.data_ptr])
+def _(func, types, args, kwargs):
+    """Where the codes lie: by this others tell whether two weights are one (the subclass itself has no memory)."""
+    return args[0].qdata.data_ptr()
 
 
 @implements_torch_function([Tensor.share_memory_])

@@ -1,9 +1,10 @@
 """What makes hqqtensor at home in other libraries. Nothing here imports one of them before the user does."""
 
-from hqqtensor.integrations import peft, transformers
+from hqqtensor.integrations import accelerate, peft, transformers
 
 
 def register_when_imported() -> None:
     """Register with each library as soon as the user imports it."""
     transformers.register_when_imported()
     peft.register_when_imported()
+    accelerate.register_when_imported()

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from hqqtensor import HqqConfig, quantize_
 from hqqtensor.integrations.transformers import adopt
-from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
 
 
 def test_generation_pipeline_and_assistant_agree(model: Any, saved: Path) -> None:
@@ -26,14 +25,6 @@ def test_generation_pipeline_and_assistant_agree(model: Any, saved: Path) -> Non
     pipe = transformers.pipeline("text-generation", model=again, tokenizer=tokenizer)
     text = pipe("The tensor", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("The tensor") and len(text) > len("The tensor")
-
-
-def test_auto_plans_with_quantized_sizes() -> None:
-    # 5.8 million weights: 23 MB in float32, of which 8.4 MB stay (embeddings and head), and 2.1 MB quantized.
-    options = {"device_map": "auto", "dtype": torch.float32, "quantization_config": HqqConfig(4, 64)}
-    assert len(quantized(load(max_memory={"cpu": 14_000_000}, **options))) == 35
-    with pytest.raises(ValueError, match="on the disk"):
-        load(max_memory={"cpu": 6_000_000}, **options)
 
 
 def test_a_weight_of_another_shape_is_refused_or_made_anew(tmp_path: Path) -> None:
@@ -124,11 +115,3 @@ def test_trainer_refuses_what_cannot_train(model: Any, tmp_path: Path) -> None:
 def test_a_new_head_stays_dense_and_trainable(saved: Path, tmp_path: Path) -> None:
     m = transformers.AutoModelForSequenceClassification.from_pretrained(DOCLM, quantization_config=HqqConfig(4, 64))
     assert type(m.score.weight) is nn.Parameter and len(quantized(m)) == 35
-
-
-def test_offload_beside_an_accelerator_is_refused() -> None:
-    # No accelerator here: what transformers does before it looks for one.
-    quantizer = HQQTensorHfQuantizer(HqqConfig(4), pre_quantized=False)
-    with pytest.raises(ValueError, match=r"puts \['model.layers.1'\] on the cpu beside cuda:0"):
-        quantizer.validate_environment(device_map={"model.layers.0": "cuda:0", "model.layers.1": "cpu"})
-    quantizer.validate_environment(device_map={"model": "cpu", "lm_head": torch.device("cpu")})

@@ -8,6 +8,7 @@ from typing import Any
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.integrations.transformers import offload
 
 QUANT_METHOD = "hqqtensor"
 
@@ -39,6 +40,7 @@ def register_when_imported() -> None:
     when_imported("transformers.utils.quantization_config", _install_config)
     when_imported("transformers.quantizers.auto", _install_quantizer)
     when_imported("torchao.prototype.safetensors.safetensors_utils", _install_torchao)
+    offload.register_when_imported()
 
 
 def _install_config() -> None:
