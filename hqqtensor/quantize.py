@@ -121,11 +121,23 @@ def show_quantized(module: nn.Module) -> None:
         del module.extra_repr
 
 
+def check_without_names(config: HqqConfig) -> None:
+    """ValueError for settings by the name of a module, which torchao's ``quantize_`` does not pass on."""
+    if config.dynamic_config:
+        raise ValueError(
+            "dynamic_config needs module names, which torchao's quantize_ does not pass; use FqnToConfig"
+        )
+    if set(config.skip_modules) - {"lm_head"}:
+        raise ValueError(
+            f"skip_modules {config.skip_modules} need module names, which torchao's quantize_ does not pass; use "
+            "hqqtensor's, a filter_fn, or modules_to_not_convert of TorchAoConfig"
+        )
+
+
 @register_quantize_module_handler(HqqConfig)
 def _torchao_handler(module: nn.Module, config: HqqConfig, *, parameter_name: str = "weight") -> nn.Module:
     """torchao's ``quantize_`` and ``FqnToConfig`` call this; they pass no names, so tags cannot be applied."""
-    if config.dynamic_config:
-        raise ValueError("dynamic_config needs module names, which torchao's quantize_ does not pass; use hqqtensor's")
+    check_without_names(config)
     old: Any = getattr(module, parameter_name)
     if isinstance(old, HQQTensor):
         return module

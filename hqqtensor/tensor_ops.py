@@ -317,7 +317,7 @@ def _(func, types, args, kwargs):
 
 
 def _moved(self: HQQTensor, where) -> HQQTensor:
-    """All data moved. Scales that are quantized are not asked: torchao's ``to`` claims the storage of the old device."""
+    """All data moved; quantized scales by their parts, as torchao's own ``to`` does not leave a device."""
     parts = {n: getattr(self, n) for n in self.__tensor_flatten__()[0]}
     return self.with_data(
         **{n: _moved(t, where) if isinstance(t, HQQTensor) else t.to(**where) for n, t in parts.items()}

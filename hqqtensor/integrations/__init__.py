@@ -1,6 +1,6 @@
 """What makes hqqtensor at home in other libraries. Nothing here imports one of them before the user does."""
 
-from hqqtensor.integrations import accelerate, peft, transformers
+from hqqtensor.integrations import accelerate, peft, torchao, transformers
 
 
 def register_when_imported() -> None:
@@ -8,3 +8,4 @@ def register_when_imported() -> None:
     transformers.register_when_imported()
     peft.register_when_imported()
     accelerate.register_when_imported()
+    torchao.register_when_imported()

@@ -20,7 +20,6 @@ def register() -> None:
 
     _install_config()
     _install_quantizer()
-    _install_torchao()
 
 
 def adopt(model: Any, config: HqqConfig) -> None:
@@ -39,7 +38,6 @@ def register_when_imported() -> None:
     """Register as soon as the user imports transformers; costs nothing where it is never imported."""
     when_imported("transformers.utils.quantization_config", _install_config)
     when_imported("transformers.quantizers.auto", _install_quantizer)
-    when_imported("torchao.prototype.safetensors.safetensors_utils", _install_torchao)
     offload.register_when_imported()
 
 
@@ -49,14 +47,3 @@ def _install_config() -> None:
 
 def _install_quantizer() -> None:
     import hqqtensor.integrations.transformers.quantizer  # noqa: F401  as above
-
-
-def _install_torchao() -> None:
-    """Let torchao's safetensors code, and so transformers' ``TorchAoConfig``, save and load HQQTensors."""
-    from torchao.prototype.safetensors import safetensors_utils
-
-    from hqqtensor.tensor import HQQTensor
-
-    safetensors_utils.ALLOWED_CLASSES["HQQTensor"] = HQQTensor
-    if "HQQTensor" not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
-        safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("HQQTensor")
