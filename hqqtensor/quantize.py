@@ -124,9 +124,7 @@ def show_quantized(module: nn.Module) -> None:
 def check_without_names(config: HqqConfig) -> None:
     """ValueError for settings by the name of a module, which torchao's ``quantize_`` does not pass on."""
     if config.dynamic_config:
-        raise ValueError(
-            "dynamic_config needs module names, which torchao's quantize_ does not pass; use FqnToConfig"
-        )
+        raise ValueError("dynamic_config needs module names, which torchao's quantize_ does not pass; use FqnToConfig")
     if set(config.skip_modules) - {"lm_head"}:
         raise ValueError(
             f"skip_modules {config.skip_modules} need module names, which torchao's quantize_ does not pass; use "

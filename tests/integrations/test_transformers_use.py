@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,12 +7,13 @@ import pytest
 import torch
 import transformers
 from doclm_models import DOCLM, IDS, load, quantized, same
+from huggingface_hub import ModelCard
 from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoTokenizer
 
 from hqqtensor import HqqConfig, quantize_
-from hqqtensor.integrations.transformers import adopt
+from hqqtensor.integrations.transformers import adopt, model_card
 
 
 def test_generation_pipeline_and_assistant_agree(model: Any, saved: Path) -> None:
@@ -43,6 +45,32 @@ def test_settings_given_for_a_quantized_checkpoint_give_way_with_a_warning(saved
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         m = load(saved, quantization_config=HqqConfig(2, 32))
     assert same(m, model)
+
+
+def test_a_card_for_the_hub_says_how_to_load(model: Any, saved: Path) -> None:
+    text = model_card(model, base_model="someone/doclm")
+    data = ModelCard(text).data
+    assert data.tags == ["hqqtensor", "hqq"] and data.base_model == "someone/doclm"
+    assert data.base_model_relation == "quantized" and data.library_name == "transformers"
+    assert "4-bit int, group_size=64" in text
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    namespace: dict[str, Any] = {}
+    exec(code[1].replace("NAME", str(saved)), namespace)
+    assert same(namespace["model"], model)
+    with pytest.raises(ValueError, match="holds no quantized weight"):
+        model_card(load())
+
+
+def test_the_card_that_push_to_hub_makes_has_our_tag(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import hub
+
+    def none_there(*args: Any, **kwargs: Any) -> None:
+        raise hub.EntryNotFoundError("no card yet")
+
+    monkeypatch.setattr(hub.ModelCard, "load", none_there)
+    card = hub.create_and_tag_model_card("someone/quantized", model.model_tags)
+    assert "hqqtensor" in card.data.tags
 
 
 def test_pipeline_takes_our_config() -> None:
