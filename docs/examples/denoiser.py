@@ -54,7 +54,7 @@ class Attention(nn.Module):
 class Denoiser(nn.Module):
     """Pictures ``[B, 1, 16, 16]`` with noise, and noise levels ``[B]`` from 0 to 1, to the noise."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.width = width
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -91,7 +91,7 @@ def mixed(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 def train(model: Denoiser, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
-        x, level = pictures(32), torch.rand(32)
+        x, level = pictures(16), torch.rand(16)
         noise = torch.randn_like(x)
         F.mse_loss(model(mixed(x, noise, level), level), noise).backward()
         optimizer.step()
@@ -110,7 +110,7 @@ def sample(model: Denoiser, count: int, steps: int = 10) -> Tensor:
     return x
 
 
-def main(steps: int = 300) -> None:
+def main(steps: int = 200) -> None:
     torch.manual_seed(0)
     dense = Denoiser()
     train(dense, steps)
@@ -118,7 +118,7 @@ def main(steps: int = 300) -> None:
 
     # Linear layers are taken by default, convolutions where a tag names them; stem and head, of one channel, are not.
     model = copy.deepcopy(dense)
-    quantize_(model, HqqConfig(4, 64, dynamic_config={"conv*": {"nbits": 4}}))
+    quantize_(model, HqqConfig(4, 32, dynamic_config={"conv*": {}}))
     print(check_quantization_status(model))
 
     x, level = pictures(64), torch.rand(64)

@@ -23,7 +23,8 @@ def check_layer(layer: nn.Linear, dtype: torch.dtype) -> None:
     assert type(layer) is nn.Linear and isinstance(weight, HQQTensor) and weight.dtype == dtype
     x = torch.randn(1, 32, layer.in_features, dtype=dtype) / 10
     with torch.no_grad():
-        got, want = layer(x), nn.functional.linear(x.float(), weight.dequantize(torch.float32), layer.bias)
+        bias = None if layer.bias is None else layer.bias.float()
+        got, want = layer(x), nn.functional.linear(x.float(), weight.dequantize(torch.float32), bias)
     assert got.shape == (1, 32, layer.out_features) and got.dtype == dtype
     assert (got - want).abs().max() < 8 * torch.finfo(dtype).eps * want.abs().max()
 
