@@ -36,8 +36,11 @@ class Encoded:
     shape: torch.Size
 
 
-def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight") -> None:
-    """Raise TypeError or ValueError, naming ``name``, if ``config`` cannot quantize ``weight``."""
+def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight", row_dims: int = 1) -> None:
+    """Raise TypeError or ValueError, naming ``name``, if ``config`` cannot quantize ``weight``.
+
+    ``row_dims``: as in ``HQQTensor``.
+    """
     if type(weight) not in (Tensor, torch.nn.Parameter):
         raise TypeError(f"{name}: expected a plain dense tensor, got {type(weight).__name__}")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -46,6 +49,15 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight") -> Non
         raise ValueError(f"{name}: weights must have rank 2 or more and not be empty, got shape {list(weight.shape)}")
     if weight.device.type == "meta":
         raise ValueError(f"{name}: is on the meta device and holds no numbers; load the weights first")
+    if not 0 < row_dims < weight.ndim or (row_dims > 1 and row_dims != weight.ndim - 1):
+        raise ValueError(f"{name}: row_dims must be 1 or {weight.ndim - 1} for a weight of rank {weight.ndim}")
+    if row_dims > 1:
+        if config.activation != "float":
+            raise ValueError(
+                f"{name}: a convolution runs on dequantized weights and takes its inputs as they are; "
+                f'activation {config.activation!r} does nothing there, set activation "float" for it'
+            )
+        weight = weight.detach().flatten(-row_dims)
     extent = weight.shape[-1] if config.axis == 1 else weight.shape[-2]
     if config.group_size is not None and config.group_size > extent:
         side = "in_features" if config.axis == 1 else "out_features"

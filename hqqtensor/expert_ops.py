@@ -20,7 +20,7 @@ def _(func, types, args, kwargs):
     self, indices = args
     picked = [i for i in indices if i is not None]
     whole = len(picked) == 1 and indices[0] is picked[0] and not picked[0].is_floating_point()
-    if not whole or picked[0].dtype == torch.bool or self.ndim < 3:
+    if not whole or picked[0].dtype == torch.bool or self.ndim < 3 or self.row_dims > 1:
         raise NotImplementedError("index: only the first dimension (experts) of an HQQTensor, with whole numbers")
     by_expert = [name for name in self.__tensor_flatten__()[0] if name != "act_pre_scale"]
     data = {name: getattr(self, name)[picked[0]] for name in by_expert}

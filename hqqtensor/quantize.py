@@ -10,7 +10,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
-from hqqtensor.selection import choose
+from hqqtensor.selection import choose, row_dims
 from hqqtensor.tensor import HQQTensor
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def quantize_(
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
     Chosen are the ``nn.Linear`` modules, transformers' ``Conv1D`` and 3-D expert weights (or the modules that
-    ``filter_fn(module, name)`` accepts) and embeddings that a ``dynamic_config`` tag names, less ``skip_modules``.
+    ``filter_fn(module, name)`` accepts), and embeddings and convolutions that a ``dynamic_config`` tag names, less
+    ``skip_modules``.
     All checks come first and all new weights are made before the first is swapped in, so that an error leaves the
     model as it was. Tied weights are quantized once and stay tied. Weights that are quantized already are left
     alone with a warning. ``device``: where to quantize and where the whole model is afterwards.
@@ -120,17 +121,28 @@ def show_quantized(module: nn.Module) -> None:
         del module.extra_repr
 
 
+def check_without_names(config: HqqConfig) -> None:
+    """ValueError for settings by the name of a module, which torchao's ``quantize_`` does not pass on."""
+    if config.dynamic_config:
+        raise ValueError("dynamic_config needs module names, which torchao's quantize_ does not pass; use FqnToConfig")
+    if set(config.skip_modules) - {"lm_head"}:
+        raise ValueError(
+            f"skip_modules {config.skip_modules} need module names, which torchao's quantize_ does not pass; use "
+            "hqqtensor's, a filter_fn, or modules_to_not_convert of TorchAoConfig"
+        )
+
+
 @register_quantize_module_handler(HqqConfig)
 def _torchao_handler(module: nn.Module, config: HqqConfig, *, parameter_name: str = "weight") -> nn.Module:
     """torchao's ``quantize_`` and ``FqnToConfig`` call this; they pass no names, so tags cannot be applied."""
-    if config.dynamic_config:
-        raise ValueError("dynamic_config needs module names, which torchao's quantize_ does not pass; use hqqtensor's")
+    check_without_names(config)
     old: Any = getattr(module, parameter_name)
     if isinstance(old, HQQTensor):
         return module
     settings = config.for_tag(None)
     assert settings is not None
-    check_weight(old, settings, f"{type(module).__name__}.{parameter_name}")
-    setattr(module, parameter_name, nn.Parameter(HQQTensor.from_hp(old, settings), requires_grad=False))
+    folded = row_dims(module) if parameter_name == "weight" else 1
+    check_weight(old, settings, f"{type(module).__name__}.{parameter_name}", folded)
+    setattr(module, parameter_name, nn.Parameter(HQQTensor.from_hp(old, settings, folded), requires_grad=False))
     show_quantized(module)
     return module

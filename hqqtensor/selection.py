@@ -2,12 +2,14 @@
 
 import dataclasses
 import fnmatch
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
@@ -20,26 +22,33 @@ _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 class Choice:
     """A parameter to quantize: its names (more than one where tied), itself, how, and how it is stored.
 
-    transposed: the module keeps ``[..., K, N]``, in_features before out_features.
+    transposed: the module keeps ``[..., K, N]``, in_features before out_features. row_dims: as in ``HQQTensor``.
     """
 
     names: tuple[str, ...]
     weight: nn.Parameter
     settings: HqqConfig
-    transposed: bool
+    transposed: bool = False
+    row_dims: int = 1
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
         """``weight`` (the numbers of this parameter) as a quantized parameter of the same shape."""
         rows = weight.detach()
-        out = HQQTensor.from_hp(rows.transpose(-1, -2) if self.transposed else rows, self.settings)
+        out = HQQTensor.from_hp(rows.transpose(-1, -2) if self.transposed else rows, self.settings, self.row_dims)
         return nn.Parameter(out.transpose(-1, -2) if self.transposed else out, requires_grad=False)
+
+    def matrix_shape(self) -> list[int]:
+        """``[..., N, K]``: the weight's shape as it is grouped."""
+        shape = self.weight.shape
+        if self.transposed:
+            return [*shape[:-2], shape[-1], shape[-2]]
+        return [*shape[: -self.row_dims], math.prod(shape[-self.row_dims :])]
 
     def check(self, weight: Tensor) -> None:
         """Raise TypeError or ValueError, naming the parameter, where ``weight`` cannot be quantized as wanted."""
-        plain = type(weight) in (Tensor, nn.Parameter)
-        check_weight(
-            weight.detach().transpose(-1, -2) if plain and self.transposed else weight, self.settings, self.names[0]
-        )
+        if type(weight) in (Tensor, nn.Parameter) and self.transposed:
+            weight = weight.detach().transpose(-1, -2)
+        check_weight(weight, self.settings, self.names[0], self.row_dims)
 
 
 def choose(
@@ -50,11 +59,11 @@ def choose(
 ) -> tuple[list[Choice], list[str]]:
     """The parameters to quantize, and the names of modules that are quantized already.
 
-    Taken are weights that ``quantizable`` knows (or those of the modules that ``filter_fn`` accepts) and embeddings
-    that a ``dynamic_config`` tag names, less ``skip_modules``, of which "lm_head" stands for the output layer of a
-    transformers model under any name. Works on the meta device. ValueError for a tag that
-    matches nothing and for tied weights whose users want different things. ``ties``: names of parameters that will
-    be the same one as another, {name: other name}, in a model where they are not yet.
+    Taken are linear layers and experts (or the modules that ``filter_fn`` accepts), and the embeddings and
+    convolutions that a ``dynamic_config`` tag names, less ``skip_modules``, of which "lm_head" stands for the output
+    layer of a transformers model under any name. Works on the meta device. ValueError for a tag that matches nothing
+    and for tied weights whose users want different things. ``ties``: names of parameters that will be the same one
+    as another, {name: other name}, in a model where they are not yet.
     """
     tags = config.dynamic_config or {}
     by_tag = {tag: config.for_tag(tag) for tag in tags}
@@ -77,13 +86,13 @@ def choose(
         matching = [tag for tag in tags if candidates and tag_matches(tag, name)]
         used.update(matching)
         taken = filter_fn(module, name) if filter_fn is not None else _by_default(module)
-        named = matching and filter_fn is None and isinstance(module, nn.Embedding)
+        named = matching and filter_fn is None and isinstance(module, (nn.Embedding, _ConvNd))
         if not (taken or named) or skipped(name, config):
             continue
         settings = by_tag[max(matching, key=lambda t: (t.count("."), len(t)))] if matching else default
         if settings is None:
             continue
-        for leaf, transposed in candidates:
+        for leaf, transposed, row_dims in candidates:
             full = f"{name}.{leaf}" if name else leaf
             weight = module._parameters.get(leaf)
             if isinstance(getattr(module, leaf), HQQTensor):
@@ -97,8 +106,8 @@ def choose(
                 if tag:
                     raise ValueError(f"{full} is tied to {owner}, which skip_modules ({tag!r}) leaves alone")
             ordered = (full, *(n for n in names if n != full))
-            known = chosen.setdefault(id(names), Choice(ordered, weight, settings, transposed))
-            if known.settings != settings:
+            known = chosen.setdefault(id(names), Choice(ordered, weight, settings, transposed, row_dims))
+            if (known.settings, known.transposed, known.row_dims) != (settings, transposed, row_dims):
                 raise ValueError(f"{full} is tied to {known.names[0]}, but their settings differ")
     unused = [tag for tag in tags if tag not in used]
     if unused:
@@ -109,8 +118,7 @@ def choose(
 def selected_weights(model: nn.Module, config: HqqConfig) -> dict[str, nn.Parameter]:
     """Dense weights ``[N, K]`` that ``quantize_`` would take, by the name of the (first) module that has each."""
     choices, _ = choose(model, config)
-    plain = [c for c in choices if c.weight.ndim == 2 and not c.transposed]
-    return {c.names[0].rpartition(".")[0]: c.weight for c in plain}
+    return {c.names[0].rpartition(".")[0]: c.weight for c in choices if c.weight.ndim == 2 and not c.transposed}
 
 
 def check_shapes(choices: list[Choice]) -> None:
@@ -118,7 +126,7 @@ def check_shapes(choices: list[Choice]) -> None:
     seen: set[tuple[object, ...]] = set()
     for choice in choices:
         weight = choice.weight
-        key = (weight.shape, weight.dtype, repr(choice.settings), choice.transposed)
+        key = (weight.shape, weight.dtype, repr(choice.settings), choice.transposed, choice.row_dims)
         if key not in seen:
             seen.add(key)
             choice.check(torch.zeros((), dtype=weight.dtype, device="cpu").expand(weight.shape))
@@ -135,15 +143,20 @@ def _by_default(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module) or _is_experts(module)
 
 
-def _candidates(module: nn.Module) -> list[tuple[str, bool]]:
-    """Names of the parameters of rank 2 and more that may be quantized, and whether each is kept ``[..., K, N]``."""
+def row_dims(module: nn.Module) -> int:
+    """``HQQTensor.row_dims`` of the module's weight: a convolution's kernels lie in its rows."""
+    return module.weight.ndim - 1 if isinstance(module, _ConvNd) else 1
+
+
+def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:
+    """Parameters of rank 2 and more that may be quantized: name, whether it is kept ``[..., K, N]``, row_dims."""
     if _is_experts(module):
         found = [(n, module._parameters[n]) for n in _EXPERT_WEIGHTS if module._parameters.get(n) is not None]
-        return [(n, bool(module.is_transposed)) for n, p in found if p is not None and p.ndim == 3]
+        return [(n, bool(module.is_transposed), 1) for n, p in found if p is not None and p.ndim == 3]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return []
-    return [("weight", _is_conv1d(module))]
+    return [("weight", _is_conv1d(module), row_dims(module))]
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """HQQTensor: packed codes, scales and zero points that behave as the weight they stand for."""
 
 import hashlib
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +31,15 @@ class HQQTensor(TorchAOBaseTensor):
         in_features, out_features: K and N, the length and the number of stored rows. rank: of the logical shape.
         shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
             dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
+        row_dims: how many trailing dimensions of ``shape`` lie in a stored row: 1, or for the weight of a convolution
+            ``[N, C, *kernel]`` all but the first, K = C times the kernel's elements.
     """
 
     tensor_data_names = ["qdata", "scale"]
     optional_tensor_data_names = ["zero_point", "act_pre_scale"]
-    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation"]
+    tensor_attribute_names = [
+        "nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "row_dims",
+    ]  # fmt: skip
 
     qdata: Tensor
     scale: Tensor
@@ -41,28 +47,33 @@ class HQQTensor(TorchAOBaseTensor):
     act_pre_scale: Tensor | None
 
     def __new__(
-        cls, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
-        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
-        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
+        cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
+        dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *, requires_grad: bool = False,
     ) -> "HQQTensor":  # fmt: skip
+        if isinstance(qdata, HQQTensor):
+            # accelerate makes a parameter anew by its type: HQQTensor(q, requires_grad=...), as nn.Parameter(t, ...).
+            return torch.nn.Parameter(qdata, requires_grad)  # type: ignore[return-value]
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
 
     def __init__(
-        self, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
-        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
-        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
+        self, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
+        dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
+        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *, requires_grad: bool = False,
     ) -> None:  # fmt: skip
+        if isinstance(qdata, HQQTensor):
+            return
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
-        self.format, self.transposed, self.activation = format, transposed, activation
+        self.format, self.transposed, self.activation, self.row_dims = format, transposed, activation, row_dims
         self.nested = isinstance(scale, HQQTensor) or isinstance(zero_point, HQQTensor)
         # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
         self.rank = len(shape)
-        self.in_features = shape[-2] if transposed else shape[-1]
-        self.out_features = shape[-1] if transposed else shape[-2]
+        self.in_features = shape[-2] if transposed else math.prod(shape[-row_dims:])
+        self.out_features = shape[-1] if transposed else shape[-row_dims - 1]
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -75,10 +86,15 @@ class HQQTensor(TorchAOBaseTensor):
 
     @staticmethod
     @torch.compiler.disable
-    def from_hp(weight: Tensor, config: HqqConfig | None = None) -> "HQQTensor":
-        """Quantize ``weight`` ``[..., N, K]`` (any strides, float32/bfloat16/float16); bad weights raise."""
-        config = config or HqqConfig()
-        check_weight(weight, config)
+    def from_hp(weight: Tensor, config: HqqConfig | None = None, row_dims: int = 1) -> "HQQTensor":
+        """Quantize ``weight`` ``[..., N, K]`` (any strides, float32/bfloat16/float16); bad weights raise.
+
+        ``row_dims``: 1, or for a convolution's ``[N, C, *kernel]`` all dimensions but the first: groups then run
+        along C and the kernel as they lie in memory, or for axis 0 along N.
+        """
+        config, shape = config or HqqConfig(), weight.shape
+        check_weight(weight, config, row_dims=row_dims)
+        weight = weight.flatten(-row_dims)
         dtype = config.compute_dtype or weight.dtype
         if config.solver == column_scaled.NAME:
             inner = column_scaled.inner(config)
@@ -90,7 +106,7 @@ class HQQTensor(TorchAOBaseTensor):
         out.activation = config.activation
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)
-        return out
+        return out if row_dims == 1 else out.with_data(shape=shape, row_dims=row_dims)
 
     @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
@@ -139,6 +155,8 @@ class HQQTensor(TorchAOBaseTensor):
         w = ops.dequantize(*self.packed(), *self.settings(), dtype)
         if self.act_pre_scale is not None:
             w = w * self.act_pre_scale.to(dtype)
+        if self.row_dims > 1:
+            w = w.unflatten(-1, self.shape[-self.row_dims :])
         return w.transpose(-1, -2) if self.transposed else w
 
     def with_data(self, **changes: object) -> "HQQTensor":

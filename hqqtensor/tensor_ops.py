@@ -44,7 +44,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
             x, act = _activations(x), weight.act_pre_scale
             return ops.batched_linear(x, *weight.packed(), act, *weight.settings(), weight.activation)
-    first = isinstance(x, HQQTensor) and not x.transposed and not isinstance(weight, HQQTensor)
+    first = isinstance(x, HQQTensor) and x.row_dims == 1 and not x.transposed and not isinstance(weight, HQQTensor)
     if first and x.ndim == weight.ndim == 3:
         # A product of the transposes: the kernels take weights as the second operand.
         return _matmul(weight.transpose(-1, -2), x.transpose(-1, -2)).transpose(-1, -2)
@@ -102,6 +102,18 @@ def _(func, types, args, kwargs):
     return beta * bias + alpha * _matmul(x, weight)
 
 
+_CONVOLUTIONS = [f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)]
+
+
+@implements([aten.convolution.default])
+@implements_torch_function([getattr(torch.nn.functional, name) for name in _CONVOLUTIONS])
+def _(func, types, args, kwargs):
+    def dense(value):
+        return value.dequantize() if isinstance(value, HQQTensor) else value
+
+    return func(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})
+
+
 @implements([aten.embedding.default])
 @implements_torch_function([torch.nn.functional.embedding])
 def _(func, types, args, kwargs):
@@ -127,6 +139,8 @@ def _(func, types, args, kwargs):
     dims = {d % ndim for d in args[1:]} if func is aten.transpose.int else {0, 1}
     if func is aten.transpose.int and len(dims) == 1:
         new = self.with_data()
+    elif self.row_dims > 1:
+        raise NotImplementedError("transpose: the weight of a convolution stays as it is; dequantize() first")
     elif dims != {ndim - 2, ndim - 1}:
         raise NotImplementedError(f"transpose: only the last two dimensions of an HQQTensor can be swapped, got {dims}")
     else:
@@ -151,10 +165,12 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
     """The view ``[start, end)`` of one dimension; raises NotImplementedError where that is no view."""
     shape = list(self.shape)
     shape[dim] = end - start
-    lead = self.ndim - 2
+    lead = self.ndim - 1 - self.row_dims
     stored = dim if dim < lead or not self.transposed else 2 * lead + 1 - dim
     if start == 0 and end == self.shape[dim]:
         return self.with_data()
+    if stored > lead and self.row_dims > 1:
+        raise NotImplementedError("slice: the weight of a convolution can be cut along its first dimension only")
     act = self.act_pre_scale
 
     def meta(t: Tensor, on: int, first: int, last: int) -> Tensor:
@@ -222,7 +238,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     self, dim, index = args
     dim = dim % self.ndim
-    if dim >= self.ndim - 2:
+    if dim >= self.ndim - 1 - self.row_dims:
         raise NotImplementedError("select: only leading dimensions (experts) of an HQQTensor can be selected")
     data = {n: aten.select.int(getattr(self, n), dim, index) for n in _stored(self)}
     shape = torch.Size([s for d, s in enumerate(self.shape) if d != dim])
@@ -238,14 +254,17 @@ def _(func, types, args, kwargs):
     dim = dim % head.ndim
     for t in tensors[1:]:
         same = all(
-            getattr(t, n) == getattr(head, n) for n in ("nbits", "axis", "dtype", "format", "transposed", "activation")
+            getattr(t, n) == getattr(head, n)
+            for n in ("nbits", "group_size", "axis", "dtype", "format", "transposed", "activation", "row_dims")
         )
-        if not same or t.group_size != head.group_size:
+        if not same or (head.row_dims > 1 and t.shape[1:] != head.shape[1:]):
             raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
         if t.act_pre_scale is not None or head.act_pre_scale is not None:
             raise NotImplementedError("cat: tensors with act_pre_scale cannot be joined")
-    lead = head.ndim - 2
+    lead = head.ndim - 1 - head.row_dims
     stored = dim if dim < lead or not head.transposed else 2 * lead + 1 - dim
+    if stored > lead and head.row_dims > 1:
+        raise NotImplementedError("cat: weights of convolutions can be joined along their first dimension only")
     if stored == lead + 1:
         sizes = [t.in_features for t in tensors[:-1]]
         bad = [size for size in sizes if size % BLOCK or (head.axis and size % head.group_size)]
@@ -293,9 +312,16 @@ def _(func, types, args, kwargs):
     to = self._get_to_kwargs(*args[1:], **kwargs)
     if not to["dtype"].is_floating_point:
         raise TypeError(f"to: an HQQTensor presents a floating dtype, got {to['dtype']}")
-    where = {"device": to["device"], "non_blocking": to["non_blocking"]}
-    data = {n: getattr(self, n).to(**where) for n in self.__tensor_flatten__()[0]}
-    return return_and_correct_aliasing(func, args, kwargs, self.with_data(**data, dtype=to["dtype"]))
+    moved = _moved(self, {"device": to["device"], "non_blocking": to["non_blocking"]}).with_data(dtype=to["dtype"])
+    return return_and_correct_aliasing(func, args, kwargs, moved)
+
+
+def _moved(self: HQQTensor, where) -> HQQTensor:
+    """All data moved; quantized scales by their parts, as torchao's own ``to`` does not leave a device."""
+    parts = {n: getattr(self, n) for n in self.__tensor_flatten__()[0]}
+    return self.with_data(
+        **{n: _moved(t, where) if isinstance(t, HQQTensor) else t.to(**where) for n, t in parts.items()}
+    )
 
 
 _base_copy = HQQTensor._ATEN_OP_TABLE[HQQTensor][aten.copy_.default]
@@ -341,6 +367,12 @@ def _(func, types, args, kwargs):
 @implements([aten.is_pinned.default])
 def _(func, types, args, kwargs):
     return all(getattr(args[0], n).is_pinned() for n in args[0].__tensor_flatten__()[0])
+
+
+@implements_torch_function([Tensor.data_ptr])
+def _(func, types, args, kwargs):
+    """Where the codes lie: by this others tell whether two weights are one (the subclass itself has no memory)."""
+    return args[0].qdata.data_ptr()
 
 
 @implements_torch_function([Tensor.share_memory_])

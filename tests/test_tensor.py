@@ -142,6 +142,13 @@ def test_to_changes_the_dtype_and_keeps_the_codes() -> None:
     assert torch.nn.Linear(2, 2).to(torch.float16) and q.half().dtype == torch.float16
 
 
+@pytest.mark.parametrize("meta", [False, True])
+def test_to_another_device_moves_all_data(meta: bool) -> None:
+    q = quantized(quant_scale=meta, quant_zero=meta).to("meta", torch.bfloat16)
+    assert q.device.type == "meta" and q.dtype == torch.bfloat16 and q.dequantize().shape == (96, 256)
+    assert all(t.device.type == "meta" for t in (*q.packed(), *q.settings()[0]))
+
+
 def test_copies_pickles_and_weights_only_loading_keep_every_bit() -> None:
     q = quantized(quant_zero=True)
     file = io.BytesIO()

@@ -7,6 +7,7 @@ entry and each stored tensor is held against it, never the other way round.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from hqqtensor.tensor import HQQTensor
 
 MAX_DIM = 2**40
 _PLAIN_ATTRIBUTES = ("nbits", "group_size", "axis", "format", "transposed", "activation")
-_ATTRIBUTES = {"nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "view_as_float"}
+_ATTRIBUTES = {*_PLAIN_ATTRIBUTES, "shape", "dtype", "view_as_float", "row_dims"}
 
 
 class CheckpointError(ValueError):
@@ -46,6 +47,8 @@ def _describe(tensor: HQQTensor, put: Any, prefix: str) -> dict[str, Any]:
     data["dtype"] = str(tensor.dtype).removeprefix("torch.")
     if get_format(tensor.format).learned:
         data["codebook"] = tensor.codebook
+    if tensor.row_dims > 1:
+        data["row_dims"] = tensor.row_dims
     qdata = tensor.qdata
     data["view_as_float"] = None if qdata.dtype == torch.uint8 else str(qdata.dtype).removeprefix("torch.")
     put(prefix + "qdata", qdata if qdata.dtype == torch.uint8 else qdata.view(torch.uint8))
@@ -118,6 +121,7 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     data = entry.get("_data")
     if isinstance(data, dict):
         data.setdefault("activation", "float")  # files of before there was a choice
+        data.setdefault("row_dims", 1)  # written for convolutions only
     need(isinstance(data, dict) and set(data) >= _ATTRIBUTES, f"metadata must have {sorted(_ATTRIBUTES)}")
     try:
         fmt = get_format(data["format"])
@@ -133,6 +137,9 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     shape = data["shape"]
     good = isinstance(shape, list) and 2 <= len(shape) <= 8 and all(whole(s) and 0 < s < MAX_DIM for s in shape)
     need(good, f"bad shape {shape!r}")
+    folded = data["row_dims"]
+    fits = whole(folded) and (folded == 1 or (folded == len(shape) - 1 and not data["transposed"] and not nested))
+    need(fits, f"row_dims {folded!r} does not fit shape {shape!r}")
     size = 1
     for extent in shape:
         size *= extent
@@ -159,7 +166,9 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
 def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> HQQTensor:
     """The HQQTensor of a checked ``entry``, each stored tensor held against it; CheckpointError where they differ."""
     data, nested = entry["_data"], entry.get("_nested", {})
-    *lead, out_features, in_features = data["shape"]
+    shape, folded = data["shape"], data["row_dims"]
+    *lead, out_features = shape[:-folded]
+    in_features = math.prod(shape[-folded:])
     if data["transposed"]:
         out_features, in_features = in_features, out_features
     groups = -(-(in_features if data["axis"] else out_features) // data["group_size"])
@@ -200,6 +209,6 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
     act = take("act_pre_scale", [in_features], SCALE_DTYPES) if "act_pre_scale" in entry["_tensor_data_names"] else None
     return HQQTensor(
         qdata, meta["scale"], data["nbits"], data["group_size"], data["axis"], torch.Size(data["shape"]),
-        getattr(torch, data["dtype"]), data["format"], data["transposed"], data["activation"],
+        getattr(torch, data["dtype"]), data["format"], data["transposed"], data["activation"], data["row_dims"],
         zero_point=meta.get("zero_point"), act_pre_scale=act,
     )  # fmt: skip

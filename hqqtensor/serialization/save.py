@@ -44,7 +44,7 @@ def save_state(
 ) -> None:  # fmt: skip
     """``save_model`` for a state by name; ``aliases``: names that are stored under another; ``hidden``: names of
     non-persistent buffers in ``state``; ``torchao``: entries as torchao's safetensors code reads them, no guard."""
-    units, header = _split(state, dict(aliases), list(hidden), torchao)
+    units, header = split_state(state, dict(aliases), list(hidden), torchao)
     _write_units(units, header, path, max_shard_size)
 
 
@@ -72,12 +72,13 @@ def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[st
     state = dict(model.state_dict(keep_vars=True))
     extra = [n for n, buffer in model.named_buffers() if non_persistent and n not in state and buffer is not None]
     state |= {name: buffer for name, buffer in model.named_buffers() if name in extra}
-    return _split(state, {}, extra)
+    return split_state(state, {}, extra)
 
 
-def _split(
+def split_state(
     state: Mapping[str, Tensor], aliases: dict[str, str], extra: list[str], torchao: bool = False
 ) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
+    """``collect`` for a state by name; ``extra``: names of non-persistent buffers in it."""
     units: list[dict[str, Tensor]] = []
     entries: dict[str, str] = {}
     seen: dict[object, str] = {}

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.py"))
-SHORT = {"finetune_lora": (2, 2, 64, 4)}
+SHORT = {"finetune_lora": (2, 2, 64, 4), "denoiser": (3,)}
 NEEDS = {"finetune_lora": "peft", "embeddings": "sentence_transformers"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_page_leads_to_the_example(path: Path) -> None:
+    pages = path.parents[1].glob("*.md")
+    assert any(f"](examples/{path.name})" in page.read_text() for page in pages)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -115,6 +115,30 @@ def test_family_loads_quantized_saves_and_loads_again(family: tuple[str, Any, Pa
     assert torch.allclose(out, run(again, given), atol=2e-3), (out - run(again, given)).abs().max()
 
 
+@pytest.mark.parametrize(
+    ("family", "tags"),
+    [("vit", {"patch_embeddings.projection": {}}), ("whisper", {"conv1": {"group_size": 24}, "encoder.conv2": {}})],
+    indirect=["family"],
+)
+def test_convolutions_are_quantized_where_a_tag_names_them(
+    family: tuple[str, Any, Path, int], tags: dict[str, Any]
+) -> None:
+    name, cls, path, count = family
+    config = HqqConfig(4, 32, dynamic_config=tags)
+    model = cls.from_pretrained(path / "dense", quantization_config=config)
+    kernels = [p for p in model.parameters() if isinstance(p, HQQTensor) and p.row_dims > 1]
+    total = sum(isinstance(p, HQQTensor) for p in model.parameters())
+    assert len(kernels) == len(tags) and total == count + len(tags)
+    model.save_pretrained(path / "quantized")
+    again = cls.from_pretrained(path / "quantized")
+    same(model, again)
+    given = inputs(name)
+    out = run(model, given)
+    torch.testing.assert_close(run(again, given), out, rtol=1e-5, atol=1e-6)
+    again.dequantize()
+    assert torch.allclose(out, run(again, given), atol=2e-3)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_experts_run_quantized_in_every_implementation(

@@ -158,6 +158,27 @@ def test_conv1d_and_embeddings_take_adapters() -> None:
     assert torch.equal(logits(model), want)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions_take_adapters(kind: type) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(kind(8, 8, 3))
+    quantize_(base, HqqConfig(8, 24), filter_fn=lambda module, name: name == "0")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(2, 8, *[5] * (base[0].weight.ndim - 2))
+    want = model(x)
+    want.sum().backward()
+    assert sum(p.grad is not None for p in model.parameters()) == 2
+    before = base[0].base_layer.weight
+    model.merge_adapter()
+    merged = base[0].base_layer.weight
+    assert isinstance(merged, HQQTensor) and merged.shape == before.shape and not torch.equal(merged, before)
+    assert torch.allclose(model(x), want, atol=0.1)
+    model.unmerge_adapter()
+    assert base[0].base_layer.weight is before and torch.equal(model(x), want)
+    with pytest.raises(NotImplementedError, match="use_dora: not offered for quantized convolutions"):
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+
+
 def test_target_parameters_of_quantized_experts_are_refused() -> None:
     config = tf.MixtralConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,

@@ -1,10 +1,14 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torchao
 import transformers
-from doclm_models import load, quantized, same
+from doclm_models import IDS, load, quantized, same
 from torch import nn
+from torchao.quantization import FqnToConfig
 
 from hqqtensor import HqqConfig
 from hqqtensor.integrations.transformers import config as bridge
@@ -59,9 +63,31 @@ def test_tags_without_numbers_find_nested_layers() -> None:
 # the torchao route
 
 
-def test_the_torchao_route_saves_and_loads(tmp_path: Path) -> None:
-    config = transformers.TorchAoConfig(HqqConfig(4, 64))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"quant_scale": True}, {"quant_zero": True}, {"quant_scale": True, "quant_zero": True, "axis": 0},
+        {"quant_scale": True, "format": "nf4"}, {"format": "codebook"}, {"solver": "column_scaled", "quant_zero": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_torchao_route_saves_and_loads(options: dict[str, Any], tmp_path: Path) -> None:
+    config = transformers.TorchAoConfig(HqqConfig(4, 16, **options))
     m = load(quantization_config=config)
     assert len(quantized(m)) == 35
-    m.save_pretrained(tmp_path)
-    assert same(m, load(tmp_path))
+    m.save_pretrained(tmp_path, max_shard_size="2MB")
+    again = load(tmp_path)
+    assert same(m, again) and torch.equal(m(IDS).logits, again(IDS).logits)
+    want = load(quantization_config=HqqConfig(4, 16, **options))
+    assert same(want, again)
+
+
+@pytest.mark.parametrize("by_name", [{"dynamic_config": {"q_proj": {"nbits": 3}}}, {"skip_modules": ["q_proj"]}])
+def test_the_torchao_route_refuses_settings_by_name(by_name: dict[str, Any]) -> None:
+    config = HqqConfig(4, 64, **by_name)
+    for quant_type in (config, FqnToConfig({"_default": None, "model.layers.0": config})):
+        with pytest.raises(ValueError, match=r"module names, which torchao's quantize_ does not pass"):
+            transformers.TorchAoConfig(quant_type)
+    with pytest.raises(ValueError, match=r"module names, which torchao's quantize_ does not pass"):
+        torchao.quantization.quantize_(nn.Sequential(nn.Linear(64, 64)), config)
+    transformers.TorchAoConfig(HqqConfig(skip_modules=[]))

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,13 +7,13 @@ import pytest
 import torch
 import transformers
 from doclm_models import DOCLM, IDS, load, quantized, same
+from huggingface_hub import ModelCard
 from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoTokenizer
 
 from hqqtensor import HqqConfig, quantize_
-from hqqtensor.integrations.transformers import adopt
-from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
+from hqqtensor.integrations.transformers import adopt, model_card
 
 
 def test_generation_pipeline_and_assistant_agree(model: Any, saved: Path) -> None:
@@ -26,14 +27,6 @@ def test_generation_pipeline_and_assistant_agree(model: Any, saved: Path) -> Non
     pipe = transformers.pipeline("text-generation", model=again, tokenizer=tokenizer)
     text = pipe("The tensor", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("The tensor") and len(text) > len("The tensor")
-
-
-def test_auto_plans_with_quantized_sizes() -> None:
-    # 5.8 million weights: 23 MB in float32, of which 8.4 MB stay (embeddings and head), and 2.1 MB quantized.
-    options = {"device_map": "auto", "dtype": torch.float32, "quantization_config": HqqConfig(4, 64)}
-    assert len(quantized(load(max_memory={"cpu": 14_000_000}, **options))) == 35
-    with pytest.raises(ValueError, match="on the disk"):
-        load(max_memory={"cpu": 6_000_000}, **options)
 
 
 def test_a_weight_of_another_shape_is_refused_or_made_anew(tmp_path: Path) -> None:
@@ -52,6 +45,32 @@ def test_settings_given_for_a_quantized_checkpoint_give_way_with_a_warning(saved
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         m = load(saved, quantization_config=HqqConfig(2, 32))
     assert same(m, model)
+
+
+def test_a_card_for_the_hub_says_how_to_load(model: Any, saved: Path) -> None:
+    text = model_card(model, base_model="someone/doclm")
+    data = ModelCard(text).data
+    assert data.tags == ["hqqtensor", "hqq"] and data.base_model == "someone/doclm"
+    assert data.base_model_relation == "quantized" and data.library_name == "transformers"
+    assert "4-bit int, group_size=64" in text
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    namespace: dict[str, Any] = {}
+    exec(code[1].replace("NAME", str(saved)), namespace)
+    assert same(namespace["model"], model)
+    with pytest.raises(ValueError, match="holds no quantized weight"):
+        model_card(load())
+
+
+def test_the_card_that_push_to_hub_makes_has_our_tag(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import hub
+
+    def none_there(*args: Any, **kwargs: Any) -> None:
+        raise hub.EntryNotFoundError("no card yet")
+
+    monkeypatch.setattr(hub.ModelCard, "load", none_there)
+    card = hub.create_and_tag_model_card("someone/quantized", model.model_tags)
+    assert "hqqtensor" in card.data.tags
 
 
 def test_pipeline_takes_our_config() -> None:
@@ -124,11 +143,3 @@ def test_trainer_refuses_what_cannot_train(model: Any, tmp_path: Path) -> None:
 def test_a_new_head_stays_dense_and_trainable(saved: Path, tmp_path: Path) -> None:
     m = transformers.AutoModelForSequenceClassification.from_pretrained(DOCLM, quantization_config=HqqConfig(4, 64))
     assert type(m.score.weight) is nn.Parameter and len(quantized(m)) == 35
-
-
-def test_offload_beside_an_accelerator_is_refused() -> None:
-    # No accelerator here: what transformers does before it looks for one.
-    quantizer = HQQTensorHfQuantizer(HqqConfig(4), pre_quantized=False)
-    with pytest.raises(ValueError, match=r"puts \['model.layers.1'\] on the cpu beside cuda:0"):
-        quantizer.validate_environment(device_map={"model.layers.0": "cuda:0", "model.layers.1": "cpu"})
-    quantizer.validate_environment(device_map={"model": "cpu", "lm_head": torch.device("cpu")})

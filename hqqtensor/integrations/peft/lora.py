@@ -32,7 +32,7 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
         integer_zero=whole,
         view_as_float=old.qdata.dtype != torch.uint8,
     )
-    new = HQQTensor.from_hp(dense.transpose(-1, -2) if old.transposed else dense, config)
+    new = HQQTensor.from_hp(dense.transpose(-1, -2) if old.transposed else dense, config, old.row_dims)
     return new.transpose(-1, -2) if old.transposed else new  # type: ignore[return-value]
 
 
@@ -76,6 +76,36 @@ class HqqLoraEmbedding(_Quantized, layer.Embedding):
     """LoRA over a quantized ``nn.Embedding``."""
 
 
+class _QuantizedConvolution(_Quantized):
+    """peft's DoRA for convolutions computes with ``base_layer.weight`` itself."""
+
+    def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> Any:
+        """NotImplementedError for DoRA; the other variants are peft's to choose."""
+        if getattr(config, "use_dora", False):
+            raise NotImplementedError("use_dora: not offered for quantized convolutions; use LoRA, or leave them dense")
+        return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
+
+
+class HqqLoraConv1d(_QuantizedConvolution, layer.Conv1d):
+    """LoRA over a quantized ``nn.Conv1d``."""
+
+
+class HqqLoraConv2d(_QuantizedConvolution, layer.Conv2d):
+    """LoRA over a quantized ``nn.Conv2d``."""
+
+
+class HqqLoraConv3d(_QuantizedConvolution, layer.Conv3d):
+    """LoRA over a quantized ``nn.Conv3d``."""
+
+
+_OWN_KIND: tuple[tuple[type[nn.Module], Any], ...] = (
+    (nn.Embedding, HqqLoraEmbedding),
+    (nn.Conv1d, HqqLoraConv1d),
+    (nn.Conv2d, HqqLoraConv2d),
+    (nn.Conv3d, HqqLoraConv3d),
+)
+
+
 def _install() -> None:
     """Put our layers before the one that peft takes for all torchao tensors; once."""
     original = model.dispatch_torchao
@@ -93,8 +123,9 @@ def _install() -> None:
             )
         if isinstance(getattr(base, "weight", None), HQQTensor):
             kwargs.pop("get_apply_tensor_subclass", None)
-            if isinstance(base, nn.Embedding):
-                return HqqLoraEmbedding(target, adapter_name, config=config, **kwargs)
+            for kind, lora in _OWN_KIND:
+                if isinstance(base, kind):
+                    return lora(target, adapter_name, config=config, **kwargs)
             config.fan_in_fan_out = isinstance(base, Conv1D)
             return HqqLoraLinear(
                 target, adapter_name, config=config, is_target_conv_1d_layer=isinstance(base, Conv1D), **kwargs

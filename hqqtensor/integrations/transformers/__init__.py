@@ -8,6 +8,7 @@ from typing import Any
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.integrations.transformers import offload
 
 QUANT_METHOD = "hqqtensor"
 
@@ -19,7 +20,6 @@ def register() -> None:
 
     _install_config()
     _install_quantizer()
-    _install_torchao()
 
 
 def adopt(model: Any, config: HqqConfig) -> None:
@@ -34,11 +34,32 @@ def adopt(model: Any, config: HqqConfig) -> None:
     HQQTensorHfQuantizer(config, pre_quantized=False).adopt(model)
 
 
+def model_card(model: Any, base_model: str | None = None) -> str:
+    """The text of a README.md for the hub: tags, how to load ``model``, what of it is quantized and how.
+
+    ``base_model``: name on the hub of the model that was quantized. ValueError where nothing is quantized.
+    """
+    from hqqtensor.diagnostics import check_quantization_status
+
+    status = check_quantization_status(model)
+    if not status.quantized:
+        raise ValueError("the model holds no quantized weight; call quantize_ first")
+    front = ["library_name: transformers", f"tags:\n- {QUANT_METHOD}\n- hqq"]
+    title = "Quantized model"
+    if base_model is not None:
+        front += [f"base_model: {base_model}", "base_model_relation: quantized"]
+        title = f"{base_model}, quantized"
+    kind = type(model).__name__
+    lines = ["---", *front, "---", f"# {title}", "", "```text", str(status), "```", "", "Load it with:", ""]
+    code = f'import hqqtensor\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("NAME")'
+    return "\n".join([*lines, "```python", code, "```", "", "`pip install hqqtensor` first.", ""])
+
+
 def register_when_imported() -> None:
     """Register as soon as the user imports transformers; costs nothing where it is never imported."""
     when_imported("transformers.utils.quantization_config", _install_config)
     when_imported("transformers.quantizers.auto", _install_quantizer)
-    when_imported("torchao.prototype.safetensors.safetensors_utils", _install_torchao)
+    offload.register_when_imported()
 
 
 def _install_config() -> None:
@@ -47,14 +68,3 @@ def _install_config() -> None:
 
 def _install_quantizer() -> None:
     import hqqtensor.integrations.transformers.quantizer  # noqa: F401  as above
-
-
-def _install_torchao() -> None:
-    """Let torchao's safetensors code, and so transformers' ``TorchAoConfig``, save and load HQQTensors."""
-    from torchao.prototype.safetensors import safetensors_utils
-
-    from hqqtensor.tensor import HQQTensor
-
-    safetensors_utils.ALLOWED_CLASSES["HQQTensor"] = HQQTensor
-    if "HQQTensor" not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
-        safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("HQQTensor")

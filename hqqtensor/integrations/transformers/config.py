@@ -10,6 +10,7 @@ from transformers.utils.import_utils import is_hqq_available
 
 import hqqtensor.config
 from hqqtensor.integrations.transformers import QUANT_METHOD
+from hqqtensor.quantize import check_without_names
 from hqqtensor.selection import tag_matches
 
 _NOTES = ("quant_method", "source")
@@ -103,6 +104,21 @@ def _install() -> None:
         self.post_init()
 
     theirs.HqqConfig.__init__ = __init__  # type: ignore[method-assign]
+    theirs.TorchAoConfig.post_init = _checked(theirs.TorchAoConfig.post_init)  # type: ignore[method-assign]
+
+
+def _checked(post_init: Any) -> Any:
+    """``TorchAoConfig.post_init`` that refuses what torchao could not follow, before a model is loaded."""
+
+    @functools.wraps(post_init)
+    def checked(self: Any) -> None:
+        post_init(self)
+        by_name = getattr(self.quant_type, "fqn_to_config", None) or {"": self.quant_type}
+        for config in by_name.values():
+            if isinstance(config, hqqtensor.config.HqqConfig):
+                check_without_names(config)
+
+    return checked
 
 
 def _hqq_params(

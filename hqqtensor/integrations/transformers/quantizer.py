@@ -11,7 +11,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 import hqqtensor.config
-from hqqtensor.integrations.transformers import QUANT_METHOD
+from hqqtensor.integrations.transformers import QUANT_METHOD, offload
 from hqqtensor.integrations.transformers.config import HqqConfig, from_transformers
 from hqqtensor.presets import bits_per_weight
 from hqqtensor.quantize import dequantize_, show_quantized
@@ -20,7 +20,7 @@ from hqqtensor.serialization.hqq_checkpoint import read_layers
 from hqqtensor.serialization.hqq_layer import LAYER_KEYS
 from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.serialization.load import read_files
-from hqqtensor.serialization.save import collect
+from hqqtensor.serialization.save import split_state
 from hqqtensor.tensor import HQQTensor
 
 _PARTS = r"(^|\.)_\w+_(qdata|scale|zero_point|act_pre_scale)$"
@@ -48,26 +48,6 @@ class HQQTensorHfQuantizer(HfQuantizer):
         self.ready: dict[str, HQQTensor] = {}
         self.packed_key = ""
         self.missing: set[str] = set()
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """ValueError for a device map that offloads, also for one that ``device_map="auto"`` arrived at.
-
-        Offloaded means on disk, or on the cpu beside an accelerator that computes.
-        """
-        device_map = kwargs.get("device_map")
-        if not isinstance(device_map, dict):
-            return
-        places = {name: str(getattr(device, "type", device)) for name, device in device_map.items()}
-        others = sorted({str(device_map[name]) for name, place in places.items() if place not in ("cpu", "disk")})
-        for place in ("disk", "cpu"):
-            there = [name for name, found in places.items() if found == place]
-            if there and (place == "disk" or others):
-                beside = f" beside {', '.join(others)}" if place == "cpu" else ""
-                raise ValueError(
-                    f"device_map puts {there} on the {place}{beside}: accelerate would move these weights for each "
-                    "call, which it cannot do with quantized ones. Use fewer bits, give max_memory more room, or map "
-                    "the whole model to one kind of device"
-                )
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -142,7 +122,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes a weight, scales and zero points counted: ``device_map="auto"`` plans with it."""
         if param_name in self.plan:
-            settings, shape = self.plan[param_name].settings, self.plan[param_name].weight.shape
+            settings, shape = self.plan[param_name].settings, self.plan[param_name].matrix_shape()
             size = settings.group_size or shape[-1 if settings.axis == 1 else -2]
             return bits_per_weight(dataclasses.replace(settings, group_size=size)) / 8
         if param_name in self.ready:
@@ -174,10 +154,12 @@ class HQQTensorHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout."""
-        units, header = collect(model, non_persistent=False)
+        units, header = split_state(offload.whole_state(model), {}, [])
         return {key: tensor for unit in units for key, tensor in unit.items()}, header
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if any(isinstance(p, HQQTensor) and p.device.type == "meta" for p in model.parameters()):
+            raise ValueError("dequantize: parts of the model are offloaded; load it without offloading first")
         dequantize_(model)
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions
