@@ -126,7 +126,8 @@ def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
 
 def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
-    if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
+    compiled = _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format)
+    if compiled and config.format == "int":
         solved = cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver)
         return Solution(*solved, exact_encode=config.solver == "hqq")
     fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
@@ -134,6 +135,9 @@ def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solutio
     if fmt.learned:
         entries = learn(parts, config.nbits, config.codebook == "row", codebook_dtype(config))
         levels = Levels.between(entries if config.codebook == "row" else entries[0])
+    if compiled and levels is not None:
+        inverse = cpu.solve_levels(matrix, levels, group_size, config.axis, config.solver, config.format)
+        return Solution(inverse, entries)
     solve, options = get_solver(config.solver), SolverOptions(config.lp_norm, levels)
     found = [solve(part, config.nbits, options) for part in parts]
     joined = 1 if config.axis == 1 else 0
@@ -168,11 +172,16 @@ def _assign(
     matrix: Tensor, inverse: Tensor, zero_point: Tensor | None, out: Tensor, group_size: int, config: HqqConfig
 ) -> None:
     """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
-    if _on_cpu_kernels(matrix) and config.format == "int" and zero_point is not None:
-        cpu.assign(out, matrix, inverse, zero_point, config.nbits, group_size, config.axis)
-        return
+    fmt, where = get_format(config.format), (config.nbits, group_size, config.axis)
+    if _on_cpu_kernels(matrix) and cpu.assigns(config.format):
+        if config.format == "int":
+            assert zero_point is not None
+            return cpu.assign(out, matrix, inverse, zero_point, *where)
+        levels = fmt.levels(config.nbits) if zero_point is None else Levels.between(zero_point)
+        assert levels is not None
+        return cpu.assign_levels(out, matrix, inverse, levels, *where, config.format)
     out_features, in_features = matrix.shape
-    fmt, groups = get_format(config.format), inverse.shape[0]
+    groups = inverse.shape[0]
     step = max(1, CHUNK // in_features)
     if config.axis == 0:
         # Row n uses group n % groups, so chunks of whole periods see the same scales.
