@@ -80,6 +80,20 @@ def assign_levels(
     _C.assign_levels(out, matrix, inverse, _with_codes(levels, format), nbits, group_size, axis)
 
 
+class LloydPasses:
+    """``solvers.codebook.Passes`` compiled."""
+
+    chunk = 1 << 18
+
+    def fit(self, w: Tensor, levels: Levels) -> Tensor:
+        inverse = solve_levels(w.flatten(1), levels, w.shape[-1], 1, "hqq_joint", "codebook")
+        return inverse.reciprocal_().unsqueeze(-1)
+
+    def step(self, w: Tensor, s: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        error, better, top, bottom = _C.lloyd(w, s.squeeze(-1), _with_codes(levels, "codebook"))
+        return error, better.unsqueeze(-1), top, bottom
+
+
 def empty_packed(*sizes: int) -> Tensor:
     """Room for packed codes, uint8 on the CPU; in huge pages where the system gives them on request: to read packed
     weights is then up to 1.4 x as fast."""

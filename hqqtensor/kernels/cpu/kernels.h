@@ -114,6 +114,10 @@ struct Kernels {
                     double* totals);
   // Scales for given levels, which may be negative. solver: 0 rtn, 1 joint.
   void (*solve_levels)(const Levels&, int solver, float* w, int64_t size, float* inverse);
+  // For up to 16 levels: the error of each group's scale, the best scale for its codes, and with that the sums by code
+  // over `count` groups (the other lanes hold copies) that give the best levels: of scale * weight and of scale^2.
+  void (*lloyd_block)(const Levels&, const float* w, int64_t size, int64_t count, float* scale, double* error, double* top,
+                      double* bottom);
   // Nearest codes of a row, packed; levels null: the integers.
   void (*assign_row)(const Levels* levels, const float* w, const float* inverse, const float* zero, int64_t K, int nbits,
                      int64_t group_size, int axis, uint8_t* out);

@@ -8,8 +8,8 @@ namespace {
 class Minifloat {
  public:
   explicit Minifloat(const hqqtensor::Levels& l)
-      : l_(l), first_(f_set(l.first)), last_(f_set(l.last)), least_(f_set(l.least)),
-        room_(f_set(1.5f * (float)(1 << (23 - l.mantissa)))) {}
+      : first_(f_set(l.first)), last_(f_set(l.last)), least_(f_set(l.least)),
+        room_(f_set(1.5f * (float)(1 << (23 - l.mantissa)))), mantissa_(l.mantissa), sign_((uint32_t)l.sign), smallest_(l.least) {}
 
   // Adding 1.5 * 2^(23 - mantissa) times x's own power of two leaves room for as many bits as the format has.
   Floats value(Floats x) const {
@@ -21,16 +21,18 @@ class Minifloat {
   // Sign, exponent, mantissa; zero has no sign.
   void codes(Floats x, uint8_t* out) const {
     float v[kFloats];
+    uint32_t code[kFloats];
     f_store(v, value(x));
-    const int drop = 23 - l_.mantissa;
-    const uint32_t least = bits_of(l_.least) >> drop;
+    const int drop = 23 - mantissa_;
+    const uint32_t sign = sign_, least = bits_of(smallest_) >> drop, leading = 1u << mantissa_;
+    const float smallest = smallest_;
     for (int i = 0; i < kFloats; ++i) {
       const float size = __builtin_fabsf(v[i]);
       // Below the least power of two there is no leading one: it is added, and its exponent stays 0.
-      const bool below = size < l_.least;
-      const uint32_t bits = bits_of(below ? size + l_.least : size) >> drop;
-      out[i] = (uint8_t)(bits - least + (below ? 0u : 1u << l_.mantissa) + (v[i] < 0 ? (uint32_t)l_.sign : 0u));
+      const bool below = size < smallest;
+      code[i] = (bits_of(size + (below ? smallest : 0.0f)) >> drop) - least + (below ? 0u : leading) + (v[i] < 0 ? sign : 0u);
     }
+    for (int i = 0; i < kFloats; ++i) out[i] = (uint8_t)code[i];
   }
 
  private:
@@ -39,8 +41,10 @@ class Minifloat {
     __builtin_memcpy(&bits, &f, 4);
     return bits;
   }
-  const hqqtensor::Levels& l_;
   Floats first_, last_, least_, room_;
+  int mantissa_;
+  uint32_t sign_;
+  float smallest_;
 };
 
 // f with whatever finds the nearest of these levels.

@@ -39,7 +39,7 @@ struct Matrix {
 // j-th of group l.
 using SolveBlock = std::function<void(float* w, int64_t size, int64_t count, float* inverse, float* zero, int64_t first)>;
 
-constexpr int64_t kPiece = 256;  // blocks of lanes: what is summed over groups does not depend on the number of threads
+constexpr int64_t kPiece = 64;  // blocks of lanes: what is summed over groups does not depend on the number of threads
 
 // Groups of one size: group i of `count` begins at `start(i)`, its numbers are `step` bytes apart, its results go to place
 // `index(i)`. Of the lanes from i on, `real(i)` hold groups.
@@ -258,6 +258,38 @@ at::Tensor solve_levels(const at::Tensor& weight, int64_t group_size, int64_t ax
     });
   });
   return inverse;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lloyd(const at::Tensor& groups, const at::Tensor& scales,
+                                                                 const LevelTensors& levels) {
+  const std::vector<Levels> rows = levels_of(levels);
+  TORCH_CHECK(groups.dim() == 3 && groups.scalar_type() == at::kFloat && groups.is_contiguous() && scales.dim() == 2 &&
+                  scales.size(0) == groups.size(0) && scales.size(1) == groups.size(1),
+              "expected groups float32 [R, C, group] and scales [R, C], got ", groups.sizes(), " and ", scales.sizes());
+  const int64_t R = groups.size(0), C = groups.size(1), size = groups.size(2), count = std::get<0>(levels).size(-1);
+  const bool by_row = rows.size() > 1;
+  TORCH_CHECK((!by_row || (int64_t)rows.size() == R) && rows[0].mantissa < 0, "levels of ", rows.size(), " rows for ", R);
+  const Kernels& k = kernels();
+  const Matrix w(groups.view({1, -1}));
+  const at::Tensor better = scales.to(at::kFloat).contiguous().clone();
+  float* s = better.mutable_data_ptr<float>();
+  // Sums of a piece of groups each, added up in order: the number of threads does not matter.
+  const int64_t all = R * C / (int64_t)rows.size(), piece = kPiece * k.lanes, pieces = (all + piece - 1) / piece;
+  constexpr int64_t kSums = 33;  // error, top, bottom
+  std::vector<double> sums(rows.size() * (size_t)(pieces * kSums));
+  at::parallel_for(0, (int64_t)rows.size(), 1, [&](int64_t a, int64_t b) {
+    for (int64_t row = a; row < b; ++row)
+      solve_groups(w, Groups{all, size, 4, [&](int64_t i) { return std::min<int64_t>(k.lanes, all - i); },
+                             [&](int64_t i) { return w.at(0, (row * all + i) * size); },
+                             [&](int64_t i) { return row * all + i; }, all * size},
+                   s, nullptr, [&](float* block, int64_t, int64_t real, float* found, float*, int64_t first) {
+                     for (int64_t l = 0; l < k.lanes; ++l) found[l] = s[row * all + first + (l < real ? l : 0)];
+                     double* sum = sums.data() + (row * pieces + first / piece) * kSums;
+                     k.lloyd_block(rows[(size_t)row], block, size, real, found, sum, sum + 1, sum + 17);
+                   });
+  });
+  const at::Tensor totals = at::from_blob(sums.data(), {(int64_t)rows.size(), pieces, kSums}, at::kDouble).sum(1).to(at::kFloat);
+  return {totals.slice(1, 0, 1), better, totals.slice(1, 1, 1 + count), totals.slice(1, 17, 17 + count)};
 }
 
 void assign(const at::Tensor& out, const at::Tensor& weight, const at::Tensor& inverse, const at::Tensor& zero_point,

@@ -23,6 +23,11 @@ using LevelTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, int64_t, dou
 // The same two steps for formats that have a scale only.
 at::Tensor solve_levels(const at::Tensor& weight, int64_t group_size, int64_t axis, const std::string& solver,
                         const LevelTensors& levels);
+// One round of Lloyd's rule on groups, float32 [R, C, group], with scales [R, C]: the squared error [rows, 1], the best scales
+// for the nearest codes [R, C], and with those, by code, sums of scale * weight and of scale^2, [rows, L]; rows is that of
+// the levels, R or 1. Codes must be 0 to L - 1.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lloyd(const at::Tensor& groups, const at::Tensor& scales,
+                                                                 const LevelTensors& levels);
 void assign_levels(const at::Tensor& out, const at::Tensor& weight, const at::Tensor& inverse, const LevelTensors& levels,
                    int64_t nbits, int64_t group_size, int64_t axis);
 

@@ -77,4 +77,33 @@ void solve_levels(const hqqtensor::Levels& l, int solver, float* w, int64_t size
   });
 }
 
+void lloyd_block(const hqqtensor::Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error,
+                 double* top, double* bottom) {
+  const Search nearest(l);
+  Floats better;
+  float errors[kFloats];
+  f_store(errors, Scales<Search>{nearest, w, size}.step(f_load(scale), better));
+  f_store(scale, better);
+  // By code and lane, so that neighbours do not wait for each other's sums.
+  float weights[16][kFloats] = {};
+  int32_t counts[16][kFloats] = {};
+  const Floats inverse = f_div(f_set(1), better);
+  for (int64_t j = 0; j < size; ++j) {
+    uint8_t codes[kFloats];
+    nearest.codes(f_mul(f_load(w + j * kFloats), inverse), codes);
+    for (int i = 0; i < kFloats; ++i) {
+      weights[codes[i]][i] += w[j * kFloats + i];
+      ++counts[codes[i]][i];
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const double s = scale[i];
+    *error += (double)errors[i];
+    for (int c = 0; c < 16; ++c) {
+      top[c] += s * (double)weights[c][i];
+      bottom[c] += s * s * (double)counts[c][i];
+    }
+  }
+}
+
 }  // namespace
