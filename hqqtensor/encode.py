@@ -14,7 +14,7 @@ from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
-from hqqtensor.solvers.codebook import Passes, TorchPasses, learn
+from hqqtensor.solvers.codebook import TORCH_PASSES, Passes, learn
 
 META_GROUP = 128
 """Scales (or zero points) that share their own 8-bit scale under quant_scale and quant_zero."""
@@ -133,7 +133,7 @@ def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solutio
     fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
     levels, entries = fmt.levels(config.nbits), None
     if fmt.learned:
-        passes: Passes = cpu.LloydPasses() if _on_cpu_kernels(matrix) else TorchPasses()
+        passes: Passes = cpu.LloydPasses() if _on_cpu_kernels(matrix) else TORCH_PASSES
         entries = learn(parts, config.nbits, config.codebook == "row", codebook_dtype(config), passes)
         levels = Levels.between(entries if config.codebook == "row" else entries[0])
     if compiled and levels is not None:

@@ -44,8 +44,8 @@ class Passes(Protocol):
         """Scales ``[R, C, 1]`` of least squared error."""
 
     def step(self, w: Tensor, s: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The squared error of scales ``s`` ``[rows, 1]``, the best scales for its codes, and for the codes of those, by
-        code, the sums of scale * weight and of scale^2, ``[rows, L]``; rows is that of the levels."""
+        """The squared error of scales ``s`` ``[rows, 1]``, the best scales for its codes, and for those scales, by
+        code, sums of scale * weight and of scale^2, ``[rows, L]``; rows is that of the levels."""
 
 
 class TorchPasses:
@@ -66,9 +66,10 @@ class TorchPasses:
         return error.view(rows, -1).sum(1, keepdim=True), better, top, bottom
 
 
-def learn(
-    parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, passes: Passes = TorchPasses()
-) -> Tensor:
+TORCH_PASSES = TorchPasses()
+
+
+def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, passes: Passes = TORCH_PASSES) -> Tensor:
     """Entries, ascending and within -1 and 1, as ``dtype`` holds them but in float32: ``[R or 1, 2**nbits]``.
 
     parts: the groups of one weight as views ``[R, C, group]``; with ``per_row`` each of the R rows gets entries of its
