@@ -58,8 +58,7 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight") -> Non
             f"{name}: view_as_float needs packed rows of a multiple of {weight.element_size()} bytes, "
             f"got {row_bytes(weight.shape[-1], config.nbits)} ({config.nbits} bits, in_features {weight.shape[-1]})"
         )
-    # The range shows NaN and Inf, and is found faster than every number is looked at.
-    if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):
+    if not _finite(weight.detach()):
         raise ValueError(f"{name}: holds NaN or Inf; quantization needs finite weights")
 
 
@@ -209,6 +208,11 @@ def codebook_dtype(config: HqqConfig) -> torch.dtype:
     return config.scale_dtype or torch.float16
 
 
+def _finite(values: Tensor) -> bool:
+    """Whether no number is NaN or Inf; the range shows them, and is found faster than each is looked at."""
+    return all(bool(bound.isfinite()) for bound in values.aminmax())
+
+
 def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
     """float16 where scales are zero or normal numbers there and zero points keep 1/16 of a code, else float32."""
     info, size = torch.finfo(torch.float16), scale.abs()
@@ -222,7 +226,7 @@ def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tu
     """``values`` as they are kept, and as they read back in float32."""
     if not quantized:
         stored = values.to(dtype)
-        if not bool(stored.isfinite().all()):
+        if not _finite(stored):
             raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])

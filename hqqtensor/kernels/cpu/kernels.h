@@ -107,6 +107,7 @@ struct Kernels {
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
   int lanes;  // groups that solve_block works on together
+  void (*extremes)(const float* w, int64_t count, float* low, float* high);
   void (*solve_block)(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero);
   // `rounds` of the published solver on `count` groups (the other lanes hold copies); totals[r] gains the sum of
   // |w - dequantized| of round r.

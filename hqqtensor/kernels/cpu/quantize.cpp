@@ -52,14 +52,15 @@ struct Groups {
   int64_t weights;  // in all of them
 };
 
+// `by_range`: the solver looks at no more than the smallest and the largest weight of a group; it may be given those alone.
 template <class G>
-void solve_groups(const Matrix& w, const G& g, float* inverse, float* zero, const SolveBlock& solve) {
+void solve_groups(const Matrix& w, const G& g, bool by_range, float* inverse, float* zero, const SolveBlock& solve) {
   const int64_t count = g.count, size = g.size, step = g.step;
   const auto &start = g.start, &index = g.index;
   const Kernels& k = kernels();
   const int64_t lanes = k.lanes, groups = kPiece * lanes, item = size_of(w.type);
   at::parallel_for(0, (count + groups - 1) / groups, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> block((size_t)(size * lanes)), line((size_t)std::max(size, lanes)), s((size_t)lanes), z((size_t)lanes);
+    std::vector<float> block((size_t)(std::max<int64_t>(size, 2) * lanes)), line((size_t)std::max(size, lanes)), s((size_t)lanes), z((size_t)lanes);
     for (int64_t i = first * groups; i < std::min(last * groups, count); i += lanes) {
       const int64_t real = g.real(i);
       if (step == item) {  // along rows: numbers of a group are neighbours
@@ -69,7 +70,10 @@ void solve_groups(const Matrix& w, const G& g, float* inverse, float* zero, cons
             k.to_float(in, w.type, size, line.data());
             in = line.data();
           }
-          for (int64_t j = 0; j < size; ++j) block[(size_t)(j * lanes + l)] = in[j];
+          if (by_range)
+            k.extremes(in, size, &block[(size_t)l], &block[(size_t)(lanes + l)]);
+          else
+            for (int64_t j = 0; j < size; ++j) block[(size_t)(j * lanes + l)] = in[j];
         }
       } else {  // along columns: groups are
         for (int64_t j = 0; j < size; ++j) {
@@ -78,7 +82,7 @@ void solve_groups(const Matrix& w, const G& g, float* inverse, float* zero, cons
           for (int64_t l = real; l < lanes; ++l) out[l] = out[0];
         }
       }
-      solve(block.data(), size, real, s.data(), z.data(), i);
+      solve(block.data(), by_range && step == item ? 2 : size, real, s.data(), z.data(), i);
       for (int64_t l = 0; l < real; ++l) {
         inverse[index(i + l)] = s[(size_t)l];
         if (zero) zero[index(i + l)] = z[(size_t)l];
@@ -108,7 +112,7 @@ void solve_part(const Matrix& w, const std::string& solver, int nbits, const G& 
   const Kernels& k = kernels();
   if (solver != "hqq") {
     const int which = solver == "rtn" ? 0 : 1;
-    solve_groups(w, g, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
+    solve_groups(w, g, which == 0, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
       k.solve_block(which, block, size, nbits, s, z);
     });
     return;
@@ -119,9 +123,9 @@ void solve_part(const Matrix& w, const std::string& solver, int nbits, const G& 
   const SolveBlock run = [&](float* block, int64_t size, int64_t real, float* s, float* z, int64_t first) {
     k.hqq_block(block, size, real, nbits, rounds, s, z, totals.data() + first / (kPiece * k.lanes) * kRounds);
   };
-  solve_groups(w, g, inverse, zero, run);
+  solve_groups(w, g, false, inverse, zero, run);
   rounds = rounds_needed(totals, g.weights);
-  if (rounds < kRounds) solve_groups(w, g, inverse, zero, run);
+  if (rounds < kRounds) solve_groups(w, g, false, inverse, zero, run);
 }
 
 // All groups of w, by parts of one size: run(part). `by_row`: no block of lanes holds groups of two rows (axis 1).
@@ -253,7 +257,7 @@ at::Tensor solve_levels(const at::Tensor& weight, int64_t group_size, int64_t ax
   const int which = solver == "rtn" ? 0 : 1;
   over_parts(w, group_size, axis, by_row, [&](const auto& part) {
     const int64_t columns = part.count / w.N;
-    solve_groups(w, part, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
+    solve_groups(w, part, which == 0, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
       k.solve_levels(rows[by_row ? (size_t)(first / columns) : 0], which, block, size, found);
     });
   });
@@ -282,7 +286,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lloyd(const at::Tenso
       solve_groups(w, Groups{all, size, 4, [&](int64_t i) { return std::min<int64_t>(k.lanes, all - i); },
                              [&](int64_t i) { return w.at(0, (row * all + i) * size); },
                              [&](int64_t i) { return row * all + i; }, all * size},
-                   s, nullptr, [&](float* block, int64_t, int64_t real, float* found, float*, int64_t first) {
+                   false, s, nullptr, [&](float* block, int64_t, int64_t real, float* found, float*, int64_t first) {
                      for (int64_t l = 0; l < k.lanes; ++l) found[l] = s[row * all + first + (l < real ? l : 0)];
                      double* sum = sums.data() + (row * pieces + first / piece) * kSums;
                      k.lloyd_block(rows[(size_t)row], block, size, real, found, sum, sum + 1, sum + 17);

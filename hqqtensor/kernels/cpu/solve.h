@@ -22,6 +22,26 @@ inline Range range_of(const float* w, int64_t size) {
   return r;
 }
 
+// Smallest and largest of `count` numbers side by side.
+void extremes(const float* w, int64_t count, float* low, float* high) {
+  int64_t i = 0;
+  *low = *high = w[0];
+  if (count >= kFloats) {
+    Range r{f_load(w), f_load(w)};
+    for (i = kFloats; i + kFloats <= count; i += kFloats) {
+      const Floats v = f_load(w + i);
+      r.low = f_min(r.low, v);
+      r.high = f_max(r.high, v);
+    }
+    *low = f_hmin(r.low);
+    *high = f_hmax(r.high);
+  }
+  for (; i < count; ++i) {
+    *low = w[i] < *low ? w[i] : *low;
+    *high = w[i] > *high ? w[i] : *high;
+  }
+}
+
 // Groups whose weights are all the same: scale and zero that give that value from one code.
 void fix_constant(const float* low, const float* high, float* scale, float* zero) {
   for (int i = 0; i < kFloats; ++i)
@@ -48,6 +68,9 @@ void solve_rtn(const float* w, int64_t size, int nbits, float* inverse, float* z
 struct Candidate {
   Floats error, s, z;
 };
+
+// Moves of the lower and the upper end of the range outwards, in codes.
+constexpr float kEnds[6][2] = {{0.5f, 0}, {-0.5f, 0}, {0, 0.5f}, {0, -0.5f}, {0.15f, 0.15f}, {-0.15f, -0.15f}};
 
 struct Joint {
   const float* w;  // in units of the group's largest weight
@@ -102,13 +125,10 @@ struct Joint {
         step(s, z, s1, z1);
         keep(best, step(s1, z1, s2, z2), s1, z1);
       }
-    settle(best, best.s, best.z, 5);
-    for (int move = 0; move < 4; ++move) {
-      const Floats wider = f_mul(best.s, f_set(1 + (move % 2 ? -0.5f : 0.5f) / (float)codes));
-      const Floats ratio = f_div(best.s, wider);
-      // The first two moves hold the lower end of the range, the others the upper one.
-      const Floats zero = move < 2 ? f_mul(best.z, ratio) : f_sub(last, f_mul(f_sub(last, best.z), ratio));
-      settle(best, wider, zero, 3);
+    settle(best, best.s, best.z, 3);
+    for (const float* ends : kEnds) {
+      const Floats wider = f_mul(best.s, f_set(1 + (ends[0] + ends[1]) / (float)codes));
+      settle(best, wider, f_mul(f_add(best.z, f_set(ends[0])), f_div(best.s, wider)), 3);
     }
     return best;
   }

@@ -9,6 +9,6 @@
 #define HQQTENSOR_TABLE(name, ...)                                                              \
   {                                                                                                              \
     name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, __VA_ARGS__, linear_dense,          \
-        linear_dense_scratch, dequantize_row, kFloats, solve_block, hqq_block, solve_levels, lloyd_block,     \
+        linear_dense_scratch, dequantize_row, kFloats, extremes, solve_block, hqq_block, solve_levels, lloyd_block, \
         assign_row, to_float, from_float                                                                                           \
   }
