@@ -22,6 +22,7 @@ from hqqtensor.diagnostics.table import text_table
 
 GROUP = 64
 SOLVERS = ["rtn", "hqq", "hqq_joint"]
+FORMATS = {"fp4": 4, "nf4": 4, "fp6": 6, "fp8": 8, "codebook": 4}  # solved by hqq_joint, on the first matrix
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SLICE = 256  # rows for the plain path and the hqq library
 SLOW = 8e6  # weights a second; what is slower is timed on the slice as well
@@ -40,24 +41,31 @@ def check(w: Tensor, config: HqqConfig) -> tuple[float, float]:
         plain = relative_error(HQQTensor.from_hp(w, config).dequantize(torch.float32), w)
         error = relative_error(q.dequantize(torch.float32), w)
     if not error <= plain * SLACK:
-        raise WrongAnswer(f"{config.solver}, {config.nbits} bits: error {error:.6f}, the plain path has {plain:.6f}")
+        raise WrongAnswer(f"{_name(config)}: error {error:.6f}, the plain path has {plain:.6f}")
     threads = torch.get_num_threads()
     try:
         for other in {1, 2, 3} - {threads}:
             torch.set_num_threads(other)
             again = HQQTensor.from_hp(w, config)
-            if any(not torch.equal(getattr(q, n), getattr(again, n)) for n in ("qdata", "scale", "zero_point")):
-                raise WrongAnswer(f"{config.solver}, {config.nbits} bits: {threads} and {other} threads differ")
+            if not torch.equal(q, again):
+                raise WrongAnswer(f"{_name(config)}: {threads} and {other} threads differ")
     finally:
         torch.set_num_threads(threads)
     return error, plain
 
 
-def measure(N: int, K: int, nbits: int, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each solver on one matrix, and one for the hqq library."""
+def _name(config: HqqConfig) -> str:
+    return f"{config.solver}, {config.format}, {config.nbits} bits"
+
+
+def measure(
+    N: int, K: int, nbits: int, dtype: str, formats: dict[str, int], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each solver and each of ``formats`` on one matrix, and one for the hqq library."""
     w = (torch.randn(N, K, generator=torch.manual_seed(0)) * 0.02).to(DTYPES[dtype])
     small = w[: min(SLICE, N)]
     configs = {solver: HqqConfig(nbits, GROUP, solver=solver) for solver in args.solvers}
+    configs |= {f"hqq_joint {name}": HqqConfig(width, GROUP, format=name) for name, width in formats.items()}
     checked = {solver: check(small, config) for solver, config in configs.items()}
     taken = {solver: w if _rate(small, config) > SLOW else small for solver, config in configs.items()}
     runs = {solver: lambda t=taken[solver], c=config: HQQTensor.from_hp(t, c) for solver, config in configs.items()}
@@ -78,6 +86,8 @@ def measure(N: int, K: int, nbits: int, dtype: str, args: argparse.Namespace) ->
         name = solver.removeprefix("plain ")
         error = library_error if solver == "hqq library" else checked[name][solver != name]
         row = {**base, "solver": solver, "error": error}
+        if name in configs:
+            row["bits"] = configs[name].nbits
         row["M weights/s"] = taken.get(solver, small).numel() / seconds / 1e6
         row["peak MiB over weights and output"] = None
         if taken.get(solver) is w and (over := peak_over(runs[solver])) is not None:
@@ -105,8 +115,9 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         theirs = library.get(str((row["shape"], row["dtype"], row["bits"])))
         where = f"{row['shape'][0]}x{row['shape'][1]} {row['dtype']}, {row['bits']} bits"
-        wanted = {"rtn": 1000, "hqq_joint": 100}.get(row["solver"])
-        if wanted and row["bits"] == 4:
+        table = row["solver"].startswith("hqq_joint ")
+        wanted = 50 if table else {"rtn": 1000, "hqq_joint": 100}.get(row["solver"])
+        if wanted and (table or row["bits"] == 4):
             speed = row["M weights/s"]
             text = f"{row['solver']}, {where}: >= {wanted} M weights a second"
             lines.append(aims.aim(text, f"{speed:.0f}", speed >= wanted))
@@ -128,6 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--solvers", nargs="+", default=SOLVERS, choices=SOLVERS)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--seconds", type=float, default=6, help="for each matrix, at least three runs of every solver")
     parser.add_argument("--no-plain", dest="plain", action="store_false", help="leave out the plain torch path")
     args = parser.parse_args(argv)
@@ -137,10 +149,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         N, K = map(int, shape.split("x"))
         for dtype in args.dtypes:
             # Other widths than 4 on the first shape and dtype alone: they take the same code.
-            for nbits in (
-                args.bits if shape == args.shapes[0] and dtype == args.dtypes[0] else [b for b in args.bits if b == 4]
-            ):
-                rows += measure(N, K, nbits, dtype, args)
+            first = shape == args.shapes[0] and dtype == args.dtypes[0]
+            for nbits in args.bits if first else [b for b in args.bits if b == 4]:
+                formats = {name: FORMATS[name] for name in args.formats} if first and nbits == 4 else {}
+                rows += measure(N, K, nbits, dtype, formats, args)
     cells = []
     for row in rows:
         peak = row["peak MiB over weights and output"]

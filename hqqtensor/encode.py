@@ -14,7 +14,7 @@ from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
-from hqqtensor.solvers.codebook import learn
+from hqqtensor.solvers.codebook import TORCH_PASSES, Passes, learn
 
 META_GROUP = 128
 """Scales (or zero points) that share their own 8-bit scale under quant_scale and quant_zero."""
@@ -70,8 +70,7 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight", row_di
             f"{name}: view_as_float needs packed rows of a multiple of {weight.element_size()} bytes, "
             f"got {row_bytes(weight.shape[-1], config.nbits)} ({config.nbits} bits, in_features {weight.shape[-1]})"
         )
-    # The range shows NaN and Inf, and is found faster than every number is looked at.
-    if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):
+    if not _finite(weight.detach()):
         raise ValueError(f"{name}: holds NaN or Inf; quantization needs finite weights")
 
 
@@ -138,14 +137,19 @@ def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
 
 def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
-    if _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format):
+    compiled = _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format)
+    if compiled and config.format == "int":
         solved = cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver)
         return Solution(*solved, exact_encode=config.solver == "hqq")
     fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
     levels, entries = fmt.levels(config.nbits), None
     if fmt.learned:
-        entries = learn(parts, config.nbits, config.codebook == "row", codebook_dtype(config))
+        passes: Passes = cpu.LloydPasses() if _on_cpu_kernels(matrix) else TORCH_PASSES
+        entries = learn(parts, config.nbits, config.codebook == "row", codebook_dtype(config), passes)
         levels = Levels.between(entries if config.codebook == "row" else entries[0])
+    if compiled and levels is not None:
+        inverse = cpu.solve_levels(matrix, levels, group_size, config.axis, config.solver, config.format)
+        return Solution(inverse, entries)
     solve, options = get_solver(config.solver), SolverOptions(config.lp_norm, levels)
     found = [solve(part, config.nbits, options) for part in parts]
     joined = 1 if config.axis == 1 else 0
@@ -180,11 +184,16 @@ def _assign(
     matrix: Tensor, inverse: Tensor, zero_point: Tensor | None, out: Tensor, group_size: int, config: HqqConfig
 ) -> None:
     """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
-    if _on_cpu_kernels(matrix) and config.format == "int" and zero_point is not None:
-        cpu.assign(out, matrix, inverse, zero_point, config.nbits, group_size, config.axis)
-        return
+    fmt, where = get_format(config.format), (config.nbits, group_size, config.axis)
+    if _on_cpu_kernels(matrix) and cpu.assigns(config.format):
+        if config.format == "int":
+            assert zero_point is not None
+            return cpu.assign(out, matrix, inverse, zero_point, *where)
+        levels = fmt.levels(config.nbits) if zero_point is None else Levels.between(zero_point)
+        assert levels is not None
+        return cpu.assign_levels(out, matrix, inverse, levels, *where, config.format)
     out_features, in_features = matrix.shape
-    fmt, groups = get_format(config.format), inverse.shape[0]
+    groups = inverse.shape[0]
     step = max(1, CHUNK // in_features)
     if config.axis == 0:
         # Row n uses group n % groups, so chunks of whole periods see the same scales.
@@ -211,6 +220,11 @@ def codebook_dtype(config: HqqConfig) -> torch.dtype:
     return config.scale_dtype or torch.float16
 
 
+def _finite(values: Tensor) -> bool:
+    """Whether no number is NaN or Inf; the range shows them, and is found faster than each is looked at."""
+    return all(bool(bound.isfinite()) for bound in values.aminmax())
+
+
 def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
     """float16 where scales are zero or normal numbers there and zero points keep 1/16 of a code, else float32."""
     info, size = torch.finfo(torch.float16), scale.abs()
@@ -224,7 +238,7 @@ def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tu
     """``values`` as they are kept, and as they read back in float32."""
     if not quantized:
         stored = values.to(dtype)
-        if not bool(stored.isfinite().all()):
+        if not _finite(stored):
             raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])

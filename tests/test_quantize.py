@@ -231,3 +231,10 @@ def test_compiled_gradients_equal_eager_ones() -> None:
         found.append((x.grad, m[0].bias.grad, m[2].bias.grad))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled.clone(), eager)
+
+
+def test_scales_that_their_dtype_cannot_hold_are_refused() -> None:
+    w = torch.randn(4, 64, generator=torch.manual_seed(0)) * 1e20
+    for name in ("int", "nf4"):
+        with pytest.raises(ValueError, match="float16 cannot hold this weight's scales"):
+            HQQTensor.from_hp(w, HqqConfig(4, 64, format=name, scale_dtype=torch.float16))

@@ -40,7 +40,8 @@ def minifloat(name: str, exponent_bits: int, mantissa_bits: int, bias: int, nan:
     middle = (values[1:] + values[:-1]) / 2  # exact: a few bits more than the codes have
     upper_is_even = codes[1:] % 2 == 0
     thresholds = torch.where(upper_is_even, torch.nextafter(middle, torch.tensor(-torch.inf)), middle)
-    return TableFormat(name, torch.cat([positive, -positive]), Levels(values, thresholds), codes.to(torch.uint8))
+    table, levels = torch.cat([positive, -positive]), Levels(values, thresholds)
+    return TableFormat(name, table, levels, codes.to(torch.uint8), (mantissa_bits, 2.0 ** (1 - bias)))
 
 
 FP4 = minifloat("fp4", 2, 1, 1, nan=False)

@@ -11,13 +11,17 @@ class TableFormat:
 
     table: float32 ``[2**nbits]``, the value of each code at scale 1; NaN for a code that stands for nothing.
     levels: the values that are given out. ``codes``: uint8, the code of each of them.
+    rounding: of floating-point codes, where kernels may round instead of search, the bits of the mantissa and the
+    smallest number with a leading one.
     """
 
     has_zero_point = False
     learned = False
 
-    def __init__(self, name: str, table: Tensor, levels: Levels, codes: Tensor) -> None:
-        self.name, self.table, self.codes = name, table, codes
+    def __init__(
+        self, name: str, table: Tensor, levels: Levels, codes: Tensor, rounding: tuple[int, float] | None = None
+    ) -> None:
+        self.name, self.table, self.codes, self.rounding = name, table, codes, rounding
         self._levels = levels
         self.widths: tuple[int, ...] = (len(table).bit_length() - 1,)
 

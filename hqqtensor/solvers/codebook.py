@@ -11,6 +11,7 @@ group-weighted form of any4 (Elhoushi and Johnson, "any4: Learned 4-bit Numeric 
 
 from collections.abc import Iterator
 from statistics import NormalDist
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +35,41 @@ def starting_entries(nbits: int) -> Tensor:
     return values / values[-1]
 
 
-def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype) -> Tensor:
+class Passes(Protocol):
+    """What is computed of ``chunk`` weights at a time, float32 ``[R, C, group]``; ``levels`` are R rows or one."""
+
+    chunk: int
+
+    def fit(self, w: Tensor, levels: Levels) -> Tensor:
+        """Scales ``[R, C, 1]`` of least squared error."""
+
+    def step(self, w: Tensor, s: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The squared error of scales ``s`` ``[rows, 1]``, the best scales for its codes, and for those scales, by
+        code, sums of scale * weight and of scale^2, ``[rows, L]``; rows is that of the levels."""
+
+
+class TorchPasses:
+    """``Passes`` in plain torch."""
+
+    chunk = CACHED
+
+    def fit(self, w: Tensor, levels: Levels) -> Tensor:
+        return fit_scales(w, levels, 2.0)
+
+    def step(self, w: Tensor, s: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        error, better = Scales(w, levels, 2.0).step(s)
+        rows = 1 if levels.values.ndim == 1 else len(levels.values)
+        codes = levels.nearest(w * better.reciprocal()).long().view(rows, -1)
+        top, bottom = torch.zeros(2, rows, levels.count, device=w.device)
+        for total, each in ((top, better * w), (bottom, (better * better).expand_as(w))):
+            total.scatter_add_(1, codes, each.reshape(codes.shape))
+        return error.view(rows, -1).sum(1, keepdim=True), better, top, bottom
+
+
+TORCH_PASSES = TorchPasses()
+
+
+def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, passes: Passes = TORCH_PASSES) -> Tensor:
     """Entries, ascending and within -1 and 1, as ``dtype`` holds them but in float32: ``[R or 1, 2**nbits]``.
 
     parts: the groups of one weight as views ``[R, C, group]``; with ``per_row`` each of the R rows gets entries of its
@@ -46,32 +81,35 @@ def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype) ->
     start = starting_entries(nbits).to(groups[0].device).expand(rows, -1)
     units = _units(groups, rows)
     scales = [torch.empty(*part.shape[:2], 1, device=part.device) for part in groups]
-    for i, part, w, levels in _walk(groups, units, start):
-        scales[i][part] = fit_scales(w, levels, 2.0)
+    for i, part, w, levels in _walk(groups, units, start, passes.chunk):
+        scales[i][part] = passes.fit(w, levels)
     first = start.to(dtype).to(torch.float32)
-    first_error = _error(groups, units, first, scales)
+    first_error = _pass(groups, units, first, scales, passes)[0]
     entries = start
     for _ in range(ROUNDS):
-        entries = _lloyd(groups, units, entries, scales)
+        _, scales, top, bottom = _pass(groups, units, entries, scales, passes)
+        entries = torch.where(bottom > 0, top / bottom, entries)
         largest = entries.abs().amax(-1, keepdim=True)
         entries = entries / largest
         for s in scales:
             s *= largest.unsqueeze(-1)
     found = entries.to(dtype).to(torch.float32)
-    return torch.where(_error(groups, units, found, scales) <= first_error, found, first)
+    return torch.where(_pass(groups, units, found, scales, passes)[0] <= first_error, found, first)
 
 
-def _lloyd(groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor]) -> Tensor:
-    """Entries that are best for the codes that ``entries`` give; ``scales`` become the best for those codes."""
+def _pass(
+    groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor], passes: Passes
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """``Passes.step`` over all of the weights."""
+    error, better = torch.zeros(len(entries), 1, device=entries.device), [torch.empty_like(s) for s in scales]
     top, bottom = torch.zeros(2, *entries.shape, device=entries.device)
-    for i, part, w, levels in _walk(groups, units, entries):
-        s = Scales(w, levels, 2.0).step(scales[i][part])[1]
-        scales[i][part] = s
+    for i, part, w, levels in _walk(groups, units, entries, passes.chunk):
         rows = slice(None) if len(entries) == 1 else part
-        codes = levels.nearest(w / s).long().view(len(entries[rows]), -1)
-        for total, each in ((top, s * w), (bottom, (s * s).expand_as(w))):
-            total[rows].scatter_add_(1, codes, each.reshape(codes.shape))
-    return torch.where(bottom > 0, top / bottom, entries)
+        found = passes.step(w, scales[i][part], levels)
+        better[i][part] = found[1]
+        for total, each in zip((error, top, bottom), (found[0], *found[2:]), strict=True):
+            total[rows] += each
+    return error, better, top, bottom
 
 
 def _sample(part: Tensor, most: int) -> Tensor:
@@ -87,19 +125,11 @@ def _units(groups: list[Tensor], rows: int) -> Tensor:
     return torch.where(sizes == 0, 1.0, sizes).view(-1, 1, 1)
 
 
-def _walk(groups: list[Tensor], units: Tensor, entries: Tensor) -> Iterator[tuple[int, slice, Tensor, Levels]]:
+def _walk(
+    groups: list[Tensor], units: Tensor, entries: Tensor, chunk: int
+) -> Iterator[tuple[int, slice, Tensor, Levels]]:
     """Chunks of the weights in ``units``, where they come from, and the levels of their rows."""
     levels = Levels.between(entries[0] if len(entries) == 1 else entries)
     for i, part in enumerate(groups):
-        for rows, w in chunks(part, CACHED):
+        for rows, w in chunks(part, chunk):
             yield i, rows, w / (units if len(units) == 1 else units[rows]), levels.rows(rows)
-
-
-def _error(groups: list[Tensor], units: Tensor, entries: Tensor, scales: list[Tensor]) -> Tensor:
-    """``[rows, 1]``: the squared error with these scales."""
-    out = torch.zeros(len(entries), 1, device=entries.device)
-    for i, part, w, levels in _walk(groups, units, entries):
-        rows = slice(None) if len(entries) == 1 else part
-        error = Scales(w, levels, 2.0).step(scales[i][part])[0]
-        out[rows] += error.reshape(len(out[rows]), -1).sum(1, keepdim=True)
-    return out

@@ -4,7 +4,7 @@ For fixed codes c the best affine map of a group, min over (s, z) of sum_i m_i (
 weighted linear regression of w on c with a closed form; for a fixed map the best code is the nearest.
 Alternating the two never raises the error. It ends in a local minimum, so it starts from nine ranges
 (each end of the group's range pulled in by up to ``SHRINK`` codes), goes on from the best, and then tries to
-move either end by half a code and to settle anew.
+move either end by half a code, and both by less, and to settle anew.
 
 For a norm p < 2 the weights m_i are the multiplicative half-quadratic ones of |r|^p,
 m = (r^2 + eps^2)^((p-2)/2), with the residual r measured in units of the group's own scale, so that weights of
@@ -28,7 +28,10 @@ from hqqtensor.solvers.scale_only import fit_scales
 
 SHRINK, MAX_SHRINK = 4.0, 0.4
 STARTS = 3
-SETTLE, MOVES, SETTLE_MOVE = 4, 4, 2
+SETTLE, SETTLE_MOVE = 2, 2
+MOVES = 6
+MOVE_END, MOVE_BOTH = 0.5, 0.15
+"""Codes by which the moves widen the range at its lower end, narrow it there, the same at the upper end and at both."""
 EPSILON = 0.05
 
 
@@ -106,11 +109,10 @@ def _search(group: _Group, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     best = _better(group, best, s, z)
     for move in range(MOVES):
         _, s, z = best
-        change = (0.5 if move % 2 == 0 else -0.5) / last
-        wider = s * (1 + change)
-        # The first two moves hold the lower end of the range, the others the upper one.
-        z = z * s / wider if move < 2 else last - (last - z) * s / wider
-        s = wider
+        change = (MOVE_END if move < 4 else MOVE_BOTH) * (1 if move % 2 == 0 else -1)
+        lower, upper = change * (move not in (2, 3)), change * (move >= 2)
+        wider = s * (1 + (lower + upper) / last)
+        s, z = wider, (z + lower) * s / wider
         for _ in range(SETTLE_MOVE):
             s, z = group.fit(s, z)
         best = _better(group, best, s, z)

@@ -54,7 +54,7 @@ class Scales:
 
     def step(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """The error of ``s`` with the nearest codes, and the best scale for those codes."""
-        t = self.levels.at(self.levels.nearest(self.w / s))
+        t = self.levels.at(self.levels.nearest(self.w * s.reciprocal()))
         residual = self.w - t * s
         if self.lp_norm == 2.0:
             error = residual.square().sum(-1, keepdim=True)

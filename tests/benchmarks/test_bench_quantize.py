@@ -16,13 +16,15 @@ from hqqtensor import HqqConfig, HQQTensor
 def test_main_writes_a_row_for_each_solver_and_an_aim_for_each_speed(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     arguments = ["--shapes", "256x256", "--bits", "4", "2", "--dtypes", "fp32", "bf16", "--seconds", "0.01"]
-    cpu_quantize.main([*arguments, "--solvers", "rtn", "hqq_joint", "--json", str(file)])
+    cpu_quantize.main([*arguments, "--solvers", "rtn", "hqq_joint", "--formats", "nf4", "fp6", "--json", str(file)])
     results = json.loads(file.read_text())["results"]
     rows = {(r["solver"], r["dtype"], r["bits"]): r for r in results["rows"]}
     assert {("rtn", "fp32", 4), ("hqq_joint", "bf16", 4), ("plain rtn", "fp32", 2)} <= set(rows)
+    assert {("hqq_joint nf4", "fp32", 4), ("hqq_joint fp6", "fp32", 6), ("plain hqq_joint fp6", "fp32", 6)} <= set(rows)
+    assert rows["hqq_joint nf4", "fp32", 4]["error"] > rows["hqq_joint fp6", "fp32", 6]["error"]
     assert rows["rtn", "fp32", 4]["error"] > rows["hqq_joint", "fp32", 4]["error"] > 0
     assert all(r["M weights/s"] > 0 for r in rows.values())
-    assert sum("M weights a second" in line["aim"] for line in results["verdict"]) == 4
+    assert sum("M weights a second" in line["aim"] for line in results["verdict"]) == 6
 
 
 class Broken:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,7 +349,8 @@ def test_every_instruction_set_of_this_machine(name: str) -> None:
         assert "but this processor lacks it" in found.stderr
         pytest.skip(f"no {name} on this processor")
     assert found.stdout.split()[-1] == name
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    files = sorted(str(path) for path in Path(__file__).parent.glob("test_cpu*.py"))
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     result = subprocess.run(tests, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 

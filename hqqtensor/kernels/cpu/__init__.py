@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtensor.formats import TableFormat, format_names, get_format
+from hqqtensor.formats import Levels, TableFormat, format_names, get_format
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
 
 _missing: str | None = None
@@ -35,8 +35,25 @@ def instruction_set() -> str:
 
 
 def solves(solver: str, lp_norm: float, format: str) -> bool:
-    """Whether ``solve`` has this solver."""
-    return format == "int" and (solver in ("rtn", "hqq") or (solver == "hqq_joint" and lp_norm == 2.0))
+    """Whether ``solve`` (format "int") or ``solve_levels`` has this solver."""
+    if solver == "hqq":
+        return format == "int"
+    return (solver == "rtn" or (solver == "hqq_joint" and lp_norm == 2.0)) and assigns(format)
+
+
+def assigns(format: str) -> bool:
+    """Whether ``assign`` (format "int") or ``assign_levels`` has this format."""
+    fmt = get_format(format)
+    if isinstance(fmt, TableFormat):
+        return fmt.rounding is not None or len(fmt.codes) <= 16
+    return format == "int" or fmt.learned
+
+
+def _with_codes(levels: Levels, format: str) -> tuple[Tensor, Tensor, Tensor, int, float]:
+    fmt = get_format(format)
+    codes = fmt.codes if isinstance(fmt, TableFormat) else torch.arange(levels.count, dtype=torch.uint8)
+    rounding = fmt.rounding if isinstance(fmt, TableFormat) else None
+    return levels.values, levels.thresholds, codes, *(rounding or (-1, 0.0))
 
 
 def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
@@ -49,6 +66,32 @@ def assign(
 ) -> None:
     """Pack the nearest integer codes of ``[N, K]`` into ``out``, uint8 ``[N, row_bytes]``; scales as from ``solve``."""
     _C.assign(out, matrix, inverse, zero_point, nbits, group_size, axis)
+
+
+def solve_levels(matrix: Tensor, levels: Levels, group_size: int, axis: int, solver: str, format: str) -> Tensor:
+    """Inverse scales as from ``solve`` for a format without zero points; ``levels`` may have a row for each of N."""
+    return _C.solve_levels(matrix, group_size, axis, solver, _with_codes(levels, format))
+
+
+def assign_levels(
+    out: Tensor, matrix: Tensor, inverse: Tensor, levels: Levels, nbits: int, group_size: int, axis: int, format: str
+) -> None:
+    """Like ``assign``, for a format without zero points."""
+    _C.assign_levels(out, matrix, inverse, _with_codes(levels, format), nbits, group_size, axis)
+
+
+class LloydPasses:
+    """``solvers.codebook.Passes`` compiled."""
+
+    chunk = 1 << 18
+
+    def fit(self, w: Tensor, levels: Levels) -> Tensor:
+        inverse = solve_levels(w.flatten(1), levels, w.shape[-1], 1, "hqq_joint", "codebook")
+        return inverse.reciprocal_().unsqueeze(-1)
+
+    def step(self, w: Tensor, s: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        error, better, top, bottom = _C.lloyd(w, s.squeeze(-1), _with_codes(levels, "codebook"))
+        return error, better.unsqueeze(-1), top, bottom
 
 
 def empty_packed(*sizes: int) -> Tensor:

@@ -248,6 +248,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto free = pybind11::call_guard<pybind11::gil_scoped_release>();
   m.def("solve", &hq::solve, free);
   m.def("assign", &hq::assign, free);
+  m.def("solve_levels", &hq::solve_levels, free);
+  m.def("assign_levels", &hq::assign_levels, free);
+  m.def("lloyd", &hq::lloyd, free);
   m.def("set_table", &hq::set_table);
   m.def("empty_packed", [](const std::vector<int64_t>& sizes) { return empty_packed(sizes); });
   m.def("set_process_choice", [](int c) { process_choice = c; });

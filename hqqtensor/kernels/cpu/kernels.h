@@ -75,6 +75,19 @@ struct Digits {
   int64_t by_chunk(const Place& p) const { return tile == 0 ? count * 64 : 16 * p.by_quad; }
 };
 
+// The numbers that codes stand for at scale 1, for solvers. Either up to 16 of them, ascending, the number x belonging to
+// the level before the first threshold that is not below x; or a floating-point format, nearest to even.
+struct Levels {
+  bool symmetric;           // every level's negative is a level
+  float first, last;
+  float values[16];         // the last is repeated in places left over
+  float thresholds[32];     // infinite in places left over
+  uint8_t codes[16];
+  int mantissa;             // bits; -1: the levels above
+  float least;              // the smallest number with a leading one
+  int sign;                 // the sign's bit in a code
+};
+
 struct Kernels {
   const char* name;
   // Row m of float32 activations as integers; false where they hold NaN, Inf or numbers too small for that.
@@ -96,13 +109,21 @@ struct Kernels {
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
   int lanes;  // groups that solve_block works on together
+  void (*extremes)(const float* w, int64_t count, float* low, float* high);
   void (*solve_block)(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero);
   // `rounds` of the published solver on `count` groups (the other lanes hold copies); totals[r] gains the sum of
   // |w - dequantized| of round r.
   void (*hqq_block)(const float* w, int64_t size, int64_t count, int nbits, int rounds, float* inverse, float* zero,
                     double* totals);
-  void (*assign_row)(const float* w, const float* inverse, const float* zero, int64_t K, int nbits, int64_t group_size,
-                     int axis, uint8_t* out);
+  // Scales for given levels, which may be negative. solver: 0 rtn, 1 joint.
+  void (*solve_levels)(const Levels&, int solver, float* w, int64_t size, float* inverse);
+  // For up to 16 levels: the error of each group's scale, the best scale for its codes, and with that the sums by code
+  // over `count` groups (the other lanes hold copies) that give the best levels: of scale * weight and of scale^2.
+  void (*lloyd_block)(const Levels&, const float* w, int64_t size, int64_t count, float* scale, double* error, double* top,
+                      double* bottom);
+  // Nearest codes of a row, packed; levels null: the integers.
+  void (*assign_row)(const Levels* levels, const float* w, const float* inverse, const float* zero, int64_t K, int nbits,
+                     int64_t group_size, int axis, uint8_t* out);
   void (*to_float)(const void* from, DType, int64_t count, float* out);
   void (*from_float)(const float* from, int64_t count, DType, void* out);
 };

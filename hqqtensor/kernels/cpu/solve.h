@@ -6,15 +6,6 @@
 
 namespace {
 
-inline Floats f_pick(Floats condition_lt_zero, Floats then_, Floats else_) {
-  float c[kFloats], a[kFloats], b[kFloats];
-  f_store(c, condition_lt_zero);
-  f_store(a, then_);
-  f_store(b, else_);
-  for (int i = 0; i < kFloats; ++i) b[i] = c[i] < 0 ? a[i] : b[i];
-  return f_load(b);
-}
-
 inline Floats clamp_round(Floats v, Floats last) { return f_min(f_max(f_round(v), f_zero()), last); }
 
 struct Range {
@@ -29,6 +20,26 @@ inline Range range_of(const float* w, int64_t size) {
     r.high = f_max(r.high, v);
   }
   return r;
+}
+
+// Smallest and largest of `count` numbers side by side.
+void extremes(const float* w, int64_t count, float* low, float* high) {
+  int64_t i = 0;
+  *low = *high = w[0];
+  if (count >= kFloats) {
+    Range r{f_load(w), f_load(w)};
+    for (i = kFloats; i + kFloats <= count; i += kFloats) {
+      const Floats v = f_load(w + i);
+      r.low = f_min(r.low, v);
+      r.high = f_max(r.high, v);
+    }
+    *low = f_hmin(r.low);
+    *high = f_hmax(r.high);
+  }
+  for (; i < count; ++i) {
+    *low = w[i] < *low ? w[i] : *low;
+    *high = w[i] > *high ? w[i] : *high;
+  }
 }
 
 // Groups whose weights are all the same: scale and zero that give that value from one code.
@@ -57,6 +68,9 @@ void solve_rtn(const float* w, int64_t size, int nbits, float* inverse, float* z
 struct Candidate {
   Floats error, s, z;
 };
+
+// Moves of the lower and the upper end of the range outwards, in codes.
+constexpr float kEnds[6][2] = {{0.5f, 0}, {-0.5f, 0}, {0, 0.5f}, {0, -0.5f}, {0.15f, 0.15f}, {-0.15f, -0.15f}};
 
 struct Joint {
   const float* w;  // in units of the group's largest weight
@@ -111,13 +125,10 @@ struct Joint {
         step(s, z, s1, z1);
         keep(best, step(s1, z1, s2, z2), s1, z1);
       }
-    settle(best, best.s, best.z, 5);
-    for (int move = 0; move < 4; ++move) {
-      const Floats wider = f_mul(best.s, f_set(1 + (move % 2 ? -0.5f : 0.5f) / (float)codes));
-      const Floats ratio = f_div(best.s, wider);
-      // The first two moves hold the lower end of the range, the others the upper one.
-      const Floats zero = move < 2 ? f_mul(best.z, ratio) : f_sub(last, f_mul(f_sub(last, best.z), ratio));
-      settle(best, wider, zero, 3);
+    settle(best, best.s, best.z, 3);
+    for (const float* ends : kEnds) {
+      const Floats wider = f_mul(best.s, f_set(1 + (ends[0] + ends[1]) / (float)codes));
+      settle(best, wider, f_mul(f_add(best.z, f_set(ends[0])), f_div(best.s, wider)), 3);
     }
     return best;
   }
@@ -212,94 +223,6 @@ void hqq_block(const float* w, int64_t size, int64_t count, int nbits, int round
     for (int64_t i = 0; i < count; ++i) totals[round] += (double)sums[i];
   }
   f_store(zero, z);
-}
-
-// Codes of one block of `count` (a multiple of 8, up to 128) into the plane of P bits that holds their bits from LOW on.
-template <int P, int LOW>
-inline uint8_t* pack_plane(const uint8_t* codes, int64_t count, uint8_t* out) {
-  const int64_t width = count * P / 8;
-  for (int64_t i = 0; i < width; ++i) {
-    int byte = 0;
-    for (int f = 0; f < 8 / P; ++f) byte |= ((codes[f * width + i] >> LOW) & ((1 << P) - 1)) << (P * f);
-    out[i] = (uint8_t)byte;
-  }
-  return out + width;
-}
-
-template <int NB>
-inline void pack_block(const uint8_t* codes, int64_t count, uint8_t* out) {
-  if constexpr (NB == 8) out = pack_plane<8, 0>(codes, count, out);
-  if constexpr ((NB & 4) != 0) out = pack_plane<4, 0>(codes, count, out);
-  if constexpr ((NB & 2) != 0) out = pack_plane<2, NB & 4>(codes, count, out);
-  if constexpr ((NB & 1) != 0) out = pack_plane<1, NB & 6>(codes, count, out);
-}
-
-// The codes of up to 128 weights. axis 1: `left` weights remain of `group`. axis 0: a scale for each column.
-struct Assigner {
-  const float *inverse, *zero;
-  int64_t group_size, group, left;
-  Floats last;
-
-  void columns(const float* w, int64_t k, int64_t count, uint8_t* codes) const {
-    int64_t i = 0;
-    for (; i + kFloats <= count; i += kFloats)
-      f_to_codes(clamp_round(f_add(f_mul(f_load(w + i), f_load(inverse + k + i)), f_load(zero + k + i)), last), codes + i);
-    if (i < count) {
-      float v[3][kFloats] = {};
-      const size_t bytes = sizeof(float) * (size_t)(count - i);
-      __builtin_memcpy(v[0], w + i, bytes);
-      __builtin_memcpy(v[1], inverse + k + i, bytes);
-      __builtin_memcpy(v[2], zero + k + i, bytes);
-      some(v, codes + i, count - i);
-    }
-  }
-
-  void groups(const float* w, int64_t count, uint8_t* codes) {
-    for (int64_t i = 0; i < count;) {
-      const int64_t end = count - i < left ? count : i + left;
-      left -= end - i;
-      const float s = inverse[group], z = zero[group];
-      const Floats scale = f_set(s), shift = f_set(z);
-      for (; i + kFloats <= end; i += kFloats)
-        f_to_codes(clamp_round(f_add(f_mul(f_load(w + i), scale), shift), last), codes + i);
-      if (i < end) {
-        float v[3][kFloats] = {};
-        __builtin_memcpy(v[0], w + i, sizeof(float) * (size_t)(end - i));
-        f_store(v[1], scale);
-        f_store(v[2], shift);
-        some(v, codes + i, end - i);
-        i = end;
-      }
-      if (left == 0) ++group, left = group_size;
-    }
-  }
-
-  void some(const float (*v)[kFloats], uint8_t* codes, int64_t count) const {
-    uint8_t found[kFloats];
-    f_to_codes(clamp_round(f_add(f_mul(f_load(v[0]), f_load(v[1])), f_load(v[2])), last), found);
-    __builtin_memcpy(codes, found, (size_t)count);
-  }
-};
-
-// Nearest codes of a row of weights, packed. axis 1: a scale for each group; axis 0: one for each column.
-void assign_row(const float* w, const float* inverse, const float* zero, int64_t K, int nbits, int64_t group_size,
-                int axis, uint8_t* out) {
-  Assigner a{inverse, zero, group_size, 0, group_size, f_set((float)((1 << nbits) - 1))};
-  uint8_t codes[128];
-  with_nbits(nbits, [&](auto nb) {
-    for (int64_t k = 0; k < K; k += 128, out += 16 * nb.value) {
-      const int64_t count = K - k < 128 ? K - k : 128;
-      if (count < 128) __builtin_memset(codes, 0, sizeof codes);
-      if (axis == 1)
-        a.groups(w + k, count, codes);
-      else
-        a.columns(w + k, k, count, codes);
-      if (count == 128)
-        pack_block<nb.value>(codes, 128, out);
-      else
-        pack_block<nb.value>(codes, (count + 7) / 8 * 8, out);
-    }
-  });
 }
 
 }  // namespace

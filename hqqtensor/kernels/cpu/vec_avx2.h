@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace {
 
 constexpr int kRows = 2, kMaxTokens = 2;
@@ -201,6 +203,12 @@ inline Floats f_min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats f_max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats f_round(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats f_abs(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+// a where c < 0, else b.
+inline Floats f_pick(Floats c, Floats a, Floats b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(c, _mm256_setzero_ps(), _CMP_LT_OQ));
+}
+// The power of two in each number: its sign and mantissa taken away.
+inline Floats f_power(Floats a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
 inline float f_sum(Floats v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -233,6 +241,40 @@ inline __m128i to_bytes(__m256i v) {  // the low byte of each of 8 lanes, in the
   return _mm_unpacklo_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
 }
 inline void f_to_codes(Floats v, uint8_t* p) { _mm_storel_epi64((__m128i*)p, to_bytes(_mm256_cvtps_epi32(v))); }
+// Which of up to 16 levels a number belongs to: the number of thresholds below it, found in four comparisons.
+class Search {
+ public:
+  explicit Search(const hqqtensor::Levels& l)
+      : half_(_mm256_set1_ps(l.thresholds[7])), codes_(_mm_loadu_si128((const __m128i*)l.codes)) {
+    for (int i = 0; i < 8; ++i) {  // an index found so far looks up its next threshold
+      quarter_[i] = l.thresholds[i % 2 * 8 + 3];
+      eighth_[i] = l.thresholds[i % 4 * 4 + 1];
+      last_[i] = l.thresholds[i * 2];
+    }
+    low_ = _mm256_loadu_ps(l.values);
+    high_ = _mm256_loadu_ps(l.values + 8);
+  }
+  Floats value(Floats x) const {
+    const __m256i i = index(x);
+    const __m256 low = _mm256_permutevar8x32_ps(low_, i), high = _mm256_permutevar8x32_ps(high_, i);
+    return _mm256_blendv_ps(low, high, _mm256_cmp_ps(x, half_, _CMP_GT_OQ));
+  }
+  void codes(Floats x, uint8_t* p) const { _mm_storel_epi64((__m128i*)p, _mm_shuffle_epi8(codes_, to_bytes(index(x)))); }
+
+ private:
+  static __m256i bit(Floats x, Floats threshold) {  // -1 or 0
+    return _mm256_castps_si256(_mm256_cmp_ps(x, threshold, _CMP_GT_OQ));
+  }
+  static __m256i next(__m256i index, Floats x, __m256 table) {
+    return _mm256_sub_epi32(_mm256_add_epi32(index, index), bit(x, _mm256_permutevar8x32_ps(table, index)));
+  }
+  __m256i index(Floats x) const {
+    const __m256i i = _mm256_sub_epi32(_mm256_setzero_si256(), bit(x, half_));
+    return next(next(next(i, x, quarter_), x, eighth_), x, last_);
+  }
+  Floats half_, quarter_, eighth_, last_, low_, high_;
+  __m128i codes_;
+};
 inline Floats f_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void f_store_f16(uint16_t* p, Floats v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

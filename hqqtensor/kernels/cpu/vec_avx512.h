@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace {
 
 constexpr int kRows = 4, kMaxTokens = 1;      // tile of linear_rows: rows of the weight x rows of the activations
@@ -134,6 +136,14 @@ inline Floats f_min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats f_max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats f_round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats f_abs(Floats a) { return _mm512_abs_ps(a); }
+// a where c < 0, else b.
+inline Floats f_pick(Floats c, Floats a, Floats b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
+}
+// The power of two in each number: its sign and mantissa taken away.
+inline Floats f_power(Floats a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000)));
+}
 inline float f_sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float f_hmax(Floats a) { return _mm512_reduce_max_ps(a); }
 inline float f_hmin(Floats a) { return _mm512_reduce_min_ps(a); }
@@ -150,6 +160,34 @@ inline void f_to_codes(Floats v, uint8_t* p) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 inline void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
+// Which of up to 16 levels a number belongs to: the number of thresholds below it, found in four comparisons.
+class Search {
+ public:
+  explicit Search(const hqqtensor::Levels& l)
+      : half_(_mm512_set1_ps(l.thresholds[7])),
+        quarter_(_mm512_loadu_ps(l.thresholds + 3)),
+        eighth_(_mm512_loadu_ps(l.thresholds + 1)),
+        last_(_mm512_loadu_ps(l.thresholds)),
+        values_(_mm512_loadu_ps(l.values)),
+        codes_(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)l.codes))) {}
+  Floats value(Floats x) const { return _mm512_permutexvar_ps(index(x), values_); }
+  void codes(Floats x, uint8_t* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(index(x), codes_)));
+  }
+
+ private:
+  static __m512i above(__m512i index, Floats x, Floats threshold, int step) {
+    return _mm512_mask_add_epi32(index, _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ), index, _mm512_set1_epi32(step));
+  }
+  __m512i index(Floats x) const {
+    __m512i i = above(_mm512_setzero_si512(), x, half_, 8);
+    i = above(i, x, _mm512_permutexvar_ps(i, quarter_), 4);
+    i = above(i, x, _mm512_permutexvar_ps(i, eighth_), 2);
+    return above(i, x, _mm512_permutexvar_ps(i, last_), 1);
+  }
+  Floats half_, quarter_, eighth_, last_, values_;  // thresholds, where an index found so far looks them up
+  __m512i codes_;
+};
 inline Floats f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void f_store_f16(uint16_t* p, Floats v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

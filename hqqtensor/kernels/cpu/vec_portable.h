@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace {
 
 constexpr int kRows = 2, kMaxTokens = 1;
@@ -161,6 +163,21 @@ inline Floats f_round(const Floats& a) {
     return std::fabs(a.v[i]) < 4194304.0f ? (a.v[i] + big) - big : a.v[i];
   });
 }
+// a where c < 0, else b.
+inline Floats f_pick(const Floats& c, const Floats& a, const Floats& b) {
+  return each([&](int i) { return c.v[i] < 0 ? a.v[i] : b.v[i]; });
+}
+// The power of two in each number: its sign and mantissa taken away.
+inline Floats f_power(const Floats& a) {
+  Floats r;
+  for (int i = 0; i < kFloats; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &a.v[i], 4);
+    bits &= 0x7f800000;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
+  return r;
+}
 inline float f_sum(const Floats& a) {
   float s = 0;
   for (float v : a.v) s += v;
@@ -185,6 +202,29 @@ inline Floats f_lookup(const uint8_t* codes, const float* table, int) {
 inline void f_to_codes(const Floats& v, uint8_t* p) {
   for (int i = 0; i < kFloats; ++i) p[i] = (uint8_t)lrintf(v.v[i]);
 }
+// Which of up to 16 levels a number belongs to: the number of thresholds below it.
+class Search {
+ public:
+  explicit Search(const hqqtensor::Levels& l) : l_(l) {}
+  Floats value(const Floats& x) const {
+    int32_t found[kFloats];
+    index(x, found);
+    return each([&](int i) { return l_.values[found[i]]; });
+  }
+  void codes(const Floats& x, uint8_t* p) const {
+    int32_t found[kFloats];
+    index(x, found);
+    for (int i = 0; i < kFloats; ++i) p[i] = l_.codes[found[i]];
+  }
+
+ private:
+  void index(const Floats& x, int32_t* found) const {
+    for (int i = 0; i < kFloats; ++i) found[i] = 0;
+    for (int t = 0; t < 15; ++t)
+      for (int i = 0; i < kFloats; ++i) found[i] += x.v[i] > l_.thresholds[t];
+  }
+  const hqqtensor::Levels& l_;
+};
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
   if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)mantissa * 5.9604644775390625e-8f;

@@ -12,6 +12,7 @@ from hqqtensor.solvers import hqq_joint
 
 STARTS, SETTLE = tl.constexpr(hqq_joint.STARTS), tl.constexpr(hqq_joint.SETTLE)
 MOVES, SETTLE_MOVE = tl.constexpr(hqq_joint.MOVES), tl.constexpr(hqq_joint.SETTLE_MOVE)
+MOVE_END, MOVE_BOTH = tl.constexpr(hqq_joint.MOVE_END), tl.constexpr(hqq_joint.MOVE_BOTH)
 SHRINK, MAX_SHRINK = tl.constexpr(hqq_joint.SHRINK), tl.constexpr(hqq_joint.MAX_SHRINK)
 TINY = tl.constexpr(1.1754943508222875e-38)
 ROUND = tl.constexpr(12582912.0)
@@ -74,9 +75,11 @@ def search(w, inside, mean, count, low, high, LAST: tl.constexpr):
         new_s, new_z = fit(w, inside, mean, count, new_s, new_z, LAST)
     best, s, z = better(w, inside, best, s, z, new_s, new_z, LAST)
     for move in range(MOVES):
-        wider = s * (1 + tl.where(move % 2 == 0, 0.5, -0.5) / LAST)
-        new_z = tl.where(move < 2, z * s / wider, LAST - (LAST - z) * s / wider)
-        new_s = wider
+        change = tl.where(move < 4, MOVE_END, MOVE_BOTH) * tl.where(move % 2 == 0, 1.0, -1.0)
+        lower = tl.where((move < 2) | (move >= 4), change, 0.0)
+        upper = tl.where(move >= 2, change, 0.0)
+        new_s = s * (1 + (lower + upper) / LAST)
+        new_z = (z + lower) * s / new_s
         for _ in range(SETTLE_MOVE):
             new_s, new_z = fit(w, inside, mean, count, new_s, new_z, LAST)
         best, s, z = better(w, inside, best, s, z, new_s, new_z, LAST)
