@@ -2,11 +2,12 @@
 #pragma once
 #include "linear_dense.h"
 #include "linear_rows.h"
+#include "short_rows.h"
 #include "solve.h"
 
 #define HQQTENSOR_TABLE(name, ...)                                                              \
   {                                                                                                              \
     name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, __VA_ARGS__, linear_dense,          \
-        linear_dense_scratch, dequantize_row, kFloats, solve_block, hqq_block, assign_row, to_float,     \
+        linear_dense_scratch, dequantize_row, dequantize_rows, kFloats, solve_block, hqq_block, assign_row, to_float,     \
         from_float                                                                                               \
   }
