@@ -4,6 +4,7 @@ Keys are grouped per channel over tokens and values per token over channels by d
 arXiv 2402.02750). A block is quantized once, when it leaves the window of recent tokens, and never again.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.tensor import HQQTensor
 
@@ -31,36 +33,46 @@ class HqqCacheLayer(DynamicLayer):
         """Add new states; returns all of them, those in the window and the new ones exact."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        out = self._all(0, self.keys), self._all(1, self.values)
-        blocks = (self.keys.shape[-2] - self.residual_length) // self.block
-        if blocks > 0:
-            count = blocks * self.block
-            for which, states in enumerate((self.keys, self.values)):
-                new = self._pack(states[..., :count, :], self.axes[which])
-                old = self._packed[which]
-                self._packed[which] = new if old is None else torch.cat([old, new], dim=2)  # type: ignore[assignment]
+        recent = [torch.cat(pair, dim=-2) for pair in ((self.keys, key_states), (self.values, value_states))]
+        out = self._all(0, recent[0]), self._all(1, recent[1])
+        count = (recent[0].shape[-2] - self.residual_length) // self.block * self.block
+        if count > 0:
+            new = [self._pack(which, states[..., :count, :]) for which, states in enumerate(recent)]
+            self._packed = [
+                pack if old is None else torch.cat([old, pack], dim=2)  # type: ignore[misc]
+                for old, pack in zip(self._packed, new, strict=True)
+            ]
             # Copies: a view would keep the packed tokens' memory.
-            self.keys = self.keys[..., count:, :].clone()
-            self.values = self.values[..., count:, :].clone()
+            recent = [states[..., count:, :].clone() for states in recent]
+        self.keys, self.values = recent
         return out
 
-    def _pack(self, states: Tensor, axis: int) -> HQQTensor:
-        """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``, or ``[B, H, C, D, block]`` for axis 0."""
+    def _pack(self, which: int, states: Tensor) -> HQQTensor:
+        """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``."""
         blocks = states.unflatten(2, (-1, self.block))
         try:
-            return HQQTensor.from_hp(blocks if axis else blocks.transpose(-1, -2), self.settings)
+            if self.axes[which]:
+                return HQQTensor.from_hp(blocks, self.settings)
+            # All blocks in one matrix: its row n belongs to group n % G, so that G blocks take turns.
+            rows = blocks.movedim(3, 0).reshape(-1, blocks.shape[-1])
+            packed = HQQTensor.from_hp(rows, replace(self.settings, axis=0))
         except ValueError as error:
             raise ValueError(f"{list(states.shape)} states of the cache: {error}") from None
-
-    def _unpack(self, which: int, packed: HQQTensor) -> Tensor:
-        blocks = packed.dequantize()
-        return (blocks if self.axes[which] else blocks.transpose(-1, -2)).flatten(2, 3)
+        shape = (self.block, *blocks.shape[:3], -1)
+        qdata = packed.qdata.view(shape).movedim(0, 3).contiguous()
+        scale, zero = (t.view(*blocks.shape[:3], 1, -1) for t in (packed.scale, packed.zero_point))  # type: ignore[union-attr]
+        return packed.with_data(qdata=qdata, scale=scale, zero_point=zero, shape=blocks.shape)
 
     def _all(self, which: int, recent: Tensor) -> Tensor:
+        """Packed tokens, made dense where they are returned, and ``recent`` ones behind them."""
         packed = self._packed[which]
-        return recent if packed is None else torch.cat([self._unpack(which, packed), recent], dim=-2)
+        if packed is None:
+            return recent
+        held = self._packed_length()
+        out = recent.new_empty(*recent.shape[:2], held + recent.shape[2], recent.shape[3])
+        ops.dequantize_into(out[:, :, :held].unflatten(2, (-1, self.block)), *packed.packed(), *packed.settings())
+        out[:, :, held:] = recent
+        return out
 
     def _packed_length(self) -> int:
         return 0 if self._packed[0] is None else self._packed[0].shape[2] * self.block
@@ -92,7 +104,7 @@ class HqqCacheLayer(DynamicLayer):
         recent: list[Tensor] = []
         for which, packed in enumerate(self._packed):
             assert packed is not None
-            last = self._unpack(which, packed[:, :, whole : whole + 1])  # type: ignore[arg-type]
+            last = packed[:, :, whole : whole + 1].dequantize().flatten(2, 3)
             recent.append(last[..., :rest, :].clone())
             self._packed[which] = packed[:, :, :whole] if whole else None  # type: ignore[assignment]
         self.keys, self.values = recent
