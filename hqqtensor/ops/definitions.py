@@ -18,8 +18,6 @@ _SETTINGS = "Tensor[] meta, int nbits, str format, int group_size, int axis, int
 SCHEMAS = {
     # Weights [..., N, K] of dtype from packed rows [..., N, row_bytes].
     "dequantize": f"({_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
-    # The same written into out [..., N, K], whose last dimension has stride 1 (others any), in its dtype.
-    "dequantize_into": f"(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()",
     # x [..., K] times the transpose of packed weights [N, K], plus bias: [..., N] in x's dtype.
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? act_pre_scale, {_SETTINGS}, str activation) -> Tensor",
     # x [E, M, K] times the transpose of each of E packed weights [E, N, K]: [E, M, N].
@@ -40,22 +38,15 @@ uses row r % rows; those of a uint8 zero point follow. ``activation`` is "float"
 LIBRARY = torch.library.Library("hqqtensor", "DEF")
 
 
-def _from_registry(op: str) -> Callable:
+def _from_registry(op: str) -> Callable[..., Tensor]:
     def run(*args: object) -> Tensor:
         return kernel(op, args[0].device.type)(*args)  # type: ignore[attr-defined]
 
-    def into(out: Tensor, *args: object) -> None:
-        out.copy_(kernel("dequantize", out.device.type)(*args, out.dtype))
-
-    return into if op == "dequantize_into" else run
+    return run
 
 
 def _fake_dequantize(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
     return qdata.new_empty(*qdata.shape[:-1], in_features, dtype=dtype)
-
-
-def _fake_dequantize_into(out, *args):  # type: ignore[no-untyped-def]
-    return None
 
 
 def _fake_linear(x, qdata, *rest):  # type: ignore[no-untyped-def]
@@ -70,9 +61,8 @@ def _fake_embedding(indices, qdata, scale, zero_point, meta, nbits, format, grou
     return qdata.new_empty(*indices.shape, in_features, dtype=dtype)
 
 
-_FAKES: dict[str, Callable] = {
+_FAKES: dict[str, Callable[..., Tensor]] = {
     "dequantize": _fake_dequantize,
-    "dequantize_into": _fake_dequantize_into,
     "linear": _fake_linear,
     "batched_linear": _fake_linear,
     "grouped_linear": _fake_grouped,
@@ -83,6 +73,18 @@ for _op, _schema in SCHEMAS.items():
         LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
         LIBRARY.impl(_name, _from_registry(_op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"hqqtensor::{_name}", _FAKES[_op], lib=LIBRARY)
+
+
+def _into(out: Tensor, *args: object) -> None:
+    out.copy_(dequantize(*args, out.dtype))
+
+
+# dequantize, written into out [..., N, K] of any floating dtype, whose last dimension has stride 1 (the others any). No
+# backend needs a kernel of its own for it: the compiled ones for the CPU have one, the others' results are copied.
+for _name in ("dequantize_into", "registry_dequantize_into"):
+    LIBRARY.define(f"{_name}(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(_name, _into, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hqqtensor::{_name}", lambda *args: None, lib=LIBRARY)
 
 dequantize = torch.ops.hqqtensor.dequantize.default
 dequantize_into = torch.ops.hqqtensor.dequantize_into.default

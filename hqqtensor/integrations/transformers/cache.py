@@ -68,14 +68,16 @@ class HqqCacheLayer(DynamicLayer):
         packed = self._packed[which]
         if packed is None:
             return recent
+        B, H, count, D = recent.shape
         held = self._packed_length()
-        out = recent.new_empty(*recent.shape[:2], held + recent.shape[2], recent.shape[3])
-        ops.dequantize_into(out[:, :, :held].unflatten(2, (-1, self.block)), *packed.packed(), *packed.settings())
+        out = recent.new_empty(B, H, held + count, D)
+        ops.dequantize_into(out[:, :, :held].view(B, H, -1, self.block, D), *packed.packed(), *packed.settings())
         out[:, :, held:] = recent
         return out
 
     def _packed_length(self) -> int:
-        return 0 if self._packed[0] is None else self._packed[0].shape[2] * self.block
+        # Of the codes: to ask an HQQTensor itself for its shape goes through torch's function dispatch.
+        return 0 if self._packed[0] is None else self._packed[0].qdata.shape[2] * self.block
 
     def get_seq_length(self) -> int:
         """Tokens held, packed and recent."""
