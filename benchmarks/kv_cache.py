@@ -27,11 +27,11 @@ BOUNDS = {8: 0.02, 4: 0.2, 2: 0.8}  # of the errors' norm over the states' norm
 CACHES = ("ours", "hqq", "quanto", "exact")
 
 
-def make(name: str, config: Any, nbits: int, axes: tuple[int, int], window: int) -> Any:
+def make(name: str, config: Any, nbits: int, axes: tuple[int, int], window: int, solver: str) -> Any:
     """The cache ``name``; NotHere where its library is not installed or has no such width."""
     settings: dict[str, Any] = {"nbits": nbits, "q_group_size": GROUP, "residual_length": window}
     if name == "ours":
-        return HqqQuantizedCache(config, axis_key=axes[0], axis_value=axes[1], **settings)
+        return HqqQuantizedCache(config, axis_key=axes[0], axis_value=axes[1], solver=solver, **settings)
     if name == "exact":
         return transformers.DynamicCache(config=config)
     if name == "quanto":
@@ -75,7 +75,7 @@ def measure(setting: dict[str, Any], args: argparse.Namespace) -> list[dict[str,
     old = states(shape, prompt, dtype, 0)
     for name in args.caches:
         try:
-            cache = make(name, config, nbits, axes, window)
+            cache = make(name, config, nbits, axes, window, args.solver)
         except NotHere as why:
             print(f"left out: {name} at {nbits} bits ({why})")
             continue
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--windows", nargs="+", type=int, default=[128], help="most recent tokens, kept exact")
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=list(DTYPES))
     parser.add_argument("--caches", nargs="+", default=list(CACHES), choices=CACHES)
+    parser.add_argument("--solver", default="hqq_joint", choices=["hqq_joint", "hqq", "rtn"], help="of ours")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8, help="of keys and values")
     parser.add_argument("--batch", type=int, default=1)
