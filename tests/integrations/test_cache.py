@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from hqqtensor import HqqConfig, HQQTensor, backend
 from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
+from hqqtensor.kernels import cpu
 
 CONFIG = tf.LlamaConfig(
     vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -86,6 +88,35 @@ def test_nothing_dense_is_kept_and_what_was_returned_is_the_callers_own(axes: tu
     held = [tensor for packed in layer(cache)._packed for tensor in packed.packed()] + [layer(cache).keys]  # type: ignore[union-attr]
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, layer(cache).values]}  # type: ignore[union-attr]
     assert sum(stored.values()) == layer(cache).nbytes
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="plain memory without the extension")
+def test_memory_of_what_was_dropped_serves_the_next_layer_and_only_then() -> None:
+    cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=8)
+    for index in (0, 1):
+        cache.update(*states(200, index), index)
+
+    def places(index: int) -> set[int]:
+        return {out.data_ptr() for out in cache.update(*states(1, 2), index)}
+
+    first = places(0)
+    assert places(1) == first and places(0) == first
+    view = cache.update(*states(1, 3), 1)[0][:, 1:, 5:]  # one piece is in use by what looks like another tensor
+    kept = view.clone()
+    assert view.untyped_storage().data_ptr() in first
+    for index in (0, 1, 0):
+        assert view.untyped_storage().data_ptr() not in places(index)
+    assert torch.equal(view, kept)
+    other = copy.deepcopy(cache)
+    one, two = (c.update(*states(1, 4), 0) for c in (cache, other))
+    assert torch.equal(one[0], two[0]) and one[0].data_ptr() != two[0].data_ptr()
+    del cache, other, one
+    assert two[0].isfinite().all()  # outlives its cache
+    with torch.inference_mode():
+        cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=8)
+        cache.update(*states(200), 0)
+        cache.update(*states(1), 0)
+    assert cache.update(*states(1), 0)[0].requires_grad is False
 
 
 @pytest.mark.parametrize("axes", BOTH_AXES)

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
+from hqqtensor.kernels import cpu
 from hqqtensor.tensor import HQQTensor
 
 
@@ -23,10 +24,12 @@ class HqqCacheLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int) -> None:
+    def __init__(
+        self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int, pool: Any = None
+    ) -> None:
         super().__init__()
         self.settings, self.axes = settings, (axis_key, axis_value)
-        self.block, self.residual_length = block, residual_length
+        self.block, self.residual_length, self._pool = block, residual_length, pool
         self._packed: list[HQQTensor | None] = [None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +73,9 @@ class HqqCacheLayer(DynamicLayer):
             return recent
         B, H, count, D = recent.shape
         held = self._packed_length()
-        out = recent.new_empty(B, H, held + count, D)
+        size = (B, H, held + count, D)
+        on_cpu = self._pool is not None and recent.device.type == "cpu"
+        out = self._pool.empty(size, recent) if on_cpu else recent.new_empty(size)
         ops.dequantize_into(out[:, :, :held].view(B, H, -1, self.block, D), *packed.packed(), *packed.settings())
         out[:, :, held:] = recent
         return out
@@ -159,7 +164,8 @@ class HqqQuantizedCache(Cache):
                 raise ValueError(f"{name} must be 0 (over tokens) or 1 (over channels), got {axis!r}")
         if not isinstance(residual_length, int) or residual_length < 0:
             raise ValueError(f"residual_length must be 0 or more tokens, got {residual_length!r}")
-        options = (settings, axis_key, axis_value, q_group_size, residual_length)
+        # One pool for all layers: what one layer returned is gone, as a rule, when the next one asks.
+        options = (settings, axis_key, axis_value, q_group_size, residual_length, cpu.pool())
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[HqqCacheLayer(*options) if type(x) is DynamicLayer else x for x in layers])
 

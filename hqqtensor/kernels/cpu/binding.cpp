@@ -11,6 +11,7 @@
 #endif
 
 #include "linear.h"
+#include "pool.h"
 #include "quantize.h"
 #include "weights.h"
 
@@ -307,6 +308,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("assign", &hq::assign, free);
   m.def("set_table", &hq::set_table);
   m.def("empty_packed", [](const std::vector<int64_t>& sizes) { return empty_packed(sizes); });
+  pybind11::class_<hq::Pool, std::shared_ptr<hq::Pool>>(m, "Pool")
+      .def(pybind11::init<>())
+      .def("empty", [](hq::Pool& pool, const std::vector<int64_t>& sizes, const Tensor& like) { return pool.empty(sizes, like); })
+      // A copy of what owns a pool has one of its own, with nothing in it yet.
+      .def(pybind11::pickle([](const hq::Pool&) { return pybind11::tuple(); },
+                            [](const pybind11::tuple&) { return std::make_shared<hq::Pool>(); }));
   m.def("set_process_choice", [](int c) { process_choice = c; });
   m.def("set_thread_choice", [](int c) { thread_choice = c; });
 }
