@@ -1,7 +1,7 @@
 """One command each: ``python -m benchmarks.NAME``. Answers are checked before anything is timed.
 
-``cpu_linear``, ``cpu_quantize`` and ``cpu_decode`` compare with other libraries, ``quality_basic`` measures errors. The
-others take part where they are installed, and are named where they are not:
+``cpu_linear``, ``cpu_quantize``, ``cpu_decode`` and ``kv_cache`` compare with other libraries, ``quality_basic``
+measures errors. The others take part where they are installed, and are named where they are not:
 
     pip install --no-deps --target PEERS onnx onnxruntime ml_dtypes protobuf flatbuffers optimum-quanto \\
         llama-cpp-python diskcache gguf

@@ -1,12 +1,13 @@
 """Operators on packed weights: definitions, the plain reference, and the choice of backend."""
 
 from hqqtensor.ops.backend import backend, register_backend, set_backend
-from hqqtensor.ops.definitions import batched_linear, dequantize, embedding, grouped_linear, linear
+from hqqtensor.ops.definitions import batched_linear, dequantize, dequantize_into, embedding, grouped_linear, linear
 
 __all__ = [
     "backend",
     "batched_linear",
     "dequantize",
+    "dequantize_into",
     "embedding",
     "grouped_linear",
     "linear",

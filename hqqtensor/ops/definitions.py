@@ -74,7 +74,20 @@ for _op, _schema in SCHEMAS.items():
         LIBRARY.impl(_name, _from_registry(_op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"hqqtensor::{_name}", _FAKES[_op], lib=LIBRARY)
 
+
+def _into(out: Tensor, *args: object) -> None:
+    out.copy_(dequantize(*args, out.dtype))
+
+
+# dequantize, written into out [..., N, K] of any floating dtype, whose last dimension has stride 1 (the others any). No
+# backend needs a kernel of its own for it: the compiled ones for the CPU have one, the others' results are copied.
+for _name in ("dequantize_into", "registry_dequantize_into"):
+    LIBRARY.define(f"{_name}(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(_name, _into, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hqqtensor::{_name}", lambda *args: None, lib=LIBRARY)
+
 dequantize = torch.ops.hqqtensor.dequantize.default
+dequantize_into = torch.ops.hqqtensor.dequantize_into.default
 linear = torch.ops.hqqtensor.linear.default
 batched_linear = torch.ops.hqqtensor.batched_linear.default
 grouped_linear = torch.ops.hqqtensor.grouped_linear.default

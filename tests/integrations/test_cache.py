@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from hqqtensor import HqqConfig, HQQTensor, backend
 from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
+from hqqtensor.kernels import cpu
 
 CONFIG = tf.LlamaConfig(
     vocab_size=64, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -65,6 +68,87 @@ def test_blocks_are_quantized_once_and_memory_shrinks() -> None:
     # 224 packed tokens at 4 bits with two float16 numbers a group of 32, and 32 in float32.
     packed = 2 * 2 * 224 * 64 * 2 * (4 + 1) // 8
     assert cache.nbytes == packed + 2 * 2 * 32 * 64 * 2 * 4
+
+
+@pytest.mark.parametrize("axes", BOTH_AXES)
+def test_nothing_dense_is_kept_and_what_was_returned_is_the_callers_own(axes: tuple[int, int]) -> None:
+    cache = HqqQuantizedCache(CONFIG, 4, *axes, q_group_size=32, residual_length=8)
+    for index in (0, 1):
+        cache.update(*states(200, index), index)
+    first = cache.update(*states(1, 2), 0)
+    copies = [out.clone() for out in first]
+    cache.update(*states(1, 3), 1)
+    second = cache.update(*states(1, 4), 0)
+    assert all(torch.equal(*pair) for pair in zip(first, copies, strict=True))
+    for out in second:
+        out.zero_()
+    third = cache.update(*states(1, 5), 0)
+    for out, want in zip(third, copies, strict=True):
+        assert torch.equal(out[:, :, : want.shape[2]], want)
+    held = [tensor for packed in layer(cache)._packed for tensor in packed.packed()] + [layer(cache).keys]  # type: ignore[union-attr]
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, layer(cache).values]}  # type: ignore[union-attr]
+    assert sum(stored.values()) == layer(cache).nbytes
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="plain memory without the extension")
+def test_memory_of_what_was_dropped_serves_the_next_layer_and_only_then() -> None:
+    cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=8)
+    for index in (0, 1):
+        cache.update(*states(200, index), index)
+
+    def places(index: int) -> set[int]:
+        return {out.data_ptr() for out in cache.update(*states(1, 2), index)}
+
+    first = places(0)
+    assert places(1) == first and places(0) == first
+    view = cache.update(*states(1, 3), 1)[0][:, 1:, 5:]  # one piece is in use by what looks like another tensor
+    kept = view.clone()
+    assert view.untyped_storage().data_ptr() in first
+    for index in (0, 1, 0):
+        assert view.untyped_storage().data_ptr() not in places(index)
+    assert torch.equal(view, kept)
+    other = copy.deepcopy(cache)
+    one, two = (c.update(*states(1, 4), 0) for c in (cache, other))
+    assert torch.equal(one[0], two[0]) and one[0].data_ptr() != two[0].data_ptr()
+    del cache, other, one
+    assert two[0].isfinite().all()  # outlives its cache
+    with torch.inference_mode():
+        cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=8)
+        cache.update(*states(200), 0)
+        cache.update(*states(1), 0)
+    assert cache.update(*states(1), 0)[0].requires_grad is False
+
+
+@pytest.mark.parametrize("axes", BOTH_AXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_tokens_come_back_as_any_backend_decodes_them(axes: tuple[int, int], dtype: torch.dtype) -> None:
+    cache = HqqQuantizedCache(CONFIG, 3, *axes, q_group_size=32, residual_length=8)
+    cache.update(*(t.to(dtype) for t in states(96)), 0)
+    blocks = [packed.dequantize() for packed in layer(cache)._packed]  # type: ignore[union-attr]
+    for choice in ("auto", "dequantize"):
+        with backend(choice):
+            got = cache.update(*(t.to(dtype) for t in states(1, 1)), 0)
+        for out, want in zip(got, blocks, strict=True):
+            assert out.dtype == dtype and torch.equal(out[:, :, :64], want.flatten(2, 3))
+
+
+def test_groups_over_tokens_are_those_of_one_channel_of_one_head() -> None:
+    cache = HqqQuantizedCache(CONFIG, 2, axis_key=0, axis_value=0, q_group_size=32, residual_length=0)
+    keys, values = states(64)
+    cache.update(keys, values, 0)
+    got, _ = cache.update(*states(1, 1), 0)
+    groups = keys[1, 1, 32:].T  # every channel of the second block of one head, as a row
+    want = HQQTensor.from_hp(groups, HqqConfig(2, 32, scale_dtype=torch.float16)).dequantize()
+    assert torch.equal(got[1, 1, 32:64], want.T)
+
+
+def test_gradients_reach_the_tokens_that_are_not_packed() -> None:
+    cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=8)
+    cache.update(*states(60), 0)
+    new = [t.requires_grad_() for t in states(2, 1)]
+    keys, values = cache.update(*new, 0)
+    (keys.sum() + 3 * values.sum()).backward()
+    assert torch.equal(new[0].grad, torch.ones_like(new[0])) and torch.equal(new[1].grad, torch.full_like(new[1], 3))  # type: ignore[arg-type]
 
 
 def test_layers_can_be_cropped_reordered_selected_and_reset() -> None:
@@ -139,3 +223,4 @@ def test_bad_settings_are_named() -> None:
     cache = HqqQuantizedCache(CONFIG, q_group_size=128, residual_length=0)
     with pytest.raises(ValueError, match=r"states of the cache: weight: group_size 128 is larger"):
         cache.update(*states(128), 0)
+    assert cache.get_seq_length() == 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqqtensor import HqqConfig, HQQTensor, backend
+from hqqtensor import HqqConfig, HQQTensor, backend, ops
 from hqqtensor.formats import get_format
 from hqqtensor.kernels import cpu
 from hqqtensor.ops.reference import expand_groups
@@ -33,9 +33,10 @@ def weight(
     axis: int,
     scale_dtype: torch.dtype = torch.float16,
     format: str = "int",
+    seed: int = 0,
 ) -> HQQTensor:
     """Random codes and scales, zero points within the range of codes: every code occurs (but NaN)."""
-    generator = torch.manual_seed(0)
+    generator = torch.manual_seed(seed)
     N, K = shape
     extent = K if axis == 1 else N
     size = min(group_size or extent, extent)
@@ -242,6 +243,52 @@ def test_dequantize_and_embedding_equal_the_plain_path_to_the_last_bit(nbits, gr
     with backend("cpu"):
         assert torch.equal(q.dequantize(dtype), want)
         assert torch.equal(F.embedding(index, q.to(dtype)), want[index])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    format=st.sampled_from([*[("int", b) for b in range(1, 9)], ("nf4", 4), ("codebook", 2)]),
+    group_size=st.sampled_from([8, 24, 32, 64, None]),
+    axis=st.sampled_from([0, 1]),
+    E=st.integers(1, 3),
+    N=st.integers(1, 130),
+    K=st.sampled_from([8, 20, 32, 64, 80, 96, 128, 160, 192, 256, 1100]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    quantized_scales=st.booleans(),
+)
+def test_stacks_of_short_rows_are_made_dense_in_place_to_the_last_bit(
+    format, group_size, axis, E, N, K, dtype, quantized_scales
+) -> None:
+    name, nbits = format
+    if quantized_scales and name == "int":
+        w = torch.randn(2, E, N, K, generator=torch.manual_seed(0))
+        size = group_size and min(group_size, (N, K)[axis])
+        q = HQQTensor.from_hp(w, HqqConfig(nbits, size, axis=axis, solver="rtn", quant_scale=True, quant_zero=True))
+    else:
+        parts = [weight((N, K), nbits, group_size, axis, format=name, seed=seed) for seed in range(2 * E)]
+        stack = [torch.stack([getattr(p, n) for p in parts]).unflatten(0, (2, E)) for n in ("qdata", "scale")]
+        zero = parts[0].zero_point
+        zero = zero if zero is None else torch.stack([p.zero_point for p in parts]).unflatten(0, (2, E))
+        q = parts[0].with_data(qdata=stack[0], scale=stack[1], zero_point=zero, shape=torch.Size((2, E, N, K)))
+    with backend("dequantize"):
+        want = q.dequantize(dtype)
+    with backend("cpu"):
+        assert torch.equal(q.dequantize(dtype), want)
+    for choice in ("cpu", "dequantize"):
+        # Between rows that belong to somebody else, experts outermost.
+        room = torch.zeros(E, 2, N + 3, K + 5, dtype=dtype)
+        with backend(choice):
+            ops.dequantize_into(room.transpose(0, 1)[:, :, 1:-2, :K], *q.packed(), *q.settings())
+        assert torch.equal(room[:, :, 1:-2, :K].transpose(0, 1), want)
+        assert not room[:, :, :1].any() and not room[:, :, -2:].any() and not room[..., K:].any()
+
+
+def test_dense_numbers_go_only_where_they_fit() -> None:
+    q = weight((16, 64), 4, 32, 1)
+    for out in (torch.empty(16, 63), torch.empty(1, 16, 64), torch.empty(64, 16).t()):
+        with backend("cpu"), pytest.raises(RuntimeError, match=r"out must be \[16, 64\]"):
+            ops.dequantize_into(out, *q.packed(), *q.settings())
+    torch.library.opcheck(ops.dequantize_into, (torch.empty(16, 64), *q.packed(), *q.settings()))
 
 
 def test_experts_equal_their_dense_products() -> None:

@@ -4,6 +4,7 @@ Keys are grouped per channel over tokens and values per token over channels by d
 arXiv 2402.02750). A block is quantized once, when it leaves the window of recent tokens, and never again.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from hqqtensor import ops
 from hqqtensor.config import HqqConfig
+from hqqtensor.kernels import cpu
 from hqqtensor.tensor import HQQTensor
 
 
@@ -21,49 +24,65 @@ class HqqCacheLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int) -> None:
+    def __init__(
+        self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int, pool: Any = None
+    ) -> None:
         super().__init__()
         self.settings, self.axes = settings, (axis_key, axis_value)
-        self.block, self.residual_length = block, residual_length
+        self.block, self.residual_length, self._pool = block, residual_length, pool
         self._packed: list[HQQTensor | None] = [None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new states; returns all of them, those in the window and the new ones exact."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        out = self._all(0, self.keys), self._all(1, self.values)
-        blocks = (self.keys.shape[-2] - self.residual_length) // self.block
-        if blocks > 0:
-            count = blocks * self.block
-            for which, states in enumerate((self.keys, self.values)):
-                new = self._pack(states[..., :count, :], self.axes[which])
-                old = self._packed[which]
-                self._packed[which] = new if old is None else torch.cat([old, new], dim=2)  # type: ignore[assignment]
+        recent = [torch.cat(pair, dim=-2) for pair in ((self.keys, key_states), (self.values, value_states))]
+        out = self._all(0, recent[0]), self._all(1, recent[1])
+        count = (recent[0].shape[-2] - self.residual_length) // self.block * self.block
+        if count > 0:
+            new = [self._pack(which, states[..., :count, :]) for which, states in enumerate(recent)]
+            self._packed = [
+                pack if old is None else torch.cat([old, pack], dim=2)  # type: ignore[misc]
+                for old, pack in zip(self._packed, new, strict=True)
+            ]
             # Copies: a view would keep the packed tokens' memory.
-            self.keys = self.keys[..., count:, :].clone()
-            self.values = self.values[..., count:, :].clone()
+            recent = [states[..., count:, :].clone() for states in recent]
+        self.keys, self.values = recent
         return out
 
-    def _pack(self, states: Tensor, axis: int) -> HQQTensor:
-        """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``, or ``[B, H, C, D, block]`` for axis 0."""
+    def _pack(self, which: int, states: Tensor) -> HQQTensor:
+        """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``."""
         blocks = states.unflatten(2, (-1, self.block))
         try:
-            return HQQTensor.from_hp(blocks if axis else blocks.transpose(-1, -2), self.settings)
+            if self.axes[which]:
+                return HQQTensor.from_hp(blocks, self.settings)
+            # All blocks in one matrix: its row n belongs to group n % G, so that G blocks take turns.
+            rows = blocks.movedim(3, 0).reshape(-1, blocks.shape[-1])
+            packed = HQQTensor.from_hp(rows, replace(self.settings, axis=0))
         except ValueError as error:
             raise ValueError(f"{list(states.shape)} states of the cache: {error}") from None
-
-    def _unpack(self, which: int, packed: HQQTensor) -> Tensor:
-        blocks = packed.dequantize()
-        return (blocks if self.axes[which] else blocks.transpose(-1, -2)).flatten(2, 3)
+        shape = (self.block, *blocks.shape[:3], -1)
+        qdata = packed.qdata.view(shape).movedim(0, 3).contiguous()
+        scale, zero = (t.view(*blocks.shape[:3], 1, -1) for t in (packed.scale, packed.zero_point))  # type: ignore[union-attr]
+        return packed.with_data(qdata=qdata, scale=scale, zero_point=zero, shape=blocks.shape)
 
     def _all(self, which: int, recent: Tensor) -> Tensor:
+        """Packed tokens, made dense where they are returned, and ``recent`` ones behind them."""
         packed = self._packed[which]
-        return recent if packed is None else torch.cat([self._unpack(which, packed), recent], dim=-2)
+        if packed is None:
+            return recent
+        B, H, count, D = recent.shape
+        held = self._packed_length()
+        size = (B, H, held + count, D)
+        on_cpu = self._pool is not None and recent.device.type == "cpu"
+        out = self._pool.empty(size, recent) if on_cpu else recent.new_empty(size)
+        ops.dequantize_into(out[:, :, :held].view(B, H, -1, self.block, D), *packed.packed(), *packed.settings())
+        out[:, :, held:] = recent
+        return out
 
     def _packed_length(self) -> int:
-        return 0 if self._packed[0] is None else self._packed[0].shape[2] * self.block
+        # Of the codes: to ask an HQQTensor itself for its shape goes through torch's function dispatch.
+        return 0 if self._packed[0] is None else self._packed[0].qdata.shape[2] * self.block
 
     def get_seq_length(self) -> int:
         """Tokens held, packed and recent."""
@@ -92,7 +111,7 @@ class HqqCacheLayer(DynamicLayer):
         recent: list[Tensor] = []
         for which, packed in enumerate(self._packed):
             assert packed is not None
-            last = self._unpack(which, packed[:, :, whole : whole + 1])  # type: ignore[arg-type]
+            last = packed[:, :, whole : whole + 1].dequantize().flatten(2, 3)
             recent.append(last[..., :rest, :].clone())
             self._packed[which] = packed[:, :, :whole] if whole else None  # type: ignore[assignment]
         self.keys, self.values = recent
@@ -145,7 +164,8 @@ class HqqQuantizedCache(Cache):
                 raise ValueError(f"{name} must be 0 (over tokens) or 1 (over channels), got {axis!r}")
         if not isinstance(residual_length, int) or residual_length < 0:
             raise ValueError(f"residual_length must be 0 or more tokens, got {residual_length!r}")
-        options = (settings, axis_key, axis_value, q_group_size, residual_length)
+        # One pool for all layers: what one layer returned is gone, as a rule, when the next one asks.
+        options = (settings, axis_key, axis_value, q_group_size, residual_length, cpu.pool())
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[HqqCacheLayer(*options) if type(x) is DynamicLayer else x for x in layers])
 

@@ -100,6 +100,15 @@ def empty_packed(*sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=torch.uint8) if _missing is not None else _C.empty_packed(sizes)
 
 
+def pool() -> Any:
+    """An owner of memory for large tensors that are made and dropped over and over; None without the extension.
+
+    ``pool().empty(sizes, like)`` is ``like.new_empty(sizes)`` on the CPU. Memory is used again only when no tensor uses
+    it any more, so what was returned is its holder's own. At most two pieces wait for their next use.
+    """
+    return None if _missing is not None else _C.Pool()
+
+
 def _follow(process: str, thread: str | None) -> None:
     codes = {"auto": 0, "cpu": 1}
     _C.set_process_choice(codes.get(process, 2))

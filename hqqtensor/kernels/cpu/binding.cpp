@@ -11,6 +11,7 @@
 #endif
 
 #include "linear.h"
+#include "pool.h"
 #include "quantize.h"
 #include "weights.h"
 
@@ -172,30 +173,86 @@ void dense_rows(const hq::Weight& w, int64_t count, hq::DType dtype, void* out, 
   });
 }
 
-Tensor dequantize(const Tensor& qdata, const Tensor& scale, const optional<Tensor>& zero, TensorList meta, int64_t nbits,
-                  c10::string_view format, int64_t group_size, int64_t axis, int64_t K, at::ScalarType dtype) {
-  Settings s{meta, nbits, format, group_size, axis, K};
-  static const auto fallback = plain<decltype(dequantize)>("hqqtensor::registry_dequantize");
-  if (!serves(s, dtype)) return fallback.call(qdata, scale, zero, meta, nbits, format, group_size, axis, K, dtype);
+// Where each matrix of a tensor [..., N, K] begins, in numbers.
+std::vector<int64_t> starts(const Tensor& t) {
+  std::vector<int64_t> all{0};
+  for (int64_t d = 0; d < t.dim() - 2; ++d) {
+    std::vector<int64_t> next;
+    for (const int64_t start : all)
+      for (int64_t i = 0; i < t.size(d); ++i) next.push_back(start + i * t.stride(d));
+    all = std::move(next);
+  }
+  return all;
+}
+
+// Dense weights of a stack, or of one, into out [..., N, K] whose last dimension has stride 1. All rows of all of them are
+// shared out together: the blocks of a cache are many and small.
+void dense_into(const Tensor& out, const Tensor& qdata, const Tensor& scale, const optional<Tensor>& zero, Settings s) {
   TORCH_CHECK(qdata.dim() >= 2 && scale.dim() == qdata.dim(), "dequantize: qdata ", qdata.sizes(), " and scale ",
               scale.sizes(), " must have one rank of 2 or more");
   auto sizes = qdata.sizes().vec();
-  const int64_t N = sizes[sizes.size() - 2];
-  sizes.back() = K;
-  const Tensor out = at::empty(sizes, qdata.options().dtype(dtype));
-  const auto stacked = [](const Tensor& t) { return t.reshape({-1, t.size(-2), t.size(-1)}); };
+  sizes.back() = s.in_features;
+  TORCH_CHECK(out.sizes() == sizes && (out.stride(-1) == 1 || sizes.back() == 1), "dequantize: out must be ", at::IntArrayRef(sizes),
+              " with numbers of a row beside each other, got ", out.sizes(), ", strides ", out.strides());
+  const auto stacked = [](const Tensor& t) {
+    Tensor all = t.reshape({-1, t.size(-2), t.size(-1)});
+    if (all.scalar_type() != at::kByte && !hq::dtype_of(all.scalar_type())) all = all.to(at::kFloat);
+    return all.stride(2) == 1 || all.size(2) == 1 ? all : all.contiguous();
+  };
   const Tensor q = stacked(qdata), sc = stacked(scale);
   std::vector<Tensor> own;
-  for (const Tensor& t : meta) own.push_back(stacked(t));
+  for (const Tensor& t : s.meta) own.push_back(stacked(t));
   s.meta = own;
   const auto z = zero && zero->dim() == scale.dim() ? optional<Tensor>(stacked(*zero)) : zero;
   check_experts("dequantize", q, sc, z, s);
-  for (int64_t e = 0; e < q.size(0); ++e) {
-    const Expert expert(e, q, sc, z, s, 0);
-    char* to = (char*)out.mutable_data_ptr() + e * N * K * (int64_t)out.element_size();
-    dense_rows(expert.packed.w, N, *hq::dtype_of(dtype), to, [](int64_t i) { return i; });
-  }
+  const int64_t E = q.size(0), N = q.size(1), K = s.in_features;
+  if (E * N == 0) return;
+  // Weights without codebooks and scales of their scales differ in nothing but where their numbers begin.
+  const bool alike = own.empty() && s.format != "codebook";
+  std::vector<Expert> experts;
+  for (int64_t e = 0; e < (alike ? 1 : E); ++e) experts.emplace_back(e, q, sc, z, s, 0);
+  const auto places = starts(out);
+  const hq::DType dtype = *hq::dtype_of(out.scalar_type());
+  char* const data = (char*)out.mutable_data_ptr();
+  const int64_t stride = out.stride(-2);
+  hq::over(E * N, 1, E * N * K, [&](int64_t a, int64_t b) {
+    const hq::Kernels& k = hq::kernels();
+    float* line = (float*)hq::scratch(4 * K + 64, 1);
+    for (int64_t i = a; i < b;) {
+      const int64_t e = i / N, first = i % N, last = std::min(N, first + b - i);
+      hq::Weight w = experts[(size_t)(alike ? 0 : e)].packed.w;
+      if (alike) {
+        w.qdata += e * q.stride(0);
+        w.scale.data = (const char*)w.scale.data + e * sc.stride(0) * sc.element_size();
+        if (z) w.zero.data = (const char*)w.zero.data + e * z->stride(0) * z->element_size();
+      }
+      char* to = data + (places[(size_t)e] + first * stride) * hq::size_of(dtype);
+      k.dequantize_rows(w, first, last, dtype, to, stride, line);
+      i += last - first;
+    }
+  });
+}
+
+Tensor dequantize(const Tensor& qdata, const Tensor& scale, const optional<Tensor>& zero, TensorList meta, int64_t nbits,
+                  c10::string_view format, int64_t group_size, int64_t axis, int64_t K, at::ScalarType dtype) {
+  const Settings s{meta, nbits, format, group_size, axis, K};
+  static const auto fallback = plain<decltype(dequantize)>("hqqtensor::registry_dequantize");
+  if (!serves(s, dtype)) return fallback.call(qdata, scale, zero, meta, nbits, format, group_size, axis, K, dtype);
+  auto sizes = qdata.sizes().vec();
+  TORCH_CHECK(!sizes.empty(), "dequantize: qdata must have rank 2 or more");
+  sizes.back() = K;
+  const Tensor out = at::empty(sizes, qdata.options().dtype(dtype));
+  dense_into(out, qdata, scale, zero, s);
   return out;
+}
+
+void dequantize_into(const Tensor& out, const Tensor& qdata, const Tensor& scale, const optional<Tensor>& zero,
+                     TensorList meta, int64_t nbits, c10::string_view format, int64_t group_size, int64_t axis, int64_t K) {
+  const Settings s{meta, nbits, format, group_size, axis, K};
+  static const auto fallback = plain<decltype(dequantize_into)>("hqqtensor::registry_dequantize_into");
+  if (!serves(s, out.scalar_type()))
+    return fallback.call(out, qdata, scale, zero, meta, nbits, format, group_size, axis, K);
+  dense_into(out, qdata, scale, zero, s);
 }
 
 Tensor embedding(const Tensor& indices, const Tensor& qdata, const Tensor& scale, const optional<Tensor>& zero,
@@ -240,6 +297,7 @@ TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("batched_linear", batched_linear);
   m.impl("grouped_linear", grouped_linear);
   m.impl("dequantize", dequantize);
+  m.impl("dequantize_into", dequantize_into);
   m.impl("embedding", embedding);
 }
 
@@ -253,6 +311,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lloyd", &hq::lloyd, free);
   m.def("set_table", &hq::set_table);
   m.def("empty_packed", [](const std::vector<int64_t>& sizes) { return empty_packed(sizes); });
+  pybind11::class_<hq::Pool, std::shared_ptr<hq::Pool>>(m, "Pool")
+      .def(pybind11::init<>())
+      .def("empty", [](hq::Pool& pool, const std::vector<int64_t>& sizes, const Tensor& like) { return pool.empty(sizes, like); })
+      // A copy of what owns a pool has one of its own, with nothing in it yet.
+      .def(pybind11::pickle([](const hq::Pool&) { return pybind11::tuple(); },
+                            [](const pybind11::tuple&) { return std::make_shared<hq::Pool>(); }));
   m.def("set_process_choice", [](int c) { process_choice = c; });
   m.def("set_thread_choice", [](int c) { thread_choice = c; });
 }

@@ -108,6 +108,8 @@ struct Kernels {
   int64_t (*linear_dense_scratch)(const Problem&);  // floats
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
+  // Rows [first, last) of the dense weight as numbers of a type, rows `stride` numbers apart; `line`: room for K floats.
+  void (*dequantize_rows)(const Weight&, int64_t first, int64_t last, DType, char* out, int64_t stride, float* line);
   int lanes;  // groups that solve_block works on together
   void (*extremes)(const float* w, int64_t count, float* low, float* high);
   void (*solve_block)(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero);

@@ -3,12 +3,13 @@
 #include "assign.h"
 #include "linear_dense.h"
 #include "linear_rows.h"
+#include "short_rows.h"
 #include "solve.h"
 #include "solve_levels.h"
 
 #define HQQTENSOR_TABLE(name, ...)                                                              \
   {                                                                                                              \
     name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, __VA_ARGS__, linear_dense,          \
-        linear_dense_scratch, dequantize_row, kFloats, extremes, solve_block, hqq_block, solve_levels, lloyd_block, \
+        linear_dense_scratch, dequantize_row, dequantize_rows, kFloats, extremes, solve_block, hqq_block, solve_levels, lloyd_block, \
         assign_row, to_float, from_float                                                                                           \
   }
