@@ -198,7 +198,7 @@ inline float code_unit(const Weight& w, int digits) {
 }
 
 bool prepare(const float* x, const Weight& w, int64_t m, const Digits& d) {
-  const float limit = digit_limit(w, d.count);
+  const float limit = d.wide && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
   const int shift = x_shift(w);
   const bool by_group = hqqtensor::step_per_group(w);
   const int64_t run = by_group && w.group_size == 128 ? 2 : 1;  // chunks that share a step
@@ -260,7 +260,8 @@ bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const 
   if (d.count == 1)  // what the products will see, so that an error of rounding meets code - zero point, not the code
     for (k = 0; k < w.K; ++k) {
       const Digits::Place p = d.place(m);
-      scaled[k] = (float)p.at[k / 64 * d.by_chunk(p) + k % 64 / 4 * p.by_quad + k % 4] * step[k / 64];
+      const int8_t* quad = p.at + k / 64 * d.by_chunk(p) + k % 64 / 4 * p.by_quad;
+      scaled[k] = (float)(d.wide ? ((const int16_t*)quad)[k % 4] : quad[k % 4]) * step[k / 64];
     }
   if (w.zero.data) load_values(w.zero, g, 0, w.K, zero);
   const float constant = w.table.offset * w.table.unit;

@@ -1,12 +1,11 @@
 // The table of this instruction set's functions. Included last by each isa_*.cpp.
 #pragma once
-#include "linear_dense.h"
 #include "linear_rows.h"
 #include "solve.h"
 
-#define HQQTENSOR_TABLE(name, ...)                                                              \
-  {                                                                                                              \
-    name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, __VA_ARGS__, linear_dense,          \
-        linear_dense_scratch, dequantize_row, kFloats, solve_block, hqq_block, assign_row, to_float,     \
-        from_float                                                                                               \
+#define HQQTENSOR_TABLE(name, linear_panel, panel_shape, linear_panel_scratch, pack_tokens, pack_step)                   \
+  {                                                                                                                     \
+    name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, linear_panel, panel_shape, linear_panel_scratch,     \
+        pack_tokens, pack_step, linear_dense, linear_dense_scratch, dequantize_row, kFloats, solve_block, hqq_block,    \
+        assign_row, to_float, from_float                                                                                \
   }
