@@ -49,9 +49,9 @@ void dense_run(const float* w, const float* x, int64_t depth, float* out) {
 }
 // The widest tile for some pairs of rows and tokens, and its pairs.
 inline DenseRun pick_dense(int64_t pairs, int64_t tokens, int64_t* taken) {
-  constexpr DenseRun one[] = {dense_run<2, 1>, dense_run<2, 2>, dense_run<2, 3>,
+  static constexpr DenseRun one[] = {dense_run<2, 1>, dense_run<2, 2>, dense_run<2, 3>,
                               dense_run<2, 4>, dense_run<2, 5>, dense_run<2, 6>};
-  constexpr DenseRun two[] = {dense_run<4, 1>, dense_run<4, 2>};
+  static constexpr DenseRun two[] = {dense_run<4, 1>, dense_run<4, 2>};
   *taken = pairs == 2 && tokens <= 2 ? 2 : 1;
   return (*taken == 2 ? two : one)[tokens - 1];
 }
@@ -211,7 +211,7 @@ void linear_dense(const Problem& p, const float* x, int64_t, int64_t first, int6
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kTurnedRows));
     for (int64_t k = 0; k < w.K; k += kDenseDepth) {
       const int64_t depth = w.K - k < kDenseDepth ? w.K - k : kDenseDepth, next = k + kDenseDepth;
-      turn_codes(w, rows, pairs, k, depth, kDenseQuads, codes);
+      turn_codes<false>(w, rows, pairs, k, depth, kDenseQuads, codes);
       dense_panel(w, index, codes, {scale, shift}, k, depth, pairs, panel);
       const int64_t bytes = (next < w.K && w.K - next < kDenseDepth ? w.K - next : depth) / 8 * w.nbits;
       Ahead ahead{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};

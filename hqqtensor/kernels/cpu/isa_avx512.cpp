@@ -17,7 +17,7 @@
 
 namespace hqqtensor {
 const Kernels* kernels_avx512() {
-  constexpr auto shape = [](const Weight& w, int digits) { return PanelShape{panel_tile(w, digits), false}; };
+  constexpr auto shape = [](const Weight& w, int digits) { return PanelShape{panel_tile(w, digits), false, 1, 48}; };
   static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1);
   return &table;
 }

@@ -78,10 +78,12 @@ struct Digits {
   int64_t by_chunk(const Place& p) const { return tile == 0 ? count * 64 : 16 * p.by_quad; }
 };
 
-// How a panel wants its activations: tokens of a tile (0: no panel serves), Digits::wide.
+// How linear_panel wants its activations, and between which rows of x it is the fastest (docs/performance.md).
 struct PanelShape {
-  int tile;
-  bool wide;
+  int tile;  // tokens of a tile; 0: no panel serves
+  bool wide;  // Digits::wide
+  int64_t row_tokens;    // up to here linear_rows is
+  int64_t axis0_tokens;  // from here on linear_dense, where each group makes integers of the activations anew
 };
 
 struct Kernels {

@@ -9,11 +9,7 @@
 namespace hqqtensor {
 namespace {
 
-// Rows of x up to which a kernel is the faster one (docs/performance.md).
-constexpr int64_t kRowTokens = 1;       // linear_rows before linear_panel
-constexpr int64_t kRowTokensAlone = 16;  // linear_rows before linear_dense, where there is no linear_panel
-constexpr int64_t kRowTokensFloat = 3;   // linear_rows before linear_dense, where that is in turned panels
-constexpr int64_t kAxis0Tokens = 48;     // integers before linear_dense, where each group makes its own of the activations
+constexpr int64_t kRowTokensAlone = 16;  // rows of x for linear_rows before linear_dense, where there is no linear_panel
 constexpr int64_t kBlock = 512;          // rows of x at a time: bounds the scratch memory
 
 struct Prepared {
@@ -36,8 +32,8 @@ Prepared float_rows(const Problem& p, char* room) {
   return {copy, p.w.K};
 }
 
-bool has_panel(const Weight& w, int digits) {
-  return kernels().linear_panel != nullptr && kernels().panel_shape(w, digits).tile > 0;
+PanelShape panel_shape(const Weight& w, int digits) {
+  return kernels().linear_panel ? kernels().panel_shape(w, digits) : PanelShape{0, false, kRowTokensAlone, kRowTokensAlone};
 }
 
 int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
@@ -46,14 +42,12 @@ int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
 }
 
 bool use_rows(const Weight& w, int64_t M, int digits) {
-  if (!chunk_groups(w)) return false;
-  if (const char* e = getenv("HQ_ROWS")) return M <= atoi(e);
-  if (has_panel(w, digits)) return M <= kRowTokens;
-  return M <= (kernels().pack_tokens ? kRowTokensFloat : kRowTokensAlone) || (w.axis == 0 && digits == 1);
+  const PanelShape shape = panel_shape(w, digits);
+  return chunk_groups(w) && (M <= shape.row_tokens || (shape.tile == 0 && w.axis == 0 && digits == 1));
 }
 
 Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
-  const PanelShape shape = use_rows(w, M, digits) ? PanelShape{0, false} : kernels().panel_shape(w, digits);
+  const PanelShape shape = use_rows(w, M, digits) ? PanelShape{} : panel_shape(w, digits);
   Digits d{(int8_t*)room, nullptr, nullptr, M, (w.K + 63) / 64, step_entries(w), digits, shape.tile, shape.wide};
   d.step = (float*)(room + M * d.chunks * d.bytes() * 64);
   d.sum = d.step + M * d.entries;
@@ -62,8 +56,9 @@ Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
 
 bool integers_serve(const Weight& w, int64_t M, int digits) {
   if (!integer_codes(w) || !quad_groups(w)) return false;
-  if (w.axis == 0 && digits > 1 && M > kAxis0Tokens) return false;
-  return has_panel(w, digits) || use_rows(w, M, digits);
+  const PanelShape shape = panel_shape(w, digits);
+  if (w.axis == 0 && digits > 1 && M > shape.axis0_tokens) return false;
+  return shape.tile > 0 || use_rows(w, M, digits);
 }
 
 void multiply(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step) {

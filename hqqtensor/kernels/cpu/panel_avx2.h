@@ -11,13 +11,14 @@
 namespace {
 
 constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns turned at a time
-constexpr int kWideTokens = 6, kByteTokens = 6;                      // of a tile: 12 of 16 registers hold its sums
+constexpr int kTileTokens = 6;  // 12 of 16 registers hold their sums
 
 inline bool wide_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
 
 hqqtensor::PanelShape panel_shape(const Weight& w, int digits) {
   const bool wide = wide_panel(w, digits);
-  return {digits == 3 ? 0 : wide ? kWideTokens : kByteTokens, wide};
+  if (digits == 3) return {0, false, 3, 3};
+  return {kTileTokens, wide, digits == 2 ? 2 : 1, 6};
 }
 
 struct Segment {
@@ -29,8 +30,8 @@ struct Segment {
 // Activations of T tokens against a part of the panel.
 struct IntegerTile {
   const int8_t* x;               // [quads][T][4] integers of 8 or 16 bits, from where the panel begins
-  const float* step[kWideTokens];  // steps of a token
-  const float* sum[kWideTokens];   // its sums of groups
+  const float* step[kTileTokens];  // steps of a token
+  const float* sum[kTileTokens];   // its sums of groups
   float* out;                    // [T][kTurnedRows]
   const float *scale, *shift;    // [groups][kTurnedRows]; no shift for axis 0
 };
@@ -40,8 +41,8 @@ struct Sums {
   __m256i a, b;
 };
 
-// total += quads of a panel from w to `end` times T tokens: WIDE integers of 16 bits, else of 8, whose sums in between are
-// of 16 bits. In assembly, since gcc 12 keeps moving the 12 sums between registers and memory; sanitizers get the loop below.
+// Quads of a panel from w to `end` times T tokens: WIDE integers of 16 bits into `total`, else of 8, summed in 16 bits and
+// then added to it. In assembly, since gcc 12 keeps moving the 12 sums between registers and memory; sanitizers get the loop below.
 #if defined(__SANITIZE_ADDRESS__)
 template <bool WIDE, int T>
 void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* total) {
@@ -60,8 +61,8 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
       }
     }
   for (int t = 0; t < T; ++t) {
-    total[t].a = _mm256_add_epi32(total[t].a, WIDE ? sums[t].a : widen(sums[t].a));
-    total[t].b = _mm256_add_epi32(total[t].b, WIDE ? sums[t].b : widen(sums[t].b));
+    total[t].a = WIDE ? sums[t].a : _mm256_add_epi32(total[t].a, widen(sums[t].a));
+    total[t].b = WIDE ? sums[t].b : _mm256_add_epi32(total[t].b, widen(sums[t].b));
   }
 }
 #else
@@ -78,6 +79,7 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
   "vpmaddubsw %%ymm14, %%ymm13, %%ymm14\n\t"   \
   "vpaddw %%ymm15, %%ymm" #a ", %%ymm" #a "\n\t" \
   "vpaddw %%ymm14, %%ymm" #b ", %%ymm" #b "\n\t"
+#define HQQTENSOR_STORE(t, a, b) "vmovdqa %%ymm" #a ", 64 * " #t "(%[total])\n\tvmovdqa %%ymm" #b ", 64 * " #t " + 32(%[total])\n\t"
 #define HQQTENSOR_ADD(t, a, b)                                      \
   "vpaddd 64 * " #t "(%[total]), %%ymm" #a ", %%ymm" #a "\n\t"      \
   "vpaddd 64 * " #t " + 32(%[total]), %%ymm" #b ", %%ymm" #b "\n\t" \
@@ -103,12 +105,12 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
 template <bool WIDE, int T>
 inline __attribute__((always_inline)) void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* total) {
   const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (WIDE && T == 1) HQQTENSOR_QUADS(HQQTENSOR_TOKENS1, HQQTENSOR_WIDE, HQQTENSOR_ADD);
-  if constexpr (WIDE && T == 2) HQQTENSOR_QUADS(HQQTENSOR_TOKENS2, HQQTENSOR_WIDE, HQQTENSOR_ADD);
-  if constexpr (WIDE && T == 3) HQQTENSOR_QUADS(HQQTENSOR_TOKENS3, HQQTENSOR_WIDE, HQQTENSOR_ADD);
-  if constexpr (WIDE && T == 4) HQQTENSOR_QUADS(HQQTENSOR_TOKENS4, HQQTENSOR_WIDE, HQQTENSOR_ADD);
-  if constexpr (WIDE && T == 5) HQQTENSOR_QUADS(HQQTENSOR_TOKENS5, HQQTENSOR_WIDE, HQQTENSOR_ADD);
-  if constexpr (WIDE && T == 6) HQQTENSOR_QUADS(HQQTENSOR_TOKENS6, HQQTENSOR_WIDE, HQQTENSOR_ADD);
+  if constexpr (WIDE && T == 1) HQQTENSOR_QUADS(HQQTENSOR_TOKENS1, HQQTENSOR_WIDE, HQQTENSOR_STORE);
+  if constexpr (WIDE && T == 2) HQQTENSOR_QUADS(HQQTENSOR_TOKENS2, HQQTENSOR_WIDE, HQQTENSOR_STORE);
+  if constexpr (WIDE && T == 3) HQQTENSOR_QUADS(HQQTENSOR_TOKENS3, HQQTENSOR_WIDE, HQQTENSOR_STORE);
+  if constexpr (WIDE && T == 4) HQQTENSOR_QUADS(HQQTENSOR_TOKENS4, HQQTENSOR_WIDE, HQQTENSOR_STORE);
+  if constexpr (WIDE && T == 5) HQQTENSOR_QUADS(HQQTENSOR_TOKENS5, HQQTENSOR_WIDE, HQQTENSOR_STORE);
+  if constexpr (WIDE && T == 6) HQQTENSOR_QUADS(HQQTENSOR_TOKENS6, HQQTENSOR_WIDE, HQQTENSOR_STORE);
   if constexpr (!WIDE && T == 1) HQQTENSOR_QUADS(HQQTENSOR_TOKENS1, HQQTENSOR_BYTES, HQQTENSOR_WIDEN);
   if constexpr (!WIDE && T == 2) HQQTENSOR_QUADS(HQQTENSOR_TOKENS2, HQQTENSOR_BYTES, HQQTENSOR_WIDEN);
   if constexpr (!WIDE && T == 3) HQQTENSOR_QUADS(HQQTENSOR_TOKENS3, HQQTENSOR_BYTES, HQQTENSOR_WIDEN);
@@ -153,7 +155,9 @@ inline __attribute__((always_inline)) void run_segment(const IntegerTile& tile, 
   const __m256i* const end = w + 2 * s.last;
   const int8_t* x = tile.x + s.first * T * bytes;
   w += 2 * s.first;
-  Sums total[T] = {};
+  Sums total[T];
+  const __m256i zero = _mm256_setzero_si256();
+  if constexpr (F != 0) ((total[t] = {zero, zero}), ...);  // sums of 16 bits are added
   for (; F != 0 && end - w > 2 * F; w += 2 * F, x += F * T * bytes) add_quads<false, T>(w, w + 2 * F, x, total);
   add_quads<F == 0, T>(w, end, x, total);
   if (tile.shift && s.opens)
@@ -170,13 +174,13 @@ void integer_tile(const IntegerTile& tile, const Segment* segments, int64_t coun
 using IntegerRun = void (*)(const IntegerTile&, const Segment*, int64_t, const __m256i*);
 template <int F, int... T>
 IntegerRun pick_tokens(int64_t tokens, std::integer_sequence<int, T...>) {
-  constexpr IntegerRun runs[] = {integer_tile<F, T + 1>...};
+  static constexpr IntegerRun runs[] = {integer_tile<F, T + 1>...};
   return runs[tokens - 1];
 }
 // For codes up to `top`.
 inline IntegerRun pick_integer(bool wide, int top, int64_t tokens) {
-  if (wide) return pick_tokens<0>(tokens, std::make_integer_sequence<int, kWideTokens>());
-  constexpr auto all = std::make_integer_sequence<int, kByteTokens>();
+  if (wide) return pick_tokens<0>(tokens, std::make_integer_sequence<int, kTileTokens>());
+  constexpr auto all = std::make_integer_sequence<int, kTileTokens>();
   if (top <= 7) return pick_tokens<16>(tokens, all);  // 16 x 2 x 7 x 127 < 2^15
   if (top <= 15) return pick_tokens<8>(tokens, all);
   if (top <= 31) return pick_tokens<4>(tokens, all);
@@ -192,23 +196,26 @@ inline int64_t longest_segment(const Weight& w, int digits) {
   return hqqtensor::step_per_group(w) && w.group_size == 128 ? 128 : 64;
 }
 
-// The segments of columns [k, k + depth).
-int64_t panel_segments(const Weight& w, int64_t k, int64_t depth, int64_t longest, Segment* out) {
-  const int64_t end = k + depth;
+// The segments of all panels, from columns 0, kPanelDepth, ... on: those of panel i are [starts[i], starts[i + 1]).
+void panel_segments(const Weight& w, int64_t longest, Segment* out, int64_t* starts) {
   int64_t count = 0;
-  for (int64_t at_k = k; at_k < end;) {
-    int64_t stop = (at_k / longest + 1) * longest, group = 0;
-    bool opens = at_k == 0;
-    if (w.axis == 1 && w.groups > 1) {
-      group = at_k / w.group_size;
-      opens = at_k % w.group_size == 0;
-      stop = (group + 1) * w.group_size < stop ? (group + 1) * w.group_size : stop;
+  for (int64_t k = 0, at_k = 0; k < w.K; k += kPanelDepth) {
+    const int64_t end = w.K - k < kPanelDepth ? w.K : k + kPanelDepth;
+    *starts++ = count;
+    while (at_k < end) {
+      int64_t stop = (at_k / longest + 1) * longest, group = 0;
+      bool opens = at_k == 0;
+      if (w.axis == 1 && w.groups > 1) {
+        group = at_k / w.group_size;
+        opens = at_k % w.group_size == 0;
+        stop = (group + 1) * w.group_size < stop ? (group + 1) * w.group_size : stop;
+      }
+      stop = stop < end ? stop : end;
+      out[count++] = {(at_k - k) / 4, (stop - k + 3) / 4, group, hqqtensor::step_index(w, at_k / 64), opens};
+      at_k = stop;
     }
-    stop = stop < end ? stop : end;
-    out[count++] = {(at_k - k) / 4, (stop - k + 3) / 4, group, hqqtensor::step_index(w, at_k / 64), opens};
-    at_k = stop;
   }
-  return count;
+  *starts = count;
 }
 
 // Numbers of a table in place of codes: bytes, and where `high` is given their high bytes.
@@ -226,25 +233,25 @@ struct TableBytes {
   }
 };
 
-// Columns [k, k + depth) as the panel of wide_steps, [4 vectors][kPanelQuads][2], or of byte_quads, [2 pairs][kPanelQuads][2].
+// Columns [k, k + depth) as a panel of add_quads: WIDE [4 vectors][kPanelQuads][2], else [2 pairs][kPanelQuads][2].
 void integer_columns(const Weight& w, const uint8_t* const* rows, int64_t pairs, int64_t k, int64_t depth, bool wide,
                      __m256i* panel) {
+  if (wide && w.table.count == 0) return turn_codes<true>(w, rows, pairs, k, depth, kPanelQuads, panel);
+  if (!wide) turn_codes<false>(w, rows, pairs, k, depth, kPanelQuads, panel);
+  if (w.table.count == 0) return;
   const TableBytes table(w.table, table_middle(w));
   if (!wide) {
-    turn_codes(w, rows, pairs, k, depth, kPanelQuads, panel);
-    if (w.table.count)
-      for (int64_t i = 0; i < pairs * kPanelQuads * 2; ++i) panel[i] = _mm256_shuffle_epi8(table.low, panel[i]);
+    for (int64_t i = 0; i < pairs * kPanelQuads * 2; ++i) panel[i] = _mm256_shuffle_epi8(table.low, panel[i]);
     return;
   }
-  alignas(32) __m256i codes[kTurnedPairs * 32 * 2];
+  __m256i codes[kTurnedPairs * 32 * 2];
   for (int64_t b = 0; b < depth; b += 128) {
-    turn_codes(w, rows, pairs, k + b, depth - b < 128 ? depth - b : 128, 32, codes);
+    turn_codes<false>(w, rows, pairs, k + b, depth - b < 128 ? depth - b : 128, 32, codes);
     for (int64_t v = 0; v < 2 * pairs; ++v) {
       const __m256i* from = codes + v / 2 * 64 + v % 2;
       __m256i* to = panel + 2 * (v * kPanelQuads + b / 4);
       for (int q = 0; q < 32; ++q, from += 2, to += 2) {
-        const __m256i low = w.table.count ? _mm256_shuffle_epi8(table.low, *from) : *from;
-        const __m256i high = w.table.count > 1 ? _mm256_shuffle_epi8(table.high, *from) : _mm256_setzero_si256();
+        const __m256i low = _mm256_shuffle_epi8(table.low, *from), high = _mm256_shuffle_epi8(table.high, *from);
         to[0] = _mm256_unpacklo_epi8(low, high);
         to[1] = _mm256_unpackhi_epi8(low, high);
       }
@@ -257,16 +264,18 @@ int64_t panel_groups(const Weight& w) { return w.axis == 1 ? w.groups : 1; }
 int64_t linear_panel_scratch(const Problem& p) {
   const int64_t values = padded(panel_groups(p.w));
   return kPanelQuads * 4 * 16 + (2 * kTurnedRows + 16) * values + (p.M + 1) * kTurnedRows +
-         kPanelQuads * (int64_t)sizeof(Segment) / 4 + 128;
+         ((p.w.K + 3) / 4 + 1) * (int64_t)sizeof(Segment) / 4 + (p.w.K / kPanelDepth + 2) * 2 + 128;
 }
 
 void linear_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
-  const int64_t width = padded(w.groups), values = padded(panel_groups(w)), longest = longest_segment(w, d.count);
+  const int64_t width = padded(w.groups), values = padded(panel_groups(w));
   __m256i* panel = (__m256i*)scratch;
   float *scale = scratch + kPanelQuads * 4 * 16, *shift = scale + kTurnedRows * values;
   float *lines = shift + kTurnedRows * values, *sums = lines + 16 * values;
-  Segment* segments = (Segment*)(sums + (p.M + 1) * kTurnedRows);
+  Segment* all_segments = (Segment*)(sums + (p.M + 1) * kTurnedRows);
+  int64_t* starts = (int64_t*)(all_segments + (w.K + 3) / 4 + 1);
+  panel_segments(w, longest_segment(w, d.count), all_segments, starts);
   const int top = w.table.count ? 31 : (1 << w.nbits) - 1;
   const int64_t bytes_each = d.bytes() * 4;  // of 4 activations
   const float unit = w.table.values ? w.table.unit : 1;
@@ -289,7 +298,8 @@ void linear_panel(const Problem& p, const Digits& d, int64_t first, int64_t last
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
       const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth, next = k + kPanelDepth;
       integer_columns(w, rows, pairs, k, depth, d.wide, panel);
-      const int64_t parts = panel_segments(w, k, depth, longest, segments);
+      const Segment* segments = all_segments + starts[k / kPanelDepth];
+      const int64_t parts = starts[k / kPanelDepth + 1] - starts[k / kPanelDepth];
       const int64_t bytes = (next < w.K && w.K - next < kPanelDepth ? w.K - next : depth) / 8 * w.nbits;
       Ahead ahead{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
       const int64_t lines_each = ahead.lines() / ((p.M + d.tile - 1) / d.tile * pieces) + 1;

@@ -257,12 +257,16 @@ bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const 
   for (; k < w.K; ++k) scaled[k] *= x[k];
   if (!prepare(scaled, w, m, d)) return false;
   float* step = d.step + m * d.entries;
-  if (d.count == 1)  // what the products will see, so that an error of rounding meets code - zero point, not the code
-    for (k = 0; k < w.K; ++k) {
-      const Digits::Place p = d.place(m);
-      const int8_t* quad = p.at + k / 64 * d.by_chunk(p) + k % 64 / 4 * p.by_quad;
-      scaled[k] = (float)(d.wide ? ((const int16_t*)quad)[k % 4] : quad[k % 4]) * step[k / 64];
+  if (d.count == 1) {  // what the products will see, so that an error of rounding meets code - zero point, not the code
+    const Digits::Place place = d.place(m);
+    for (int64_t c = 0; c < d.chunks; ++c) {
+      const int8_t* from = place.at + c * d.by_chunk(place);
+      for (int64_t i = 0, count = w.K - 64 * c < 64 ? w.K - 64 * c : 64; i < count; ++i) {
+        const int8_t* quad = from + i / 4 * place.by_quad;
+        scaled[64 * c + i] = (float)(d.wide ? ((const int16_t*)quad)[i % 4] : quad[i % 4]) * step[c];
+      }
     }
+  }
   if (w.zero.data) load_values(w.zero, g, 0, w.K, zero);
   const float constant = w.table.offset * w.table.unit;
   Floats sums[4];

@@ -32,7 +32,6 @@ inline __attribute__((always_inline)) __m256i turned_plane(const __m256i* t) {
 // The same out of all planes of a block of 128, which follow one another.
 template <int NB, int J>
 inline __attribute__((always_inline)) __m256i turned_codes(const __m256i* t) {
-  if constexpr (NB == 8) return t[J];
   __m256i v = _mm256_setzero_si256();
   if constexpr ((NB & 4) != 0) v = turned_plane<4, 0, J>(t);
   if constexpr ((NB & 2) != 0) v = _mm256_or_si256(v, turned_plane<2, NB & 4, J>(t + 4 * (NB & 4)));
@@ -40,26 +39,56 @@ inline __attribute__((always_inline)) __m256i turned_codes(const __m256i* t) {
   return v;
 }
 
-// The block of 128 codes at `offset` of 8 rows into 32 quads of a pair (every other vector).
-template <int NB, int... J>
-inline void turn_block(const uint8_t* const* rows, int64_t offset, __m256i* panel, std::integer_sequence<int, J...>) {
-  __m256i t[4 * NB];
-  for (int i = 0; i < NB; ++i) turn16(rows, offset + 16 * i, t + 4 * i);
-  ((panel[2 * J] = turned_codes<NB, J>(t)), ...);
+// Quad J of a block into a panel: as bytes in every other vector, or WIDE as 16-bit integers in two vectors (rows 0, 1, 4, 5
+// and rows 2, 3, 6, 7).
+template <bool WIDE>
+inline __attribute__((always_inline)) void put_quad(__m256i codes, __m256i* to) {
+  if constexpr (WIDE) {
+    to[0] = _mm256_unpacklo_epi8(codes, _mm256_setzero_si256());
+    to[1] = _mm256_unpackhi_epi8(codes, _mm256_setzero_si256());
+  } else {
+    to[0] = codes;
+  }
 }
 
-// Codes of columns [k, k + depth), k a multiple of 128, of some pairs: [kTurnedPairs][quads][2][8 rows][4].
+// The block of 128 codes at `offset` of 8 rows into 32 quads of a panel, two vectors apart.
+template <int NB, bool WIDE>
+inline void turn_block(const uint8_t* const* from, int64_t offset, __m256i* panel) {
+  const uint8_t* const rows[] = {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7]};
+  if constexpr ((NB & (NB - 1)) == 0) {  // one plane: 16 bytes at a time, which registers hold
+    for (int i = 0; i < NB; ++i) {
+      __m256i t[4];
+      turn16(rows, offset + 16 * i, t);
+      [&]<int... U>(std::integer_sequence<int, U...>) __attribute__((always_inline)) {
+        (put_quad<WIDE>(NB == 8 ? t[U % 4] : keep((1 << NB) - 1, shift_right<U / 4 * NB>(t[U % 4])),
+                        panel + 2 * (4 * i + U % 4 + U / 4 * 4 * NB)),
+         ...);
+      }
+      (std::make_integer_sequence<int, 32 / NB>());
+    }
+  } else {
+    __m256i t[4 * NB];
+    for (int i = 0; i < NB; ++i) turn16(rows, offset + 16 * i, t + 4 * i);
+    [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+      (put_quad<WIDE>(turned_codes<NB, J>(t), panel + 2 * J), ...);
+    }
+    (std::make_integer_sequence<int, 32>());
+  }
+}
+
+// Codes of columns [k, k + depth), k a multiple of 128, of some pairs: as bytes [pair][quads][2][8 rows][4], or WIDE
+// [2 pair + vector][quads][2].
+template <bool WIDE>
 void turn_codes(const Weight& w, const uint8_t* const* rows, int64_t pairs, int64_t k, int64_t depth, int64_t quads,
                 __m256i* panel) {
-  constexpr auto all = std::make_integer_sequence<int, 32>();
   with_nbits(w.nbits, [&](auto nb) {
     constexpr int NB = nb.value;
     for (int64_t b = 0; b < depth; b += 128)
       for (int64_t v = 0; v < 2 * pairs; ++v) {
         const int64_t offset = (k + b) / 8 * NB;
-        __m256i* to = panel + 2 * (v / 2 * quads + b / 4) + v % 2;
+        __m256i* to = panel + (WIDE ? 2 * (v * quads + b / 4) : 2 * (v / 2 * quads + b / 4) + v % 2);
         if (k + b + 128 <= w.K) {
-          turn_block<NB>(rows + 8 * v, offset, to, all);
+          turn_block<NB, WIDE>(rows + 8 * v, offset, to);
           continue;
         }
         uint8_t codes[8][128];
@@ -68,7 +97,7 @@ void turn_codes(const Weight& w, const uint8_t* const* rows, int64_t pairs, int6
           unpack_tail(rows[8 * v + r] + offset, NB, (w.K - k - b + 7) / 8 * 8, codes[r]);
           unpacked[r] = codes[r];
         }
-        turn_block<8>(unpacked, 0, to, all);
+        turn_block<8, WIDE>(unpacked, 0, to);
       }
   });
 }
