@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #if defined(__x86_64__)
@@ -10,11 +11,13 @@
 #pragma GCC target("avx2,fma,f16c,bmi2,popcnt")
 #include "vec_avx2.h"
 // Order matters: the headers below are written in terms of the vectors above.
+#include "dense_avx2.h"
+#include "panel_avx2.h"
 #include "table.h"
 
 namespace hqqtensor {
 const Kernels* kernels_avx2() {
-  static const Kernels table = HQQTENSOR_TABLE("avx2", nullptr, nullptr, nullptr);
+  static const Kernels table = HQQTENSOR_TABLE("avx2", linear_panel, panel_shape, linear_panel_scratch, pack_tokens, kDenseTokens);
   return &table;
 }
 }  // namespace hqqtensor

@@ -12,12 +12,14 @@
 #include "vec_avx512.h"
 #include "pairs_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
+#include "linear_dense.h"
 #include "panel_avx512.h"
 #include "table.h"
 
 namespace hqqtensor {
 const Kernels* kernels_avx512() {
-  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, panel_tile, linear_panel_scratch);
+  constexpr auto shape = [](const Weight& w, int digits) { return PanelShape{panel_tile(w, digits), false, 1, 48}; };
+  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1);
   return &table;
 }
 }  // namespace hqqtensor

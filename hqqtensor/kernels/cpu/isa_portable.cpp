@@ -3,11 +3,12 @@
 
 #include "vec_portable.h"
 // Order matters: the headers below are written in terms of the vectors above.
+#include "linear_dense.h"
 #include "table.h"
 
 namespace hqqtensor {
 const Kernels* kernels_portable() {
-  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr);
+  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr, nullptr, 1);
   return &table;
 }
 }  // namespace hqqtensor

@@ -60,16 +60,19 @@ struct Digits {
   int64_t M, chunks, entries;
   int count;        // 3: as exact as float32 sums; 2: finer than 16-bit floats; 1: 8-bit activations
   int tile;         // 0: no tiles
+  bool wide;        // in tiles: one integer of 16 bits instead of `count` digits
+
+  int64_t bytes() const { return wide ? 2 : count; }  // of an activation
 
   struct Place {
     int8_t* at;        // first digit of token m, column 0
-    int64_t by_digit;  // bytes to the next digit of the same column
+    int64_t by_digit;  // bytes to the next digit of the same column; 0: integers of 16 bits
     int64_t by_quad;   // to the next 4 columns, within a chunk and on
   };
   Place place(int64_t m) const {
     if (tile == 0) return {digits + m * chunks * count * 64, 64, 4};
     const int64_t first = m / tile * tile, tokens = M - first < tile ? M - first : tile;
-    return {digits + first * chunks * count * 64 + (m - first) * count * 4, 4, tokens * count * 4};
+    return {digits + first * chunks * bytes() * 64 + (m - first) * bytes() * 4, wide ? 0 : 4, tokens * bytes() * 4};
   }
   // Bytes from a chunk to the next.
   int64_t by_chunk(const Place& p) const { return tile == 0 ? count * 64 : 16 * p.by_quad; }
@@ -88,6 +91,14 @@ struct Levels {
   int sign;                 // the sign's bit in a code
 };
 
+// How linear_panel wants its activations, and between which rows of x it is the fastest (docs/performance.md).
+struct PanelShape {
+  int tile;  // tokens of a tile; 0: no panel serves
+  bool wide;  // Digits::wide
+  int64_t row_tokens;    // up to here linear_rows is
+  int64_t axis0_tokens;  // from here on linear_dense, where each group makes integers of the activations anew
+};
+
 struct Kernels {
   const char* name;
   // Row m of float32 activations as integers; false where they hold NaN, Inf or numbers too small for that.
@@ -101,9 +112,12 @@ struct Kernels {
   // Rows first, first + step, ... before last for several tokens and more: panels of rows, turned so that lanes are rows.
   // Null where there is none.
   void (*linear_panel)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
-  int (*panel_tile)(const Weight&, int digits);  // tokens of its tiles
+  PanelShape (*panel_shape)(const Weight&, int digits);
   int64_t (*linear_panel_scratch)(const Problem&);  // floats
-  // Rows [first, last) through dense panels in cache; x32 float32 [M, x32_stride].
+  // Rows [first, last) through dense panels in cache; x32 float32 [M, x32_stride], or what pack_tokens made of it: some
+  // tokens, all columns, in an order that linear_dense knows. Null where it takes x32 as it lies.
+  void (*pack_tokens)(const float* x32, int64_t x32_stride, int64_t first, int64_t last, int64_t K, float* out);
+  int64_t pack_step;  // `first` is a multiple of it
   void (*linear_dense)(const Problem&, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch);
   int64_t (*linear_dense_scratch)(const Problem&);  // floats
   // Row n of the dense weight, float32, K numbers.

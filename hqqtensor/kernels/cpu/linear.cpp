@@ -9,10 +9,7 @@
 namespace hqqtensor {
 namespace {
 
-// Rows of x up to which a kernel is the faster one (docs/performance.md).
-constexpr int64_t kRowTokens = 1;       // linear_rows before linear_panel
-constexpr int64_t kRowTokensAlone = 16;  // linear_rows before linear_dense, where there is no linear_panel
-constexpr int64_t kAxis0Tokens = 48;     // integers before linear_dense, where each group makes its own of the activations
+constexpr int64_t kRowTokensAlone = 16;  // rows of x for linear_rows before linear_dense, where there is no linear_panel
 constexpr int64_t kGroups = 32, kGroupBytes = 256 << 10;  // groups of axis 0 at a time, and room for their activations
 constexpr int64_t kBlock = 512;          // rows of x at a time: bounds the scratch memory
 
@@ -36,29 +33,33 @@ Prepared float_rows(const Problem& p, char* room) {
   return {copy, p.w.K};
 }
 
+PanelShape panel_shape(const Weight& w, int digits) {
+  return kernels().linear_panel ? kernels().panel_shape(w, digits) : PanelShape{0, false, kRowTokensAlone, kRowTokensAlone};
+}
+
 int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
-  const int64_t chunks = (w.K + 63) / 64;
-  return M * (chunks * digits * 64 + 4 * step_entries(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 128;
+  const int64_t chunks = (w.K + 63) / 64, each = std::max(digits, 2);  // Digits::bytes at most
+  return M * (chunks * each * 64 + 4 * step_entries(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 128;
 }
 
 bool use_rows(const Weight& w, int64_t M, int digits) {
-  if (!chunk_groups(w)) return false;
-  if (kernels().linear_panel != nullptr) return M <= kRowTokens;
-  return M <= kRowTokensAlone || (w.axis == 0 && digits == 1);
+  const PanelShape shape = panel_shape(w, digits);
+  return chunk_groups(w) && (M <= shape.row_tokens || (shape.tile == 0 && w.axis == 0 && digits == 1));
 }
 
 Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
-  const bool rows = use_rows(w, M, digits);
-  Digits d{(int8_t*)room, nullptr, nullptr, M, (w.K + 63) / 64, step_entries(w), digits, rows ? 0 : kernels().panel_tile(w, digits)};
-  d.step = (float*)(room + M * d.chunks * digits * 64);
+  const PanelShape shape = use_rows(w, M, digits) ? PanelShape{} : panel_shape(w, digits);
+  Digits d{(int8_t*)room, nullptr, nullptr, M, (w.K + 63) / 64, step_entries(w), digits, shape.tile, shape.wide};
+  d.step = (float*)(room + M * d.chunks * d.bytes() * 64);
   d.sum = d.step + M * d.entries;
   return d;
 }
 
 bool integers_serve(const Weight& w, int64_t M, int digits) {
   if (!integer_codes(w) || !quad_groups(w)) return false;
-  if (w.axis == 0 && digits > 1 && M > kAxis0Tokens) return false;
-  return kernels().linear_panel != nullptr || use_rows(w, M, digits);
+  const PanelShape shape = panel_shape(w, digits);
+  if (w.axis == 0 && digits > 1 && M > shape.axis0_tokens) return false;
+  return shape.tile > 0 || use_rows(w, M, digits);
 }
 
 // Rows [first, last); axis 0: the rows of groups [first, last), each with its digits.
@@ -129,7 +130,7 @@ bool run_block(const Problem& p, int digits) {
   const Kernels& k = kernels();
   const bool integers = integers_serve(p.w, p.M, digits);
   const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
-  char* room = scratch(ints + 4 * (p.M * p.w.K + 16) + 64, 0);
+  char* room = scratch(ints + 4 * (k.pack_tokens ? 2 : 1) * (p.M * p.w.K + 16) + 64, 0);
   Prepared x = float_rows(p, room + ints);
   if (integers && multiply_integers(p, x, digits, room)) return true;
   if (digits == 1) {
@@ -138,6 +139,11 @@ bool run_block(const Problem& p, int digits) {
       for (int64_t m = 0; m < p.M; ++m) std::copy_n(x.x + m * x.stride, p.w.K, (float*)(room + ints) + m * p.w.K);
     if (!round_rows(p.w, p.M, (float*)(room + ints))) return false;
     x = {(float*)(room + ints), p.w.K};
+  }
+  if (k.pack_tokens) {
+    float* packed = (float*)(room + ints) + p.M * p.w.K + 16;
+    over(p.M, k.pack_step, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) { k.pack_tokens(x.x, x.stride, a, b, p.w.K, packed); });
+    x = {packed, 0};
   }
   over(p.w.N, 12, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     k.linear_dense(p, x.x, x.stride, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));

@@ -212,7 +212,7 @@ inline float code_unit(const Weight& w, int digits) {
 
 // `rounded`, where it is not null: gets what the digits stand for.
 bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, float* rounded) {
-  const float limit = digit_limit(w, d.count);
+  const float limit = d.wide && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
   const int shift = x_shift(w);
   const bool by_group = hqqtensor::step_per_group(w);
   const int64_t run = by_group && w.group_size == 128 ? 2 : 1;  // chunks that share a step

@@ -1,15 +1,14 @@
 // The table of this instruction set's functions. Included last by each isa_*.cpp.
 #pragma once
 #include "assign.h"
-#include "linear_dense.h"
 #include "linear_rows.h"
 #include "short_rows.h"
 #include "solve.h"
 #include "solve_levels.h"
 
-#define HQQTENSOR_TABLE(name, ...)                                                              \
-  {                                                                                                              \
-    name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, __VA_ARGS__, linear_dense,          \
-        linear_dense_scratch, dequantize_row, dequantize_rows, kFloats, extremes, solve_block, hqq_block, solve_levels, lloyd_block, \
-        assign_row, to_float, from_float                                                                                           \
+#define HQQTENSOR_TABLE(name, linear_panel, panel_shape, linear_panel_scratch, pack_tokens, pack_step)                  \
+  {                                                                                                                     \
+    name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, linear_panel, panel_shape, linear_panel_scratch,    \
+        pack_tokens, pack_step, linear_dense, linear_dense_scratch, dequantize_row, dequantize_rows, kFloats, extremes, \
+        solve_block, hqq_block, solve_levels, lloyd_block, assign_row, to_float, from_float                             \
   }

@@ -9,7 +9,6 @@
 namespace {
 
 constexpr int kRows = 2, kMaxTokens = 2;
-constexpr int kPanelRows = 4, kPanelTokens = 3;  // tile of linear_dense
 constexpr int kFloats = 8;
 
 struct Codes {
@@ -293,8 +292,22 @@ inline float f_largest(const float* p, int64_t count) {
   return _mm_cvtss_f32(_mm_castsi128_ps(t));
 }
 
-// Floats rounded to integers of `count` signed digits in base 2^shift, the highest first, digits by_digit bytes apart.
-inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t by_digit, int64_t) {
+// Floats rounded to integers of `count` signed digits in base 2^shift, the highest first, digits by_digit bytes apart. In
+// tiles (by_quad other than 4): 4 integers of 16 bits (by_digit 0) or 8 bits by_quad bytes apart.
+inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t by_digit, int64_t by_quad) {
+  if (by_quad != 4) {
+    const __m256i x = _mm256_cvtps_epi32(v);
+    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    if (by_digit == 0) {
+      _mm_storel_epi64((__m128i*)out, pairs);
+      _mm_storeh_pd((double*)(out + by_quad), _mm_castsi128_pd(pairs));
+    } else {
+      const __m128i bytes = _mm_packs_epi16(pairs, pairs);
+      _mm_storeu_si32(out, bytes);
+      _mm_storeu_si32(out + by_quad, _mm_srli_si128(bytes, 4));
+    }
+    return;
+  }
   const __m128i drop = _mm_cvtsi32_si128(32 - shift), by = _mm_cvtsi32_si128(shift);
   __m256i x = _mm256_cvtps_epi32(v);
   for (int d = count - 1; d > 0; --d) {
