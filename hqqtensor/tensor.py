@@ -9,7 +9,8 @@ from torchao.utils import TorchAOBaseTensor
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, check_weight, encode
-from hqqtensor.solvers import column_scaled
+from hqqtensor.packing import row_bytes
+from hqqtensor.rotation import prepare, rotate
 
 
 class HQQTensor(TorchAOBaseTensor):
@@ -22,18 +23,21 @@ class HQQTensor(TorchAOBaseTensor):
             plain floating tensor or an 8-bit HQQTensor.
         zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
             ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
-        act_pre_scale (optional): ``[K]``, multiplied into the activations.
+        act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
 
     Attributes:
         nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
         in_features, out_features: K and N, the length and the number of stored rows. rank: of the logical shape.
         shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
             dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
+        rotation: inputs that a Hadamard matrix mixes with one another (``hqqtensor.rotation``), 0 for none.
     """
 
     tensor_data_names = ["qdata", "scale"]
     optional_tensor_data_names = ["zero_point", "act_pre_scale"]
-    tensor_attribute_names = ["nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation"]
+    tensor_attribute_names = [
+        "nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "rotation",
+    ]  # fmt: skip
 
     qdata: Tensor
     scale: Tensor
@@ -42,7 +46,7 @@ class HQQTensor(TorchAOBaseTensor):
 
     def __new__(
         cls, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
-        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
+        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float", rotation: int = 0,
         zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
     ) -> "HQQTensor":  # fmt: skip
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -51,13 +55,13 @@ class HQQTensor(TorchAOBaseTensor):
 
     def __init__(
         self, qdata: Tensor, scale: Tensor, nbits: int, group_size: int, axis: int, shape: torch.Size,
-        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float",
+        dtype: torch.dtype, format: str = "int", transposed: bool = False, activation: str = "float", rotation: int = 0,
         zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
-        self.format, self.transposed, self.activation = format, transposed, activation
+        self.format, self.transposed, self.activation, self.rotation = format, transposed, activation, rotation
         self.nested = isinstance(scale, HQQTensor) or isinstance(zero_point, HQQTensor)
         # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
         self.rank = len(shape)
@@ -80,25 +84,25 @@ class HQQTensor(TorchAOBaseTensor):
         config = config or HqqConfig()
         check_weight(weight, config)
         dtype = config.compute_dtype or weight.dtype
-        if config.solver == column_scaled.NAME:
-            inner = column_scaled.inner(config)
-            scale = column_scaled.column_scale(weight).to(torch.float16)
-            out = HQQTensor._from_encoded(encode(weight / scale.float(), inner), dtype, config.format)
-            out.act_pre_scale = scale
-        else:
-            out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
-        out.activation = config.activation
+        prepared, inner, act, block = prepare(weight, config)
+        out = HQQTensor._from_encoded(encode(prepared, inner), dtype, config.format)
+        out.act_pre_scale, out.rotation, out.activation = act, block, config.activation
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)
         return out
 
     @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
-        meta = [
-            HQQTensor._from_encoded(m, torch.float32) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)
-        ]
+        meta = [HQQTensor._bytes(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
         own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
         return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
+
+    @staticmethod
+    def _bytes(e: Encoded) -> "HQQTensor":
+        """Quantized scales or zero points: a byte each, without the bytes that fill packed rows up to eight codes."""
+        out = HQQTensor._from_encoded(e, torch.float32)
+        out.qdata = out.qdata[..., : out.in_features].contiguous()
+        return out
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -113,9 +117,9 @@ class HQQTensor(TorchAOBaseTensor):
         if not self.nested:
             return qdata, scale, zero
         if isinstance(scale, HQQTensor):
-            scale = scale.qdata[..., : scale.in_features]
+            scale = scale.qdata
         if isinstance(zero, HQQTensor):
-            zero = zero.qdata[..., : zero.in_features]
+            zero = zero.qdata
         return qdata, scale, zero
 
     @property
@@ -136,7 +140,13 @@ class HQQTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
-        w = ops.dequantize(*self.packed(), *self.settings(), dtype)
+        qdata, *meta = self.packed()
+        bare = row_bytes(self.in_features, self.nbits) - qdata.shape[-1]
+        if bare:  # see _bytes: only scales and zero points lack these
+            qdata = torch.nn.functional.pad(qdata, (0, bare))
+        w = ops.dequantize(qdata, *meta, *self.settings(), torch.float32 if self.rotation else dtype)
+        if self.rotation:
+            w = rotate(w, self.rotation).to(dtype)
         if self.act_pre_scale is not None:
             w = w * self.act_pre_scale.to(dtype)
         return w.transpose(-1, -2) if self.transposed else w
@@ -163,6 +173,7 @@ class HQQTensor(TorchAOBaseTensor):
             return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
 
         text = f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}"
+        text += f", rotation={self.rotation}" if self.rotation else ""
         text += f", scale={meta(self.scale)}"
         if self.codebook is not None:
             return f"{text}, codebook={self.codebook}"

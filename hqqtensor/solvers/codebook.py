@@ -6,7 +6,9 @@ group-weighted form of any4 (Elhoushi and Johnson, "any4: Learned 4-bit Numeric 
 
     t_c = (sum of s w over the weights of code c) / (sum of s^2 over them)
 
-4 bits start from NF4, other widths from the like quantiles of a normal distribution.
+4 bits start from NF4, other widths from the like quantiles of a normal distribution, shifted a little to one side. A
+group may use its levels mirrored (a negative scale), so entries that lean to one side give it a choice between two
+sets, where even ones give one set twice; and from an even start Lloyd's rule does not leave evenness.
 """
 
 from collections.abc import Iterator
@@ -21,16 +23,18 @@ from hqqtensor.solvers.base import CACHED, chunks
 from hqqtensor.solvers.scale_only import Scales, fit_scales
 
 ROUNDS = 10
+SHIFT = 0.15
+"""Of the start below 4 bits, in standard deviations of the normal distribution."""
 SAMPLE = 1 << 20
 """Weights that one codebook for a whole tensor is learned from."""
 
 
 def starting_entries(nbits: int) -> Tensor:
-    """``[2**nbits]`` entries from -1 to 1: NF4's, or medians of equally likely slices of a normal distribution."""
+    """``[2**nbits]`` entries from -1 to 1: NF4's, or medians of equal slices of a normal distribution, shifted."""
     if nbits == 4:
         return VALUES.clone()
     count, normal = 2**nbits, NormalDist()
-    values = torch.tensor([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+    values = torch.tensor([normal.inv_cdf((i + 0.5) / count) + SHIFT for i in range(count)])
     return values / values[-1]
 
 
