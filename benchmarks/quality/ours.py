@@ -73,10 +73,12 @@ def methods() -> list[Method]:
         add(f"{b}-bit g32 8-bit meta, columns", b, HqqConfig(b, 32, solver="column_scaled", **META))
         learned = HqqConfig(b, 20, format="codebook", quant_scale=True, solver="column_scaled")
         add(f"{b}-bit g20 learned, 8-bit scales, columns", b, learned)
-        # As many bits as hqq's: groups of 64 with 16-bit scale and zero point. Fewer than GPTQ's: in 8 bits.
-        add(f"{b}-bit g64 calibrated on random tokens", b, HqqConfig(b, 64), "model")
+        # No more bits than hqq's, whose groups of 64 have 16-bit scale and zero point.
+        add(f"{b}-bit g40 8-bit meta, random tokens", b, HqqConfig(b, 40, **META), "model")
+        # As many bits as hqq's; with 8-bit metadata, fewer than GPTQ's.
         add(f"{b}-bit g64 full calibration", b, HqqConfig(b, 64), "text")
         add(f"{b}-bit g64 8-bit meta, full calibration", b, HqqConfig(b, 64, **META), "text")
+    add("2-bit g64, random tokens", 2, HqqConfig(2, 64), "model")
     add("2-bit g16 8-bit meta, columns", 2, HqqConfig(2, 16, solver="column_scaled", **META))
     add("2-bit g20 learned, 8-bit scales", 2, HqqConfig(2, 20, format="codebook", quant_scale=True))
     add("2-bit g16 learned, 8-bit scales", 2, HqqConfig(2, 16, format="codebook", quant_scale=True))
