@@ -205,7 +205,7 @@ def _train(
         for name, module in modules.items():
             module.__dict__.pop("forward", None)
             if own_forward[name] is not None:
-                module.forward = own_forward[name]  # type: ignore[method-assign]
+                module.forward = own_forward[name]  # type: ignore[method-assign, assignment]
     return True
 
 

@@ -8,7 +8,7 @@ group-weighted form of any4 (Elhoushi and Johnson, "any4: Learned 4-bit Numeric 
 
 4 bits start from NF4, other widths from the like quantiles of a normal distribution, shifted a little to
 one side and not. A group may use its levels mirrored (a negative scale), so entries that lean to one side give it a
-choice between two sets, where even ones give one set twice; and from an even start Lloyd's rule does not leave evenness.
+choice between two sets, where even ones give one set twice; and from an even start Lloyd's rule stays even.
 """
 
 from collections.abc import Iterator
