@@ -15,7 +15,7 @@ ACTIVATIONS = ("float", "int8")
 CODEBOOKS = ("tensor", "row")
 _LAYER_FIELDS = (
     "nbits", "group_size", "axis", "format", "solver", "scale_dtype", "quant_scale", "quant_zero",
-    "compute_dtype", "view_as_float", "lp_norm", "activation", "codebook", "integer_zero",
+    "compute_dtype", "view_as_float", "lp_norm", "activation", "codebook", "integer_zero", "rotation", "rotation_seed",
 )  # fmt: skip
 _DTYPE_FIELDS = ("scale_dtype", "compute_dtype")
 
@@ -44,6 +44,9 @@ class HqqConfig(AOBaseConfig):
     activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
         each token and group of features (see docs/performance.md for speed and error).
     integer_zero: zero points are integers, at the price of about 14 % more squared error.
+    rotation: mix inputs by a random Hadamard rotation (``hqqtensor.rotation``): the weight is quantized rotated, the
+        activations are rotated before each product.
+    rotation_seed: of the rotation's signs.
     codebook: for the format "codebook", whether the "tensor" or each "row" (axis 1 only) has entries of its own.
     """
 
@@ -64,6 +67,8 @@ class HqqConfig(AOBaseConfig):
     activation: str = "float"
     codebook: str = "tensor"
     integer_zero: bool = False
+    rotation: bool = False
+    rotation_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.weight_quant_params is not None:
@@ -106,9 +111,11 @@ class HqqConfig(AOBaseConfig):
             raise ValueError(f"scale_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.scale_dtype}")
         if self.compute_dtype not in (None, *SCALE_DTYPES):
             raise ValueError(f"compute_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.compute_dtype}")
-        for name in ("quant_scale", "quant_zero", "view_as_float", "integer_zero"):
+        for name in ("quant_scale", "quant_zero", "view_as_float", "integer_zero", "rotation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not _is_int(self.rotation_seed) or not 0 <= self.rotation_seed < 2**63:
+            raise ValueError(f"rotation_seed must be an integer from 0 to 2**63 - 1, got {self.rotation_seed!r}")
         if not isinstance(self.lp_norm, (int, float)) or not 0 < self.lp_norm <= 2:
             raise ValueError(f"lp_norm must be over 0 and at most 2, got {self.lp_norm!r}")
         if self.activation not in ACTIVATIONS:

@@ -11,6 +11,7 @@ from hqqtensor.kernels import cpu
 from hqqtensor.ops.backend import serves
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
+from hqqtensor.rotation import check_rotation
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
@@ -65,6 +66,8 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight", row_di
             f"{name}: group_size {config.group_size} is larger than {side} {extent} (axis {config.axis}); "
             f"allowed are 1 to {extent}, or None for one group"
         )
+    if config.rotation:
+        check_rotation(weight.shape[-1], name)
     if config.view_as_float and row_bytes(weight.shape[-1], config.nbits) % weight.element_size():
         raise ValueError(
             f"{name}: view_as_float needs packed rows of a multiple of {weight.element_size()} bytes, "

@@ -11,7 +11,8 @@ from torchao.utils import TorchAOBaseTensor
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, check_weight, encode
-from hqqtensor.solvers import column_scaled
+from hqqtensor.packing import row_bytes
+from hqqtensor.rotation import prepare, rotate
 
 
 class HQQTensor(TorchAOBaseTensor):
@@ -24,7 +25,7 @@ class HQQTensor(TorchAOBaseTensor):
             plain floating tensor or an 8-bit HQQTensor.
         zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
             ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
-        act_pre_scale (optional): ``[K]``, multiplied into the activations.
+        act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
 
     Attributes:
         nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
@@ -33,12 +34,13 @@ class HQQTensor(TorchAOBaseTensor):
             dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
         row_dims: how many trailing dimensions of ``shape`` lie in a stored row: 1, or for the weight of a convolution
             ``[N, C, *kernel]`` all but the first, K = C times the kernel's elements.
+        rotation: inputs that a Hadamard matrix mixes with one another (``hqqtensor.rotation``), 0 for none.
     """
 
     tensor_data_names = ["qdata", "scale"]
     optional_tensor_data_names = ["zero_point", "act_pre_scale"]
     tensor_attribute_names = [
-        "nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "row_dims",
+        "nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "row_dims", "rotation",
     ]  # fmt: skip
 
     qdata: Tensor
@@ -49,7 +51,8 @@ class HQQTensor(TorchAOBaseTensor):
     def __new__(
         cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
         dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
-        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *, requires_grad: bool = False,
+        rotation: int = 0, zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *,
+        requires_grad: bool = False,
     ) -> "HQQTensor":  # fmt: skip
         if isinstance(qdata, HQQTensor):
             # accelerate makes a parameter anew by its type: HQQTensor(q, requires_grad=...), as nn.Parameter(t, ...).
@@ -61,14 +64,16 @@ class HQQTensor(TorchAOBaseTensor):
     def __init__(
         self, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
         dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
-        zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *, requires_grad: bool = False,
+        rotation: int = 0, zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *,
+        requires_grad: bool = False,
     ) -> None:  # fmt: skip
         if isinstance(qdata, HQQTensor):
             return
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.nbits, self.group_size, self.axis = nbits, group_size, axis
-        self.format, self.transposed, self.activation, self.row_dims = format, transposed, activation, row_dims
+        self.format, self.transposed, self.activation = format, transposed, activation
+        self.row_dims, self.rotation = row_dims, rotation
         self.nested = isinstance(scale, HQQTensor) or isinstance(zero_point, HQQTensor)
         # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
         self.rank = len(shape)
@@ -96,25 +101,25 @@ class HQQTensor(TorchAOBaseTensor):
         check_weight(weight, config, row_dims=row_dims)
         weight = weight.flatten(-row_dims)
         dtype = config.compute_dtype or weight.dtype
-        if config.solver == column_scaled.NAME:
-            inner = column_scaled.inner(config)
-            scale = column_scaled.column_scale(weight).to(torch.float16)
-            out = HQQTensor._from_encoded(encode(weight / scale.float(), inner), dtype, config.format)
-            out.act_pre_scale = scale
-        else:
-            out = HQQTensor._from_encoded(encode(weight, config), dtype, config.format)
-        out.activation = config.activation
+        prepared, inner, act, block = prepare(weight, config)
+        out = HQQTensor._from_encoded(encode(prepared, inner), dtype, config.format)
+        out.act_pre_scale, out.rotation, out.activation = act, block, config.activation
         if config.view_as_float:
             out.qdata = out.qdata.view(weight.dtype)
         return out if row_dims == 1 else out.with_data(shape=shape, row_dims=row_dims)
 
     @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
-        meta = [
-            HQQTensor._from_encoded(m, torch.float32) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)
-        ]
+        meta = [HQQTensor._bytes(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
         own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
         return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
+
+    @staticmethod
+    def _bytes(e: Encoded) -> "HQQTensor":
+        """Quantized scales or zero points: a byte each, without the bytes that fill packed rows up to eight codes."""
+        out = HQQTensor._from_encoded(e, torch.float32)
+        out.qdata = out.qdata[..., : out.in_features].contiguous()
+        return out
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -129,9 +134,9 @@ class HQQTensor(TorchAOBaseTensor):
         if not self.nested:
             return qdata, scale, zero
         if isinstance(scale, HQQTensor):
-            scale = scale.qdata[..., : scale.in_features]
+            scale = scale.qdata
         if isinstance(zero, HQQTensor):
-            zero = zero.qdata[..., : zero.in_features]
+            zero = zero.qdata
         return qdata, scale, zero
 
     @property
@@ -152,7 +157,13 @@ class HQQTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
-        w = ops.dequantize(*self.packed(), *self.settings(), dtype)
+        qdata, *meta = self.packed()
+        bare = row_bytes(self.in_features, self.nbits) - qdata.shape[-1]
+        if bare:  # see _bytes: only scales and zero points lack these
+            qdata = torch.nn.functional.pad(qdata, (0, bare))
+        w = ops.dequantize(qdata, *meta, *self.settings(), torch.float32 if self.rotation else dtype)
+        if self.rotation:
+            w = rotate(w, self.rotation).to(dtype)
         if self.act_pre_scale is not None:
             w = w * self.act_pre_scale.to(dtype)
         if self.row_dims > 1:
@@ -181,6 +192,7 @@ class HQQTensor(TorchAOBaseTensor):
             return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
 
         text = f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}"
+        text += f", rotation={self.rotation}" if self.rotation else ""
         text += f", scale={meta(self.scale)}"
         if self.codebook is not None:
             return f"{text}, codebook={self.codebook}"

@@ -8,6 +8,7 @@ from torchao.utils import fill_defaults
 
 from hqqtensor import ops
 from hqqtensor.packing import BLOCK, byte_offset
+from hqqtensor.rotation import rotate, to_inputs
 from hqqtensor.tensor import HQQTensor
 
 aten = torch.ops.aten
@@ -24,6 +25,14 @@ def _activations(x: Tensor) -> Tensor:
     return x
 
 
+def _inputs(x: Tensor, weight: HQQTensor) -> tuple[Tensor, Tensor | None]:
+    """The activations for the operators, and the scale that they are to multiply them with."""
+    x = _activations(x)
+    if weight.rotation:
+        return to_inputs(x, weight.act_pre_scale, weight.rotation), None
+    return x, weight.act_pre_scale
+
+
 def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
     """``x [..., K]`` times the transpose of a weight ``[N, K]`` that is not transposed, plus ``bias``."""
     if isinstance(x, HQQTensor):
@@ -32,7 +41,7 @@ def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
         raise RuntimeError(
             f"linear: input of shape {list(x.shape)} does not fit a weight with {weight.in_features} in_features"
         )
-    x, act = _activations(x), weight.act_pre_scale
+    x, act = _inputs(x, weight)
     return ops.linear(x, *weight.packed(), bias, act, *weight.settings(), weight.activation)
 
 
@@ -42,7 +51,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
             return linear(x, weight, None)
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
-            x, act = _activations(x), weight.act_pre_scale
+            x, act = _inputs(x, weight)
             return ops.batched_linear(x, *weight.packed(), act, *weight.settings(), weight.activation)
     first = isinstance(x, HQQTensor) and x.row_dims == 1 and not x.transposed and not isinstance(weight, HQQTensor)
     if first and x.ndim == weight.ndim == 3:
@@ -79,7 +88,7 @@ def _(func, types, args, kwargs):
             raise NotImplementedError(
                 "grouped_mm: needs x [S, K], offs and a transposed 3-D HQQTensor [E, K, N], and no bias"
             )
-        x, act = _activations(x), weight.act_pre_scale
+        x, act = _inputs(x, weight)
         settings = (*weight.settings(), weight.activation)
         out = ops.grouped_linear(x, offs, *weight.packed(), act, *settings)
         return out if out_dtype is None else out.to(out_dtype)
@@ -128,7 +137,11 @@ def _(func, types, args, kwargs):
         weight, indices = args[0], args[1]
     if not isinstance(weight, HQQTensor) or weight.ndim != 2 or weight.transposed:
         raise NotImplementedError("embedding: needs a 2-D HQQTensor weight that is not transposed")
-    out = ops.embedding(indices, *weight.packed(), *weight.settings(), weight.dtype)
+    out = ops.embedding(
+        indices, *weight.packed(), *weight.settings(), torch.float32 if weight.rotation else weight.dtype
+    )
+    if weight.rotation:
+        out = rotate(out, weight.rotation).to(weight.dtype)
     return out if weight.act_pre_scale is None else out * weight.act_pre_scale.to(out.dtype)
 
 
@@ -203,6 +216,11 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
         data = {"qdata": aten.slice.Tensor(self.qdata, stored, first // item, last // item)}
         low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
         data |= {n: meta(getattr(self, n), stored, low, high) for n in _beside(self, rows=False)}
+        if self.rotation and (start % self.rotation or end % self.rotation):
+            raise NotImplementedError(
+                f"slice: in_features are rotated in blocks of {self.rotation} and can be cut between them, "
+                f"got {start}:{end} of {K}"
+            )
         act = None if act is None else act[start:end]
     return self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
 
@@ -255,7 +273,17 @@ def _(func, types, args, kwargs):
     for t in tensors[1:]:
         same = all(
             getattr(t, n) == getattr(head, n)
-            for n in ("nbits", "group_size", "axis", "dtype", "format", "transposed", "activation", "row_dims")
+            for n in (
+                "nbits",
+                "group_size",
+                "axis",
+                "dtype",
+                "format",
+                "transposed",
+                "activation",
+                "row_dims",
+                "rotation",
+            )
         )
         if not same or (head.row_dims > 1 and t.shape[1:] != head.shape[1:]):
             raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")

@@ -17,7 +17,7 @@ def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
         full, weight = choice.names[0], choice.weight
         name = _module(full)
         if name in calibration.moments:
-            check_calibrated(choice.settings, full)
+            check_calibrated(choice.settings, full, calibration.mode)
             if len(calibration.moments[name]) != weight.shape[-1]:
                 raise ValueError(
                     f"{full}: calibrated on {len(calibration.moments[name])} inputs, the weight has "

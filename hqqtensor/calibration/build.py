@@ -8,12 +8,15 @@ from hqqtensor.calibration.weighted import solve_weighted
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, _storage_dtype, _store
 from hqqtensor.packing import pack
+from hqqtensor.rotation import prepare, rotate
 from hqqtensor.solvers import column_scaled
 from hqqtensor.tensor import HQQTensor
 
 
-def check_calibrated(config: HqqConfig, name: str) -> None:
-    """ValueError naming ``name`` for settings that calibration does not serve."""
+def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:
+    """ValueError naming ``name`` for settings that calibration in this mode does not serve."""
+    if config.rotation and mode != "full":
+        raise ValueError(f'{name}: rotation mixes inputs; calibrate with mode "full", not {mode!r}')
     if config.format != "int" or config.axis != 1:
         raise ValueError(f"{name}: calibration serves format 'int' and axis 1, got {config.format!r} and {config.axis}")
     if config.integer_zero:
@@ -24,12 +27,13 @@ def check_calibrated(config: HqqConfig, name: str) -> None:
 
 def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTensor:
     """Quantize a checked ``weight`` ``[N, K]``; moments ``[K]`` (errors weighted) or ``[K, K]`` (error feedback)."""
-    w, act = weight.detach().to(torch.float32), None
-    if config.solver == column_scaled.NAME:
-        act = column_scaled.column_scale(weight).to(torch.float16)
+    w, _, act, block = prepare(weight, config)
+    w = w.to(torch.float32)
+    if act is not None:
         d = act.to(torch.float32)
-        w = w / d
         moments = moments * (d * d if moments.ndim == 1 else d * d.unsqueeze(1))
+    if block:
+        moments = rotate(rotate(moments, block).T, block)
     size = config.group_size or w.shape[1]
     scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
     dtype = config.scale_dtype or _storage_dtype(scale, zero)
@@ -61,7 +65,7 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
         weight.shape,  # type: ignore[arg-type]
     )
     out = HQQTensor._from_encoded(encoded, config.compute_dtype or weight.dtype, config.format)
-    out.act_pre_scale, out.activation = act, config.activation
+    out.act_pre_scale, out.rotation, out.activation = act, block, config.activation
     if config.view_as_float:
         out.qdata = out.qdata.view(weight.dtype)
     return out

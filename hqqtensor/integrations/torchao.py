@@ -51,9 +51,8 @@ def _rebuild(scale: Tensor, per_tensor_scale: Tensor, zero_point: Tensor | None 
         if values.dtype != torch.uint8:
             return values
         nbits, axis, size = _meta(values.shape)
-        # Codes of 8 bits lie as they are, in rows of a multiple of 8 bytes.
-        own, scale, zero = torch.nn.functional.pad(values, (0, -values.shape[-1] % 8)), floats.pop(0), floats.pop(0)
-        return HQQTensor(own, scale, nbits, size, axis, values.shape, torch.float32, zero_point=zero)
+        scale, zero = floats.pop(0), floats.pop(0)
+        return HQQTensor(values, scale, nbits, size, axis, values.shape, torch.float32, zero_point=zero)
 
     whole = nested(scale)
     return HQQTensor(scale=whole, zero_point=None if zero_point is None else nested(zero_point), **data)

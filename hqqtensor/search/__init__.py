@@ -2,10 +2,11 @@
 
 from hqqtensor.search.choose import Choice, choose_config
 from hqqtensor.search.knapsack import best_choice
-from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity, random_tokens
+from hqqtensor.search.sensitivity import CANDIDATES, LEARNED, Sensitivity, measure_sensitivity, random_tokens
 
 __all__ = [
     "CANDIDATES",
+    "LEARNED",
     "Choice",
     "Sensitivity",
     "best_choice",

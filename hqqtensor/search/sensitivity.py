@@ -19,12 +19,17 @@ from hqqtensor.tensor import HQQTensor
 
 _META = {"quant_scale": True, "quant_zero": True}
 CANDIDATES: tuple[dict[str, Any], ...] = (
-    *({"nbits": b, "group_size": g, **_META} for b in (2, 3, 4) for g in (16, 32, 64)),
+    *({"nbits": b, "group_size": g, **_META} for b in (2, 3, 4) for g in (16, 32, 64, 128)),
     *({"nbits": b, "group_size": 64, **_META} for b in (5, 6, 8)),
-    # Rows of few groups: 8-bit metadata is kept in runs of eight, so that 16-bit numbers can be the smaller.
-    *({"nbits": b, "group_size": 128, "quant_scale": False, "quant_zero": False} for b in (2, 3, 4)),
 )
-"""Settings tried for each layer in the default search: 2 to 8 bits, groups of 16 to 128, mostly 8-bit metadata."""
+"""Settings tried for each layer in the default search: 2 to 8 bits, groups of 16 to 128, 8-bit metadata."""
+
+LEARNED: tuple[dict[str, Any], ...] = tuple(
+    {"nbits": b, "group_size": g, "format": "codebook", "quant_scale": True, "quant_zero": False}
+    for b in (2, 3, 4)
+    for g in (16, 32)
+)
+"""More candidates, learned entries with 8-bit scales: less error than integers of the same bits, and slow to find."""
 
 
 @dataclass

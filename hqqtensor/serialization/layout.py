@@ -17,10 +17,11 @@ from torch import Tensor
 from hqqtensor.config import ACTIVATIONS, CODEBOOKS, SCALE_DTYPES
 from hqqtensor.formats import get_format
 from hqqtensor.packing import row_bytes
+from hqqtensor.rotation import block_of
 from hqqtensor.tensor import HQQTensor
 
 MAX_DIM = 2**40
-_PLAIN_ATTRIBUTES = ("nbits", "group_size", "axis", "format", "transposed", "activation")
+_PLAIN_ATTRIBUTES = ("nbits", "group_size", "axis", "format", "transposed", "activation", "rotation")
 _ATTRIBUTES = {*_PLAIN_ATTRIBUTES, "shape", "dtype", "view_as_float", "row_dims"}
 
 
@@ -122,6 +123,7 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     if isinstance(data, dict):
         data.setdefault("activation", "float")  # files of before there was a choice
         data.setdefault("row_dims", 1)  # written for convolutions only
+        data.setdefault("rotation", 0)
     need(isinstance(data, dict) and set(data) >= _ATTRIBUTES, f"metadata must have {sorted(_ATTRIBUTES)}")
     try:
         fmt = get_format(data["format"])
@@ -133,6 +135,8 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     need(whole(data["axis"]) and data["axis"] in (0, 1), f"axis {data['axis']!r} is not 0 or 1")
     need(whole(data["group_size"]) and 0 < data["group_size"] < MAX_DIM, f"bad group_size {data['group_size']!r}")
     need(isinstance(data["transposed"], bool), "transposed must be true or false")
+    kept = (data["nbits"], data["axis"], fmt.name, data["transposed"])
+    need(not nested or kept == (8, 0, "int", False), "quantized scales and zero points are 8-bit integers, axis 0")
     need(data["activation"] in ACTIVATIONS, f"activation {data['activation']!r} is not in {list(ACTIVATIONS)}")
     shape = data["shape"]
     good = isinstance(shape, list) and 2 <= len(shape) <= 8 and all(whole(s) and 0 < s < MAX_DIM for s in shape)
@@ -144,6 +148,9 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     for extent in shape:
         size *= extent
     need(size < 2**62, f"shape {shape!r} overflows")
+    turned, inputs = data["rotation"], shape[-2 if data["transposed"] else -1]
+    good = whole(turned) and (turned == 0 or (not nested and turned == block_of(turned) and inputs % turned == 0))
+    need(good, f"rotation {turned!r} is no power of two that divides {inputs} in_features")
     allowed = {str(d).removeprefix("torch.") for d in SCALE_DTYPES}
     need(
         isinstance(data["dtype"], str) and data["dtype"] in allowed,
@@ -187,7 +194,9 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
             raise CheckpointError(f"{name}: {key!r} holds NaN or Inf")
         return t
 
-    qdata = take("qdata", [*lead, out_features, row_bytes(in_features, data["nbits"])], (torch.uint8,))
+    # Quantized scales and zero points are a byte each, without what fills packed rows up to eight codes.
+    width = in_features if prefix else row_bytes(in_features, data["nbits"])
+    qdata = take("qdata", [*lead, out_features, width], (torch.uint8,))
     if data["view_as_float"]:
         dtype = getattr(torch, data["view_as_float"])
         if qdata.shape[-1] % dtype.itemsize:
@@ -210,5 +219,5 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
     return HQQTensor(
         qdata, meta["scale"], data["nbits"], data["group_size"], data["axis"], torch.Size(data["shape"]),
         getattr(torch, data["dtype"]), data["format"], data["transposed"], data["activation"], data["row_dims"],
-        zero_point=meta.get("zero_point"), act_pre_scale=act,
+        data["rotation"], zero_point=meta.get("zero_point"), act_pre_scale=act,
     )  # fmt: skip

@@ -6,7 +6,9 @@ group-weighted form of any4 (Elhoushi and Johnson, "any4: Learned 4-bit Numeric 
 
     t_c = (sum of s w over the weights of code c) / (sum of s^2 over them)
 
-4 bits start from NF4, other widths from the like quantiles of a normal distribution.
+4 bits start from NF4, other widths from the like quantiles of a normal distribution, shifted a little to
+one side and not. A group may use its levels mirrored (a negative scale), so entries that lean to one side give it a
+choice between two sets, where even ones give one set twice; and from an even start Lloyd's rule stays even.
 """
 
 from collections.abc import Iterator
@@ -22,17 +24,19 @@ from hqqtensor.solvers.base import CACHED, chunks
 from hqqtensor.solvers.scale_only import Scales, fit_scales
 
 ROUNDS = 10
+SHIFT = 0.15
+"""Of the start below 4 bits, in standard deviations of the normal distribution."""
 SAMPLE = 1 << 20
 """Weights that one codebook for a whole tensor is learned from."""
 
 
-def starting_entries(nbits: int) -> Tensor:
-    """``[2**nbits]`` entries from -1 to 1: NF4's, or medians of equally likely slices of a normal distribution."""
+def starting_entries(nbits: int) -> list[Tensor]:
+    """``[2**nbits]`` entries from -1 to 1: NF4's, or medians of equal slices of the normal one, shifted and not."""
     if nbits == 4:
-        return VALUES.clone()
+        return [VALUES.clone()]
     count, normal = 2**nbits, NormalDist()
-    values = torch.tensor([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
-    return values / values[-1]
+    middles = torch.tensor([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+    return [(middles + shift) / (middles[-1] + shift) for shift in (SHIFT, 0.0)]
 
 
 class Passes(Protocol):
@@ -73,18 +77,32 @@ def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, pa
     """Entries, ascending and within -1 and 1, as ``dtype`` holds them but in float32: ``[R or 1, 2**nbits]``.
 
     parts: the groups of one weight as views ``[R, C, group]``; with ``per_row`` each of the R rows gets entries of its
-    own. One codebook for all is found on an even sample of about ``SAMPLE`` weights. Where what was learned fits
-    worse than the start did, the start is kept.
+    own. One codebook for all is found on an even sample of about ``SAMPLE`` weights. Of the starts and what was
+    learned from them the best is given.
     """
     groups = parts if per_row else [_sample(part, SAMPLE // len(parts)) for part in parts]
     rows = groups[0].shape[0] if per_row else 1
-    start = starting_entries(nbits).to(groups[0].device).expand(rows, -1)
     units = _units(groups, rows)
+    best: tuple[Tensor, Tensor] | None = None
+    for start in starting_entries(nbits):
+        for found, error in _from(groups, units, start.to(groups[0].device).expand(rows, -1), dtype, passes):
+            if best is not None:
+                won = error < best[1]
+                found, error = torch.where(won, found, best[0]), torch.where(won, error, best[1])
+            best = found, error
+    assert best is not None
+    return best[0]
+
+
+def _from(
+    groups: list[Tensor], units: Tensor, start: Tensor, dtype: torch.dtype, passes: Passes
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``start`` and what is learned from it, as ``dtype`` holds them, each with its squared error ``[rows, 1]``."""
     scales = [torch.empty(*part.shape[:2], 1, device=part.device) for part in groups]
     for i, part, w, levels in _walk(groups, units, start, passes.chunk):
         scales[i][part] = passes.fit(w, levels)
     first = start.to(dtype).to(torch.float32)
-    first_error = _pass(groups, units, first, scales, passes)[0]
+    yield first, _pass(groups, units, first, scales, passes)[0]
     entries = start
     for _ in range(ROUNDS):
         _, scales, top, bottom = _pass(groups, units, entries, scales, passes)
@@ -94,7 +112,7 @@ def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, pa
         for s in scales:
             s *= largest.unsqueeze(-1)
     found = entries.to(dtype).to(torch.float32)
-    return torch.where(_pass(groups, units, found, scales, passes)[0] <= first_error, found, first)
+    yield found, _pass(groups, units, found, scales, passes)[0]
 
 
 def _pass(

@@ -109,8 +109,8 @@ def test_copies_pickles_and_casts_keep_every_bit(options) -> None:
 def test_nbytes_are_those_of_codes_scales_and_entries(options) -> None:
     q = quantized(options)
     groups = 96 * 4 if options.get("axis", 1) == 1 else 8 * 256
-    # Quantized scales: rows of 4 codes take 8 bytes, a float32 scale and zero point for each of the 4 columns.
-    meta = 96 * 8 + 2 * 4 * 4 if options.get("quant_scale") else 2 * groups
+    # Quantized scales: a byte each, a float32 scale and zero point for each of the 4 columns.
+    meta = 96 * 4 + 2 * 4 * 4 if options.get("quant_scale") else 2 * groups
     entries = {"tensor": 2 * 2**q.nbits, "row": 96 * 4 * 2**q.nbits, None: 0}[q.codebook]
     meta *= 2 if options.get("scale_dtype") == torch.float32 else 1
     assert q.nbytes == 96 * 256 * q.nbits // 8 + meta + entries

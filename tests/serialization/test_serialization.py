@@ -10,6 +10,7 @@ from torch import nn
 
 from hqqtensor import HQQTensor, hqq_weight_only, load_model, quantize_, save_model
 from hqqtensor.serialization import inspect_checkpoint
+from hqqtensor.serialization.layout import CheckpointError, flatten, parse_entry
 
 
 def model(**options) -> nn.Sequential:
@@ -127,3 +128,13 @@ def test_load_state_dict_with_and_without_assign() -> None:
     plain = model()
     plain.load_state_dict(m.state_dict())
     assert torch.equal(plain[0].weight, m[0].weight.dequantize())
+
+
+@pytest.mark.parametrize("changes", [{"nbits": 4}, {"axis": 1}, {"transposed": True}])
+def test_quantized_scales_of_another_form_are_refused(changes) -> None:
+    _, text = flatten("a.weight", model(nbits=2, group_size=16, quant_scale=True)[0].weight.detach())
+    entry = json.loads(text)
+    parse_entry("a.weight", text)
+    entry["_nested"]["scale"]["_data"] |= changes
+    with pytest.raises(CheckpointError, match="8-bit integers, axis 0"):
+        parse_entry("a.weight", json.dumps(entry))

@@ -31,6 +31,7 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
         codebook=old.codebook or "tensor",
         integer_zero=whole,
         view_as_float=old.qdata.dtype != torch.uint8,
+        rotation=old.rotation > 0,
     )
     new = HQQTensor.from_hp(dense.transpose(-1, -2) if old.transposed else dense, config, old.row_dims)
     return new.transpose(-1, -2) if old.transposed else new  # type: ignore[return-value]

@@ -1,0 +1,237 @@
+"""Short fine-tuning of scales and zero points against the dense model's outputs; codes stay as they are.
+
+HQQ+ (Badri and Shaji 2024, "Towards 1-bit Machine Learning Models") trains low-rank adapters and scales after
+quantization; here are no adapters, so a layer costs the same afterwards. The loss is the KL divergence of the
+next-token distributions (the relative squared error of hidden states where there are no logits).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hqqtensor.calibration.inputs import run
+from hqqtensor.encode import _store
+from hqqtensor.ops import reference
+from hqqtensor.quantize import replace_parameters
+from hqqtensor.rotation import to_inputs
+from hqqtensor.tensor import HQQTensor
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """Mean loss over the batches before and after (with what is stored), and whether the tuned numbers were kept.
+
+    tuned: names of the layers tuned. left: quantized parameters that were not, such as experts and embeddings.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    tuned: list[str]
+    left: list[str]
+
+
+class _Product(torch.autograd.Function):
+    """``x [..., K]`` times the transpose of the dense weight of given scales and zero points, with gradients to all.
+
+    The dense weight is made anew in the backward pass, so that there is one at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, weight: HQQTensor) -> Tensor:
+        ctx.save_for_backward(x, scale, *([] if zero is None else [zero]))
+        ctx.weight = weight
+        return x @ _dense(weight, scale, zero).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *numbers = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in numbers]
+            w = _dense(ctx.weight, leaves[0], leaves[1] if len(leaves) > 1 else None)
+        grad_x = grad @ w.detach() if ctx.needs_input_grad[0] else None
+        grads = torch.autograd.grad(w, leaves, grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad_x, grads[0], grads[1] if len(grads) > 1 else None, None
+
+
+def _dense(weight: HQQTensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Float32 ``[N, K]`` as stored: not yet divided by act_pre_scale or rotated back."""
+    _, nbits, format, group_size, axis, columns = weight.settings()
+    settings = (nbits, format, group_size, axis, columns, torch.float32)
+    return reference.dequantize(weight.packed()[0], scale, zero, [], *settings)
+
+
+class _Tuned:
+    """One weight: its scale times (1 + a) and its zero point plus b, with a and b to be trained."""
+
+    def __init__(self, weight: HQQTensor) -> None:
+        self.weight, self.zero = weight, None
+        self.scale = _plain(weight.scale)
+        self.a = torch.zeros_like(self.scale, requires_grad=True)
+        self.trained = [self.a]
+        if weight.zero_point is not None:
+            self.zero = _plain(weight.zero_point)
+            self.b = torch.zeros_like(self.zero, requires_grad=True)
+            # Integers are integers on purpose.
+            if weight.format != "int" or not torch.equal(self.zero, self.zero.round()):
+                self.trained.append(self.b)
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        return self.scale * (1 + self.a), None if self.zero is None else self.zero + self.b
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x32 = x.to(torch.float32)
+        if self.weight.rotation:
+            x32 = to_inputs(x32, self.weight.act_pre_scale, self.weight.rotation)
+        elif self.weight.act_pre_scale is not None:
+            x32 = x32 * self.weight.act_pre_scale.to(torch.float32)
+        out = _Product.apply(x32, *self.numbers(), self.weight)
+        return (out if bias is None else out + bias).to(x.dtype)
+
+    @torch.no_grad()
+    def stored(self) -> HQQTensor:
+        """The weight with the numbers as they are now, rounded as it keeps them."""
+        scale, zero = self.numbers()
+        changes = {"scale": _like(scale, self.weight.scale, "scale")}
+        if zero is not None:
+            assert self.weight.zero_point is not None
+            if self.weight.format == "codebook":
+                zero = zero.cummax(-1).values  # entries ascend
+            changes["zero_point"] = _like(zero, self.weight.zero_point, "zero_point")
+        return self.weight.with_data(**changes)
+
+
+def _plain(values: Tensor) -> Tensor:
+    return (values.dequantize() if isinstance(values, HQQTensor) else values).detach().to(torch.float32)
+
+
+def _like(values: Tensor, old: Tensor, name: str) -> Tensor:
+    quantized = isinstance(old, HQQTensor)
+    stored, _ = _store(values, torch.float32 if quantized else old.dtype, quantized, name)
+    return stored if isinstance(stored, Tensor) else HQQTensor._bytes(stored)
+
+
+def finetune(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    steps: int = 100,
+    lr: float = 2e-3,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Finetuned:
+    """Train the scales and zero points (or learned entries) of ``model``'s quantized linear layers, in place.
+
+    dense: the same model before it was quantized. batches: what both are called with, as for ``calibrate``, on their
+        device; rows with ``attention_mask`` 0 do not count. They are kept, and gone through in random order.
+    steps: batches trained on. lr: Adam's step, of scales relative to them, of zero points in codes; it falls to 0.
+    progress: called as ``progress(done, total, "loss 0.123")`` after each step.
+
+    Numbers are rounded as they are stored at the end; where the loss over the batches has not fallen then, the old ones
+    are kept. An error leaves the model as it was. Memory: activations of one batch with gradients, its outputs
+    twice, one dense weight, 16 bytes for each scale and zero point. ValueError for no batches, steps or lr below
+    1 and 0, nothing to tune, or outputs that do not fit each other.
+    """
+    kept = list(batches)
+    if not kept or steps < 1 or not lr > 0:
+        raise ValueError(f"finetune needs batches, steps >= 1 and lr > 0; got {len(kept)} batches, {steps}, {lr}")
+    tuned: dict[int, _Tuned] = {}
+    users: dict[str, _Tuned] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and isinstance(weight, HQQTensor) and weight.ndim == 2:
+            users[name] = tuned.setdefault(id(weight), _Tuned(weight.detach()))  # type: ignore[arg-type]
+    if not users:
+        raise ValueError("nothing to tune: the model has no quantized nn.Linear; call quantize_ first")
+    left = [n for n, p in model.named_parameters() if isinstance(p, HQQTensor) and id(p) not in tuned]
+    training = model.training, dense.training
+    model.eval()
+    dense.eval()
+    try:
+        before = _mean_loss(model, dense, kept)
+        made = _train(model, dense, kept, users, list(tuned.values()), steps, lr, seed, progress)
+        replaced = {old: nn.Parameter(t.stored(), requires_grad=False) for old, t in tuned.items()}
+        old = {id(replaced[id(p)]): p for p in model.parameters() if id(p) in replaced}
+        replace_parameters(model, replaced)
+        after = math.inf
+        try:
+            after = _mean_loss(model, dense, kept) if made else math.inf
+        finally:
+            if not after < before:
+                replace_parameters(model, old)
+    finally:
+        model.train(training[0])
+        dense.train(training[1])
+    return Finetuned(before, after, after < before, list(users), left)
+
+
+def _train(
+    model: nn.Module, dense: nn.Module, batches: list[Any], users: dict[str, _Tuned], tuned: list[_Tuned], steps: int,
+    lr: float, seed: int, progress: Callable[[int, int, str], None] | None,
+) -> bool:  # fmt: skip
+    """Train; False where the loss stopped being a number."""
+    parameters = [p for t in tuned for p in t.trained]
+    optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator, order = torch.Generator().manual_seed(seed), []  # type: ignore[var-annotated]
+    modules = {name: model.get_submodule(name) for name in users}
+    own_forward = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            own = users[name]
+            module.forward = lambda input, own=own, module=module: own.linear(input, module.bias)  # type: ignore[method-assign]
+        for step in range(steps):
+            order = order or torch.randperm(len(batches), generator=generator).tolist()
+            batch = batches[order.pop()]
+            with torch.no_grad():
+                want = _outputs(dense, batch)
+            with torch.enable_grad():
+                loss = _loss(_outputs(model, batch), want, batch)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if not bool(loss.isfinite()):
+                return False
+            for parameter, grad in zip(parameters, found, strict=True):
+                parameter.grad = grad
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step + 1, steps, f"loss {loss.item():.4g}")
+    finally:
+        for name, module in modules.items():
+            module.__dict__.pop("forward", None)
+            if own_forward[name] is not None:
+                module.forward = own_forward[name]  # type: ignore[method-assign, assignment]
+    return True
+
+
+def _outputs(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
+    """What is compared, float32: logits and True, or the last hidden states and False."""
+    out = run(model, batch)
+    has_logits = hasattr(out, "logits")
+    result = out.logits if has_logits else getattr(out, "last_hidden_state", out)
+    if not isinstance(result, Tensor):
+        raise ValueError(f"{type(model).__name__} gives no logits or hidden states to compare")
+    return result.to(torch.float32), has_logits
+
+
+def _loss(got: tuple[Tensor, bool], want: tuple[Tensor, bool], batch: Any) -> Tensor:
+    (q, logits), (p, _) = got, want
+    if q.shape != p.shape:
+        raise ValueError(f"outputs of shape {list(q.shape)} do not fit the dense model's {list(p.shape)}")
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == q.shape[:-1]:
+        q, p = q[mask.bool()], p[mask.bool()]
+    if logits:
+        q, p = q.log_softmax(-1), p.log_softmax(-1)
+        return F.kl_div(q, p, reduction="sum", log_target=True) / max(1, p[..., 0].numel())
+    return (q - p).square().sum() / p.square().sum().clamp_min(1e-30)
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, dense: nn.Module, batches: list[Any]) -> float:
+    return sum(_loss(_outputs(model, b), _outputs(dense, b), b).item() for b in batches) / len(batches)
