@@ -145,9 +145,11 @@ def _read_amd(text: str, shared: int, whole: bool) -> Compiled:
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
-        line = line.split(";")[0].strip()
+        line, _, comment = line.partition(";")
+        line = line.strip()
         if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(lines)
+            if "Loop Header" in comment:  # blocks that are seldom run lie behind the kernel and jump back as well
+                labels[label[1]] = len(lines)
         elif re.match(r"(v_|s_|ds_|global_|buffer_|flat_)", line):
             lines.append(line)
     loops = [
@@ -166,10 +168,11 @@ def _read_amd(text: str, shared: int, whole: bool) -> Compiled:
 
 
 def _main(lines: list[str], loops: list[tuple[int, int]], product: str) -> tuple[list[str], bool]:
-    """The longest innermost loop, one with products if any has; the whole kernel where there is no loop."""
+    """The innermost loop with most products, of such the longest; the whole kernel where there is no loop."""
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     if not inner:
         return lines, False
-    with_product = [(a, b) for a, b in inner if any(re.search(product, line) for line in lines[a : b + 1])]
-    a, b = max(with_product or inner, key=lambda span: span[1] - span[0])
+    a, b = max(
+        inner, key=lambda span: (sum(bool(re.search(product, s)) for s in lines[span[0] : span[1] + 1]), span[1] - span[0])
+    )
     return lines[a : b + 1], True

@@ -32,7 +32,7 @@ from hqqtensor.kernels.triton.config import (
     shipped,
 )
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
-from hqqtensor.kernels.triton.launch import decoder_text, precision
+from hqqtensor.kernels.triton.launch import decoding, precision
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.packing import PLANES, row_bytes
@@ -75,15 +75,15 @@ class Variant:
 def compile_linear(variant: Variant) -> Compiled:
     chosen, tile = variant.plan, variant.plan.tile
     device = Device(variant.arch, LIMITS[variant.arch].processors)
-    asm = decoder_text(device, variant.kind, variant.nbits, DTYPES[variant.dtype])
     constants = {
         "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": {4: 1, 6: 2, 8: 3}.get(variant.nbits, 0),
         "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
         "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
-        "ASM": asm[0], "CONSTRAINTS": asm[1], "DOT": DOTS[variant.dtype],
+        "DOT": DOTS[variant.dtype],
         "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
+        **decoding(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen.scale),
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
@@ -99,8 +99,7 @@ def compile_linear(variant: Variant) -> Compiled:
 def weights_a_turn(variant: Variant) -> float:
     """Weights that a thread decodes in a turn of the loop."""
     tile = variant.plan.tile
-    codes = 128 * tile.unroll * (2 if variant.nbits == 1 else 1)
-    return tile.block_n * codes / (tile.warps * LIMITS[variant.arch].warp)
+    return tile.block_n * 128 * tile.unroll / (tile.warps * LIMITS[variant.arch].warp)
 
 
 def wide_loads_expected(variant: Variant) -> int:
@@ -109,7 +108,7 @@ def wide_loads_expected(variant: Variant) -> int:
     chosen, tile = variant.plan, variant.plan.tile
     bytes_a_tile = tile.block_n * chosen.width
     threads = tile.warps * LIMITS[variant.arch].warp
-    whole = 32 if variant.nbits == 1 else 16 * PLANES[variant.nbits][0]
+    whole = 16 * max(2, PLANES[variant.nbits][0])
     tiles = whole // chosen.width * tile.unroll * len(PLANES[variant.nbits])
     return tiles * (bytes_a_tile // (16 * threads))
 

@@ -1,7 +1,7 @@
 """The operators' CUDA, HIP and XPU implementations: from the arguments of the op schemas to kernel launches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -11,11 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtensor.formats import get_format
-from hqqtensor.kernels.triton import autotune, ptx
-from hqqtensor.kernels.triton.config import SOLVE_TILE, Device, Plan, Problem, options, options_dense, plan, plan_dense
+from hqqtensor.kernels.triton import autotune, gcn, ptx
+from hqqtensor.kernels.triton.config import (
+    GROUP_SUMS,
+    SOLVE_TILE,
+    Device,
+    Plan,
+    Problem,
+    options,
+    options_dense,
+    plan,
+    plan_dense,
+)
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
+from hqqtensor.kernels.triton.words import Decoder
 from hqqtensor.ops import reference
 from hqqtensor.packing import row_bytes
 
@@ -227,16 +238,15 @@ def _launch(
     if tile.split_k > 1:
         partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrived = x.new_zeros(experts * tiles, dtype=torch.int32)
-    asm = decoder_text(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype)
+    decoder = decoding(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen.scale)
     linear_kernel[(tiles, tile.split_k, experts)](
         x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
         offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
         blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
-        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, ASM=asm[0], CONSTRAINTS=asm[1],
-        DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
+        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
         SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
         RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **weight.tensors,
-        **weight.sizes, **weight.constants,
+        **weight.sizes, **weight.constants, **decoder,
     )  # fmt: skip
 
 
@@ -263,11 +273,30 @@ def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
     return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
 
 
-def decoder_text(device: Device, kind: int, nbits: int, dtype: torch.dtype) -> tuple[str, str]:
-    """PTX for NVIDIA devices and integer codes, nothing elsewhere: there the plain form of ``decode.py`` serves."""
-    if kind != 0 or not device.arch.startswith("sm_"):
-        return "", ""
-    return ptx.decoder(nbits, "bf16" if dtype == torch.bfloat16 else "fp16")
+def decoding(device: Device, kind: int, nbits: int, dtype: torch.dtype, scale: int) -> dict[str, Any]:
+    """The linear kernel's constants for decoding; the plain form of ``decode.py`` for all but integer codes on NVIDIA
+    and AMD.
+
+    Codes are exact where they are scaled one by one, in float32 products, and at 2, 4 and 8 bits, whose planes need
+    neither shifting nor joining; otherwise products take their offsets off.
+    """
+    exact = scale != GROUP_SUMS or dtype == torch.float32 or nbits in (2, 4, 8)
+    half = "bf16" if dtype == torch.bfloat16 else "fp16"
+    decoder = Decoder()
+    if kind == 0 and device.arch.startswith("sm_"):
+        decoder = ptx.decoder(nbits, half, exact)
+    elif kind == 0 and device.arch.startswith("gfx9"):
+        if scale != GROUP_SUMS:
+            half = "fp16"  # holds every code
+        decoder = gcn.decoder(nbits, half, exact if half == "fp16" or nbits == 8 else False)
+    elif kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
+        decoder = replace(ptx.decoder(nbits, half, exact), text="")
+    return {
+        "ASM": decoder.text, "CONSTRAINTS": decoder.constraints,
+        "CONSTANTS": " ".join(str(c - (c >> 31 << 32)) for c in decoder.constants),
+        "HALF": tl.bfloat16 if decoder.half == "bf16" else tl.float16,
+        "OFFSETS": " ".join(map(str, decoder.offsets)),
+    }  # fmt: skip
 
 
 def precision(device: Device) -> str:
@@ -296,9 +325,10 @@ def _placeholder(device: torch.device) -> Tensor:
 
 @cache
 def shift_table(device: torch.device) -> Tensor:
-    """Where the bits of a narrower plane begin in a byte, by column: 64 entries for planes of 1 bit, 64 for 2 bits."""
+    """Where the bits of a narrower plane begin in a byte, by column: 64 entries for planes of 1 bit, 64 for 2 bits; then,
+    for the high bits of 3, how far they lie too low to join the low ones (columns from 32 on do not occur)."""
     columns = torch.arange(64)
-    return torch.cat([columns // 16, columns // 32 * 2]).to(torch.uint8).to(device)
+    return torch.cat([columns // 16, columns // 32 * 2, (2 - columns // 16).clamp(min=0)]).to(torch.uint8).to(device)
 
 
 def _entries(entries: Tensor, qdata: Tensor) -> Tensor:
