@@ -32,7 +32,7 @@ from hqqtensor.kernels.triton.config import (
     shipped,
 )
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
-from hqqtensor.kernels.triton.launch import decoding, precision
+from hqqtensor.kernels.triton.launch import decoder_of, decoding_constants, precision
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.packing import PLANES, row_bytes
@@ -83,7 +83,7 @@ def compile_linear(variant: Variant) -> Compiled:
         "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
-        **decoding(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen.scale),
+        **decoding_constants(decoder_of(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen.scale)),
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}

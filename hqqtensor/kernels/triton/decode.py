@@ -80,15 +80,14 @@ def to_expert(
 
 @triton.jit
 def load_planes(
-    rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr, TURNED: tl.constexpr
+    rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr
 ):
     """The bytes ``[rows, WIDTH]`` of a full block's planes, and how much too high in them the bits of narrower ones
     lie, ``[1, WIDTH]``: (first, second, third, second's shifts, third's shifts); absent ones stand in by the first. At
     1 bit the first plane is a narrower one, with the second's shifts.
 
     rows: pointers to the first byte of each packed row, ``[rows]``. shifts: ``launch.shift_table``; it is read, not
-    computed, because the compiler lets the tensor cores' operand layout reach back only to loads. TURNED: shifts as the
-    texts of ``words.py`` want them at 3 bits.
+    computed, because the compiler lets the tensor cores' operand layout reach back only to loads.
     """
     P: tl.constexpr = widest(NBITS)
     Q: tl.constexpr = narrower(NBITS, 1)
@@ -101,11 +100,10 @@ def load_planes(
         second_shift = tl.load(shifts + column)[None, :]
     if Q > 0:
         second = tl.load(start + (16 * P + column % (16 * Q))[None, :], eviction_policy="evict_first")
-        PART: tl.constexpr = 2 if TURNED else Q - 1
-        second_shift = tl.load(shifts + 64 * PART + column)[None, :]
+        second_shift = tl.load(shifts + column)[None, :]
     if R > 0:
         third = tl.load(start + (16 * (P + Q) + column % (16 * R))[None, :], eviction_policy="evict_first")
-        third_shift = tl.load(shifts + 64 * (R - 1) + column)[None, :]
+        third_shift = tl.load(shifts + 64 + column)[None, :]
     return w, second, third, second_shift, third_shift
 
 
@@ -116,21 +114,30 @@ def positions(
 ):  # fmt: skip
     """The numbers of every position as a tuple of ``8 / P`` tiles of HALF (float16 or bfloat16), by the text of a
     ``words.Decoder``: codes, or codes and the offsets it states."""
-    LANES: tl.constexpr = not is_ptx(TEXT)
     w, second, third, second_shift, third_shift = planes
-    if narrower(NBITS, 2) > 0:
-        args = (w, second, third, second_shift, third_shift)
-    elif narrower(NBITS, 1) > 0:
-        args = (w, second, second_shift)
-    elif NBITS == 1:
-        args = (w, second_shift)
-    else:
+    Q: tl.constexpr = narrower(NBITS, 1)
+    R: tl.constexpr = narrower(NBITS, 2)
+    if is_ptx(TEXT):
         args = (w,)
-    if LANES:
-        narrow = args
-        args = ()
-        for i in tl.static_range(len(narrow)):
-            args = args + (narrow[i].to(tl.int16),)
+        if Q > 0:
+            args = (w, second)
+        if R > 0:
+            args = (w, second, third)
+        if Q > 0 or NBITS == 1:
+            args = args + (second_shift,)
+        if R > 0:
+            args = args + (third_shift,)
+    else:  # AMD: the planes' bytes of a weight in one register
+        together = w.to(tl.int32)
+        if Q > 0:
+            together = together | second.to(tl.int32) << 8
+        if R > 0:
+            together = together | third.to(tl.int32) << 16
+        args = (together,)
+        if Q > 0 or NBITS == 1:
+            args = args + (second_shift.to(tl.int16),)
+        if R > 0:
+            args = args + (third_shift.to(tl.int16),)
     for i in tl.static_range(numbers(CONSTANTS)):
         args = args + (tl.full(w.shape, number(CONSTANTS, i), tl.int32),)
     KINDS: tl.constexpr = copies(HALF, 8 // stride(NBITS))
@@ -165,7 +172,7 @@ def splat(value, is_bfloat16):
 
 @triton.jit
 def code(planes, J: tl.constexpr, NBITS: tl.constexpr):
-    """Codes of position J, uint8 ``[rows, WIDTH]``; not from TURNED shifts."""
+    """Codes of position J, uint8 ``[rows, WIDTH]``."""
     P: tl.constexpr = widest(NBITS)
     Q: tl.constexpr = narrower(NBITS, 1)
     R: tl.constexpr = narrower(NBITS, 2)

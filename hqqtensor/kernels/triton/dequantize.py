@@ -41,7 +41,7 @@ def dequantize_kernel(
     P: tl.constexpr = stride(NBITS)
     if block < blocks:
         for FIRST in tl.static_range(0, 16 * P, WIDTH):
-            planes = load_planes(rows, shifts, block, FIRST, WIDTH, NBITS, False)
+            planes = load_planes(rows, shifts, block, FIRST, WIDTH, NBITS)
             for J in tl.static_range(8 // P):
                 start = block * 128 + (16 * P * J + FIRST)
                 k = start + tl.arange(0, WIDTH)

@@ -1,7 +1,7 @@
-"""Decoding on AMD (gfx9): two bytes of each plane in a register, a byte in each 16-bit lane; machine instructions.
+"""Decoding on AMD (gfx9): machine instructions on pairs of 16-bit lanes.
 
-Four bytes in a register, as on NVIDIA, are no type that the compiler would hand to a text. It widens them to lanes by
-the same permutation that would be needed here.
+Four bytes in a register, as on NVIDIA, are no type that the compiler would hand to a text. It hands over the planes'
+bytes of each column in a register, which it joins by one permutation.
 """
 
 from hqqtensor.kernels.triton.words import Decoder, Step, Steps, halves
@@ -11,14 +11,14 @@ def decoder(nbits: int, half: str, exact: bool) -> Decoder:
     """Decoder of integer codes of ``nbits`` to "fp16" or "bf16"; ValueError for an exact one of bfloat16 below 8 bits,
     for there is no packed subtraction.
 
-    Inputs: two registers of two lanes of each plane, then the same of shift counts for each plane whose bits lie in the
-    same byte for several columns, then each constant four times, as Triton hands them over.
+    Inputs: for each of four columns a register of its planes' bytes, the first plane's lowest; two registers of two
+    16-bit shift counts for each plane whose bits lie in the same byte for several columns; each constant four times, as
+    Triton hands them over.
     """
     if half == "bf16" and exact and nbits < 8:
         raise ValueError(f"AMD has no packed subtraction of bfloat16, so nothing exact at {nbits} bits")
     plan = _Lanes(nbits, half, exact)
-    inputs = [f"{name}{i}_{h}" for name, which in (("p", range(len(plan.planes))), ("s", plan.shifted)) for i in which
-              for h in (0, 1)]  # fmt: skip
+    inputs = [f"c{i}" for i in range(4)] + [f"s{i}_{half}" for i in plan.shifted for half in (0, 1)]
     registers = {name: f"${i}" for i, name in enumerate(plan.outputs + inputs)}
     registers |= {name: f"${place}" for name, place in _places(plan).items()}
     first = len(plan.outputs) + len(inputs)
@@ -45,8 +45,8 @@ def decoder(nbits: int, half: str, exact: bool) -> Decoder:
             return f"v_pk_add_f16 {to}, {words[0]}, {constant('s', numbers[1] | 0x80008000)}"
         if step.name == "float":
             return f"v_cvt_f32_ubyte{numbers[1]} {to}, {words[0]}"
-        order = sum((numbers[2] >> 4 * i & 15) << 8 * i for i in range(4))
-        return f"v_perm_b32 {to}, {words[1]}, {words[0]}, {constant('s', order)}"
+        # pick: for each byte of a pair of registers, which (0 to 3 of the first, 4 to 7 of the second, 12: zero)
+        return f"v_perm_b32 {to}, {words[1]}, {words[0]}, {constant('s', numbers[2])}"
 
     # A product may read what was written no sooner than two states later, and the compiler does not look in here.
     text = "\n".join([*(line(step) for step in plan.steps), "s_nop 1"])
@@ -55,34 +55,39 @@ def decoder(nbits: int, half: str, exact: bool) -> Decoder:
 
 
 class _Lanes(Steps):
-    """Planes "p<i>_<half>", shift counts "s<i>_<half>"."""
+    """Columns "c0" to "c3", shift counts "s<plane>_<half>"."""
 
     def __init__(self, nbits: int, half: str, exact: bool) -> None:
         super().__init__(nbits, half, exact)
+        if len(self.planes) > 1:  # to where the bits of the first plane end, and of the first two
+            self.shifts = ((8 - self.planes[0], 1), (6, -1))
         for h in (0, 1):
-            lanes = [f"p{i}_{h}" for i in range(len(self.planes))]
-            for i in self.shifted:
-                lanes[i] = self.op("shl" if nbits == 3 else "shr", lanes[i], f"s{i}_{h}")
+            columns = f"c{2 * h}", f"c{2 * h + 1}"
             if nbits == 8 and half == "bf16":
                 # No room for 8 bits below the leading one, so by float32, whose upper halves are the numbers.
-                pair = [self.op("float", lanes[0], byte) for byte in (0, 2)]
-                self.op("bytes", *pair, 0x7632, to=f"o{h}")
-            elif nbits == 3:
-                even = self.op("select", lanes[0], lanes[1], halves(0x33))
-                odd = self.op("select", lanes[0], lanes[1], halves(0xCC))
-                odd = self.op("shr", odd, 2)  # positions that share a group then have one offset
-                for word, bit, position in ((even, 0, 0), (even, 4, 2), (odd, 0, 1), (odd, 4, 3)):
-                    self.field(word, bit, position, h)
-            elif len(self.planes) == 1:
-                step = max(2, nbits)
+                pair = [self.op("float", column, 0) for column in columns]
+                self.op("pick", *pair, 0x07060302, to=f"o{h}")
+                continue
+            lanes = self.op("pick", *columns, 0x05040100)
+            if len(self.planes) == 1:
+                lanes, step = self.op("shr", lanes, f"s0_{h}") if nbits == 1 else lanes, max(2, nbits)
                 for position in range(8 // step):
-                    self.field(lanes[0], position * step, position, h)
+                    self.field(lanes, position * step, position, h)
+                continue
+            high = self.op("shr", lanes, f"s1_{h}")
+            if nbits == 7:
+                third = self.op("shl", self.op("pick", *columns, 0x0C060C02), f"s2_{h}")
+                high = self.op("select", high, third, halves(0x330))
+            if nbits == 3:
+                even = self.op("select", lanes, high, halves(0x33))
+                odd = self.op("shr", self.op("select", lanes, high, halves(0xCC)), 2)
+                # Positions that share a group have one offset.
+                for source, bit, position in ((even, 0, 0), (even, 4, 2), (odd, 0, 1), (odd, 4, 3)):
+                    self.field(source, bit, position, h)
             else:
-                high = lanes[1]
-                if nbits == 7:
-                    high = self.op("select", high, self.op("shl", lanes[2], 2), halves(0x33))
-                self.field(self.op("select", lanes[0], self.op("shl", high, 4), halves(0x0F)), 0, 0, h)
-                self.field(self.op("select", self.op("shr", lanes[0], 4), high, halves(0x0F)), 0, 1, h)
+                for position in (0, 1):
+                    joined = self.op("select", lanes, high, halves(0x0F << 4 * position))
+                    self.field(joined, 4 * position, position, h)
 
 
 def _places(plan: Steps) -> dict[str, int]:
@@ -94,6 +99,7 @@ def _places(plan: Steps) -> dict[str, int]:
         if step.target in plan.outputs:
             continue
         taken = {places[name] for name in places if last[name] > i}
+        # An output that is written by the step that reads the temporary last will do: sources are read first.
         free = [n for n, name in enumerate(plan.outputs) if n not in taken and written[name] >= last[step.target]]
         places[step.target] = min(free, key=lambda n: written[plan.outputs[n]])
     return places

@@ -28,7 +28,7 @@ from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.kernels.triton.words import Decoder
 from hqqtensor.ops import reference
-from hqqtensor.packing import row_bytes
+from hqqtensor.packing import PLANES, row_bytes
 
 MINIFLOATS = {"fp4": 1, "fp6": 2, "fp8": 3}
 """Mantissa bits of the formats that are decoded by moving bits."""
@@ -168,7 +168,7 @@ def _weight(
     elif format != "int":
         kind, table = 2, _table(format, nbits, qdata.device)
     tensors = {"qdata": qdata.contiguous(), "scale": scale.contiguous(), "zero": none, "table": table}
-    tensors["shifts"] = shift_table(qdata.device)
+    tensors["shifts"] = shift_table(qdata.device, nbits)
     if zero_point is not None:
         tensors["zero"] = zero_point.contiguous()
     rows = {"scale": 1, "zero": 1}
@@ -238,15 +238,17 @@ def _launch(
     if tile.split_k > 1:
         partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrived = x.new_zeros(experts * tiles, dtype=torch.int32)
-    decoder = decoding(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen.scale)
+    decoder = decoder_of(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen.scale)
+    shifts = shift_table(x.device, weight.constants["NBITS"], decoder.shifts)
+    tensors = {**weight.tensors, "shifts": shifts}
     linear_kernel[(tiles, tile.split_k, experts)](
         x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
         offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
         blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
         EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
         SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
-        RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **weight.tensors,
-        **weight.sizes, **weight.constants, **decoder,
+        RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **tensors,
+        **weight.sizes, **weight.constants, **decoding_constants(decoder),
     )  # fmt: skip
 
 
@@ -273,24 +275,27 @@ def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
     return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
 
 
-def decoding(device: Device, kind: int, nbits: int, dtype: torch.dtype, scale: int) -> dict[str, Any]:
-    """The linear kernel's constants for decoding; the plain form of ``decode.py`` for all but integer codes on NVIDIA
-    and AMD.
+def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, scale: int) -> Decoder:
+    """How the linear kernel decodes: the plain form of ``decode.py`` for all but integer codes on NVIDIA and AMD.
 
     Codes are exact where they are scaled one by one, in float32 products, and at 2, 4 and 8 bits, whose planes need
     neither shifting nor joining; otherwise products take their offsets off.
     """
     exact = scale != GROUP_SUMS or dtype == torch.float32 or nbits in (2, 4, 8)
     half = "bf16" if dtype == torch.bfloat16 else "fp16"
-    decoder = Decoder()
     if kind == 0 and device.arch.startswith("sm_"):
-        decoder = ptx.decoder(nbits, half, exact)
-    elif kind == 0 and device.arch.startswith("gfx9"):
+        return ptx.decoder(nbits, half, exact)
+    if kind == 0 and device.arch.startswith("gfx9"):
         if scale != GROUP_SUMS:
             half = "fp16"  # holds every code
-        decoder = gcn.decoder(nbits, half, exact if half == "fp16" or nbits == 8 else False)
-    elif kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
-        decoder = replace(ptx.decoder(nbits, half, exact), text="")
+        return gcn.decoder(nbits, half, exact and (half == "fp16" or nbits == 8))
+    if kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
+        return Decoder(offsets=ptx.decoder(nbits, half, exact).offsets)
+    return Decoder()
+
+
+def decoding_constants(decoder: Decoder) -> dict[str, Any]:
+    """The linear kernel's constants of a decoder."""
     return {
         "ASM": decoder.text, "CONSTRAINTS": decoder.constraints,
         "CONSTANTS": " ".join(str(c - (c >> 31 << 32)) for c in decoder.constants),
@@ -324,11 +329,17 @@ def _placeholder(device: torch.device) -> Tensor:
 
 
 @cache
-def shift_table(device: torch.device) -> Tensor:
-    """Where the bits of a narrower plane begin in a byte, by column: 64 entries for planes of 1 bit, 64 for 2 bits; then,
-    for the high bits of 3, how far they lie too low to join the low ones (columns from 32 on do not occur)."""
+def shift_table(
+    device: torch.device, nbits: int, shifts: tuple[tuple[int, int], ...] = Decoder.shifts
+) -> Tensor:
+    """How far to shift the bits of planes that lie in the same byte for several columns: 64 columns of the second plane
+    (at 1 bit, the first), 64 of the third. shifts: ``words.Decoder``."""
     columns = torch.arange(64)
-    return torch.cat([columns // 16, columns // 32 * 2, (2 - columns // 16).clamp(min=0)]).to(torch.uint8).to(device)
+    planes = PLANES[nbits] if nbits == 1 else PLANES[nbits][1:]
+    parts = []
+    for plane, (base, factor) in zip((*planes, 1, 1)[:2], (*shifts, (0, 1))[:2], strict=True):
+        parts.append((base + factor * (columns // (16 * plane) * plane)).clamp(min=0))
+    return torch.cat(parts).to(torch.uint8).to(device)
 
 
 def _entries(entries: Tensor, qdata: Tensor) -> Tensor:

@@ -102,14 +102,13 @@ def linear_kernel(
     )  # fmt: skip
 
     P: tl.constexpr = stride(NBITS)
-    TURNED: tl.constexpr = NBITS == 3 and ASM != ""
     column = tl.arange(0, WIDTH)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = part * blocks_a_split
     for turn in tl.range(first, tl.minimum(first + blocks_a_split, blocks), UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             for FIRST in tl.static_range(0, 16 * P, WIDTH):
-                planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS, TURNED)
+                planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS)
                 if ASM != "":
                     decoded = positions(planes, ASM, CONSTRAINTS, CONSTANTS, NBITS, HALF)
                 for J0 in tl.static_range(0, 8 // P, RUN):

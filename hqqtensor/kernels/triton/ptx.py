@@ -32,6 +32,7 @@ class _Words(Steps):
         elif nbits == 8:
             self._whole_bytes(words[0], 0)
         elif nbits == 3:
+            self.shifts = ((2, -1),)
             # The high bits, two higher than the low ones, join those of positions 0 and 2, then of 1 and 3, the last
             # one's in the next byte, until all of them turn. Positions that share a group then have one offset.
             even = self.op("select", words[0], words[1], fourfold(0x33))

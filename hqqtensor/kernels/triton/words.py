@@ -22,7 +22,8 @@ class Decoder:
     """What the kernel needs to decode in registers; an empty text stands for the plain form.
 
     constants: 32-bit operands that follow the planes and their shifts. half: "fp16" or "bf16". offsets: by how much the
-    numbers of each position are too large, () where by nothing.
+    numbers of each position are too large, () where by nothing. shifts: for the planes whose bits lie in the same byte for several
+    columns, h bits too high, base and factor of h in the shift counts that the text wants.
     """
 
     text: str = ""
@@ -30,6 +31,7 @@ class Decoder:
     constants: tuple[int, ...] = ()
     half: str = "fp16"
     offsets: tuple[float, ...] = ()
+    shifts: tuple[tuple[int, int], ...] = ((0, 1), (0, 1))
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Steps:
         self.steps: list[Step] = []
         self.names = 0
         self.offsets = [0.0] * positions
+        self.shifts: tuple[tuple[int, int], ...] = ((0, 1), (0, 1))
         # The planes narrower than what a column's position takes lie in the same byte for several columns.
         self.shifted = [i for i, plane in enumerate(self.planes) if plane < max(2, self.planes[0])]
         self.outputs = [f"o{i}" for i in range(2 * positions)]
@@ -90,7 +93,7 @@ class Steps:
 
     def decoder(self, text: str, constraints: list[str], constants: tuple[int, ...] = ()) -> Decoder:
         offsets = tuple(self.offsets) if any(self.offsets) else ()
-        return Decoder(text, ",".join(constraints), constants, self.half, offsets)
+        return Decoder(text, ",".join(constraints), constants, self.half, offsets, self.shifts)
 
 
 def fourfold(value: int) -> int:
