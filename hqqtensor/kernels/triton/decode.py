@@ -130,9 +130,9 @@ def positions(
     else:  # AMD: the planes' bytes of a weight in one register
         together = w.to(tl.int32)
         if Q > 0:
-            together = together | second.to(tl.int32) << 8
+            together = together | second.to(tl.int32) << 16
         if R > 0:
-            together = together | third.to(tl.int32) << 16
+            together = together | third.to(tl.int32) << 24
         args = (together,)
         if Q > 0 or NBITS == 1:
             args = args + (second_shift.to(tl.int16),)
@@ -140,7 +140,8 @@ def positions(
             args = args + (third_shift.to(tl.int16),)
     for i in tl.static_range(numbers(CONSTANTS)):
         args = args + (tl.full(w.shape, number(CONSTANTS, i), tl.int32),)
-    KINDS: tl.constexpr = copies(HALF, 8 // stride(NBITS))
+    SPARE: tl.constexpr = 1 if NBITS > 4 and not is_ptx(TEXT) else 0
+    KINDS: tl.constexpr = copies(HALF, 8 // stride(NBITS) + SPARE)
     return tl.inline_asm_elementwise(TEXT, CONSTRAINTS, args, dtype=KINDS, is_pure=True, pack=4)
 
 
@@ -235,6 +236,14 @@ def value(codes, table, row, KIND: tl.constexpr, NBITS: tl.constexpr, MANTISSA: 
         if PER_ROW:
             index += row[:, None] * (2**NBITS)
         return tl.load(table + index)
+
+
+@triton.jit
+def narrowed(w, DOT: tl.constexpr, KIND: tl.constexpr):
+    """Numbers before scale and zero point as DOT. All but a table's have few bits: bfloat16 is their upper half."""
+    if tl.bfloat16 == DOT and KIND != TABLE and w.dtype == tl.float32:
+        return (w.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DOT, bitcast=True)
+    return w.to(DOT)
 
 
 @triton.jit

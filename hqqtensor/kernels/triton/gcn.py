@@ -8,14 +8,14 @@ from hqqtensor.kernels.triton.words import Decoder, Step, Steps, halves
 
 
 def decoder(nbits: int, half: str, exact: bool) -> Decoder:
-    """Decoder of integer codes of ``nbits`` to "fp16" or "bf16"; ValueError for an exact one of bfloat16 below 8 bits,
-    for there is no packed subtraction.
+    """Decoder of integer codes of ``nbits``, 1 to 7, to "fp16" or "bf16"; ValueError for an exact one of bfloat16, for
+    there is no packed subtraction.
 
     Inputs: for each of four columns a register of its planes' bytes, the first plane's lowest; two registers of two
     16-bit shift counts for each plane whose bits lie in the same byte for several columns; each constant four times, as
     Triton hands them over.
     """
-    if half == "bf16" and exact and nbits < 8:
+    if half == "bf16" and exact:
         raise ValueError(f"AMD has no packed subtraction of bfloat16, so nothing exact at {nbits} bits")
     plan = _Lanes(nbits, half, exact)
     inputs = [f"c{i}" for i in range(4)] + [f"s{i}_{half}" for i in plan.shifted for half in (0, 1)]
@@ -43,8 +43,6 @@ def decoder(nbits: int, half: str, exact: bool) -> Decoder:
             return f"v_and_or_b32 {to}, {words[0]}, {constant('s', numbers[1])}, {constant('v', numbers[2])}"
         if step.name == "less":
             return f"v_pk_add_f16 {to}, {words[0]}, {constant('s', numbers[1] | 0x80008000)}"
-        if step.name == "float":
-            return f"v_cvt_f32_ubyte{numbers[1]} {to}, {words[0]}"
         # pick: for each byte of a pair of registers, which (0 to 3 of the first, 4 to 7 of the second, 12: zero)
         return f"v_perm_b32 {to}, {words[1]}, {words[0]}, {constant('s', numbers[2])}"
 
@@ -59,16 +57,13 @@ class _Lanes(Steps):
 
     def __init__(self, nbits: int, half: str, exact: bool) -> None:
         super().__init__(nbits, half, exact)
+        if nbits > 4:  # room to work in, which the kernel takes for a position that it does not ask for
+            self.outputs += [f"spare{i}" for i in (0, 1)]
         if len(self.planes) > 1:  # to where the bits of the first plane end, and of the first two
             self.shifts = ((8 - self.planes[0], 1), (6, -1))
         for h in (0, 1):
             columns = f"c{2 * h}", f"c{2 * h + 1}"
-            if nbits == 8 and half == "bf16":
-                # No room for 8 bits below the leading one, so by float32, whose upper halves are the numbers.
-                pair = [self.op("float", column, 0) for column in columns]
-                self.op("pick", *pair, 0x07060302, to=f"o{h}")
-                continue
-            lanes = self.op("pick", *columns, 0x05040100)
+            lanes = self.op("pick", *columns, 0x06040200)
             if len(self.planes) == 1:
                 lanes, step = self.op("shr", lanes, f"s0_{h}") if nbits == 1 else lanes, max(2, nbits)
                 for position in range(8 // step):
@@ -76,7 +71,7 @@ class _Lanes(Steps):
                 continue
             high = self.op("shr", lanes, f"s1_{h}")
             if nbits == 7:
-                third = self.op("shl", self.op("pick", *columns, 0x0C060C02), f"s2_{h}")
+                third = self.op("shl", self.op("pick", *columns, 0x0C070C03), f"s2_{h}")
                 high = self.op("select", high, third, halves(0x330))
             if nbits == 3:
                 even = self.op("select", lanes, high, halves(0x33))
@@ -93,7 +88,8 @@ class _Lanes(Steps):
 def _places(plan: Steps) -> dict[str, int]:
     """Temporary registers lie in outputs that are written later: the output's number by temporary name."""
     last = {source: i for i, step in enumerate(plan.steps) for source in step.sources if isinstance(source, str)}
-    written = {name: min(i for i, step in enumerate(plan.steps) if step.target == name) for name in plan.outputs}
+    never = len(plan.steps)
+    written = {n: min([i for i, step in enumerate(plan.steps) if step.target == n], default=never) for n in plan.outputs}
     places: dict[str, int] = {}
     for i, step in enumerate(plan.steps):
         if step.target in plan.outputs:

@@ -276,7 +276,7 @@ def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
 
 
 def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, scale: int) -> Decoder:
-    """How the linear kernel decodes: the plain form of ``decode.py`` for all but integer codes on NVIDIA and AMD.
+    """How the linear kernel decodes: by the plain form of ``decode.py`` all but integer codes on NVIDIA and AMD.
 
     Codes are exact where they are scaled one by one, in float32 products, and at 2, 4 and 8 bits, whose planes need
     neither shifting nor joining; otherwise products take their offsets off.
@@ -285,10 +285,10 @@ def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, scale:
     half = "bf16" if dtype == torch.bfloat16 else "fp16"
     if kind == 0 and device.arch.startswith("sm_"):
         return ptx.decoder(nbits, half, exact)
-    if kind == 0 and device.arch.startswith("gfx9"):
+    if kind == 0 and device.arch.startswith("gfx9") and nbits < 8:  # 8 bits are bytes, which the compiler converts
         if scale != GROUP_SUMS:
             half = "fp16"  # holds every code
-        return gcn.decoder(nbits, half, exact and (half == "fp16" or nbits == 8))
+        return gcn.decoder(nbits, half, exact and half == "fp16")
     if kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
         return Decoder(offsets=ptx.decoder(nbits, half, exact).offsets)
     return Decoder()

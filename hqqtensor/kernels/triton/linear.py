@@ -20,6 +20,7 @@ from hqqtensor.kernels.triton.decode import (
     gather_codes,
     group_value,
     load_planes,
+    narrowed,
     number,
     positions,
     stride,
@@ -145,7 +146,7 @@ def linear_kernel(
                             if OFFSETS != "":
                                 w += number(OFFSETS, J0 + J)
                         if SCALE == GROUP_SUMS:
-                            dot = tl.dot(w.to(DOT), xs[J], dot, input_precision=PRECISION)
+                            dot = tl.dot(narrowed(w, DOT, KIND), xs[J], dot, input_precision=PRECISION)
                         else:
                             w = w.to(tl.float32)
                             if SCALE == ROWS:

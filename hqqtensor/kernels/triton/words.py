@@ -47,9 +47,9 @@ class Steps:
     """The steps to numbers of "fp16" or "bf16", as ``ptx.py`` and ``gcn.py`` build and write them.
 
     Registers: "o<2 j + i>" holds the numbers of position j of the bytes 2 i and 2 i + 1, "t..." are temporary. Names of
-    steps: shr, shl, rotr, rotl (by a count), and, select (yes, no, mask), bytes (low, high, order: a nibble for each
-    byte, 0 to 3 of low, 4 to 7 of high), field (x, mask, magic: x & mask | magic), less (x, magic: a pair of floats),
-    float (word, i: byte i as float32).
+    steps: shr, shl, rotr, rotl (by a count), and, select (yes, no, mask), bytes or pick (low, high, order: which byte, 0
+    to 3 of low, 4 to 7 of high, goes where), field (x, mask, magic: x & mask | magic), less (x, magic: a pair of
+    floats), float (word, i: byte i as float32).
     """
 
     def __init__(self, nbits: int, half: str, exact: bool) -> None:
