@@ -6,6 +6,7 @@ shifting and masking the whole tile gives a tile of consecutive weights. The byt
 every ``16 * q`` columns, and their bits for position j begin at ``P * j + q * (column // (16 * q))``.
 """
 # mypy: ignore-errors
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -79,9 +80,7 @@ def to_expert(
 
 
 @triton.jit
-def load_planes(
-    rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr
-):
+def load_planes(rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr):
     """The bytes ``[rows, WIDTH]`` of a full block's planes, and how much too high in them the bits of narrower ones
     lie, ``[1, WIDTH]``: (first, second, third, second's shifts, third's shifts); absent ones stand in by the first. At
     1 bit the first plane is a narrower one, with the second's shifts.

@@ -89,7 +89,9 @@ def _places(plan: Steps) -> dict[str, int]:
     """Temporary registers lie in outputs that are written later: the output's number by temporary name."""
     last = {source: i for i, step in enumerate(plan.steps) for source in step.sources if isinstance(source, str)}
     never = len(plan.steps)
-    written = {n: min([i for i, step in enumerate(plan.steps) if step.target == n], default=never) for n in plan.outputs}
+    written = {
+        n: min([i for i, step in enumerate(plan.steps) if step.target == n], default=never) for n in plan.outputs
+    }
     places: dict[str, int] = {}
     for i, step in enumerate(plan.steps):
         if step.target in plan.outputs:

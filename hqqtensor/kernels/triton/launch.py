@@ -1,7 +1,7 @@
 """The operators' CUDA, HIP and XPU implementations: from the arguments of the op schemas to kernel launches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtensor.formats import get_format
-from hqqtensor.kernels.triton import autotune, gcn, ptx
+from hqqtensor.kernels.triton import autotune, gcn, ptx, why_not_solved
 from hqqtensor.kernels.triton.config import (
     GROUP_SUMS,
     SOLVE_TILE,
@@ -108,18 +108,15 @@ def embedding(
 def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
     """Inverse scales and zero points, float32, of ``[N, K]``: ``[N, groups]`` (axis 1) or ``[groups, K]`` (axis 0).
 
-    solver: "rtn", or "hqq_joint" with norm 2. ValueError for another, or for groups of more than 4096 members.
+    solver: "rtn", or "hqq_joint" with norm 2. ValueError for another, or for groups that are too long.
     """
-    if solver not in ("rtn", "hqq_joint"):
-        raise ValueError(f"solver must be 'rtn' or 'hqq_joint' for the Triton kernels, got {solver!r}")
     N, K = matrix.shape
     groups = -(-(K if axis == 1 else N) // group_size)
     members = group_size if axis == 1 else -(-N // groups)
+    reason = why_not_solved(solver, 2.0, "int", members)
+    if reason is not None:
+        raise ValueError(reason)
     padded = max(16, triton.next_power_of_2(members))
-    if padded > 4096:
-        raise ValueError(
-            f"group_size {group_size} is too long for a group to stay in registers; allowed are up to 4096"
-        )
     shape = (N, groups) if axis == 1 else (groups, K)
     inverse = torch.empty(shape, dtype=torch.float32, device=matrix.device)
     zero = torch.empty_like(inverse)
@@ -245,7 +242,8 @@ def _launch(
         x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
         offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
         blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
-        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
+        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, DOT=_TL[_computed(x.dtype, device)],
+        PRECISION=precision(device),
         SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
         RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **tensors,
         **weight.sizes, **weight.constants, **decoding_constants(decoder),
@@ -329,9 +327,7 @@ def _placeholder(device: torch.device) -> Tensor:
 
 
 @cache
-def shift_table(
-    device: torch.device, nbits: int, shifts: tuple[tuple[int, int], ...] = Decoder.shifts
-) -> Tensor:
+def shift_table(device: torch.device, nbits: int, shifts: tuple[tuple[int, int], ...] = Decoder.shifts) -> Tensor:
     """How far to shift the bits of planes that lie in the same byte for several columns: 64 columns of the second plane
     (at 1 bit, the first), 64 of the third. shifts: ``words.Decoder``."""
     columns = torch.arange(64)

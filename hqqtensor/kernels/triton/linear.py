@@ -8,7 +8,7 @@ registers, where they were just decoded. Three ways of scaling (SCALE):
 - ELEMENTS: the same with a scale looked up for each weight: axis 0, and groups that no tile fits.
 """
 # mypy: ignore-errors
-# ruff: noqa: SIM108
+# ruff: noqa: RUF005, SIM108
 
 import triton
 import triton.language as tl

@@ -74,7 +74,10 @@ class _Words(Steps):
 
 def _lines(step: Step, half: str) -> list[str]:
     to, sources = step.target, [hex(s) if isinstance(s, int) else s for s in step.sources]
-    if step.name in ("rotr", "rotl"):  # of four equal counts in a register, the wrapping shift takes the lowest five bits
+    if step.name in (
+        "rotr",
+        "rotl",
+    ):  # of four equal counts in a register, the wrapping shift takes the lowest five bits
         return [f"shf.{step.name[3]}.wrap.b32 {to}, {sources[0]}, {sources[0]}, {sources[1]};"]
     if step.name == "float":  # 0x4B000000 | code is 2**23 + code
         place = int(step.sources[1])

@@ -1,9 +1,9 @@
 """Four packed bytes to 16-bit floats in whole registers, two weights an instruction, for ``tl.inline_asm_elementwise``.
 
-Triton handles bytes one at a time; the texts made here (``pack=4``) work on whole registers. A code in the low mantissa bits
-of a float with the right exponent *is* a number: 0x6400 | code is 1024 + code in float16, 0x4300 | code is 128 + code
-in bfloat16. A code that begins at bit b needs an exponent lower by b, so it is used where it lies. What is left is an
-offset that is the same for all weights of a position: either one packed subtraction takes it off, exactly, or the
+Triton handles bytes one at a time; the texts made here (``pack=4``) work on whole registers. A code in the low mantissa
+bits of a float with the right exponent *is* a number: 0x6400 | code is 1024 + code in float16, 0x4300 | code is 128 +
+code in bfloat16. A code that begins at bit b needs an exponent lower by b, so it is used where it lies. What is left is
+an offset that is the same for all weights of a position: either one packed subtraction takes it off, exactly, or the
 kernel takes ``offset * sum(x)`` off the product's float32 sums, which costs the sums up to 10 of their 24 bits and
 saves an instruction for two weights. ``ptx.py`` and ``gcn.py`` write the steps down for NVIDIA and AMD. The plain form
 of the same decoding is in ``decode.py``; tests run both, these texts through a small model of their instructions.
@@ -22,8 +22,8 @@ class Decoder:
     """What the kernel needs to decode in registers; an empty text stands for the plain form.
 
     constants: 32-bit operands that follow the planes and their shifts. half: "fp16" or "bf16". offsets: by how much the
-    numbers of each position are too large, () where by nothing. shifts: for the planes whose bits lie in the same byte for several
-    columns, h bits too high, base and factor of h in the shift counts that the text wants.
+    numbers of each position are too large, () where by nothing. shifts: for the planes whose bits lie
+    in the same byte for several columns, h bits too high, base and factor of h in the shift counts that the text wants.
     """
 
     text: str = ""
@@ -47,8 +47,8 @@ class Steps:
     """The steps to numbers of "fp16" or "bf16", as ``ptx.py`` and ``gcn.py`` build and write them.
 
     Registers: "o<2 j + i>" holds the numbers of position j of the bytes 2 i and 2 i + 1, "t..." are temporary. Names of
-    steps: shr, shl, rotr, rotl (by a count), and, select (yes, no, mask), bytes or pick (low, high, order: which byte, 0
-    to 3 of low, 4 to 7 of high, goes where), field (x, mask, magic: x & mask | magic), less (x, magic: a pair of
+    steps: shr, shl, rotr, rotl (by a count), and, select (yes, no, mask), bytes or pick (low, high, order: which byte,
+    0 to 3 of low, 4 to 7 of high, goes where), field (x, mask, magic: x & mask | magic), less (x, magic: a pair of
     floats), float (word, i: byte i as float32).
     """
 

@@ -1,4 +1,4 @@
-"""The machine instructions that decode codes, run by a small model of them: what no interpreter of Triton's executes."""
+"""The machine instructions that decode codes, run by a small model of them: Triton's interpreter does not run them."""
 
 import re
 import struct
