@@ -87,7 +87,7 @@ def compile_linear(variant: Variant) -> Compiled:
         "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
-        **decoding_constants(decoder_of(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen.scale)),
+        **decoding_constants(decoder_of(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen)),
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
@@ -152,7 +152,7 @@ def variants(arch: str, quick: bool, bits: list[int]) -> Iterator[Variant]:
     rows = sorted(shipped(arch))[:-1]
     for nbits in bits:
         for dtype in ("fp16", "bf16"):
-            for M in [1, *(r for r in rows if r > 8), 128]:
+            for M in sorted({1, *(r for r in rows if r > 8), SUMS_UP_TO, 128}):
                 if not quick or (M in (1, 16, 128) and dtype == "fp16"):
                     yield Variant(arch, M, nbits, dtype)
     if quick:

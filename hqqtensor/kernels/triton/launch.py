@@ -235,7 +235,7 @@ def _launch(
     if tile.split_k > 1:
         partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrived = x.new_zeros(experts * tiles, dtype=torch.int32)
-    decoder = decoder_of(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen.scale)
+    decoder = decoder_of(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen)
     shifts = shift_table(x.device, weight.constants["NBITS"], decoder.shifts)
     tensors = {**weight.tensors, "shifts": shifts}
     linear_kernel[(tiles, tile.split_k, experts)](
@@ -273,18 +273,20 @@ def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
     return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
 
 
-def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, scale: int) -> Decoder:
+def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, chosen: Plan) -> Decoder:
     """How the linear kernel decodes: by the plain form of ``decode.py`` all but integer codes on NVIDIA and AMD.
 
     Codes are exact where they are scaled one by one, in float32 products, and at 2, 4 and 8 bits, whose planes need
-    neither shifting nor joining; otherwise products take their offsets off.
+    neither shifting nor joining; otherwise products take their offsets off. Those of 1 bit differ within a group, which
+    takes sums, and registers, of each: more than many rows of x leave.
     """
-    exact = scale != GROUP_SUMS or dtype == torch.float32 or nbits in (2, 4, 8)
+    many = nbits == 1 and chosen.tile.block_m > 16
+    exact = chosen.scale != GROUP_SUMS or dtype == torch.float32 or nbits in (2, 4, 8) or many
     half = "bf16" if dtype == torch.bfloat16 else "fp16"
     if kind == 0 and device.arch.startswith("sm_"):
         return ptx.decoder(nbits, half, exact)
     if kind == 0 and device.arch.startswith("gfx9") and nbits < 8:  # 8 bits are bytes, which the compiler converts
-        if scale != GROUP_SUMS:
+        if chosen.scale != GROUP_SUMS:
             half = "fp16"  # holds every code
         return gcn.decoder(nbits, half, exact and half == "fp16")
     if kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
