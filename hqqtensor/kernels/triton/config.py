@@ -144,8 +144,9 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         table = shipped(device.arch)
         tile = table[min(rows for rows in table if rows >= problem.M)]
         kind = family(device.arch)
-        if kind == "gfx942" and problem.nbits >= 7 and tile.block_m > 32:
-            tile = replace(tile, block_m=32)  # 64 spill
+        sums = problem.M <= SUMS_UP_TO
+        if kind == "gfx942" and tile.block_m > 32 and (problem.nbits > 6 or (problem.nbits > 4 and sums)):
+            tile = replace(tile, block_m=32, warps=2 if problem.nbits == 7 and not sums else 1)  # more spill
         elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
