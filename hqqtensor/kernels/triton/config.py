@@ -145,8 +145,11 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         tile = table[min(rows for rows in table if rows >= problem.M)]
         kind = family(device.arch)
         sums = problem.M <= SUMS_UP_TO
-        if kind == "gfx942" and tile.block_m > 32 and (problem.nbits > 6 or (problem.nbits > 4 and sums)):
-            tile = replace(tile, block_m=32, warps=2 if problem.nbits == 7 and not sums else 1)  # more spill
+        # What the table's tiles would spill, found by benchmarks.triton_static.
+        if kind == "gfx942" and tile.block_m > 32 and (problem.nbits > 6 or (problem.nbits in (2, 5, 6) and sums)):
+            tile = replace(tile, block_m=32, warps=2 if problem.nbits == 7 and not sums else 1)
+        elif kind == "sm_80" and tile.block_m == 32 and problem.nbits in (5, 6, 7):
+            tile = replace(tile, warps=4)
         elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
