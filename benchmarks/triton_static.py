@@ -62,7 +62,8 @@ class Variant:
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.M, N, K, 1, self.nbits, self.group, self.axis, DTYPES[self.dtype].itemsize)
+        about = (self.nbits, self.group, self.axis, DTYPES[self.dtype].itemsize, self.kind == 2)
+        return Problem(self.M, N, K, 1, *about)
 
     @property
     def plan(self) -> Plan:

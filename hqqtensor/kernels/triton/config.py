@@ -109,6 +109,7 @@ class Problem:
     group_size: int
     axis: int
     element_size: int
+    table: bool = False  # numbers are looked up
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,15 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         sums = problem.M <= SUMS_UP_TO
         # What the table's tiles would spill, found by benchmarks.triton_static.
         if kind == "gfx942" and tile.block_m > 32 and (problem.nbits > 6 or (problem.nbits in (2, 5, 6) and sums)):
-            tile = replace(tile, block_m=32, warps=2 if problem.nbits == 7 and not sums else 1)
-        elif kind == "sm_80" and tile.block_m == 32 and problem.nbits in (5, 6, 7):
+            tile = replace(tile, block_m=32, warps=1 if sums else 2)
+        elif kind == "sm_80" and tile.block_m == 32 and problem.nbits > 4:
             tile = replace(tile, warps=4)
         elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
         tile = _fit(tile, problem, device, steps)
+        if scale == ELEMENTS and kind == "gfx942" and problem.nbits == 2:
+            tile = replace(tile, block_m=16)
         if scale == ELEMENTS:  # scales of every weight are in flight too
             tile = replace(
                 tile, unroll=1, stages=min(tile.stages, 2), block_m=min(tile.block_m, 32 if kind == "gfx942" else 64)
@@ -228,7 +231,7 @@ def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:
         split *= 2
     return replace(
         tile,
-        unroll=1 if wide or problem.nbits == 8 else tile.unroll,
+        unroll=1 if wide or problem.nbits == 8 or problem.table else tile.unroll,
         stages=min(tile.stages, 2) if wide else tile.stages,
         split_k=split,
     )

@@ -207,7 +207,8 @@ def _product(
         return out.to(x.dtype)
     constants = weight.constants
     usual = M if offsets is None else -(-M // experts)
-    problem = Problem(usual, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size())
+    about = (constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size(), constants["KIND"] == 2)
+    problem = Problem(usual, N, K, experts, *about)
     x = x.contiguous()
 
     def run(chosen: Plan) -> None:
