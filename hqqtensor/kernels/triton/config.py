@@ -154,7 +154,7 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
         elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
-        if kind.startswith("sm_") and problem.element_size == 4 and tile.block_m > 64:
+        if kind.startswith("sm_") and problem.element_size == 4 and tile.block_m > 32:
             tile = Tile(16, 32, 1, 2, 2)
         tile = _fit(tile, problem, device, steps)
         if scale == ELEMENTS and kind == "gfx942" and problem.nbits <= 4:
