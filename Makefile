@@ -47,8 +47,7 @@ bench: $(STAMP)
 # On a machine with a GPU: the kernels against the reference, then their times, both into gpu-report.md.
 gpu-check: $(STAMP)
 	$(BIN)/pip install -q triton
-	$(BIN)/python -m pytest -q tests/kernels/triton tests/test_tensor.py
-	$(BIN)/python -m benchmarks.gpu_linear --report gpu-report.md
+	$(BIN)/python -m benchmarks.gpu_check --report gpu-report.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

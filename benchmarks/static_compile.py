@@ -1,5 +1,8 @@
 """Compile Triton kernels for GPUs that are not there, and read what came out: machine code, registers, memory."""
 
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
@@ -108,10 +111,48 @@ def compile_kernel(
     }
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
-    kernel = triton.compile(source, target=target, options=options)
-    if arch.startswith("gfx"):
-        return _read_amd(kernel.asm["amdgcn"], kernel.metadata.shared, whole)
-    return _read_nvidia(kernel.asm["cubin"], kernel.metadata.shared, whole)
+    # The source's hash covers the kernel, what it calls, types and constants.
+    about = f"{source.hash()} {target} {sorted(options.items())} {whole} {triton.__version__} {_READER}"
+    key = hashlib.sha256(about.encode()).hexdigest()
+    found = _results.get(key)
+    if found is None:
+        kernel = triton.compile(source, target=target, options=options)
+        if arch.startswith("gfx"):
+            found = _read_amd(kernel.asm["amdgcn"], kernel.metadata.shared, whole)
+        else:
+            found = _read_nvidia(kernel.asm["cubin"], kernel.metadata.shared, whole)
+        _remember(key, found)
+    return found
+
+
+_READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+_results: dict[str, Compiled] = {}
+_file: Path | None = None
+
+
+def keep_results(file: Path) -> None:
+    """Take what was compiled before from ``file``, and add to it; runs for several targets can be merged so, one after
+    another, and a run that was cut off goes on."""
+    global _file
+    _file = file
+    _results.update(_read(file))
+
+
+def _read(file: Path) -> dict[str, Compiled]:
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text())
+    return {key: Compiled(**{**entry, "loop": Counter(entry["loop"])}) for key, entry in content.items()}
+
+
+def _remember(key: str, found: Compiled) -> None:
+    _results[key] = found
+    if _file is not None:
+        _file.parent.mkdir(parents=True, exist_ok=True)
+        merged = {**_read(_file), **_results}
+        temporary = _file.with_name(f"{_file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({name: vars(entry) for name, entry in merged.items()}))
+        os.replace(temporary, _file)
 
 
 def _read_nvidia(cubin: bytes, shared: int, whole: bool) -> Compiled:
@@ -145,9 +186,11 @@ def _read_amd(text: str, shared: int, whole: bool) -> Compiled:
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
-        line = line.split(";")[0].strip()
+        line, _, comment = line.partition(";")
+        line = line.strip()
         if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(lines)
+            if "Loop Header" in comment:  # blocks that are seldom run lie behind the kernel and jump back as well
+                labels[label[1]] = len(lines)
         elif re.match(r"(v_|s_|ds_|global_|buffer_|flat_)", line):
             lines.append(line)
     loops = [
@@ -166,10 +209,12 @@ def _read_amd(text: str, shared: int, whole: bool) -> Compiled:
 
 
 def _main(lines: list[str], loops: list[tuple[int, int]], product: str) -> tuple[list[str], bool]:
-    """The longest innermost loop, one with products if any has; the whole kernel where there is no loop."""
+    """The innermost loop with most products, of such the longest; the whole kernel where there is no loop."""
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     if not inner:
         return lines, False
-    with_product = [(a, b) for a, b in inner if any(re.search(product, line) for line in lines[a : b + 1])]
-    a, b = max(with_product or inner, key=lambda span: span[1] - span[0])
+    a, b = max(
+        inner,
+        key=lambda span: (sum(bool(re.search(product, s)) for s in lines[span[0] : span[1] + 1]), span[1] - span[0]),
+    )
     return lines[a : b + 1], True

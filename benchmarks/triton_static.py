@@ -3,21 +3,23 @@
 For each architecture, width and tile that is shipped: registers, spills, shared memory, instructions per 16 weights of
 the main loop, width of global loads, tensor-core instruction, occupancy, and the time that a roofline of memory,
 instruction issue and tensor cores allows at M = 1, 16, 128 for an 11008 x 4096 weight. gemlite's kernels are compiled
-the same way where it is installed. Ends with status 1 where a kernel spills, loads packed codes narrower than it can,
-multiplies without tensor cores, or decodes at more instructions a weight than gemlite. These are the compiler's figures
-and estimates: nothing runs.
+the same way where it is installed. Results are kept by the hash of what was compiled (``--results``), so a run that was
+cut off goes on where it was, and targets can be run one by one. Ends with status 1 where a kernel spills, loads packed
+codes narrower than it can, multiplies without tensor cores, decodes at more instructions a weight than gemlite, or 3
+bits at more than the mean of 2 and 4. These are the compiler's figures and estimates: nothing runs.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton.language as tl
 
 from benchmarks import static_gemlite
-from benchmarks.static_compile import LIMITS, Compiled, compile_kernel
+from benchmarks.static_compile import LIMITS, Compiled, compile_kernel, keep_results
 from hqqtensor.kernels.triton.config import (
     SOLVE_TILE,
     SUMS_UP_TO,
@@ -32,7 +34,7 @@ from hqqtensor.kernels.triton.config import (
     shipped,
 )
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
-from hqqtensor.kernels.triton.launch import decoder_text, precision
+from hqqtensor.kernels.triton.launch import decoder_of, decoding_constants, precision
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.packing import PLANES, row_bytes
@@ -40,6 +42,9 @@ from hqqtensor.packing import PLANES, row_bytes
 N, K, GROUP = 11008, 4096, 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DOTS = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
+KINDS = ("int", "float", "table")
+MANTISSA = {4: 1, 6: 2, 8: 3}
+"""Mantissa bits of the small floats by width."""
 META = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
 
 
@@ -57,17 +62,17 @@ class Variant:
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.M, N, K, 1, self.nbits, self.group, self.axis, DTYPES[self.dtype].itemsize)
+        about = (self.nbits, self.group, self.axis, DTYPES[self.dtype].itemsize, self.kind == 2)
+        return Problem(self.M, N, K, 1, *about)
 
     @property
     def plan(self) -> Plan:
         return plan(self.problem, Device(self.arch, LIMITS[self.arch].processors))
 
     def __str__(self) -> str:
-        kind = ("int", "float", "table")[self.kind]
         tile = self.plan.tile
         return (
-            f"{self.arch:7s} {kind}{self.nbits} g{self.group} axis{self.axis} {self.dtype} M={self.M:<4d}"
+            f"{self.arch:7s} {KINDS[self.kind]}{self.nbits} g{self.group} axis{self.axis} {self.dtype} M={self.M:<4d}"
             f"{tile.block_n}x{tile.block_m} w{tile.warps} u{tile.unroll} s{tile.stages} k{tile.split_k}"
         )
 
@@ -75,15 +80,15 @@ class Variant:
 def compile_linear(variant: Variant) -> Compiled:
     chosen, tile = variant.plan, variant.plan.tile
     device = Device(variant.arch, LIMITS[variant.arch].processors)
-    asm = decoder_text(device, variant.kind, variant.nbits, DTYPES[variant.dtype])
     constants = {
-        "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": {4: 1, 6: 2, 8: 3}.get(variant.nbits, 0),
+        "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": MANTISSA.get(variant.nbits, 0),
         "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
         "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
-        "ASM": asm[0], "CONSTRAINTS": asm[1], "DOT": DOTS[variant.dtype],
+        "DOT": DOTS[variant.dtype],
         "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
+        **decoding_constants(decoder_of(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen)),
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
@@ -99,8 +104,7 @@ def compile_linear(variant: Variant) -> Compiled:
 def weights_a_turn(variant: Variant) -> float:
     """Weights that a thread decodes in a turn of the loop."""
     tile = variant.plan.tile
-    codes = 128 * tile.unroll * (2 if variant.nbits == 1 else 1)
-    return tile.block_n * codes / (tile.warps * LIMITS[variant.arch].warp)
+    return tile.block_n * 128 * tile.unroll / (tile.warps * LIMITS[variant.arch].warp)
 
 
 def wide_loads_expected(variant: Variant) -> int:
@@ -109,7 +113,7 @@ def wide_loads_expected(variant: Variant) -> int:
     chosen, tile = variant.plan, variant.plan.tile
     bytes_a_tile = tile.block_n * chosen.width
     threads = tile.warps * LIMITS[variant.arch].warp
-    whole = 32 if variant.nbits == 1 else 16 * PLANES[variant.nbits][0]
+    whole = 16 * max(2, PLANES[variant.nbits][0])
     tiles = whole // chosen.width * tile.unroll * len(PLANES[variant.nbits])
     return tiles * (bytes_a_tile // (16 * threads))
 
@@ -149,18 +153,20 @@ def variants(arch: str, quick: bool, bits: list[int]) -> Iterator[Variant]:
     rows = sorted(shipped(arch))[:-1]
     for nbits in bits:
         for dtype in ("fp16", "bf16"):
-            for M in [1, *(r for r in rows if r > 8), 128]:
+            for M in sorted({1, *(r for r in rows if r > 8), SUMS_UP_TO, 128}):
                 if not quick or (M in (1, 16, 128) and dtype == "fp16"):
                     yield Variant(arch, M, nbits, dtype)
-    if quick or 4 not in bits:
+    if quick:
         return
     for M in (1, 128):
-        yield Variant(arch, M, 4, "fp32")
-        yield Variant(arch, M, 4, group=32)
-        yield Variant(arch, M, 4, group=16)
-        yield Variant(arch, M, 4, axis=0)
-        for nbits, kind in ((4, 1), (6, 1), (8, 1), (4, 2)):
-            yield Variant(arch, M, nbits, "bf16", kind)
+        if 4 in bits:
+            yield from (Variant(arch, M, 4, "fp32"), Variant(arch, M, 4, group=32), Variant(arch, M, 4, group=16))
+        for nbits in bits:
+            yield Variant(arch, M, nbits, group=128)
+            yield Variant(arch, M, nbits, axis=0)
+        for nbits, kind in ((4, 1), (6, 1), (8, 1), (4, 2), (3, 2), (2, 2), (1, 2)):
+            if nbits in bits:
+                yield Variant(arch, M, nbits, "bf16", kind)
 
 
 def check_linear(arch: str, quick: bool, bits: list[int]) -> tuple[list[str], dict[tuple[int, str], float]]:
@@ -177,10 +183,9 @@ def check_linear(arch: str, quick: bool, bits: list[int]) -> tuple[list[str], di
         seconds, bound = roofline(variant, per_weight)
         if variant.M == 1 and variant.kind == 0 and variant.group == GROUP and variant.axis == 1:
             cost[variant.nbits, variant.dtype] = per_weight
-        loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
         print(
             f"{variant!s:70s} {found.registers:4d} {found.spills:5d} {found.shared:6d} "
-            f"{per_weight * 16:5.1f}  {loads:28s} "
+            f"{per_weight * 16:5.1f}  {loads(found):28s} "
             f"{found.occupancy(arch, variant.plan.tile.warps):4.0%} {seconds * 1e6:6.1f} us {bound:6s} "
             f"{fp16_time(arch, variant.M) / seconds:4.2f}  {found.tensor_instruction()}",
             flush=True,
@@ -189,46 +194,58 @@ def check_linear(arch: str, quick: bool, bits: list[int]) -> tuple[list[str], di
     return failures, cost
 
 
-def check_others(arch: str, bits: list[int]) -> list[str]:
-    """The kernels without a product: dequantize, the solvers, packing."""
-    failures = []
-    print(f"\n{'':30s} regs spill  smem  loads (bits: number)")
+def others(arch: str, bits: list[int]) -> Iterator[tuple[str, Compiled]]:
+    """The kernels without a product, by name: dequantize, embedding, the solvers, packing."""
     sizes = "R N K row_bytes columns scale_rows scale_meta_rows zero_meta_rows blocks rows groups size"
     scalars = dict.fromkeys(sizes.split(), "i32")
     pointers = {"indices": "*i64", "qdata": "*u8", "shifts": "*u8", "table": "*fp32", "out": "*bf16"}
     pointers |= {"scale": "*fp16", "zero": "*fp16"} | dict.fromkeys(META, "*fp32")
-    aligned = ("N", "K", "row_bytes", "columns")
+    solver_types = scalars | dict.fromkeys(("matrix", "inverse", "zero"), "*fp32")
+    options = options_dense(arch)
     for nbits in bits:
-        dense = plan_dense(nbits, GROUP, 1, LIMITS[arch].warp)
-        constants = {
-            "NBITS": nbits, "KIND": 0, "MANTISSA": 0, "PER_ROW": False, "GROUP": GROUP, "AXIS": 1, "HAS_ZERO": True,
-            "META_SCALE": False, "META_ZERO": False, "HAS_INDICES": False, "ROW_SCALES": dense.row_scales,
-            "WIDTH": dense.width, "BLOCK_R": dense.rows,
-        }  # fmt: skip
-        runs = {
-            "dequantize": compile_kernel(
-                dequantize_kernel, scalars | pointers, constants, arch, options_dense(arch), aligned, True
-            )
-        }
-        solver_types = scalars | dict.fromkeys(("matrix", "inverse", "zero"), "*fp32")
-        for joint in (False, True):
-            constants = {"NBITS": nbits, "JOINT": joint, "AXIS": 1, "MEMBERS": GROUP, "BLOCK_G": SOLVE_TILE // GROUP}
-            name = "hqq_joint" if joint else "rtn"
-            runs[name] = compile_kernel(solve_kernel, solver_types, constants, arch, options_dense(arch), ("N", "K"))
-        constants = {"NBITS": nbits, "GROUP": GROUP, "AXIS": 1, "BLOCK_R": 16}
-        runs["assign"] = compile_kernel(
-            assign_kernel, solver_types | {"out": "*u8"}, constants, arch, options_dense(arch), ("N", "K", "row_bytes")
+        formats = [(0, 1), (0, 0)] + [(1, 1)] * (nbits in (4, 6, 8)) + [(2, 1)] * (nbits <= 4)
+        for kind, axis in formats:
+            dense = plan_dense(nbits, GROUP, axis, LIMITS[arch].warp)
+            constants = {
+                "NBITS": nbits, "KIND": kind, "MANTISSA": MANTISSA.get(nbits, 0), "PER_ROW": False, "GROUP": GROUP,
+                "AXIS": axis, "HAS_ZERO": kind == 0, "META_SCALE": False, "META_ZERO": False,
+                "ROW_SCALES": dense.row_scales, "WIDTH": dense.width, "BLOCK_R": dense.rows,
+            }  # fmt: skip
+            for name, indices in (("dequantize", False), ("embedding", True)):
+                if indices and (kind, axis) != (0, 1):
+                    continue
+                chosen = {**constants, "HAS_INDICES": indices}
+                aligned = ("N", "K", "row_bytes", "columns")
+                found = compile_kernel(dequantize_kernel, scalars | pointers, chosen, arch, options, aligned, True)
+                yield f"{name} {KINDS[kind]}{nbits} axis{axis}", found
+        for axis in (1, 0):
+            for joint in (False, True):
+                constants = {"NBITS": nbits, "JOINT": joint, "AXIS": axis, "MEMBERS": GROUP}
+                constants["BLOCK_G"] = SOLVE_TILE // GROUP
+                found = compile_kernel(solve_kernel, solver_types, constants, arch, options, ("N", "K"))
+                yield f"{'hqq_joint' if joint else 'rtn'} int{nbits} axis{axis}", found
+            constants = {"NBITS": nbits, "GROUP": GROUP, "AXIS": axis, "BLOCK_R": 16}
+            types = solver_types | {"out": "*u8"}
+            found = compile_kernel(assign_kernel, types, constants, arch, options, ("N", "K", "row_bytes"))
+            yield f"assign int{nbits} axis{axis}", found
+
+
+def check_others(arch: str, bits: list[int]) -> list[str]:
+    failures = []
+    print(f"\n{'':30s} regs spill  smem  loads (bits: number)")
+    for name, found in others(arch, bits):
+        print(
+            f"{arch:7s} {name:22s} {found.registers:5d} {found.spills:5d} {found.shared:6d}  {loads(found)}", flush=True
         )
-        for name, found in runs.items():
-            loads = " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
-            print(
-                f"{arch:7s} {name:10s} int{nbits:<6d} {found.registers:5d} {found.spills:5d} {found.shared:6d}  {loads}"
-            )
-            if found.spills:
-                failures.append(f"{arch} {name} {nbits} bits: {found.spills} spills")
-        if not runs["dequantize"].global_loads().get(128):
-            failures.append(f"{arch} dequantize {nbits} bits: no loads of 128 bits")
+        if found.spills:
+            failures.append(f"{arch} {name}: {found.spills} spills")
+        if name.startswith(("dequantize", "embedding")) and not found.global_loads().get(128):
+            failures.append(f"{arch} {name}: no loads of 128 bits")
     return failures
+
+
+def loads(found: Compiled) -> str:
+    return " ".join(f"{bits}:{n}" for bits, n in sorted(found.global_loads().items(), reverse=True))
 
 
 def compare(arch: str, cost: dict[tuple[int, str], float]) -> list[str]:
@@ -243,6 +260,8 @@ def compare(arch: str, cost: dict[tuple[int, str], float]) -> list[str]:
         if nbits == 3:
             mean = (cost[2, "fp16"] + cost[4, "fp16"]) / 2
             print(f"  3 bits: {ours:.2f}; mean of 2 and 4 bits {mean:.2f}; gemlite has no 3 bits")
+            if ours > mean:
+                failures.append(f"{arch} 3 bits: {ours:.2f} instructions a weight, the mean of 2 and 4 {mean:.2f}")
         elif reason:
             print(f"  {nbits} bits: {ours:.2f}; {reason}")
         else:
@@ -269,7 +288,9 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--quick", action="store_true", help="float16 at M = 1, 16, 128 only")
     parser.add_argument("--bits", type=int, nargs="+", choices=range(1, 9), default=list(range(1, 9)))
+    parser.add_argument("--results", type=Path, default=Path("build/triton_static.json"), help="where results are kept")
     args = parser.parse_args()
+    keep_results(args.results)
     failures: list[str] = []
     for arch in args.arch:
         found, cost = check_linear(arch, args.quick, args.bits)

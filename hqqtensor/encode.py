@@ -1,5 +1,6 @@
 """From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.formats import Levels, get_format
-from hqqtensor.kernels import cpu
+from hqqtensor.kernels import cpu, triton
 from hqqtensor.ops.backend import serves
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
@@ -116,13 +117,29 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
     rows = qdata.reshape(many, -1, qdata.shape[-1])
     split = [[None] * many if t is None else t.reshape(many, -1, t.shape[-1]) for t in (inverse, zero_point)]
     for matrix, inv, zero, out in zip(matrices, *split, rows, strict=True):
-        _assign(matrix, inv, zero, out, group_size, config)
+        if serves("triton", matrix.device.type) and config.format == "int" and zero is not None:
+            triton.pack_codes(out, matrix, inv, zero, config.nbits, group_size, config.axis)
+        else:
+            _assign(matrix, inv, zero, out, group_size, config)
     return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
+
+
+def _solve_by_triton(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution | None:
+    """Solve ``[N, K]`` where the Triton kernels run; None, with a warning that says why, for what they do not have."""
+    if not serves("triton", matrix.device.type):
+        return None
+    extent = matrix.shape[config.axis]
+    members = group_size if config.axis == 1 else -(-extent // -(-extent // group_size))
+    reason = triton.why_not_solved(config.solver, config.lp_norm, config.format, members)
+    if reason is not None:
+        warnings.warn(f"quantized by torch's operations, more slowly: {reason}", stacklevel=2)
+        return None
+    return Solution(*triton.solve_groups(matrix, config.nbits, group_size, config.axis, config.solver))
 
 
 def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
     """Solve ``[N, K]``, with zero points that can be stored where storage is coarse."""
-    found = _solve_freely(matrix, group_size, config)
+    found = _solve_by_triton(matrix, group_size, config) or _solve_freely(matrix, group_size, config)
     dtype = None if config.integer_zero else config.scale_dtype
     if found.zero_point is None or not get_format(config.format).has_zero_point or config.solver == "hqq":
         return found

@@ -109,6 +109,7 @@ class Problem:
     group_size: int
     axis: int
     element_size: int
+    table: bool = False  # numbers are looked up
 
 
 @dataclass(frozen=True)
@@ -132,29 +133,32 @@ def options(tile: Tile, arch: str) -> dict[str, int]:
     return out
 
 
-SUMS_UP_TO, SUMS_UP_TO_ONE_BIT = 64, 16
-"""Most rows of x for which groups are summed before they are scaled; at 1 bit sums are taken twice."""
+SUMS_UP_TO = 64
+"""Most rows of x for which groups are summed before they are scaled."""
 
 
 def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
     """The kernel's constants for a problem; ``tile`` overrides the shipped one (autotuning)."""
     scale, width, run = scaling(problem)
-    step = 2 if problem.nbits == 1 else 1
-    steps = problem.K // 128 // step
+    steps = problem.K // 128
     if tile is None:
         table = shipped(device.arch)
         tile = table[min(rows for rows in table if rows >= problem.M)]
         kind = family(device.arch)
-        if kind == "gfx942" and problem.nbits >= 7 and tile.block_m > 32:
-            tile = replace(tile, block_m=32)  # 64 spill
-        elif kind == "sm_100" and problem.nbits == 1 and problem.M > 16:
-            tile = Tile(16, 64, 1, 3, 2)  # 32 spill
-        elif kind.startswith("sm_") and problem.nbits == 1 and 16 < problem.M <= 64:
-            tile = Tile(32, 64, 1, 3, 2)  # 64 spill
+        sums = problem.M <= SUMS_UP_TO
+        # What the table's tiles would spill, found by benchmarks.triton_static.
+        if kind == "gfx942" and tile.block_m > 32 and (problem.nbits > 6 or (problem.nbits in (2, 5, 6) and sums)):
+            tile = replace(tile, block_m=32, warps=1 if sums else 2)
+        elif kind == "sm_80" and tile.block_m == 32 and problem.nbits > 4:
+            tile = replace(tile, warps=4)
         elif kind == "sm_100" and width == 32 and tile.warps > 2:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
+        if kind.startswith("sm_") and problem.element_size == 4 and tile.block_m > 32:
+            tile = Tile(16, 32, 1, 2, 2)
         tile = _fit(tile, problem, device, steps)
+        if scale == ELEMENTS and kind == "gfx942" and problem.nbits <= 4:
+            tile = replace(tile, block_m=16, warps=2 if problem.M > SUMS_UP_TO else 1)
         if scale == ELEMENTS:  # scales of every weight are in flight too
             tile = replace(
                 tile, unroll=1, stages=min(tile.stages, 2), block_m=min(tile.block_m, 32 if kind == "gfx942" else 64)
@@ -164,24 +168,16 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
     unroll = tile.unroll
     while unroll > 1 and (a_split % unroll or steps % unroll):
         unroll //= 2
-    return Plan(scale, width, run, steps * step, a_split * step, replace(tile, unroll=unroll, split_k=splits))
+    return Plan(scale, width, run, steps, a_split, replace(tile, unroll=unroll, split_k=splits))
 
 
 def scaling(problem: Problem) -> tuple[int, int, int]:
     """(way of scaling, bytes a row in one dot, positions of a byte that share a group)."""
-    plane = PLANES[problem.nbits][0]
-    whole = 16 * plane
-    width = whole
+    plane = max(2, PLANES[problem.nbits][0])
+    whole = width = 16 * plane
     group = problem.group_size
     if problem.axis == 0:
-        return ELEMENTS, max(width, 32), 1
-    if problem.nbits == 1:
-        run = 8
-        while run > 1 and group % (16 * run) and group < problem.K:
-            run //= 2
-        if group % (16 * run) and group < problem.K:
-            return ELEMENTS, 32, 1
-        return _rows_or_sums(problem), 32, run
+        return ELEMENTS, width, 1
     while width > 32 and group % width and group < problem.K:
         width //= 2
     if group % width and group < problem.K:
@@ -189,7 +185,7 @@ def scaling(problem: Problem) -> tuple[int, int, int]:
     run = 1
     while width == whole and run < 8 // plane and (group % (whole * run * 2) == 0 or group >= problem.K):
         run *= 2
-    return _rows_or_sums(problem), width, run
+    return GROUP_SUMS if problem.M <= SUMS_UP_TO else ROWS, width, run
 
 
 @dataclass(frozen=True)
@@ -215,17 +211,12 @@ SOLVE_TILE = 1024
 
 def plan_dense(nbits: int, group_size: int, axis: int, warp: int = 32) -> DensePlan:
     """warp: threads of one. Rows are as many as give each thread 16 bytes."""
-    whole = width = 16 * PLANES[nbits][0]
+    whole = width = 16 * max(2, PLANES[nbits][0])
     while axis == 1 and width > 16 and group_size % width:
         width //= 2
     row_scales = axis == 1 and group_size % width == 0
     width = width if row_scales else whole
     return DensePlan(width, row_scales, max(16, 16 * WARPS_DENSE * warp // width))
-
-
-def _rows_or_sums(problem: Problem) -> int:
-    limit = SUMS_UP_TO_ONE_BIT if problem.nbits == 1 else SUMS_UP_TO
-    return GROUP_SUMS if limit >= problem.M else ROWS
 
 
 def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:
@@ -242,7 +233,7 @@ def _fit(tile: Tile, problem: Problem, device: Device, steps: int) -> Tile:
         split *= 2
     return replace(
         tile,
-        unroll=1 if wide or problem.nbits in (1, 8) else tile.unroll,
-        stages=min(tile.stages, 2) if wide else tile.stages - (problem.nbits == 1 and tile.block_m >= 64),
+        unroll=1 if wide or problem.nbits == 8 or problem.table else tile.unroll,
+        stages=min(tile.stages, 2) if wide else tile.stages,
         split_k=split,
     )

@@ -1,11 +1,12 @@
 """From packed bytes to weights, within Triton kernels. Shared by every kernel; the layout is that of ``packing.py``.
 
-A tile is ``[rows, WIDTH]`` bytes of the widest plane: columns FIRST .. FIRST + WIDTH of a block's ``16 * P`` bytes (P
-the bits of that plane). Its position j (of ``8 / P``) holds the codes ``16 * P * j + FIRST`` onward, one a column, so
-shifting and masking the whole tile gives a tile of consecutive weights. The bytes of a narrower plane of q bits repeat
+A tile is ``[rows, WIDTH]`` bytes: columns FIRST .. FIRST + WIDTH of a block's ``16 * P``, P the bits of the widest
+plane, but at least 2. Its position j (of ``8 / P``) holds the codes ``16 * P * j + FIRST`` onward, one a column, so
+shifting and masking the whole tile gives a tile of consecutive weights. The bytes of a plane of fewer bits q repeat
 every ``16 * q`` columns, and their bits for position j begin at ``P * j + q * (column // (16 * q))``.
 """
 # mypy: ignore-errors
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -18,6 +19,29 @@ INT, MINIFLOAT, TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def widest(nbits):
     """Bits of the widest plane of a width."""
     return 8 if nbits == 8 else 4 if nbits >= 4 else 2 if nbits >= 2 else 1
+
+
+@triton.constexpr_function
+def stride(nbits):
+    """Bits of a byte from one position of a tile to the next."""
+    return max(2, 8 if nbits == 8 else 4 if nbits >= 4 else 2)
+
+
+@triton.constexpr_function
+def numbers(text):
+    """How many numbers a constant text holds, for constants that are tuples do not reach a kernel."""
+    return len(text.split())
+
+
+@triton.constexpr_function
+def number(text, index):
+    return float(text.split()[index]) if "." in text else int(text.split()[index])
+
+
+@triton.constexpr_function
+def alike(text, first, count):
+    """Whether so many numbers of a constant text are the same."""
+    return len(set(text.split()[first : first + count])) == 1
 
 
 @triton.constexpr_function
@@ -34,9 +58,32 @@ def copies(item, count):
 
 
 @triton.jit
+def to_expert(
+    expert, scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero, N, columns, scale_rows,
+    scale_meta_rows, zero_meta_rows,
+    NBITS: tl.constexpr, HAS_ZERO: tl.constexpr, META_SCALE: tl.constexpr, META_ZERO: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """The pointers ``scale`` to ``zero_zero`` where those of an expert (int64) begin; absent ones stay."""
+    scale += expert * scale_rows * columns
+    if HAS_ZERO:
+        zero += expert * scale_rows * columns
+    if META_SCALE:
+        scale_scale += expert * scale_meta_rows * columns
+        scale_zero += expert * scale_meta_rows * columns
+    if META_ZERO:
+        zero_scale += expert * zero_meta_rows * columns
+        zero_zero += expert * zero_meta_rows * columns
+    if PER_ROW:
+        table += expert * N * (2**NBITS)
+    return scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero
+
+
+@triton.jit
 def load_planes(rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr):
-    """The bytes ``[rows, WIDTH]`` of a full block's planes, and the shift counts ``[1, WIDTH]`` of the narrower ones:
-    (widest, second, third, second's shifts, third's shifts); absent ones stand in by the first.
+    """The bytes ``[rows, WIDTH]`` of a full block's planes, and how much too high in them the bits of narrower ones
+    lie, ``[1, WIDTH]``: (first, second, third, second's shifts, third's shifts); absent ones stand in by the first. At
+    1 bit the first plane is a narrower one, with the second's shifts.
 
     rows: pointers to the first byte of each packed row, ``[rows]``. shifts: ``launch.shift_table``; it is read, not
     computed, because the compiler lets the tensor cores' operand layout reach back only to loads.
@@ -46,44 +93,81 @@ def load_planes(rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, N
     R: tl.constexpr = narrower(NBITS, 2)
     column = FIRST + tl.arange(0, WIDTH)
     start = rows[:, None] + block * (16 * NBITS)
-    w = tl.load(start + column[None, :], eviction_policy="evict_first")
+    w = tl.load(start + (column % (16 * P))[None, :], eviction_policy="evict_first")
     second, third, second_shift, third_shift = w, w, w, w
+    if NBITS == 1:
+        second_shift = tl.load(shifts + column)[None, :]
     if Q > 0:
         second = tl.load(start + (16 * P + column % (16 * Q))[None, :], eviction_policy="evict_first")
-        second_shift = tl.load(shifts + 64 * (Q - 1) + column)[None, :]
+        second_shift = tl.load(shifts + column)[None, :]
     if R > 0:
         third = tl.load(start + (16 * (P + Q) + column % (16 * R))[None, :], eviction_policy="evict_first")
-        third_shift = tl.load(shifts + 64 * (R - 1) + column)[None, :]
+        third_shift = tl.load(shifts + 64 + column)[None, :]
     return w, second, third, second_shift, third_shift
 
 
 @triton.jit
-def positions(planes, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, NBITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Integer codes of every position as a tuple of ``8 / P`` tiles of DTYPE (float16 or bfloat16), by the PTX that
-    ``ptx.decoder`` wrote for that dtype."""
+def positions(
+    planes, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, CONSTANTS: tl.constexpr, NBITS: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """The numbers of every position as a tuple of ``8 / P`` tiles of HALF (float16 or bfloat16), by the text of a
+    ``words.Decoder``: codes, or codes and the offsets it states."""
     w, second, third, second_shift, third_shift = planes
-    if narrower(NBITS, 2) > 0:
-        args = (w, second, third, second_shift, third_shift)
-    elif narrower(NBITS, 1) > 0:
-        args = (w, second, second_shift)
-    else:
+    Q: tl.constexpr = narrower(NBITS, 1)
+    R: tl.constexpr = narrower(NBITS, 2)
+    if is_ptx(TEXT):
         args = (w,)
-    KINDS: tl.constexpr = copies(DTYPE, 8 // widest(NBITS))
+        if Q > 0:
+            args = (w, second)
+        if R > 0:
+            args = (w, second, third)
+        if Q > 0 or NBITS == 1:
+            args = args + (second_shift,)
+        if R > 0:
+            args = args + (third_shift,)
+    else:  # AMD: the planes' bytes of a weight in one register
+        together = w.to(tl.int32)
+        if Q > 0:
+            together = together | second.to(tl.int32) << 16
+        if R > 0:
+            together = together | third.to(tl.int32) << 24
+        args = (together,)
+        if Q > 0 or NBITS == 1:
+            args = args + (second_shift.to(tl.int16),)
+        if R > 0:
+            args = args + (third_shift.to(tl.int16),)
+    for i in tl.static_range(numbers(CONSTANTS)):
+        args = args + (tl.full(w.shape, number(CONSTANTS, i), tl.int32),)
+    SPARE: tl.constexpr = 1 if NBITS > 4 and not is_ptx(TEXT) else 0
+    KINDS: tl.constexpr = copies(HALF, 8 // stride(NBITS) + SPARE)
     return tl.inline_asm_elementwise(TEXT, CONSTRAINTS, args, dtype=KINDS, is_pure=True, pack=4)
 
 
 @triton.jit
-def ones(planes, TEXT: tl.constexpr, DTYPE: tl.constexpr):
-    """Ones of DTYPE in the shape and, where PTX decodes, in the register layout of decoded codes."""
-    KIND: tl.constexpr = copies(DTYPE, 1)
-    if TEXT == "":
-        return tl.full(planes[0].shape, 1.0, DTYPE)
-    elif tl.bfloat16 == DTYPE:
-        text: tl.constexpr = "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;"
+def everywhere(planes, VALUE: tl.constexpr, TEXT: tl.constexpr, HALF: tl.constexpr):
+    """VALUE, plus or minus a power of two, in the shape of a tile and, where PTX decodes, in the register layout of
+    what it decoded."""
+    if is_ptx(TEXT):
+        KIND: tl.constexpr = copies(HALF, 1)
+        text: tl.constexpr = splat(VALUE, tl.bfloat16 == HALF)
         return tl.inline_asm_elementwise(text, "=r,=r,r", (planes[0],), KIND, is_pure=True, pack=4)[0]
     else:
-        text: tl.constexpr = "mov.b32 $0, 0x3C003C00; mov.b32 $1, 0x3C003C00;"
-        return tl.inline_asm_elementwise(text, "=r,=r,r", (planes[0],), KIND, is_pure=True, pack=4)[0]
+        return tl.full(planes[0].shape, VALUE, HALF)
+
+
+@triton.constexpr_function
+def is_ptx(text):
+    return text.startswith("{")
+
+
+@triton.constexpr_function
+def splat(value, is_bfloat16):
+    """PTX for two registers of ``value`` in each half."""
+    mantissa, bias = (7, 127) if is_bfloat16 else (10, 15)
+    exponent = len(f"{int(abs(value)):b}") - 1
+    bits = (bias + exponent) << mantissa | (0x8000 if value < 0 else 0)
+    return f"mov.b32 $0, {bits * 0x00010001}; mov.b32 $1, {bits * 0x00010001};"
 
 
 @triton.jit
@@ -93,6 +177,8 @@ def code(planes, J: tl.constexpr, NBITS: tl.constexpr):
     Q: tl.constexpr = narrower(NBITS, 1)
     R: tl.constexpr = narrower(NBITS, 2)
     w, second, third, second_shift, third_shift = planes
+    if NBITS == 1:
+        return (w >> second_shift >> (2 * J)) & 1
     out = (w >> (P * J)) & (2**P - 1)
     if Q > 0:
         out = out | (((second >> second_shift >> (P * J)) & (2**Q - 1)) << P)
@@ -149,6 +235,14 @@ def value(codes, table, row, KIND: tl.constexpr, NBITS: tl.constexpr, MANTISSA: 
         if PER_ROW:
             index += row[:, None] * (2**NBITS)
         return tl.load(table + index)
+
+
+@triton.jit
+def narrowed(w, DOT: tl.constexpr, KIND: tl.constexpr):
+    """Numbers before scale and zero point as DOT. All but a table's have few bits: bfloat16 is their upper half."""
+    if tl.bfloat16 == DOT and KIND != TABLE and w.dtype == tl.float32:
+        return (w.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DOT, bitcast=True)
+    return w.to(DOT)
 
 
 @triton.jit

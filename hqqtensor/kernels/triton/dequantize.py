@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from hqqtensor.kernels.triton.decode import code, gather_codes, group_value, load_planes, value, widest
+from hqqtensor.kernels.triton.decode import code, gather_codes, group_value, load_planes, stride, to_expert, value
 
 
 @triton.jit
@@ -31,21 +31,14 @@ def dequantize_kernel(
     there = (rn >= 0) & (rn < N)
     rn = tl.minimum(tl.maximum(rn, 0), N - 1)
     rows = qdata + (expert * N + rn) * row_bytes
-    scale += expert * scale_rows * columns
-    if HAS_ZERO:
-        zero += expert * scale_rows * columns
-    if META_SCALE:
-        scale_scale += expert * scale_meta_rows * columns
-        scale_zero += expert * scale_meta_rows * columns
-    if META_ZERO:
-        zero_scale += expert * zero_meta_rows * columns
-        zero_zero += expert * zero_meta_rows * columns
-    if PER_ROW:
-        table += expert * N * (2**NBITS)
+    scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero = to_expert(
+        expert, scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero, N, columns, scale_rows,
+        scale_meta_rows, zero_meta_rows, NBITS, HAS_ZERO, META_SCALE, META_ZERO, PER_ROW,
+    )  # fmt: skip
     r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
     target = out + (expert * R + at[:, None]) * K
 
-    P: tl.constexpr = widest(NBITS)
+    P: tl.constexpr = stride(NBITS)
     if block < blocks:
         for FIRST in tl.static_range(0, 16 * P, WIDTH):
             planes = load_planes(rows, shifts, block, FIRST, WIDTH, NBITS)

@@ -11,13 +11,24 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtensor.formats import get_format
-from hqqtensor.kernels.triton import autotune, ptx
-from hqqtensor.kernels.triton.config import SOLVE_TILE, Device, Plan, Problem, options, options_dense, plan, plan_dense
+from hqqtensor.kernels.triton import autotune, gcn, ptx, why_not_solved
+from hqqtensor.kernels.triton.config import (
+    GROUP_SUMS,
+    SOLVE_TILE,
+    Device,
+    Plan,
+    Problem,
+    options,
+    options_dense,
+    plan,
+    plan_dense,
+)
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
+from hqqtensor.kernels.triton.words import Decoder
 from hqqtensor.ops import reference
-from hqqtensor.packing import row_bytes
+from hqqtensor.packing import PLANES, row_bytes
 
 MINIFLOATS = {"fp4": 1, "fp6": 2, "fp8": 3}
 """Mantissa bits of the formats that are decoded by moving bits."""
@@ -97,18 +108,15 @@ def embedding(
 def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
     """Inverse scales and zero points, float32, of ``[N, K]``: ``[N, groups]`` (axis 1) or ``[groups, K]`` (axis 0).
 
-    solver: "rtn", or "hqq_joint" with norm 2. ValueError for another, or for groups of more than 4096 members.
+    solver: "rtn", or "hqq_joint" with norm 2. ValueError for another, or for groups that are too long.
     """
-    if solver not in ("rtn", "hqq_joint"):
-        raise ValueError(f"solver must be 'rtn' or 'hqq_joint' for the Triton kernels, got {solver!r}")
     N, K = matrix.shape
     groups = -(-(K if axis == 1 else N) // group_size)
     members = group_size if axis == 1 else -(-N // groups)
+    reason = why_not_solved(solver, 2.0, "int", members)
+    if reason is not None:
+        raise ValueError(reason)
     padded = max(16, triton.next_power_of_2(members))
-    if padded > 4096:
-        raise ValueError(
-            f"group_size {group_size} is too long for a group to stay in registers; allowed are up to 4096"
-        )
     shape = (N, groups) if axis == 1 else (groups, K)
     inverse = torch.empty(shape, dtype=torch.float32, device=matrix.device)
     zero = torch.empty_like(inverse)
@@ -157,7 +165,7 @@ def _weight(
     elif format != "int":
         kind, table = 2, _table(format, nbits, qdata.device)
     tensors = {"qdata": qdata.contiguous(), "scale": scale.contiguous(), "zero": none, "table": table}
-    tensors["shifts"] = shift_table(qdata.device)
+    tensors["shifts"] = shift_table(qdata.device, nbits)
     if zero_point is not None:
         tensors["zero"] = zero_point.contiguous()
     rows = {"scale": 1, "zero": 1}
@@ -199,7 +207,8 @@ def _product(
         return out.to(x.dtype)
     constants = weight.constants
     usual = M if offsets is None else -(-M // experts)
-    problem = Problem(usual, N, K, experts, constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size())
+    about = (constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size(), constants["KIND"] == 2)
+    problem = Problem(usual, N, K, experts, *about)
     x = x.contiguous()
 
     def run(chosen: Plan) -> None:
@@ -227,16 +236,18 @@ def _launch(
     if tile.split_k > 1:
         partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrived = x.new_zeros(experts * tiles, dtype=torch.int32)
-    asm = decoder_text(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype)
+    decoder = decoder_of(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen)
+    shifts = shift_table(x.device, weight.constants["NBITS"], decoder.shifts)
+    tensors = {**weight.tensors, "shifts": shifts}
     linear_kernel[(tiles, tile.split_k, experts)](
         x=x, bias=none if bias is None else bias.contiguous(), pre=none if pre is None else pre.contiguous(),
         offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
         blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
-        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, ASM=asm[0], CONSTRAINTS=asm[1],
-        DOT=_TL[_computed(x.dtype, device)], PRECISION=precision(device),
+        EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, DOT=_TL[_computed(x.dtype, device)],
+        PRECISION=precision(device),
         SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
-        RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **weight.tensors,
-        **weight.sizes, **weight.constants,
+        RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **tensors,
+        **weight.sizes, **weight.constants, **decoding_constants(decoder),
     )  # fmt: skip
 
 
@@ -263,11 +274,35 @@ def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
     return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
 
 
-def decoder_text(device: Device, kind: int, nbits: int, dtype: torch.dtype) -> tuple[str, str]:
-    """PTX for NVIDIA devices and integer codes, nothing elsewhere: there the plain form of ``decode.py`` serves."""
-    if kind != 0 or not device.arch.startswith("sm_"):
-        return "", ""
-    return ptx.decoder(nbits, "bf16" if dtype == torch.bfloat16 else "fp16")
+def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, chosen: Plan) -> Decoder:
+    """How the linear kernel decodes: by the plain form of ``decode.py`` all but integer codes on NVIDIA and AMD.
+
+    Codes are exact where they are scaled one by one, in float32 products, and at 2, 4 and 8 bits, whose planes need
+    neither shifting nor joining; otherwise products take their offsets off. Those of 1 bit differ within a group, which
+    takes sums, and registers, of each: more than many rows of x leave.
+    """
+    many = nbits == 1 and chosen.tile.block_m > 16
+    exact = chosen.scale != GROUP_SUMS or dtype == torch.float32 or nbits in (2, 4, 8) or many
+    half = "bf16" if dtype == torch.bfloat16 else "fp16"
+    if kind == 0 and device.arch.startswith("sm_"):
+        return ptx.decoder(nbits, half, exact)
+    if kind == 0 and device.arch.startswith("gfx9") and nbits < 8:  # 8 bits are bytes, which the compiler converts
+        if chosen.scale != GROUP_SUMS:
+            half = "fp16"  # holds every code
+        return gcn.decoder(nbits, half, exact and half == "fp16")
+    if kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
+        return Decoder(offsets=ptx.decoder(nbits, half, exact).offsets)
+    return Decoder()
+
+
+def decoding_constants(decoder: Decoder) -> dict[str, Any]:
+    """The linear kernel's constants of a decoder."""
+    return {
+        "ASM": decoder.text, "CONSTRAINTS": decoder.constraints,
+        "CONSTANTS": " ".join(str(c - (c >> 31 << 32)) for c in decoder.constants),
+        "HALF": tl.bfloat16 if decoder.half == "bf16" else tl.float16,
+        "OFFSETS": " ".join(map(str, decoder.offsets)),
+    }  # fmt: skip
 
 
 def precision(device: Device) -> str:
@@ -295,10 +330,15 @@ def _placeholder(device: torch.device) -> Tensor:
 
 
 @cache
-def shift_table(device: torch.device) -> Tensor:
-    """Where the bits of a narrower plane begin in a byte, by column: 64 entries for planes of 1 bit, 64 for 2 bits."""
+def shift_table(device: torch.device, nbits: int, shifts: tuple[tuple[int, int], ...] = Decoder.shifts) -> Tensor:
+    """How far to shift the bits of planes that lie in the same byte for several columns: 64 columns of the second plane
+    (at 1 bit, the first), 64 of the third. shifts: ``words.Decoder``."""
     columns = torch.arange(64)
-    return torch.cat([columns // 16, columns // 32 * 2]).to(torch.uint8).to(device)
+    planes = PLANES[nbits] if nbits == 1 else PLANES[nbits][1:]
+    parts = []
+    for plane, (base, factor) in zip((*planes, 1, 1)[:2], (*shifts, (0, 1))[:2], strict=True):
+        parts.append((base + factor * (columns // (16 * plane) * plane)).clamp(min=0))
+    return torch.cat(parts).to(torch.uint8).to(device)
 
 
 def _entries(entries: Tensor, qdata: Tensor) -> Tensor:

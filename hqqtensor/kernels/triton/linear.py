@@ -8,20 +8,24 @@ registers, where they were just decoded. Three ways of scaling (SCALE):
 - ELEMENTS: the same with a scale looked up for each weight: axis 0, and groups that no tile fits.
 """
 # mypy: ignore-errors
-# ruff: noqa: SIM108
+# ruff: noqa: RUF005, SIM108
 
 import triton
 import triton.language as tl
 
 from hqqtensor.kernels.triton.decode import (
+    alike,
     code,
+    everywhere,
     gather_codes,
     group_value,
     load_planes,
-    ones,
+    narrowed,
+    number,
     positions,
+    stride,
+    to_expert,
     value,
-    widest,
 )
 
 GROUP_SUMS, ROWS, ELEMENTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -49,7 +53,8 @@ def linear_kernel(
     NBITS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, PER_ROW: tl.constexpr,
     GROUP: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
     META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PRE: tl.constexpr,
-    EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, DOT: tl.constexpr,
+    EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    CONSTANTS: tl.constexpr, HALF: tl.constexpr, OFFSETS: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -92,96 +97,78 @@ def linear_kernel(
     rn = tl.minimum(row, N - 1)
     rm = first_row + tl.minimum(m, limit - 1)
     rows = qdata + (expert * N + rn) * row_bytes
-    scale += expert * scale_rows * columns
-    if HAS_ZERO:
-        zero += expert * scale_rows * columns
-    if META_SCALE:
-        scale_scale += expert * scale_meta_rows * columns
-        scale_zero += expert * scale_meta_rows * columns
-    if META_ZERO:
-        zero_scale += expert * zero_meta_rows * columns
-        zero_zero += expert * zero_meta_rows * columns
-    if PER_ROW:
-        table += expert * N * (2**NBITS)
+    scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero = to_expert(
+        expert, scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero, N, columns, scale_rows,
+        scale_meta_rows, zero_meta_rows, NBITS, HAS_ZERO, META_SCALE, META_ZERO, PER_ROW,
+    )  # fmt: skip
 
-    P: tl.constexpr = widest(NBITS)
-    # One bit: a tile is two blocks, for a dot takes at least 32 bytes. Where they differ in scale, sums are taken
-    # twice, with the other block's activations left out, and rows are scaled by halves.
-    STEP: tl.constexpr = 2 if NBITS == 1 else 1
-    DIFFER: tl.constexpr = NBITS == 1 and GROUP % 256 != 0
-    HALVES: tl.constexpr = 2 if DIFFER and SCALE == GROUP_SUMS else 1
-    HALF: tl.constexpr = tl.bfloat16 if tl.bfloat16 == DOT else tl.float16
+    P: tl.constexpr = stride(NBITS)
     column = tl.arange(0, WIDTH)
-    if NBITS == 1:
-        offset = column // 16 * 128 + column % 16
-    else:
-        offset = column
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = part * blocks_a_split
-    for turn in tl.range(first, tl.minimum(first + blocks_a_split, blocks), UNROLL * STEP, num_stages=STAGES):
-        for u in tl.static_range(0, UNROLL * STEP, STEP):
+    for turn in tl.range(first, tl.minimum(first + blocks_a_split, blocks), UNROLL, num_stages=STAGES):
+        for u in tl.static_range(UNROLL):
             for FIRST in tl.static_range(0, 16 * P, WIDTH):
                 planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS)
                 if ASM != "":
-                    decoded = positions(planes, ASM, CONSTRAINTS, NBITS, HALF)
+                    decoded = positions(planes, ASM, CONSTRAINTS, CONSTANTS, NBITS, HALF)
                 for J0 in tl.static_range(0, 8 // P, RUN):
-                    for H in tl.static_range(HALVES):
-                        if SCALE != ELEMENTS:
-                            group = ((turn + u + H) * 128 + (16 * P * J0 + FIRST)) // GROUP
-                            s = group_value(
-                                scale, scale_scale, scale_zero, rn, group, columns, scale_meta_rows, META_SCALE
-                            )
-                            if HAS_ZERO:
-                                z = group_value(
-                                    zero, zero_scale, zero_zero, rn, group, columns, zero_meta_rows, META_ZERO
-                                )
-                        dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                        for J in tl.static_range(J0, J0 + RUN):
-                            k = (turn + u) * 128 + (16 * P * J + FIRST) + offset
-                            xk = load_x(x, pre, rm, k, K, column // 16 == H, DOT, HAS_PRE, HALVES == 2)
-                            if ASM != "":
-                                w = decoded[J]
-                            else:
-                                w = value(code(planes, J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
-                            if SCALE == GROUP_SUMS:
-                                dot = tl.dot(w.to(DOT), xk, dot, input_precision=PRECISION)
-                                if HAS_ZERO:
-                                    same = ones(planes, ASM, HALF).to(DOT)
-                                    sums = tl.dot(same, xk, sums, input_precision=PRECISION)
-                            else:
-                                w = w.to(tl.float32)
-                                if SCALE == ROWS and DIFFER:
-                                    half = tl.load(shifts + column)[None, :] == 0
-                                    after = ((turn + u + 1) * 128 + (16 * P * J0 + FIRST)) // GROUP
-                                    s1 = group_value(
-                                        scale, scale_scale, scale_zero, rn, after, columns, scale_meta_rows, META_SCALE
-                                    )
-                                    if HAS_ZERO:
-                                        z1 = group_value(
-                                            zero, zero_scale, zero_zero, rn, after, columns, zero_meta_rows, META_ZERO
-                                        )
-                                        w = w - tl.where(half, z[:, None], z1[:, None])
-                                    w = w * tl.where(half, s[:, None], s1[:, None])
-                                elif SCALE == ROWS:
-                                    if HAS_ZERO:
-                                        w = w - z[:, None]
-                                    w = w * s[:, None]
-                                else:
-                                    r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
-                                    c = (k // GROUP if AXIS == 1 else k)[None, :]
-                                    if HAS_ZERO:
-                                        w -= group_value(
-                                            zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO
-                                        )
-                                    w *= group_value(
-                                        scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE
-                                    )
-                                acc = tl.dot(w.to(DOT), xk, acc, input_precision=PRECISION)
+                    k0 = (turn + u) * 128 + (16 * P * J0 + FIRST)
+                    if SCALE != ELEMENTS:
+                        group = k0 // GROUP
+                        s = group_value(scale, scale_scale, scale_zero, rn, group, columns, scale_meta_rows, META_SCALE)
+                        if HAS_ZERO:
+                            z = group_value(zero, zero_scale, zero_zero, rn, group, columns, zero_meta_rows, META_ZERO)
+                    xs = ()
+                    for J in tl.static_range(RUN):
+                        k = k0 + 16 * P * J + column
+                        xs = xs + (load_x(x, pre, rm, k, K, None, DOT, HAS_PRE, False),)
+                    dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                    if SCALE == GROUP_SUMS and (HAS_ZERO or OFFSETS != ""):
+                        # Sums of x, and what decoding leaves in the numbers: the same for all rows, so taken off first.
+                        one = everywhere(planes, 1.0, ASM, HALF).to(DOT)
+                        if OFFSETS == "" or alike(OFFSETS, J0, RUN):
+                            for J in tl.static_range(RUN):
+                                sums = tl.dot(one, xs[J], sums, input_precision=PRECISION)
+                            if OFFSETS != "":
+                                dot = sums * -number(OFFSETS, J0)
+                        else:
+                            for J in tl.static_range(RUN):
+                                part_sums = tl.dot(one, xs[J], input_precision=PRECISION)
+                                sums += part_sums
+                                dot -= part_sums * number(OFFSETS, J0 + J)
+                    for J in tl.static_range(RUN):
+                        if ASM != "":
+                            w = decoded[J0 + J]
+                        else:
+                            w = value(code(planes, J0 + J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+                            if OFFSETS != "":
+                                w += number(OFFSETS, J0 + J)
                         if SCALE == GROUP_SUMS:
-                            if HAS_ZERO:
-                                dot -= z[:, None] * sums
-                            acc += dot * s[:, None]
+                            dot = tl.dot(narrowed(w, DOT, KIND), xs[J], dot, input_precision=PRECISION)
+                        else:
+                            w = w.to(tl.float32)
+                            if SCALE == ROWS:
+                                if HAS_ZERO:
+                                    w = w - z[:, None]
+                                w = w * s[:, None]
+                            else:
+                                k = k0 + 16 * P * J + column
+                                r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
+                                c = (k // GROUP if AXIS == 1 else k)[None, :]
+                                if HAS_ZERO:
+                                    w -= group_value(
+                                        zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO
+                                    )
+                                w *= group_value(
+                                    scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE
+                                )
+                            acc = tl.dot(w.to(DOT), xs[J], acc, input_precision=PRECISION)
+                    if SCALE == GROUP_SUMS:
+                        if HAS_ZERO:
+                            dot -= z[:, None] * sums
+                        acc += dot * s[:, None]
 
     if RAGGED and part == SPLIT_K - 1:
         for start in range(blocks * 128, K, 32):

@@ -1,136 +1,102 @@
-"""PTX that turns four packed bytes into 16-bit floats, two weights an instruction.
+"""Decoding on NVIDIA: four bytes of each plane in a register, PTX."""
 
-Triton handles bytes one at a time; these texts (for ``tl.inline_asm_elementwise``, ``pack=4``) work on whole registers.
-A code in the low mantissa bits of a float with the right exponent *is* a number: 0x6400 | code is 1024 + code in
-float16, 0x4300 | code is 128 + code in bfloat16. A code that begins at bit b needs an exponent lower by b, so it is
-used where it lies. Subtracting the offset is exact. The plain form of the same decoding is in ``decode.py``; the tests
-run both, this one through a small model of the instructions.
-"""
-
-from hqqtensor.packing import PLANES
-
-FORMATS = {"fp16": (10, 15), "bf16": (7, 127)}
-"""Mantissa bits and exponent bias."""
+from hqqtensor.kernels.triton.words import Decoder, Step, Steps, fourfold
 
 
-def decoder(nbits: int, dtype: str) -> tuple[str, str]:
-    """The text and the constraints for integer codes of ``nbits`` as "fp16" or "bf16".
+def decoder(nbits: int, half: str, exact: bool) -> Decoder:
+    """Decoder of integer codes of ``nbits`` to "fp16" or "bf16".
 
-    Inputs: a register of four bytes of each plane, then for each plane but the first a register of four equal shift
-    counts. Outputs: for each position in a byte of the widest plane, the codes of the four bytes as two registers.
+    Inputs: a register of four bytes of each plane, then, for each plane whose bits lie in the same byte for several
+    columns, four equal shift counts.
     """
-    text = _Text(nbits, dtype)
-    text.build()
-    return str(text), text.constraints
+    plan = _Words(nbits, half, exact)
+    inputs = [f"p{i}" for i in range(len(plan.planes))] + [f"s{i}" for i in plan.shifted]
+    registers = {name: f"${i}" for i, name in enumerate(plan.outputs + inputs)}
+    lines = [line for step in plan.steps for line in _lines(step, half)]
+    names = sorted({word.strip(",;") for line in lines for word in line.split() if word[0] == "t"})
+    declared = [f".reg .b32 {', '.join(names)};"] if names else []
+    text = "\n".join(["{", *declared, *(_named(line, registers) for line in lines), "}"])
+    return plan.decoder(text, ["=&r"] * len(plan.outputs) + ["r"] * len(inputs))
 
 
-class _Text:
-    def __init__(self, nbits: int, dtype: str) -> None:
-        self.nbits, self.dtype = nbits, dtype
-        self.planes = PLANES[nbits]
-        self.positions = 8 // self.planes[0]
-        self.mantissa, self.bias = FORMATS[dtype]
-        self.lines: list[str] = []
-        self.names = 0
-        inputs = 2 * len(self.planes) - 1
-        self.constraints = ",".join(["=&r"] * (2 * self.positions) + ["r"] * inputs)
+class _Words(Steps):
+    """Planes "p0" to "p2", shift counts "s0" to "s2"."""
 
-    def __str__(self) -> str:
-        declared = [f".reg .b32 t<{self.names}>;"] if self.names else []
-        return "{\n" + "\n".join(declared + self.lines) + "\n}"
-
-    def op(self, name: str, *sources: object, to: str | None = None) -> str:
-        if to is None:
-            to = f"t{self.names}"
-            self.names += 1
-        self.lines.append(f"{name} {', '.join(map(str, (to, *sources)))};")
-        return to
-
-    def build(self) -> None:
-        first = 2 * self.positions
-        words = [f"${first + i}" for i in range(len(self.planes))]
-        for i in range(1, len(self.planes)):
-            # Of the four equal counts in the register, the wrapping shift takes the lowest five bits.
-            count = f"${first + len(self.planes) + i - 1}"
-            words[i] = self.op("shf.r.wrap.b32", words[i], 0, count)
-        if self.nbits == 8 and self.dtype == "bf16":
-            self.wide_bytes(words[0])
-        elif self.nbits == 8:
-            self.whole_bytes(words[0], 0)
+    def __init__(self, nbits: int, half: str, exact: bool) -> None:
+        super().__init__(nbits, half, exact)
+        words = [f"p{i}" for i in range(len(self.planes))]
+        for i in self.shifted:
+            words[i] = self.op("rotl" if nbits == 3 else "rotr", words[i], f"s{i}")
+        if nbits == 8 and half == "bf16":
+            self._wide_bytes(words[0])
+        elif nbits == 8:
+            self._whole_bytes(words[0], 0)
+        elif nbits == 3:
+            self.shifts = ((2, -1),)
+            # The high bits, two higher than the low ones, join those of positions 0 and 2, then of 1 and 3, the last
+            # one's in the next byte, until all of them turn. Positions that share a group then have one offset.
+            even = self.op("select", words[0], words[1], fourfold(0x33))
+            odd = self.op("select", words[0], words[1], fourfold(0xCC))
+            self._fields(even, [(0, 0), (4, 2)])
+            self._fields(self.op("rotr", odd, 2), [(0, 1), (4, 3)])
         elif len(self.planes) == 1:
-            self.fields(words[0], [(i * self.nbits, i) for i in range(self.positions)])
-        elif self.nbits == 3:
-            # Two codes a byte, each with its high bit beside it: positions 0 and 2, then 1 and 3.
-            even = self.select(words[0], self.op("shl.b32", words[1], 2), 0x33)
-            odd = self.select(self.op("shr.b32", words[0], 2), words[1], 0x33)
-            self.fields(even, [(0, 0), (4, 2)])
-            self.fields(odd, [(0, 1), (4, 3)])
+            step = max(2, nbits)
+            self._fields(words[0], [(i * step, i) for i in range(8 // step)])
         else:
             high = words[1]
-            if self.nbits == 7:
-                high = self.select(high, self.op("shl.b32", words[2], 2), 0x33)
-            mask = _bytes(((1 << (self.nbits - 4)) - 1) << 4)
-            up = self.op("and.b32", self.op("shl.b32", high, 4), mask)
-            self.whole_bytes(self.select(words[0], up, 0x0F), 0)
-            up = self.op("and.b32", high, mask)
-            self.whole_bytes(self.select(self.op("shr.b32", words[0], 4), up, 0x0F), 1)
+            if nbits == 7:
+                high = self.op("select", high, self.op("shl", words[2], 2), fourfold(0x33))
+            mask = fourfold(((1 << (nbits - 4)) - 1) << 4)
+            up = self.op("and", self.op("shl", high, 4), mask)
+            self._whole_bytes(self.op("select", words[0], up, fourfold(0x0F)), 0)
+            up = self.op("and", high, mask)
+            self._whole_bytes(self.op("select", self.op("shr", words[0], 4), up, fourfold(0x0F)), 1)
 
-    def select(self, yes: str, no: str, mask: int) -> str:
-        """yes where ``mask`` (of a byte) has ones, no elsewhere."""
-        return self.op("lop3.b32", yes, no, _bytes(mask), 0xE4)
-
-    def whole_bytes(self, word: str, position: int) -> None:
+    def _whole_bytes(self, word: str, position: int) -> None:
         """Bytes as numbers: the exponent comes in with the permutation."""
-        magic = self.magic(0)
         for half, order in enumerate((0x4140, 0x4342)):
-            out = f"${2 * position + half}"
-            self.op("prmt.b32", word, _hex(magic >> 8), _hex(order), to=out)
-            self.subtract(out, magic)
+            self.number("bytes", position, half, 0, word, self.magic(0) >> 8, order)
 
-    def fields(self, word: str, where: list[tuple[int, int]]) -> None:
+    def _fields(self, word: str, where: list[tuple[int, int]]) -> None:
         """Codes at the given bits of each byte to the given positions."""
         for half, order in enumerate((0x4140, 0x4342)):
-            lanes = self.op("prmt.b32", word, 0, _hex(order))
+            lanes = self.op("bytes", word, 0, order)
             for bit, position in where:
-                shift = max(0, bit + self.nbits - self.mantissa)
-                source = self.op("shr.b32", lanes, shift) if shift else lanes
-                mask, magic = ((1 << self.nbits) - 1) << (bit - shift), self.magic(bit - shift)
-                out = f"${2 * position + half}"
-                self.op("lop3.b32", source, _halves(mask), _halves(magic), 0xEA, to=out)
-                self.subtract(out, magic)
+                self.field(lanes, bit, position, half)
 
-    def wide_bytes(self, word: str) -> None:
-        """bfloat16 has no room for 8 bits below the leading one: by float32, 0x4B000000 | code is 2**23 + code."""
+    def _wide_bytes(self, word: str) -> None:
+        """bfloat16 has no room for 8 bits below the leading one, so by float32. Codes up to 255 are bfloat16 numbers:
+        the upper halves are the numbers."""
         for half in (0, 1):
-            pair = []
-            for i in (0, 1):
-                wide = self.op("prmt.b32", word, _hex(0x4B), _hex(0x4550 | (2 * half + i)))
-                pair.append(self.op("sub.f32", wide, "0f4B000000"))
-            # Codes up to 255 are bfloat16 numbers, so the upper halves are the numbers.
-            self.op("prmt.b32", pair[0], pair[1], _hex(0x7632), to=f"${half}")
-
-    def magic(self, bit: int) -> int:
-        """The float whose unit in the last place is 2**-bit, for codes that begin at ``bit``."""
-        return (self.bias + self.mantissa - bit) << self.mantissa
-
-    def constant(self, value: str) -> str:
-        return self.op("mov.b32", value)
-
-    def subtract(self, register: str, magic: int) -> None:
-        if self.dtype == "fp16":
-            self.op("sub.f16x2", register, self.constant(_halves(magic)), to=register)
-        else:  # sub.bf16x2 needs sm_90; this is as exact
-            one, minus = self.constant(_halves(0x3F80)), self.constant(_halves(magic | 0x8000))
-            self.op("fma.rn.bf16x2", register, one, minus, to=register)
+            pair = [self.op("float", word, 2 * half + i) for i in (0, 1)]
+            self.op("bytes", *pair, 0x7632, to=f"o{half}")
 
 
-def _hex(value: int) -> str:
-    return f"0x{value:X}"
+def _lines(step: Step, half: str) -> list[str]:
+    to, sources = step.target, [hex(s) if isinstance(s, int) else s for s in step.sources]
+    if step.name in (
+        "rotr",
+        "rotl",
+    ):  # of four equal counts in a register, the wrapping shift takes the lowest five bits
+        return [f"shf.{step.name[3]}.wrap.b32 {to}, {sources[0]}, {sources[0]}, {sources[1]};"]
+    if step.name == "float":  # 0x4B000000 | code is 2**23 + code
+        place = int(step.sources[1])
+        return [f"prmt.b32 {to}, {sources[0]}, 0x4b, {0x4550 | place:#x};", f"sub.f32 {to}, {to}, 0f4B000000;"]
+    if step.name == "less" and half == "fp16":
+        return [f"mov.b32 t_{to}, {sources[1]};", f"sub.f16x2 {to}, {sources[0]}, t_{to};"]
+    if step.name == "less":  # sub.bf16x2 needs sm_90; this is as exact
+        minus = int(step.sources[1]) | 0x80008000
+        return [
+            "mov.b32 t_one, 0x3f803f80;",
+            f"mov.b32 t_{to}, {minus:#x};",
+            f"fma.rn.bf16x2 {to}, {sources[0]}, t_one, t_{to};",
+        ]
+    if step.name in ("select", "field"):
+        return [f"lop3.b32 {to}, {', '.join(sources)}, {'0xe4' if step.name == 'select' else '0xea'};"]
+    name = {"shr": "shr.b32", "shl": "shl.b32", "and": "and.b32", "bytes": "prmt.b32"}[step.name]
+    return [f"{name} {to}, {', '.join(sources)};"]
 
 
-def _bytes(value: int) -> str:
-    return _hex(value * 0x01010101)
-
-
-def _halves(value: int) -> str:
-    return _hex(value * 0x00010001)
+def _named(line: str, registers: dict[str, str]) -> str:
+    name, _, rest = line.partition(" ")
+    return f"{name} {', '.join(registers.get(word, word) for word in rest.rstrip(';').split(', '))};"

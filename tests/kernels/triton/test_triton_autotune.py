@@ -64,8 +64,28 @@ def test_another_shape_or_version_is_another_entry(monkeypatch) -> None:
 
     assert key() != key(N=1024) and key() != key(nbits=3) and key(M=5) == key(M=8) != key(M=9)
     before = key()
-    monkeypatch.setattr(autotune.triton, "__version__", "0.0.0")
-    assert key() != before
+    for module, name, value in (
+        (autotune.triton, "__version__", "0.0.0"), (autotune.torch, "__version__", "0"), (autotune, "FILE_VERSION", 0),
+    ):  # fmt: skip
+        with monkeypatch.context() as changed:
+            changed.setattr(module, name, value)
+            assert key() != before
+    assert key() == before
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(file: Path, monkeypatch) -> None:
+    first = {"a": Tile(8, 64, 1, 3, 2)}
+    autotune.write(file, first)
+
+    def half(content, out, **_) -> None:
+        out.write('{"a": {"blo')
+        raise OSError("disk full")
+
+    monkeypatch.setattr(autotune.json, "dump", half)
+    with pytest.raises(OSError, match="disk full"):
+        autotune.write(file, {"b": Tile(16, 64, 1, 3, 2)})
+    assert autotune.read(file) == first
+    assert sorted(p.name for p in file.parent.iterdir()) == ["triton.json", "triton.json.lock"]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": 1'])

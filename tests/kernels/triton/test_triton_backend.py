@@ -10,9 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hqqtensor.kernels.triton as kernels
-from hqqtensor import HqqConfig, HQQTensor
-from hqqtensor.ops import linear, set_backend
+from hqqtensor.ops import set_backend
 from hqqtensor.ops.backend import _BACKENDS, describe_backends, kernel
+from hqqtensor.packing import row_bytes
 
 NO_DEVICE = not (torch.cuda.is_available() or torch.xpu.is_available())
 
@@ -55,58 +55,50 @@ def test_the_registrys_operators_are_those_of_the_schemas() -> None:
     assert set(kernels.OPERATORS) == set(SCHEMAS)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_the_cuda_route_traces_whole_on_fake_tensors(axis: int) -> None:
-    layer = torch.nn.Linear(256, 64, bias=True)
-    quantized = HQQTensor.from_hp(layer.weight, HqqConfig(3, 64, axis=axis))
+OPS = torch.ops.hqqtensor
+
+
+def trace(function, *inputs: torch.Tensor) -> tuple[torch.Tensor, set[str]]:
+    """What ``torch.compile(fullgraph=True)`` gives for fake inputs, and which of our operators its one graph holds."""
+    torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
-    with FakeTensorMode(allow_non_fake_inputs=False):
-        names = ("qdata", "scale", "zero_point")
-        data = {
-            n: torch.empty(getattr(quantized, n).shape, dtype=getattr(quantized, n).dtype, device="cuda") for n in names
-        }
-        x = torch.empty(2, 5, 256, device="cuda", dtype=torch.bfloat16)
-        bias = torch.empty(64, device="cuda", dtype=torch.bfloat16)
-
-        def step(x, qdata, scale, zero_point, bias):
-            y = linear(x, qdata, scale, zero_point, bias, None, [], 3, "int", 64, axis, 256, "float")
-            return torch.relu(y) * 2
-
-        compiled = torch.compile(step, fullgraph=True, backend=keep)
-        y = compiled(x, data["qdata"], data["scale"], data["zero_point"], bias)
-    assert y.shape == (2, 5, 64) and y.device.type == "cuda" and y.dtype == torch.bfloat16
+    out = torch.compile(function, fullgraph=True, backend=keep)(*inputs)
     assert len(graphs) == 1
-    assert any("hqqtensor.linear" in str(node.target) for node in graphs[0].graph.nodes)
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    return out, {target.split(".")[1] for target in targets if target.startswith("hqqtensor.")}
 
 
-def test_make_fx_traces_every_operator_for_cuda() -> None:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    ops = torch.ops.hqqtensor
-    settings = ([], 4, "int", 64, 1, 256)
-    with FakeTensorMode():
-        q = torch.empty(3, 96, 128, dtype=torch.uint8, device="cuda")
-        scale = torch.empty(3, 96, 4, dtype=torch.float16, device="cuda")
-        q2 = torch.empty(96, 128, dtype=torch.uint8, device="cuda")
-        scale2 = torch.empty(96, 4, dtype=torch.float16, device="cuda")
-        x = torch.empty(3, 2, 256, dtype=torch.float16, device="cuda")
-        ends = torch.empty(3, dtype=torch.int32, device="cuda")
-        tokens = torch.empty(7, dtype=torch.int64, device="cuda")
-
-        def step(x, q, scale, zero, q2, scale2, ends, tokens):
-            a = ops.batched_linear(x, q, scale, zero, None, *settings, "float")
-            b = ops.grouped_linear(torch.flatten(x, 0, 1), ends, q, scale, zero, None, *settings, "float")
-            c = ops.embedding(tokens, q2, scale2, scale2, *settings, torch.float16)
-            d = ops.dequantize(q, scale, zero, *settings, torch.bfloat16)
-            return a, b, c, d
-
-        graph = make_fx(step)(x, q, scale, scale, q2, scale2, ends, tokens)
-        shapes = [tuple(t.shape) for t in step(x, q, scale, scale, q2, scale2, ends, tokens)]
-    assert shapes == [(3, 2, 96), (6, 96), (7, 256), (3, 96, 256)]
-    found = {str(node.target).split(".")[1] for node in graph.graph.nodes if "hqqtensor" in str(node.target)}
-    assert found == {"batched_linear", "grouped_linear", "embedding", "dequantize"}
+@pytest.mark.parametrize("nbits", [3, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("op", kernels.OPERATORS)
+def test_torch_compile_traces_every_operator_for_cuda_whole(op: str, axis: int, nbits: int) -> None:
+    E, N, K = 3, 64, 256
+    lead = (E,) if op in ("batched_linear", "grouped_linear") else ()
+    settings = ([], nbits, "int", 64, axis, K)
+    groups = (*lead, N, K // 64) if axis == 1 else (*lead, N // 64, K)
+    steps = {
+        "linear": lambda x, q, s, z, i: torch.relu(OPS.linear(x, q, s, z, s.new_zeros(N), None, *settings, "float")),
+        "batched_linear": lambda x, q, s, z, i: OPS.batched_linear(x, q, s, z, None, *settings, "float") * 2,
+        "grouped_linear": lambda x, q, s, z, i: OPS.grouped_linear(
+            x.flatten(0, 1), i, q, s, z, None, *settings, "float"
+        ).cos(),
+        "embedding": lambda x, q, s, z, i: OPS.embedding(i, q, s, z, *settings, torch.float16) + 1,
+        "dequantize": lambda x, q, s, z, i: OPS.dequantize(q, s, z, *settings, torch.float16).mT * 2,
+    }
+    shapes = {
+        "linear": (E, 5, N), "batched_linear": (E, 5, N), "grouped_linear": (5 * E, N), "embedding": (E, K),
+        "dequantize": (K, N),
+    }  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        q = torch.empty(*lead, N, row_bytes(K, nbits), dtype=torch.uint8, device="cuda")
+        scale = torch.empty(groups, dtype=torch.float16, device="cuda")
+        x = torch.empty(E, 5, K, dtype=torch.float16, device="cuda")
+        index = torch.empty(E, dtype=torch.int32, device="cuda")
+        y, found = trace(steps[op], x, q, scale, scale.clone(), index)
+    assert tuple(y.shape) == shapes[op] and y.device.type == "cuda" and y.dtype == torch.float16
+    assert found == {op}

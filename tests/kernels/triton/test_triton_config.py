@@ -11,7 +11,6 @@ from hqqtensor.kernels.triton.config import (
     GROUP_SUMS,
     ROWS,
     SUMS_UP_TO,
-    SUMS_UP_TO_ONE_BIT,
     TARGETS,
     Device,
     Problem,
@@ -41,21 +40,18 @@ DEVICES = st.builds(
 @given(PROBLEMS, DEVICES)
 def test_plans_cover_every_block_once_and_no_dot_straddles_groups(problem: Problem, device: Device) -> None:
     found = plan(problem, device)
-    step = 2 if problem.nbits == 1 else 1
-    plane = PLANES[problem.nbits][0]
-    whole = 32 if problem.nbits == 1 else 16 * plane
+    plane = max(2, PLANES[problem.nbits][0])
+    whole = 16 * plane
     assert whole % found.width == 0 and found.width >= 32
-    assert found.blocks <= problem.K // 128 < found.blocks + step
+    assert found.blocks == problem.K // 128
     # Splits tile the blocks, and turns tile the splits.
     assert found.blocks_a_split * found.tile.split_k >= found.blocks
-    turn = step * found.tile.unroll
-    assert found.blocks % turn == 0 and found.blocks_a_split % turn == 0
+    assert found.blocks % found.tile.unroll == 0 and found.blocks_a_split % found.tile.unroll == 0
     if found.scale != ELEMENTS:
-        span = 16 * plane * found.run if found.run > 1 or problem.nbits == 1 else found.width
+        span = 16 * plane * found.run if found.run > 1 else found.width
         assert problem.axis == 1
         assert problem.group_size % span == 0 or problem.group_size >= problem.K
-        limit = SUMS_UP_TO_ONE_BIT if problem.nbits == 1 else SUMS_UP_TO
-        assert found.scale == (GROUP_SUMS if limit >= problem.M else ROWS)
+        assert found.scale == (GROUP_SUMS if problem.M <= SUMS_UP_TO else ROWS)
         assert found.run == 1 or found.width == whole
 
 
