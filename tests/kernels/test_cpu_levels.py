@@ -132,7 +132,7 @@ def test_joint_on_many_groups_gives_the_same_codes() -> None:
 def test_rounds_of_lloyd_equal_the_plain_ones() -> None:
     w = torch.randn(40, 70, 24, generator=torch.manual_seed(0))
     s = 1 + torch.rand(40, 70, 1, generator=torch.manual_seed(1))
-    for entries in (starting_entries(4), starting_entries(2).repeat(40, 1)):
+    for entries in (starting_entries(4)[0], starting_entries(2)[0].repeat(40, 1)):
         levels = Levels.between(entries)
         for found, expected in zip(cpu.LloydPasses().step(w, s, levels), TORCH_PASSES.step(w, s, levels), strict=True):
             assert found.shape == expected.shape

@@ -6,7 +6,7 @@
 //   sum_k (c_k - z) s x_k = s sum_k c_k x_k - s z sum_k x_k.
 // Numbers of a table come as digits as well (struct Table), with its offset in the zero point's place.
 #pragma once
-#include "rows.h"
+#include "activations.h"
 
 namespace {
 

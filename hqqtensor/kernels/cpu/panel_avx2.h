@@ -6,6 +6,7 @@
 //     widened before they could saturate.
 // Activations of 24 bits would need twice the work of float32: linear_dense has them.
 #pragma once
+#include "activations.h"
 #include "turn_avx2.h"
 
 namespace {

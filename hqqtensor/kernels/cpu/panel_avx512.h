@@ -5,7 +5,7 @@
 //
 //   packed rows -> 16 x 16 bytes turned -> planes shifted and masked -> panel [K / 4][digits of a code][2][16 rows][4]
 #pragma once
-#include "rows.h"
+#include "activations.h"
 
 namespace {
 
