@@ -96,7 +96,8 @@ struct PanelShape {
   int tile;  // tokens of a tile; 0: no panel serves
   bool wide;  // Digits::wide
   int64_t row_tokens;    // up to here linear_rows is
-  int64_t axis0_tokens;  // from here on linear_dense, where each group makes integers of the activations anew
+  int64_t dear_tokens;   // above, linear_dense is where integers are dear: axis 0, whose groups each make their own of the
+                         // activations, and float32 times tables of several digits
 };
 
 struct Kernels {

@@ -58,7 +58,8 @@ Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
 bool integers_serve(const Weight& w, int64_t M, int digits) {
   if (!integer_codes(w) || !quad_groups(w)) return false;
   const PanelShape shape = panel_shape(w, digits);
-  if (w.axis == 0 && digits > 1 && M > shape.axis0_tokens) return false;
+  const bool dear = (w.axis == 0 && digits > 1) || (w.table.count > 1 && digits == 3);
+  if (dear && M > shape.dear_tokens) return false;
   return shape.tile > 0 || use_rows(w, M, digits);
 }
 
