@@ -179,15 +179,15 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def ternary():
     table = torch.tensor([0.0, 1.0, -1.0, float("nan")])
     levels = Levels.between(torch.tensor([-1.0, 0.0, 1.0]))
-    fmt = TableFormat("ternary", table, levels, torch.tensor([2, 0, 1], dtype=torch.uint8))
+    fmt = TableFormat("three of one's own", table, levels, torch.tensor([2, 0, 1], dtype=torch.uint8))
     base.register_format(fmt)
     yield fmt
-    del base._FORMATS["ternary"]
+    del base._FORMATS["three of one's own"]
 
 
 def test_a_format_of_ones_own_is_solved_and_packed_by_its_table(ternary) -> None:
     w = torch.randn(30, 70, generator=torch.manual_seed(0))
-    fast, plain = both(w, HqqConfig(2, 10, format="ternary"))
+    fast, plain = both(w, HqqConfig(2, 10, format="three of one's own"))
     assert torch.equal(fast.qdata, plain.qdata)
     assert set(unpack(fast.qdata, 2, 70).unique().tolist()) == {0, 1, 2}
 
