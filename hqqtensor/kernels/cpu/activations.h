@@ -7,7 +7,8 @@ namespace {
 // Bits of a digit of the activations.
 inline int x_shift(const Weight& w) { return w.table.count > 1 ? 7 : digit_shift(w.nbits); }
 
-// Largest integer for an activation: its digits must fit, and 4 products with codes must fit 31 bits.
+// Largest integer for an activation: its digits must fit, and 4 products with codes must fit 31 bits. (Where Pairs serve, 8
+// do: of three digits with codes of 5 bits at most, of two with codes left in place, of 8 bits.)
 inline float digit_limit(const Weight& w, int count) {
   if (count == 1) return 127;
   const int shift = x_shift(w);
