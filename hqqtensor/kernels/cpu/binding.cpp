@@ -4,13 +4,9 @@
 #include <torch/extension.h>
 
 #include <atomic>
-#include <cstdlib>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "linear.h"
+#include "pages.h"
 #include "pool.h"
 #include "quantize.h"
 #include "weights.h"
@@ -275,19 +271,12 @@ Tensor embedding(const Tensor& indices, const Tensor& qdata, const Tensor& scale
   return out;
 }
 
-// Room for packed codes, uint8: from 2 MiB on at a multiple of that, in huge pages if the system gives them on request.
+// Room for packed codes, uint8.
 Tensor empty_packed(at::IntArrayRef sizes) {
   const auto options = at::TensorOptions().dtype(at::kByte);
-#if defined(__linux__)
-  constexpr size_t page = (size_t)1 << 21;
   const size_t bytes = (size_t)c10::multiply_integers(sizes);
-  void* data = nullptr;
-  if (bytes >= page && posix_memalign(&data, page, bytes) == 0) {
-    madvise(data, bytes / page * page, MADV_HUGEPAGE);
-    return at::from_blob(data, sizes, std::free, options);
-  }
-#endif
-  return at::empty(sizes, options);
+  if (bytes < hq::kHugePage) return at::empty(sizes, options);
+  return at::from_blob(hq::allocate(bytes), sizes, [bytes](void* data) { hq::release(data, bytes); }, options);
 }
 
 }  // namespace

@@ -1,32 +1,18 @@
 #include "pool.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "pages.h"
 
 namespace hqqtensor {
 namespace {
 
 constexpr size_t kKept = 2;  // pieces: the keys and the values of a layer
 
-void* allocate(size_t bytes) {
-  constexpr size_t page = (size_t)1 << 21;
-  void* data = nullptr;
-  if (posix_memalign(&data, bytes >= page ? page : 64, bytes) != 0) throw std::bad_alloc();
-#if defined(__linux__)
-  if (bytes >= page) madvise(data, bytes / page * page, MADV_HUGEPAGE);
-#endif
-  return data;
-}
-
 }  // namespace
 
 Pool::~Pool() {
-  for (const Piece& piece : free_) std::free(piece.data);
+  for (const Piece& piece : free_) release(piece.data, piece.bytes);
 }
 
 at::Tensor Pool::empty(at::IntArrayRef sizes, const at::Tensor& like) {
@@ -52,7 +38,7 @@ void Pool::give_back(Piece piece) {
   free_.push_back(piece);
   if (free_.size() <= kKept) return;
   const auto smallest = std::min_element(free_.begin(), free_.end(), [](const Piece& a, const Piece& b) { return a.bytes < b.bytes; });
-  std::free(smallest->data);
+  release(smallest->data, smallest->bytes);
   free_.erase(smallest);
 }
 
