@@ -206,4 +206,6 @@ class HQQTensor(TorchAOBaseTensor):
 
 torch.serialization.add_safe_globals([HQQTensor])
 
-from hqqtensor import tensor_ops as tensor_ops  # noqa: E402  registers what torch functions do with an HQQTensor
+# Registers what torch functions do with an HQQTensor.
+from hqqtensor import storage_ops as storage_ops  # noqa: E402
+from hqqtensor import tensor_ops as tensor_ops  # noqa: E402

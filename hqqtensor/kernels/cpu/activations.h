@@ -157,19 +157,20 @@ bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const 
   const float constant = w.table.offset * w.table.unit;
   const void *s = at(w.scale.data, w.scale.type, g * w.scale.stride), *z = nullptr;
   if (w.zero.data) z = at(w.zero.data, w.zero.type, g * w.zero.stride);
-  double total;
-  if (w.scale.type == DType::u8 || (z && w.zero.type != w.scale.type)) {
+  // With digits of 8 bits alone zero points meet what the products see, so that an error of rounding meets code - zero
+  // point, not code.
+  const bool mixed = w.scale.type == DType::u8 || (z && w.zero.type != w.scale.type), late = mixed || d.count == 1;
+  double total = 0;
+  if (mixed) {
     load_values(w.scale, g, 0, w.K, values);
     scale_activations<DType::f32>(x, values, nullptr, 0, w.K, scaled);
-    if (z) load_values(w.zero, g, 0, w.K, values);
-    total = weighted_sum(scaled, z ? values : nullptr, constant, w.K);
   } else {
     total = w.scale.type == DType::f16    ? scale_activations<DType::f16>(x, s, z, constant, w.K, scaled)
             : w.scale.type == DType::bf16 ? scale_activations<DType::bf16>(x, s, z, constant, w.K, scaled)
                                           : scale_activations<DType::f32>(x, s, z, constant, w.K, scaled);
   }
   if (!make_digits(scaled, w, m, d, d.count == 1 ? scaled : nullptr)) return false;
-  if (d.count == 1) {  // zero points meet what the products see, so that an error of rounding meets code - zero point, not code
+  if (late) {
     if (z) load_values(w.zero, g, 0, w.K, values);
     total = weighted_sum(scaled, z ? values : nullptr, constant, w.K);
   }

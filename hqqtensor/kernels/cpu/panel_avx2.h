@@ -282,27 +282,18 @@ void linear_panel(const Problem& p, const Digits& d, int64_t first, int64_t last
   const float unit = w.table.values ? w.table.unit : 1;
   if (w.axis == 0)  // whose steps have the table's unit already, times what digits left out would be
     for (int64_t r = 0; r < kTurnedRows; ++r) scale[r] = unit / code_unit(w, d.count);
-  const uint8_t *rows[kTurnedRows], *after[kTurnedRows];
   for (int64_t n = first; n < last; n += kTurnedRows * step) {
-    int64_t index[kTurnedRows], count = 0;
-    for (int64_t r = 0; r < kTurnedRows; ++r) {
-      const int64_t later = n + (kTurnedRows + r) * step;
-      const bool there = n + r * step < last;
-      index[r] = there ? n + r * step : n;
-      rows[r] = w.qdata + index[r] * w.row_stride;
-      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
-      count += there;
-    }
-    const int64_t pairs = (count + kPairRows - 1) / kPairRows, pieces = d.wide ? (count + 7) / 8 : pairs;
-    if (w.axis == 1) turned_values(w, index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale, shift);
+    const PanelRows<kTurnedRows> rows(w, n, step, last);
+    const int64_t pairs = (rows.count + kPairRows - 1) / kPairRows, pieces = d.wide ? (rows.count + 7) / 8 : pairs;
+    if (w.axis == 1) turned_values(w, rows.index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale, shift);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kTurnedRows));
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
       const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth, next = k + kPanelDepth;
-      integer_columns(w, rows, pairs, k, depth, d.wide, panel);
+      integer_columns(w, rows.data, pairs, k, depth, d.wide, panel);
       const Segment* segments = all_segments + starts[k / kPanelDepth];
       const int64_t parts = starts[k / kPanelDepth + 1] - starts[k / kPanelDepth];
       const int64_t bytes = (next < w.K && w.K - next < kPanelDepth ? w.K - next : depth) / 8 * w.nbits;
-      Ahead ahead{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
+      Ahead ahead{next < w.K ? rows.data : rows.after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
       const int64_t lines_each = ahead.lines() / ((p.M + d.tile - 1) / d.tile * pieces) + 1;
       for (int64_t m = 0; m < p.M; m += d.tile) {
         const int64_t tokens = p.M - m < d.tile ? p.M - m : d.tile;
@@ -325,8 +316,8 @@ void linear_panel(const Problem& p, const Digits& d, int64_t first, int64_t last
     }
     if (w.axis == 0)
       for (int64_t m = 0; m < p.M; ++m)
-        for (int64_t r = 0; r < count; ++r) sums[m * kTurnedRows + r] -= d.sum[m];
-    store_turned(p, sums, index, count);
+        for (int64_t r = 0; r < rows.count; ++r) sums[m * kTurnedRows + r] -= d.sum[m];
+    store_turned(p, sums, rows.index, rows.count);
   }
 }
 

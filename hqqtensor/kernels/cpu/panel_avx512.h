@@ -101,6 +101,9 @@ struct TurnedTile {
   int64_t lines;  // to fetch after each segment
 };
 
+// Keeps a value where it is: else gcc 12 moves accumulators about, and to memory, at every step of the loop.
+inline __attribute__((always_inline)) void stay(__m512i& v) { asm("" : "+v"(v)); }
+
 // One step (4 codes) for accumulator I: level I / (2 T), token I / 2 % T, half I % 2; digits d of x and level - d of codes.
 template <int D, int W, int T, int I, int d = 0>
 inline __attribute__((always_inline)) __m512i turned_step(__m512i acc, const __m512i* w, const int8_t* x) {
@@ -316,25 +319,16 @@ void run_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, i
   tile.panel = panel;
   if (w.axis == 0)
     for (int64_t r = 0; r < kTurnedRows; ++r) scale[r] = 1;
-  const uint8_t *rows[kTurnedRows], *after[kTurnedRows];
   for (int64_t n = first; n < last; n += kTurnedRows * step) {
-    int64_t index[kTurnedRows], count = 0;
-    for (int64_t r = 0; r < kTurnedRows; ++r) {
-      const int64_t later = n + (kTurnedRows + r) * step;
-      const bool there = n + r * step < last;
-      index[r] = there ? n + r * step : n;
-      rows[r] = w.qdata + index[r] * w.row_stride;
-      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
-      count += there;
-    }
-    if (w.axis == 1) turned_values(w, index, d.count, line, scale, shift);
+    const PanelRows<kTurnedRows> rows(w, n, step, last);
+    if (w.axis == 1) turned_values(w, rows.index, d.count, line, scale, shift);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kTurnedRows));
     for (int64_t k = 0; k < w.K; k += kTurnedDepth) {
       const int64_t depth = w.K - k < kTurnedDepth ? w.K - k : kTurnedDepth, next = k + kTurnedDepth;
-      turn_columns<W>(w, rows, k, depth, panel);
+      turn_columns<W>(w, rows.data, k, depth, panel);
       const int64_t parts = turned_segments(w, k, depth, segments);
       const int64_t bytes = (next < w.K && w.K - next < kTurnedDepth ? w.K - next : depth) / 8 * w.nbits;
-      Ahead ahead{next < w.K ? rows : after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kTurnedRows};
+      Ahead ahead{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kTurnedRows};
       tile.ahead = &ahead;
       tile.lines = (ahead.count + parts - 1) / parts;
       for (int64_t m = 0; m < p.M; m += T) {
@@ -348,7 +342,7 @@ void run_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, i
         turned_run<D, W>(tokens)(tile, segments, parts, scale, w.axis == 1 ? shift : nullptr);
       }
     }
-    store_turned(p, d, sums, n, count, step);
+    store_turned(p, d, sums, n, rows.count, step);
   }
 }
 

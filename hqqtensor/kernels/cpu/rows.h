@@ -122,6 +122,23 @@ inline void fetch_values(const Values& v, int64_t row, int64_t count) {
   for (int64_t i = 0; i < count * hqqtensor::size_of(v.type); i += 64) prefetch(p + i);
 }
 
+// Rows n, n + step, ... before last, up to COUNT of them, and those after them. Places left over have the first row again.
+template <int64_t COUNT>
+struct PanelRows {
+  int64_t index[COUNT], count = 0;
+  const uint8_t *data[COUNT], *after[COUNT];
+
+  PanelRows(const Weight& w, int64_t n, int64_t step, int64_t last) {
+    for (int64_t r = 0; r < COUNT; ++r) {
+      const int64_t row = n + r * step, later = row + COUNT * step;
+      index[r] = row < last ? row : n;
+      data[r] = w.qdata + index[r] * w.row_stride;
+      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
+      count += row < last;
+    }
+  }
+};
+
 constexpr int64_t kStretch = 1024;  // codes unpacked at a time: they stay in L1
 
 // Dense numbers of `count` codes. `scale` and `zero`: functions of the place that give a vector, or one number.

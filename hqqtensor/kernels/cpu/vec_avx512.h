@@ -63,9 +63,6 @@ inline Codes decode(const uint8_t* b) {
 
 inline Codes load_codes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
 
-// Keeps a value where it is: else gcc 12 moves accumulators about, and to memory, at every step of the loop.
-inline __attribute__((always_inline)) void stay(__m512i& v) { asm("" : "+v"(v)); }
-
 struct Tokens {  // the digits of one chunk of activations
   __m512i d[3];
 };
