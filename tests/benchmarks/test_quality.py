@@ -18,10 +18,16 @@ def test_front_leaves_out_what_is_worse_at_equal_or_more_bits():
     assert front(some, "doclm") == {"a", "c"}
 
 
-def test_text_does_not_push_out_methods_without_text():
-    some = [result("plain", 4.5, 1.0), result("calibrated", 4.5, 0.5, "text")]
-    assert front(some, "doclm") == {"plain", "calibrated"}
-    assert front([*some, result("worse", 4.6, 0.6, "text")], "doclm") == {"plain", "calibrated"}
+def test_more_data_does_not_push_out_methods_with_less():
+    some = [result("weights", 4.5, 1.0), result("model", 4.5, 0.7, "model"), result("text", 4.5, 0.5, "text")]
+    assert front(some, "doclm") == {"weights", "model", "text"}
+
+
+def test_less_data_pushes_out_methods_with_more():
+    some = [result("weights", 4.5, 1.0), result("model", 4.6, 1.1, "model"), result("text", 4.7, 1.2, "text")]
+    assert front(some, "doclm") == {"weights"}
+    some = [result("model", 4.5, 0.7, "model"), result("text", 4.6, 0.8, "text"), result("weights", 4.6, 0.9)]
+    assert front(some, "doclm") == {"model", "weights"}
 
 
 def test_intervals_hold_the_mean_and_pairs_cancel_common_noise():
