@@ -1,6 +1,7 @@
 """Compile Triton kernels for GPUs that are not there, and read what came out: machine code, registers, memory."""
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -111,9 +114,9 @@ def compile_kernel(
     }
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
-    # The source's hash covers the kernel, what it calls, types and constants.
-    about = f"{source.hash()} {target} {sorted(options.items())} {whole} {triton.__version__} {_READER}"
-    key = hashlib.sha256(about.encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{_intermediate(source, target, options)} {target} {sorted(options.items())} {whole} {_READER}".encode()
+    ).hexdigest()
     found = _results.get(key)
     if found is None:
         kernel = triton.compile(source, target=target, options=options)
@@ -125,7 +128,21 @@ def compile_kernel(
     return found
 
 
-_READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def _intermediate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
+    """Triton's intermediate text of a kernel after its own first passes, without places in the source: all that the
+    later stages see, so what compiles to the same text need not be compiled twice, whichever source it came from."""
+    backend = make_backend(target)
+    parsed = backend.parse_options({**options, **source.parse_options()})
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen = backend.get_codegen_implementation(parsed)
+    module = source.make_ir(target, parsed, codegen, backend.get_module_map(), context)
+    return str(stages["ttir"](module, {}).str_nodebug())
+
+
 _results: dict[str, Compiled] = {}
 _file: Path | None = None
 
@@ -218,3 +235,6 @@ def _main(lines: list[str], loops: list[tuple[int, int]], product: str) -> tuple
         key=lambda span: (sum(bool(re.search(product, s)) for s in lines[span[0] : span[1] + 1]), span[1] - span[0]),
     )
     return lines[a : b + 1], True
+
+
+_READER = triton.__version__ + "".join(inspect.getsource(read) for read in (_read_nvidia, _read_amd, _main))

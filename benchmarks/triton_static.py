@@ -34,7 +34,7 @@ from hqqtensor.kernels.triton.config import (
     shipped,
 )
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
-from hqqtensor.kernels.triton.launch import decoder_of, decoding_constants, precision
+from hqqtensor.kernels.triton.launch import decoder_of, decoding_constants, pair_of, precision
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.packing import PLANES, row_bytes
@@ -80,15 +80,17 @@ class Variant:
 def compile_linear(variant: Variant) -> Compiled:
     chosen, tile = variant.plan, variant.plan.tile
     device = Device(variant.arch, LIMITS[variant.arch].processors)
+    about = (device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen)
+    pair = pair_of(*about)
     constants = {
         "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": MANTISSA.get(variant.nbits, 0),
         "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
         "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
         "DOT": DOTS[variant.dtype],
-        "PRECISION": precision(device), "SCALE": chosen.scale,
+        "PAIR": pair, "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
-        **decoding_constants(decoder_of(device, variant.kind, variant.nbits, DTYPES[variant.dtype], chosen)),
+        **decoding_constants(decoder_of(*about, pair)),
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
     types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
@@ -158,6 +160,9 @@ def variants(arch: str, quick: bool, bits: list[int]) -> Iterator[Variant]:
                     yield Variant(arch, M, nbits, dtype)
     if quick:
         return
+    if 4 in bits:
+        yield Variant(arch, SUMS_UP_TO, 4, "fp32")
+    yield from (Variant(arch, SUMS_UP_TO, nbits, axis=0) for nbits in bits)
     for M in (1, 128):
         if 4 in bits:
             yield from (Variant(arch, M, 4, "fp32"), Variant(arch, M, 4, group=32), Variant(arch, M, 4, group=16))

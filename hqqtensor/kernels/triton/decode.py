@@ -80,39 +80,46 @@ def to_expert(
 
 
 @triton.jit
-def load_planes(rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr):
+def load_planes(
+    rows, shifts, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr, PAIR: tl.constexpr = 1
+):
     """The bytes ``[rows, WIDTH]`` of a full block's planes, and how much too high in them the bits of narrower ones
     lie, ``[1, WIDTH]``: (first, second, third, second's shifts, third's shifts); absent ones stand in by the first. At
     1 bit the first plane is a narrower one, with the second's shifts.
 
-    rows: pointers to the first byte of each packed row, ``[rows]``. shifts: ``launch.shift_table``; it is read, not
+    rows: pointers to the first byte of each packed row, ``[rows]``. PAIR: 1, or 2 for words of two bytes in int16,
+    ``[rows, WIDTH / 2]``, each with one shift. shifts: ``launch.shift_table``; it is read, not
     computed, because the compiler lets the tensor cores' operand layout reach back only to loads.
     """
     P: tl.constexpr = widest(NBITS)
     Q: tl.constexpr = narrower(NBITS, 1)
     R: tl.constexpr = narrower(NBITS, 2)
-    column = FIRST + tl.arange(0, WIDTH)
-    start = rows[:, None] + block * (16 * NBITS)
-    w = tl.load(start + (column % (16 * P))[None, :], eviction_policy="evict_first")
+    column = FIRST // PAIR + tl.arange(0, WIDTH // PAIR)
+    if PAIR > 1:
+        rows = rows.to(tl.pointer_type(tl.int16))
+    start = rows[:, None] + block * (16 * NBITS // PAIR)
+    w = tl.load(start + (column % (16 * P // PAIR))[None, :], eviction_policy="evict_first")
     second, third, second_shift, third_shift = w, w, w, w
     if NBITS == 1:
-        second_shift = tl.load(shifts + column)[None, :]
+        second_shift = tl.load(shifts + column * PAIR)[None, :]
     if Q > 0:
-        second = tl.load(start + (16 * P + column % (16 * Q))[None, :], eviction_policy="evict_first")
-        second_shift = tl.load(shifts + column)[None, :]
+        second = tl.load(start + (16 * P // PAIR + column % (16 * Q // PAIR))[None, :], eviction_policy="evict_first")
+        second_shift = tl.load(shifts + column * PAIR)[None, :]
     if R > 0:
-        third = tl.load(start + (16 * (P + Q) + column % (16 * R))[None, :], eviction_policy="evict_first")
-        third_shift = tl.load(shifts + 64 + column)[None, :]
+        third = tl.load(
+            start + (16 * (P + Q) // PAIR + column % (16 * R // PAIR))[None, :], eviction_policy="evict_first"
+        )
+        third_shift = tl.load(shifts + 64 + column * PAIR)[None, :]
     return w, second, third, second_shift, third_shift
 
 
 @triton.jit
 def positions(
     planes, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, CONSTANTS: tl.constexpr, NBITS: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """The numbers of every position as a tuple of ``8 / P`` tiles of HALF (float16 or bfloat16), by the text of a
-    ``words.Decoder``: codes, or codes and the offsets it states."""
+    ``words.Decoder``: codes, or codes and the offsets it states. With PAIR 2, a position's even and odd columns."""
     w, second, third, second_shift, third_shift = planes
     Q: tl.constexpr = narrower(NBITS, 1)
     R: tl.constexpr = narrower(NBITS, 2)
@@ -126,6 +133,16 @@ def positions(
             args = args + (second_shift,)
         if R > 0:
             args = args + (third_shift,)
+    elif PAIR > 1:  # AMD: words of two bytes
+        args = (w,)
+        if Q > 0:
+            args = (w, second)
+        if R > 0:
+            args = (w, second, third)
+        if Q > 0 or NBITS == 1:
+            args = args + (second_shift.to(tl.int16),)
+        if R > 0:
+            args = args + (third_shift.to(tl.int16),)
     else:  # AMD: the planes' bytes of a weight in one register
         together = w.to(tl.int32)
         if Q > 0:
@@ -139,9 +156,9 @@ def positions(
             args = args + (third_shift.to(tl.int16),)
     for i in tl.static_range(numbers(CONSTANTS)):
         args = args + (tl.full(w.shape, number(CONSTANTS, i), tl.int32),)
-    SPARE: tl.constexpr = 1 if NBITS > 4 and not is_ptx(TEXT) else 0
-    KINDS: tl.constexpr = copies(HALF, 8 // stride(NBITS) + SPARE)
-    return tl.inline_asm_elementwise(TEXT, CONSTRAINTS, args, dtype=KINDS, is_pure=True, pack=4)
+    SPARE: tl.constexpr = 1 if NBITS > 4 and PAIR == 1 and not is_ptx(TEXT) else 0
+    KINDS: tl.constexpr = copies(HALF, 8 // stride(NBITS) * PAIR + SPARE)
+    return tl.inline_asm_elementwise(TEXT, CONSTRAINTS, args, dtype=KINDS, is_pure=True, pack=4 // PAIR)
 
 
 @triton.jit
@@ -168,6 +185,17 @@ def splat(value, is_bfloat16):
     exponent = len(f"{int(abs(value)):b}") - 1
     bits = (bias + exponent) << mantissa | (0x8000 if value < 0 else 0)
     return f"mov.b32 $0, {bits * 0x00010001}; mov.b32 $1, {bits * 0x00010001};"
+
+
+@triton.jit
+def byte(planes, H: tl.constexpr, PAIR: tl.constexpr):
+    """Byte H of planes that ``load_planes`` loaded in pairs."""
+    if PAIR == 1:
+        return planes
+    else:
+        w, second, third, second_shift, third_shift = planes
+        w, second, third = w >> (8 * H), second >> (8 * H), third >> (8 * H)
+        return w.to(tl.uint8), second.to(tl.uint8), third.to(tl.uint8), second_shift, third_shift
 
 
 @triton.jit

@@ -1,24 +1,32 @@
 """Decoding on AMD (gfx9): machine instructions on pairs of 16-bit lanes.
 
 Four bytes in a register, as on NVIDIA, are no type that the compiler would hand to a text. It hands over the planes'
-bytes of each column in a register, which it joins by one permutation.
+bytes of each column in a register, which it joins by one permutation. Words of two bytes it hands over as they were
+loaded: no joining, but even and odd columns then come apart ("paired").
 """
 
 from hqqtensor.kernels.triton.words import Decoder, Step, Steps, halves
 
 
-def decoder(nbits: int, half: str, exact: bool) -> Decoder:
+def decoder(nbits: int, half: str, exact: bool, paired: bool = False) -> Decoder:
     """Decoder of integer codes of ``nbits``, 1 to 7, to "fp16" or "bf16"; ValueError for an exact one of bfloat16, for
     there is no packed subtraction.
 
     Inputs: for each of four columns a register of its planes' bytes, the first plane's lowest; two registers of two
     16-bit shift counts for each plane whose bits lie in the same byte for several columns; each constant four times, as
-    Triton hands them over.
+    Triton hands them over. Paired: a register of two words of two columns of each plane, one of two shift counts, each
+    constant twice; outputs are then those of the words' lower bytes and upper bytes, position by position.
     """
     if half == "bf16" and exact:
         raise ValueError(f"AMD has no packed subtraction of bfloat16, so nothing exact at {nbits} bits")
-    plan = _Lanes(nbits, half, exact)
-    inputs = [f"c{i}" for i in range(4)] + [f"s{i}_{half}" for i in plan.shifted for half in (0, 1)]
+    plan: _Lanes | _Pairs
+    if paired:
+        plan = _Pairs(nbits, half, exact)
+        inputs = [f"p{i}" for i in range(len(plan.planes))] + [f"s{i}" for i in plan.shifted]
+    else:
+        plan = _Lanes(nbits, half, exact)
+        inputs = [f"c{i}" for i in range(4)] + [f"s{i}_{half}" for i in plan.shifted for half in (0, 1)]
+    copies = 2 if paired else 4
     registers = {name: f"${i}" for i, name in enumerate(plan.outputs + inputs)}
     registers |= {name: f"${place}" for name, place in _places(plan).items()}
     first = len(plan.outputs) + len(inputs)
@@ -28,7 +36,7 @@ def decoder(nbits: int, half: str, exact: bool) -> Decoder:
         """An operand in a scalar ("s") or a vector ("v") register: only one scalar may enter an instruction."""
         if (kind, value) not in constants:
             constants.append((kind, value))
-        return f"${first + 4 * constants.index((kind, value))}"
+        return f"${first + copies * constants.index((kind, value))}"
 
     def line(step: Step) -> str:
         to = registers[step.target]
@@ -48,7 +56,7 @@ def decoder(nbits: int, half: str, exact: bool) -> Decoder:
 
     # A product may read what was written no sooner than two states later, and the compiler does not look in here.
     text = "\n".join([*(line(step) for step in plan.steps), "s_nop 1"])
-    kinds = ["=&v"] * len(plan.outputs) + ["v"] * len(inputs) + [kind for kind, _ in constants for _ in range(4)]
+    kinds = ["=&v"] * len(plan.outputs) + ["v"] * len(inputs) + [kind for kind, _ in constants for _ in range(copies)]
     return plan.decoder(text, kinds, tuple(value for _, value in constants))
 
 
@@ -83,6 +91,30 @@ class _Lanes(Steps):
                 for position in (0, 1):
                     joined = self.op("select", lanes, high, halves(0x0F << 4 * position))
                     self.field(joined, 4 * position, position, h)
+
+
+class _Pairs(Steps):
+    """Two words of two bytes in a register: planes "p0" to "p2", shift counts "s0" to "s2". The number of position J of
+    the words' byte H is "o<2 J + H>"."""
+
+    def __init__(self, nbits: int, half: str, exact: bool) -> None:
+        super().__init__(nbits, half, exact)
+        step = max(2, self.planes[0])
+        words = ["p0"]
+        if nbits == 1:
+            words = [self.op("shr", "p0", "s0")]
+        elif len(self.planes) > 1:
+            high = self.op("shr", "p1", "s1")
+            if nbits == 7:
+                high = self.op("select", high, self.op("shl", self.op("shr", "p2", "s2"), 2), halves(0x3333))
+            low = halves(0x3333 if step == 2 else 0x0F0F)
+            even = self.op("select", "p0", self.op("shl", high, step), low)
+            words = [even, self.op("select", self.op("shr", "p0", step), high, low)]
+        for i, word in enumerate(words):
+            for byte in (0, 1):
+                source = self.op("shr", word, 8) if byte else word
+                for position in range(i, 8 // step, len(words)):
+                    self.field(source, step * (position - i), position, byte)
 
 
 def _places(plan: Steps) -> dict[str, int]:

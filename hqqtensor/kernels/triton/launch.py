@@ -236,7 +236,12 @@ def _launch(
     if tile.split_k > 1:
         partial = x.new_empty(experts * tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrived = x.new_zeros(experts * tiles, dtype=torch.int32)
-    decoder = decoder_of(device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen)
+    about = (device, weight.constants["KIND"], weight.constants["NBITS"], x.dtype, chosen)
+    pair = pair_of(*about)
+    # Words must not cross the ends of rows.
+    if K % 2 or x.data_ptr() % 4 or weight.sizes["row_bytes"] % 2 or weight.tensors["qdata"].data_ptr() % 2:
+        pair = 1
+    decoder = decoder_of(*about, pair)
     shifts = shift_table(x.device, weight.constants["NBITS"], decoder.shifts)
     tensors = {**weight.tensors, "shifts": shifts}
     linear_kernel[(tiles, tile.split_k, experts)](
@@ -244,7 +249,7 @@ def _launch(
         offsets=none if offsets is None else offsets, out=out, partial=partial, arrived=arrived, M=M,
         blocks=chosen.blocks, blocks_a_split=chosen.blocks_a_split, HAS_BIAS=bias is not None, HAS_PRE=pre is not None,
         EXPERTS=padded, RAGGED=chosen.blocks * 128 < K, DOT=_TL[_computed(x.dtype, device)],
-        PRECISION=precision(device),
+        PAIR=pair, PRECISION=precision(device),
         SCALE=chosen.scale, SPLIT_K=tile.split_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WIDTH=chosen.width,
         RUN=chosen.run, UNROLL=tile.unroll, STAGES=tile.stages, **options(tile, device.arch), **tensors,
         **weight.sizes, **weight.constants, **decoding_constants(decoder),
@@ -274,7 +279,15 @@ def _computed(dtype: torch.dtype, device: Device) -> torch.dtype:
     return torch.float32 if device.arch == "interpreter" and dtype == torch.bfloat16 else dtype
 
 
-def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, chosen: Plan) -> Decoder:
+def pair_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, chosen: Plan) -> int:
+    """Bytes of a word that the linear kernel loads packed codes by. AMD's instructions take two bytes in a 16-bit lane
+    as they come, where bytes one by one must be joined; columns of x are then split in two tiles, which pays while
+    there are few rows of them."""
+    few = chosen.scale == GROUP_SUMS and chosen.tile.block_m <= 16 and dtype != torch.float32
+    return 2 if few and kind == 0 and nbits < 8 and device.arch.startswith("gfx9") else 1
+
+
+def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, chosen: Plan, pair: int = 1) -> Decoder:
     """How the linear kernel decodes: by the plain form of ``decode.py`` all but integer codes on NVIDIA and AMD.
 
     Codes are exact where they are scaled one by one, in float32 products, and at 2, 4 and 8 bits, whose planes need
@@ -289,7 +302,7 @@ def decoder_of(device: Device, kind: int, nbits: int, dtype: torch.dtype, chosen
     if kind == 0 and device.arch.startswith("gfx9") and nbits < 8:  # 8 bits are bytes, which the compiler converts
         if chosen.scale != GROUP_SUMS:
             half = "fp16"  # holds every code
-        return gcn.decoder(nbits, half, exact and half == "fp16")
+        return gcn.decoder(nbits, half, exact and half == "fp16", pair == 2)
     if kind == 0 and device.arch == "interpreter":  # the arithmetic of offsets, without the text
         return Decoder(offsets=ptx.decoder(nbits, half, exact).offsets)
     return Decoder()

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from hqqtensor.kernels.triton.decode import (
     alike,
+    byte,
     code,
     everywhere,
     gather_codes,
@@ -46,6 +47,19 @@ def load_x(x, pre, rm, k, K, mask, DOT: tl.constexpr, HAS_PRE: tl.constexpr, MAS
 
 
 @triton.jit
+def load_pairs(x, pre, rm, pair, K, DOT: tl.constexpr, HAS_PRE: tl.constexpr):
+    """Activations of columns 2 ``pair``, and of those after them: two tiles as of ``load_x``."""
+    words = tl.load((x + rm.to(tl.int64) * K).to(tl.pointer_type(tl.uint32))[None, :] + pair[:, None])
+    low = words.to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+    high = (words >> 16).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+    k = 2 * pair
+    if HAS_PRE:
+        low = low.to(tl.float32) * tl.load(pre + k).to(tl.float32)[:, None]
+        high = high.to(tl.float32) * tl.load(pre + k + 1).to(tl.float32)[:, None]
+    return low.to(DOT), high.to(DOT)
+
+
+@triton.jit
 def linear_kernel(
     x, qdata, scale, zero, bias, pre, table, shifts, scale_scale, scale_zero, zero_scale, zero_zero, offsets,
     out, partial, arrived,
@@ -55,7 +69,7 @@ def linear_kernel(
     META_SCALE: tl.constexpr, META_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PRE: tl.constexpr,
     EXPERTS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
     CONSTANTS: tl.constexpr, HALF: tl.constexpr, OFFSETS: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAIR: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x ``[E, M, K]``, qdata ``[E, N, row_bytes]``, out ``[E, M, N]``; grid (tiles of N and M, SPLIT_K, E).
@@ -64,7 +78,8 @@ def linear_kernel(
     runs of rows for one expert each, ending before offsets; grid (tiles of N times tiles of M that any such runs can
     need, SPLIT_K).
     columns, scale_rows: shape of each expert's scale. WIDTH: bytes a row that one dot takes. UNROLL: blocks of 128
-    codes a turn of the loop. partial: float32 ``[tiles, SPLIT_K, BLOCK_N, BLOCK_M]``; arrived: int32 zeros, one a tile.
+    codes a turn of the loop. PAIR: 2 takes even and odd columns apart. partial: float32 ``[tiles, SPLIT_K, BLOCK_N,
+    BLOCK_M]``; arrived: int32 zeros, one a tile.
     """
     part = tl.program_id(1)
     tile = tl.program_id(0)
@@ -103,15 +118,15 @@ def linear_kernel(
     )  # fmt: skip
 
     P: tl.constexpr = stride(NBITS)
-    column = tl.arange(0, WIDTH)
+    column = tl.arange(0, WIDTH // PAIR)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = part * blocks_a_split
     for turn in tl.range(first, tl.minimum(first + blocks_a_split, blocks), UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             for FIRST in tl.static_range(0, 16 * P, WIDTH):
-                planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS)
+                planes = load_planes(rows, shifts, turn + u, FIRST, WIDTH, NBITS, PAIR)
                 if ASM != "":
-                    decoded = positions(planes, ASM, CONSTRAINTS, CONSTANTS, NBITS, HALF)
+                    decoded = positions(planes, ASM, CONSTRAINTS, CONSTANTS, NBITS, HALF, PAIR)
                 for J0 in tl.static_range(0, 8 // P, RUN):
                     k0 = (turn + u) * 128 + (16 * P * J0 + FIRST)
                     if SCALE != ELEMENTS:
@@ -121,30 +136,34 @@ def linear_kernel(
                             z = group_value(zero, zero_scale, zero_zero, rn, group, columns, zero_meta_rows, META_ZERO)
                     xs = ()
                     for J in tl.static_range(RUN):
-                        k = k0 + 16 * P * J + column
-                        xs = xs + (load_x(x, pre, rm, k, K, None, DOT, HAS_PRE, False),)
+                        k = (k0 + 16 * P * J) // PAIR + column
+                        if PAIR > 1:
+                            xs = xs + load_pairs(x, pre, rm, k, K, DOT, HAS_PRE)
+                        else:
+                            xs = xs + (load_x(x, pre, rm, k, K, None, DOT, HAS_PRE, False),)
                     dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                     if SCALE == GROUP_SUMS and (HAS_ZERO or OFFSETS != ""):
                         # Sums of x, and what decoding leaves in the numbers: the same for all rows, so taken off first.
                         one = everywhere(planes, 1.0, ASM, HALF).to(DOT)
                         if OFFSETS == "" or alike(OFFSETS, J0, RUN):
-                            for J in tl.static_range(RUN):
+                            for J in tl.static_range(RUN * PAIR):
                                 sums = tl.dot(one, xs[J], sums, input_precision=PRECISION)
                             if OFFSETS != "":
                                 dot = sums * -number(OFFSETS, J0)
                         else:
-                            for J in tl.static_range(RUN):
+                            for J in tl.static_range(RUN * PAIR):
                                 part_sums = tl.dot(one, xs[J], input_precision=PRECISION)
                                 sums += part_sums
-                                dot -= part_sums * number(OFFSETS, J0 + J)
-                    for J in tl.static_range(RUN):
+                                dot -= part_sums * number(OFFSETS, J0 + J // PAIR)
+                    for J in tl.static_range(RUN * PAIR):
                         if ASM != "":
-                            w = decoded[J0 + J]
+                            w = decoded[J0 * PAIR + J]
                         else:
-                            w = value(code(planes, J0 + J, NBITS), table, rn, KIND, NBITS, MANTISSA, PER_ROW)
+                            codes = code(byte(planes, J % PAIR, PAIR), J0 + J // PAIR, NBITS)
+                            w = value(codes, table, rn, KIND, NBITS, MANTISSA, PER_ROW)
                             if OFFSETS != "":
-                                w += number(OFFSETS, J0 + J)
+                                w += number(OFFSETS, J0 + J // PAIR)
                         if SCALE == GROUP_SUMS:
                             dot = tl.dot(narrowed(w, DOT, KIND), xs[J], dot, input_precision=PRECISION)
                         else:

@@ -86,6 +86,7 @@ def execute_gcn(text: str, registers: dict[str, int]) -> dict[str, int]:
         "v_bfi_b32": lambda mask, yes, no: mask & yes | ~mask & no,
         "v_and_or_b32": lambda a, b, c: a & b | c,
         "v_lshrrev_b32": lambda n, a: a >> (n & 31),
+        "v_lshlrev_b32": lambda n, a: a << (n & 31),
         "v_pk_lshrrev_b16": lanes(lambda a, n: a >> n),
         "v_pk_lshlrev_b16": lanes(lambda a, n: a << n),
         "v_pk_add_f16": pairs(torch.float16, lambda a, b: a + b),
@@ -164,6 +165,38 @@ def test_every_code_of_a_block_is_decoded(machine, nbits: int, half: str, exact:
             numbers = torch.cat([halves(registers[f"${2 * j + i}"], kind) for i in (0, 1)])
             offset = decoder.offsets[j] if decoder.offsets else 0
             got[width * j + column : width * j + column + 4] = numbers - offset
+    assert torch.equal(got, codes.float())
+
+
+@pytest.mark.parametrize(("half", "exact"), [("fp16", False), ("fp16", True), ("bf16", False)])
+@pytest.mark.parametrize("nbits", range(1, 8))
+def test_words_of_two_bytes_are_decoded_on_amd(nbits: int, half: str, exact: bool) -> None:
+    codes = torch.randint(0, 2**nbits, (BLOCK,), generator=torch.manual_seed(nbits), dtype=torch.uint8)
+    row = bytes(pack(codes, nbits).tolist())
+    planes = PLANES[nbits]
+    starts = [16 * sum(planes[:i]) for i in range(len(planes))]
+    decoder = gcn.decoder(nbits, half, exact, paired=True)
+    stride = max(2, planes[0])
+    positions, width = 8 // stride, 16 * stride
+    kinds = decoder.constraints.split(",")
+    outputs = kinds.count("=&v")
+    assert outputs == 2 * positions and len(decoder.offsets) == (0 if exact else positions)
+    KINDS.clear()
+    KINDS.update({f"${i}": kind for i, kind in enumerate(kinds)})
+    dtype = torch.float16 if half == "fp16" else torch.bfloat16
+    got = torch.zeros(BLOCK)
+    for column in range(0, width, 4):
+        firsts = [start + column % (16 * plane) for plane, start in zip(planes, starts, strict=True)]
+        values = [int.from_bytes(row[first : first + 4], "little") for first in firsts]
+        values += [n * 0x00010001 for n in shift_counts(nbits, decoder, column)]
+        values += [value for value in decoder.constants for _ in (0, 1)]
+        assert outputs + len(values) == len(kinds)
+        registers = execute_gcn(decoder.text, {f"${outputs + i}": value for i, value in enumerate(values)})
+        for j in range(positions):
+            for byte in (0, 1):  # columns 0 and 2, or 1 and 3
+                numbers = halves(registers[f"${2 * j + byte}"], dtype)
+                first = width * j + column + byte
+                got[first : first + 4 - byte : 2] = numbers - (decoder.offsets[j] if decoder.offsets else 0)
     assert torch.equal(got, codes.float())
 
 

@@ -77,6 +77,21 @@ def test_every_width_in_every_tiling(nbits: int, M: int, size: int) -> None:
     assert_product(got, x, *span_of(q, scale, zero, nbits, size, 1, K))
 
 
+@pytest.mark.parametrize("nbits", range(1, 8))
+@pytest.mark.parametrize("size", [32, 64, 256])
+@pytest.mark.parametrize("with_pre", [False, True])
+@pytest.mark.parametrize("K", [512, 264, 260])
+def test_columns_taken_in_pairs(monkeypatch: pytest.MonkeyPatch, nbits: int, size: int, with_pre: bool, K: int) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(launch, "pair_of", lambda *args: asked.append(2) or 2)
+    q, scale, zero = weight(18, K, nbits, size, 1)
+    x = torch.randn(3, K, generator=torch.manual_seed(3)).half()
+    pre = (torch.rand(K, generator=torch.manual_seed(4)) + 0.5).half() if with_pre else None
+    got = launch.linear(x, q, scale, zero, None, pre, [], nbits, "int", size, 1, K, "float")
+    assert asked == [2]
+    assert_product(got, x if pre is None else x * pre, *span_of(q, scale, zero, nbits, size, 1, K))
+
+
 @pytest.mark.parametrize("nbits", range(1, 9))
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("K", [8, 128, 200, 260])
