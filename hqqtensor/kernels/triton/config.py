@@ -155,10 +155,12 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
             # Triton 3.7.1 compiles tcgen05 products of depth 32 with decoded operands to a kernel that does nothing.
             tile = Tile(32, 64, 1, 3, 2)
         if kind.startswith("sm_") and problem.element_size == 4 and tile.block_m > 32:
-            tile = Tile(16, 32, 1, 2, 2)
+            tile = Tile(16, 32, 1, 2, 2) if kind == "sm_100" else Tile(16, 64, 1, 2, 4)
+        elif kind == "gfx942" and problem.element_size == 4 and tile.block_m > 32 and sums:
+            tile = replace(tile, block_m=32)
         tile = _fit(tile, problem, device, steps)
-        if scale == ELEMENTS and kind == "gfx942" and problem.nbits <= 4:
-            tile = replace(tile, block_m=16, warps=2 if problem.M > SUMS_UP_TO else 1)
+        if scale == ELEMENTS and kind == "gfx942" and (problem.nbits <= 4 or sums):
+            tile = replace(tile, block_m=16, warps=1 if sums else 2)
         if scale == ELEMENTS:  # scales of every weight are in flight too
             tile = replace(
                 tile, unroll=1, stages=min(tile.stages, 2), block_m=min(tile.block_m, 32 if kind == "gfx942" else 64)
