@@ -123,26 +123,12 @@ def positions(
     w, second, third, second_shift, third_shift = planes
     Q: tl.constexpr = narrower(NBITS, 1)
     R: tl.constexpr = narrower(NBITS, 2)
-    if is_ptx(TEXT):
+    if is_ptx(TEXT) or PAIR > 1:
         args = (w,)
         if Q > 0:
             args = (w, second)
         if R > 0:
             args = (w, second, third)
-        if Q > 0 or NBITS == 1:
-            args = args + (second_shift,)
-        if R > 0:
-            args = args + (third_shift,)
-    elif PAIR > 1:  # AMD: words of two bytes
-        args = (w,)
-        if Q > 0:
-            args = (w, second)
-        if R > 0:
-            args = (w, second, third)
-        if Q > 0 or NBITS == 1:
-            args = args + (second_shift.to(tl.int16),)
-        if R > 0:
-            args = args + (third_shift.to(tl.int16),)
     else:  # AMD: the planes' bytes of a weight in one register
         together = w.to(tl.int32)
         if Q > 0:
@@ -150,10 +136,13 @@ def positions(
         if R > 0:
             together = together | third.to(tl.int32) << 24
         args = (together,)
-        if Q > 0 or NBITS == 1:
-            args = args + (second_shift.to(tl.int16),)
-        if R > 0:
-            args = args + (third_shift.to(tl.int16),)
+    if not is_ptx(TEXT):  # counts for 16-bit lanes
+        second_shift = second_shift.to(tl.int16)
+        third_shift = third_shift.to(tl.int16)
+    if Q > 0 or NBITS == 1:
+        args = args + (second_shift,)
+    if R > 0:
+        args = args + (third_shift,)
     for i in tl.static_range(numbers(CONSTANTS)):
         args = args + (tl.full(w.shape, number(CONSTANTS, i), tl.int32),)
     SPARE: tl.constexpr = 1 if NBITS > 4 and PAIR == 1 and not is_ptx(TEXT) else 0
