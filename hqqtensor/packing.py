@@ -99,6 +99,56 @@ def unpack(qdata: Tensor, nbits: int, in_features: int) -> Tensor:
     return out[..., :in_features]
 
 
+def meta_bytes(columns: int, nbits: int) -> int:
+    """Bytes of a row of ``columns`` quantized scales or zero points, in 8 or 4 bits each (see ``pack_meta``)."""
+    return columns if nbits == 8 else columns // BLOCK * (BLOCK // 2) + (columns % BLOCK + 1) // 2
+
+
+def meta_bits(columns: int, stored: int) -> int:
+    """8 or 4: in how many bits each ``columns`` scales (or zero points) lie in rows of ``stored`` bytes; else ValueError.
+
+    One column is a byte in either, and reads the same.
+    """
+    for nbits in (8, 4):
+        if stored == meta_bytes(columns, nbits):
+            return nbits
+    raise ValueError(
+        f"rows of {columns} quantized scales or zero points take {columns} bytes in 8 bits or {meta_bytes(columns, 4)} "
+        f"in 4, got {stored}"
+    )
+
+
+def pack_meta(codes: Tensor, nbits: int) -> Tensor:
+    """Pack the codes of scales or zero points, uint8 ``[..., G]``: uint8 ``[..., meta_bytes(G, nbits)]``.
+
+    8 bits are a byte each. 4 bits lie as ``pack`` lays them, in blocks of 128 codes, code ``c`` of a block of ``B`` in
+    nibble ``c // h`` of byte ``c % h`` with ``h = ceil(B / 2)``, but the last block is not filled up to 8 codes: with
+    few groups a row, that would be much of what they take.
+    """
+    if nbits == 8:
+        return codes.contiguous()
+    full = codes.shape[-1] // BLOCK * BLOCK
+    parts = [pack(codes[..., :full], nbits)] if full else []
+    if full < codes.shape[-1]:
+        rest = codes[..., full:]
+        half = (rest.shape[-1] + 1) // 2
+        high = torch.nn.functional.pad(rest[..., half:], (0, rest.shape[-1] % 2))
+        parts.append(rest[..., :half] | (high << 4))
+    return torch.cat(parts, -1)
+
+
+def unpack_meta(rows: Tensor, columns: int) -> Tensor:
+    """The codes ``[..., columns]`` of rows that ``pack_meta`` packed in 8 or 4 bits."""
+    if meta_bits(columns, rows.shape[-1]) == 8:
+        return rows
+    full = columns // BLOCK
+    parts = [unpack(rows[..., : full * (BLOCK // 2)], 4, full * BLOCK)] if full else []
+    if columns % BLOCK:
+        rest = rows[..., full * (BLOCK // 2) :]
+        parts += [rest & 15, (rest >> 4)[..., : columns % BLOCK - rest.shape[-1]]]
+    return torch.cat(parts, -1)
+
+
 def _runs(in_features: int) -> list[tuple[int, int, int]]:
     """(first code, number of blocks, codes a block) of the full blocks and of the short last one."""
     full, rest = divmod((in_features + 7) // 8 * 8, BLOCK)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.ops.backend import Backend, register_backend
-from hqqtensor.packing import unpack
+from hqqtensor.packing import unpack, unpack_meta
 
 
 def expand_groups(values: Tensor, out_features: int, in_features: int, group_size: int, axis: int) -> Tensor:
@@ -25,16 +25,17 @@ def expand_groups(values: Tensor, out_features: int, in_features: int, group_siz
     return values.repeat(*([1] * (values.ndim - 2)), repeats, 1)[..., :out_features, :]
 
 
-def plain_meta(scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def plain_meta(
+    scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], group_size: int, axis: int, in_features: int
+) -> tuple[Tensor, Tensor | None]:
     """``scale`` and ``zero_point`` in float32; those that are uint8 are read through their own scales in ``meta``."""
-    rest = list(meta)
+    rest, columns = list(meta), -(-in_features // group_size) if axis == 1 else in_features
 
     def plain(values: Tensor) -> Tensor:
         if values.dtype != torch.uint8:
             return values.to(torch.float32)
-        rows, columns = values.shape[-2:]
-        own = [expand_groups(rest.pop(0).to(torch.float32), rows, columns, 0, 0) for _ in range(2)]
-        return (values.to(torch.float32) - own[1]) * own[0]
+        own = [expand_groups(rest.pop(0).to(torch.float32), values.shape[-2], columns, 0, 0) for _ in range(2)]
+        return (unpack_meta(values, columns).to(torch.float32) - own[1]) * own[0]
 
     return plain(scale), None if zero_point is None else plain(zero_point)
 
@@ -45,7 +46,7 @@ def dequantize(
 ) -> Tensor:  # fmt: skip
     codes = unpack(qdata, nbits, in_features)
     size = (codes.shape[-2], in_features, group_size, axis)
-    scale, zero_point = plain_meta(scale, zero_point, meta)
+    scale, zero_point = plain_meta(scale, zero_point, meta, group_size, axis, in_features)
     fmt = get_format(format)
     if zero_point is not None and fmt.has_zero_point:
         zero_point = expand_groups(zero_point, *size)
@@ -82,7 +83,7 @@ def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor],
     if axis == 1:
         dense = dequantize(qdata, scale, zero, meta, *settings, torch.float32)
         return int8_activations(x, size) @ dense.t()
-    scale, zero = plain_meta(scale, zero, meta)
+    scale, zero = plain_meta(scale, zero, meta, group_size, axis, K)
     out, one = x.new_empty(x.shape[0], qdata.shape[0]), scale.new_ones(())
     for g in range(scale.shape[0]):
         own = zero if zero is None or get_format(format).learned else zero[g]
@@ -147,7 +148,7 @@ def embedding(
     format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     rows, fmt = indices.reshape(-1), get_format(format)
-    scale, zero_point = plain_meta(scale, zero_point, meta)
+    scale, zero_point = plain_meta(scale, zero_point, meta, group_size, axis, in_features)
     own = rows if axis == 1 else rows % scale.shape[-2]
     size = (rows.numel(), in_features, group_size, axis)
 
