@@ -13,8 +13,9 @@ from hqqtensor.solvers import get_solver
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("float", "int8")
 CODEBOOKS = ("tensor", "row")
+META_NBITS = (4, 8)
 _LAYER_FIELDS = (
-    "nbits", "group_size", "axis", "format", "solver", "scale_dtype", "quant_scale", "quant_zero",
+    "nbits", "group_size", "axis", "format", "solver", "scale_dtype", "quant_scale", "quant_zero", "meta_nbits",
     "compute_dtype", "view_as_float", "lp_norm", "activation", "codebook", "integer_zero", "rotation", "rotation_seed",
 )  # fmt: skip
 _DTYPE_FIELDS = ("scale_dtype", "compute_dtype")
@@ -32,7 +33,8 @@ class HqqConfig(AOBaseConfig):
     solver: "hqq_joint", "hqq" (the published one, for "int" only), "rtn" or "column_scaled".
     scale_dtype: storage dtype of scale and zero point (float16, bfloat16, float32). None takes float16 where
         it holds every scale and zero point of the weight well, else float32.
-    quant_scale, quant_zero: keep scales / zero points as 8-bit codes in groups of 128.
+    quant_scale, quant_zero: keep scales / zero points as integer codes in groups of 128 (axis 0).
+    meta_nbits: bits of those codes, 8 or 4: with 4, groups of 16 to 32 weights cost no more than plain ones of 64.
     compute_dtype: dtype that the quantized tensor presents and computes in; None keeps the weight's.
     dynamic_config: per-layer settings by tag, ``{"self_attn.q_proj": {"nbits": 3}}``; None as an entry leaves
         the layer alone. A tag matches a run of the dotted parts of a module's name, ``*`` within a part matches
@@ -69,6 +71,7 @@ class HqqConfig(AOBaseConfig):
     integer_zero: bool = False
     rotation: bool = False
     rotation_seed: int = 0
+    meta_nbits: int = 8
 
     def __post_init__(self) -> None:
         if self.weight_quant_params is not None:
@@ -103,6 +106,10 @@ class HqqConfig(AOBaseConfig):
                 'integer_zero needs format "int", solver "hqq_joint" or "rtn", and quant_zero=False; '
                 f"got {self.format!r}, {self.solver!r}, quant_zero={self.quant_zero}"
             )
+        if not _is_int(self.meta_nbits) or self.meta_nbits not in META_NBITS:
+            raise ValueError(f"meta_nbits must be one of {list(META_NBITS)}, got {self.meta_nbits!r}")
+        if self.meta_nbits != 8 and not (self.quant_scale or self.quant_zero):
+            raise ValueError(f"meta_nbits {self.meta_nbits} needs quant_scale=True or quant_zero=True")
         if self.codebook not in CODEBOOKS:
             raise ValueError(f"codebook must be one of {list(CODEBOOKS)}, got {self.codebook!r}")
         if fmt.learned and self.codebook == "row" and self.axis == 0:
@@ -124,6 +131,16 @@ class HqqConfig(AOBaseConfig):
             raise ValueError(f"skip_modules must be a list of module names, got {self.skip_modules!r}")
         if self.dynamic_config is not None and not isinstance(self.dynamic_config, dict):
             raise ValueError(f"dynamic_config must be a dict of tags, got {self.dynamic_config!r}")
+
+    @property
+    def scale_nbits(self) -> int | None:
+        """Bits that a scale is kept in, None for a plain one."""
+        return self.meta_nbits if self.quant_scale else None
+
+    @property
+    def zero_nbits(self) -> int | None:
+        """Bits that a zero point is kept in, None for a plain one."""
+        return self.meta_nbits if self.quant_zero else None
 
     def for_tag(self, tag: str | None) -> "HqqConfig | None":
         """Settings of the layers that ``tag`` names (None: of all others); None where they stay as they are."""
@@ -202,9 +219,12 @@ def _from_hqq_params(params: dict[str, Any]) -> dict[str, Any]:
     out = {key: weight[key] for key in ("nbits", "group_size", "axis", "view_as_float") if key in weight}
     if not weight.get("optimize", True):
         out["solver"] = "rtn"
-    out["quant_scale"] = nested.get("scale_quant_params") is not None
-    out["quant_zero"] = nested.get("zero_quant_params") is not None
-    return out
+    parts = {part: nested.get(f"{part}_quant_params") for part in ("scale", "zero")}
+    out |= {f"quant_{part}": own is not None for part, own in parts.items()}
+    widths = {own.get("nbits", 8) if isinstance(own, dict) else own for own in parts.values() if own is not None}
+    if not widths <= set(META_NBITS) or len(widths) > 1:
+        raise ValueError(f"scale_quant_params and zero_quant_params must have the same nbits, 8 or 4, got {parts}")
+    return {**out, "meta_nbits": widths.pop()} if widths else out
 
 
 # torchao's config_from_dict looks a config's class up by name in these modules.

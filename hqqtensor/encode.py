@@ -19,7 +19,7 @@ from hqqtensor.solvers.coarse_zero import is_coarse, refit
 from hqqtensor.solvers.codebook import TORCH_PASSES, Passes, learn
 
 META_GROUP = 128
-"""Scales (or zero points) that share their own 8-bit scale under quant_scale and quant_zero."""
+"""Scales (or zero points) that share a scale and zero point of their own under quant_scale and quant_zero."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
     zero_point = torch.stack(zeros).reshape(zero_shape) if zeros else None
     scale = inverse.reciprocal()
     dtype = config.scale_dtype or _storage_dtype(scale, zero_point if fmt.has_zero_point else None)
-    stored_scale, seen_scale = _store(scale, dtype, config.quant_scale, "scale")
+    stored_scale, seen_scale = _store(scale, dtype, config.scale_nbits, "scale")
     stored_zero: Tensor | Encoded | None = None
     seen_zero = zero_point
     if zero_point is not None and fmt.learned:
         stored_zero = zero_point.to(codebook_dtype(config))
     elif zero_point is not None:
-        stored_zero, seen_zero = _store(zero_point, dtype, config.quant_zero, "zero_point")
+        stored_zero, seen_zero = _store(zero_point, dtype, config.zero_nbits, "zero_point")
     if not solutions[0].exact_encode:
-        # A scale that rounding or 8 bits made zero can reach nothing but zero itself, whatever the code.
+        # A scale that rounding or few bits made zero can reach nothing but zero itself, whatever the code.
         inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
     size = (*lead, out_features, row_bytes(in_features, config.nbits))
     on_cpu = weight.device.type == "cpu"
@@ -254,15 +254,16 @@ def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
     return torch.float16 if bool(fits.all()) else torch.float32
 
 
-def _store(values: Tensor, dtype: torch.dtype, quantized: bool, name: str) -> tuple["Tensor | Encoded", Tensor]:
-    """``values`` as they are kept, and as they read back in float32."""
-    if not quantized:
+def _store(values: Tensor, dtype: torch.dtype, nbits: int | None, name: str) -> tuple["Tensor | Encoded", Tensor]:
+    """``values`` as they are kept, in ``dtype`` or ``nbits`` bits, and as they read back in float32."""
+    if nbits is None:
         stored = values.to(dtype)
         if not _finite(stored):
             raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
-    encoded = encode(values, HqqConfig(nbits=8, group_size=size, axis=0, solver="rtn", scale_dtype=torch.float32))
+    nbits = nbits if values.shape[-1] > 1 else 8  # one column takes a byte in any case
+    encoded = encode(values, HqqConfig(nbits=nbits, group_size=size, axis=0, solver="rtn", scale_dtype=torch.float32))
     assert isinstance(encoded.scale, Tensor) and isinstance(encoded.zero_point, Tensor)
     meta = (encoded.scale, encoded.zero_point)
-    return encoded, dequantize(encoded.qdata, *meta, [], 8, "int", size, 0, values.shape[-1], torch.float32)
+    return encoded, dequantize(encoded.qdata, *meta, [], nbits, "int", size, 0, values.shape[-1], torch.float32)

@@ -14,10 +14,10 @@ PRESETS: dict[str, HqqConfig] = {
     "4/128": hqq_weight_only(4, 128),
     "3/64": hqq_weight_only(3, 64),
     "2/64": hqq_weight_only(2, 64),
-    "2/16": hqq_weight_only(2, 16, quant_scale=True, quant_zero=True),
+    "2/16": hqq_weight_only(2, 16, quant_scale=True, quant_zero=True, meta_nbits=4),
     "1/32": hqq_weight_only(1, 32),
 }
-"""Presets named bits/group size, best quality first; 2/16 keeps its many scales in 8 bits."""
+"""Presets named bits/group size, best quality first; 2/16 keeps its many scales in 4 bits."""
 
 BYTE_UNITS: dict[str, float] = {
     "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
@@ -47,7 +47,7 @@ def bits_per_weight(config: HqqConfig) -> float:
     quantized = [config.quant_scale]
     if get_format(config.format).has_zero_point:
         quantized.append(config.quant_zero)
-    return config.nbits + sum(8.5 if q else 16.0 for q in quantized) / config.group_size
+    return config.nbits + sum(config.meta_nbits + 0.5 if q else 16.0 for q in quantized) / config.group_size
 
 
 def get_optimal_quant_config(

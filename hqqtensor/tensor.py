@@ -11,7 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, check_weight, encode
-from hqqtensor.packing import row_bytes
+from hqqtensor.packing import pack, pack_meta, row_bytes, unpack, unpack_meta
 from hqqtensor.rotation import prepare, rotate
 
 
@@ -22,7 +22,7 @@ class HQQTensor(TorchAOBaseTensor):
         qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
             viewed as a floating dtype.
         scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
-            plain floating tensor or an 8-bit HQQTensor.
+            plain floating tensor, or an HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
         zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
             ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
         act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
@@ -116,9 +116,9 @@ class HQQTensor(TorchAOBaseTensor):
 
     @staticmethod
     def _bytes(e: Encoded) -> "HQQTensor":
-        """Quantized scales or zero points: a byte each, without the bytes that fill packed rows up to eight codes."""
+        """Quantized scales or zero points, without what fills packed rows up to eight codes."""
         out = HQQTensor._from_encoded(e, torch.float32)
-        out.qdata = out.qdata[..., : out.in_features].contiguous()
+        out.qdata = pack_meta(unpack(out.qdata, e.nbits, out.in_features), e.nbits)
         return out
 
     @property
@@ -158,9 +158,8 @@ class HQQTensor(TorchAOBaseTensor):
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
         qdata, *meta = self.packed()
-        bare = row_bytes(self.in_features, self.nbits) - qdata.shape[-1]
-        if bare:  # see _bytes: only scales and zero points lack these
-            qdata = torch.nn.functional.pad(qdata, (0, bare))
+        if qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see _bytes: scales or zero points
+            qdata = pack(unpack_meta(qdata, self.in_features), self.nbits)
         w = ops.dequantize(qdata, *meta, *self.settings(), torch.float32 if self.rotation else dtype)
         if self.rotation:
             w = rotate(w, self.rotation).to(dtype)
@@ -189,7 +188,7 @@ class HQQTensor(TorchAOBaseTensor):
         """One line: bits, format, group size, axis, scale dtype."""
 
         def meta(t: Tensor) -> str:
-            return "8-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
+            return f"{t.nbits}-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
 
         text = f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}"
         text += f", rotation={self.rotation}" if self.rotation else ""

@@ -37,10 +37,9 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
     size = config.group_size or w.shape[1]
     scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
     dtype = config.scale_dtype or _storage_dtype(scale, zero)
-    quantized = config.quant_scale, config.quant_zero
 
     def kept(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
-        return _store(s, dtype, quantized[0], "scale"), _store(z, dtype, quantized[1], "zero_point")
+        return _store(s, dtype, config.scale_nbits, "scale"), _store(z, dtype, config.zero_nbits, "zero_point")
 
     def seen(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         stored = kept(s, z)

@@ -111,8 +111,7 @@ def _plain(values: Tensor) -> Tensor:
 
 
 def _like(values: Tensor, old: Tensor, name: str) -> Tensor:
-    quantized = isinstance(old, HQQTensor)
-    stored, _ = _store(values, torch.float32 if quantized else old.dtype, quantized, name)
+    stored, _ = _store(values, old.dtype, old.nbits if isinstance(old, HQQTensor) else None, name)
     return stored if isinstance(stored, Tensor) else HQQTensor._bytes(stored)
 
 

@@ -35,7 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip", nargs="*", default=None, metavar="TAG", help="modules left alone, in place of the default lm_head"
     )
-    parser.add_argument("--quant-metadata", action="store_true", help="keep scales and zero points in 8 bits")
+    parser.add_argument(
+        "--quant-metadata",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="BITS",
+        help="scales and zero points in 8 bits, or in 4",
+    )
     parser.add_argument(
         "--target-bpw", type=float, metavar="BITS", help="choose settings by layer: average bits a weight"
     )
@@ -73,8 +80,9 @@ def make_config(args: argparse.Namespace) -> HqqConfig:
             group_size=args.group_size,
             axis=args.axis,
             solver=args.solver,
-            quant_scale=args.quant_metadata,
-            quant_zero=args.quant_metadata,
+            quant_scale=args.quant_metadata is not None,
+            quant_zero=args.quant_metadata is not None,
+            **({} if args.quant_metadata is None else {"meta_nbits": args.quant_metadata}),
             dynamic_config=parse_layers(args.layers),
             **({} if args.skip is None else {"skip_modules": args.skip}),
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hqqtensor.encode import META_GROUP
 from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.packing import meta_bits
 from hqqtensor.tensor import HQQTensor
 
 
@@ -31,16 +32,16 @@ class QuantizedScales:
         for name in (*self.tensor_attribute_names, *self.optional_tensor_data_names):
             setattr(self, name, getattr(tensor, name))
         for part in (tensor.scale, tensor.zero_point):
-            if isinstance(part, HQQTensor) and (part.nbits, part.axis, part.group_size) != _meta(part.shape):
+            if isinstance(part, HQQTensor) and (part.axis, part.group_size) != _meta(part.shape):
                 raise ValueError(f"torchao's files cannot hold {part!r} as the scale of {tensor!r}")
         self.qdata = tensor.qdata
         _, self.scale, self.zero_point = tensor.packed()
         self.per_tensor_scale = torch.stack(tensor.settings()[0])
 
 
-def _meta(shape: torch.Size) -> tuple[int, int, int]:
-    """nbits, axis and group size of scales of this shape under ``quant_scale`` and ``quant_zero``."""
-    return 8, 0, min(META_GROUP, shape[-2])
+def _meta(shape: torch.Size) -> tuple[int, int]:
+    """Axis and group size of scales of this shape under ``quant_scale`` and ``quant_zero``."""
+    return 0, min(META_GROUP, shape[-2])
 
 
 def _rebuild(scale: Tensor, per_tensor_scale: Tensor, zero_point: Tensor | None = None, **data: Any) -> HQQTensor:
@@ -50,9 +51,11 @@ def _rebuild(scale: Tensor, per_tensor_scale: Tensor, zero_point: Tensor | None 
     def nested(values: Tensor) -> Tensor:
         if values.dtype != torch.uint8:
             return values
-        nbits, axis, size = _meta(values.shape)
+        axis, size = _meta(values.shape)
         scale, zero = floats.pop(0), floats.pop(0)
-        return HQQTensor(values, scale, nbits, size, axis, values.shape, torch.float32, zero_point=zero)
+        shape = torch.Size([*values.shape[:-1], scale.shape[-1]])
+        nbits = meta_bits(shape[-1], values.shape[-1])
+        return HQQTensor(values, scale, nbits, size, axis, shape, torch.float32, zero_point=zero)
 
     whole = nested(scale)
     return HQQTensor(scale=whole, zero_point=None if zero_point is None else nested(zero_point), **data)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtensor.config import ACTIVATIONS, CODEBOOKS, SCALE_DTYPES
+from hqqtensor.config import ACTIVATIONS, CODEBOOKS, META_NBITS, SCALE_DTYPES
 from hqqtensor.formats import get_format
-from hqqtensor.packing import row_bytes
+from hqqtensor.packing import meta_bytes, row_bytes
 from hqqtensor.rotation import block_of
 from hqqtensor.tensor import HQQTensor
 
@@ -135,8 +135,8 @@ def _check_entry(name: str, entry: Any, nested: bool) -> None:
     need(whole(data["axis"]) and data["axis"] in (0, 1), f"axis {data['axis']!r} is not 0 or 1")
     need(whole(data["group_size"]) and 0 < data["group_size"] < MAX_DIM, f"bad group_size {data['group_size']!r}")
     need(isinstance(data["transposed"], bool), "transposed must be true or false")
-    kept = (data["nbits"], data["axis"], fmt.name, data["transposed"])
-    need(not nested or kept == (8, 0, "int", False), "quantized scales and zero points are 8-bit integers, axis 0")
+    kept = data["nbits"] in META_NBITS and (data["axis"], fmt.name, data["transposed"]) == (0, "int", False)
+    need(not nested or kept, "quantized scales and zero points are integers of 8 or 4 bits, axis 0")
     need(data["activation"] in ACTIVATIONS, f"activation {data['activation']!r} is not in {list(ACTIVATIONS)}")
     shape = data["shape"]
     good = isinstance(shape, list) and 2 <= len(shape) <= 8 and all(whole(s) and 0 < s < MAX_DIM for s in shape)
@@ -194,8 +194,7 @@ def build(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pr
             raise CheckpointError(f"{name}: {key!r} holds NaN or Inf")
         return t
 
-    # Quantized scales and zero points are a byte each, without what fills packed rows up to eight codes.
-    width = in_features if prefix else row_bytes(in_features, data["nbits"])
+    width = (meta_bytes if prefix else row_bytes)(in_features, data["nbits"])
     qdata = take("qdata", [*lead, out_features, width], (torch.uint8,))
     if data["view_as_float"]:
         dtype = getattr(torch, data["view_as_float"])

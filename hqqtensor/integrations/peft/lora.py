@@ -16,6 +16,7 @@ from hqqtensor.tensor import HQQTensor
 def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
     """``dense`` quantized with the settings that ``old`` shows and the default solver; shape and dtype of ``old``."""
     scale, zero = old.scale, old.zero_point
+    widths = [t.nbits for t in (scale, zero) if isinstance(t, HQQTensor)]
     plain = [t.dtype for t in (scale, zero) if t is not None and not isinstance(t, HQQTensor)]
     whole = old.format == "int" and type(zero) is Tensor and torch.equal(zero, zero.round())
     config = HqqConfig(
@@ -26,6 +27,7 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
         scale_dtype=plain[0] if plain else None,
         quant_scale=isinstance(scale, HQQTensor),
         quant_zero=isinstance(zero, HQQTensor),
+        meta_nbits=min(widths, default=8),
         compute_dtype=old.dtype,
         activation=old.activation,
         codebook=old.codebook or "tensor",
