@@ -115,13 +115,14 @@ def test_bad_settings_name_the_layer_and_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("meta", [False, True])
-def test_it_is_saved_loaded_and_inspected(axis: int, meta: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("meta", [None, 8, 4])
+def test_it_is_saved_loaded_and_inspected(axis: int, meta: int | None, tmp_path: Path) -> None:
     def model() -> nn.Sequential:
         return nn.Sequential(nn.Conv1d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
 
     m = model()
-    config = HqqConfig(3, 8, axis=axis, quant_scale=meta, quant_zero=meta, dynamic_config={"0": {}, "1": {"nbits": 5}})
+    options = {} if meta is None else {"quant_scale": True, "quant_zero": True, "meta_nbits": meta}
+    config = HqqConfig(3, 8, axis=axis, dynamic_config={"0": {}, "1": {"nbits": 5}}, **options)
     quantize_(m, config)
     save_model(m, tmp_path)
     with torch.device("meta"):

@@ -3,7 +3,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqqtensor.packing import BLOCK, byte_offset, pack, row_bytes, unpack
+from hqqtensor.packing import (
+    BLOCK,
+    byte_offset,
+    meta_bits,
+    meta_bytes,
+    pack,
+    pack_meta,
+    row_bytes,
+    unpack,
+    unpack_meta,
+)  # fmt: skip
 
 
 @settings(deadline=None, max_examples=150)
@@ -38,3 +48,23 @@ def test_four_bit_block_keeps_codes_in_slabs() -> None:
 def test_unknown_width_is_refused() -> None:
     with pytest.raises(ValueError, match="nbits must be one of"):
         row_bytes(64, 9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(nbits=st.sampled_from([4, 8]), columns=st.integers(1, 400), seed=st.integers(0, 2**16))
+def test_quantized_scales_come_back_from_rows_without_fill(nbits: int, columns: int, seed: int) -> None:
+    codes = torch.randint(0, 2**nbits, (2, 3, columns), dtype=torch.uint8, generator=torch.manual_seed(seed))
+    rows = pack_meta(codes, nbits)
+    blocks, rest = divmod(columns, BLOCK)
+    assert rows.shape[-1] == meta_bytes(columns, nbits) == (columns if nbits == 8 else 64 * blocks + (rest + 1) // 2)
+    assert torch.equal(unpack_meta(rows, columns), codes)
+    assert meta_bits(columns, rows.shape[-1]) == (nbits if columns > 1 else 8)
+    if columns % 8 == 0:
+        assert torch.equal(rows, pack(codes, nbits))
+
+
+def test_rows_of_quantized_scales_of_another_size_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="200 quantized scales or zero points take 200 bytes in 8 bits or 100 in 4, got 99"
+    ):
+        meta_bits(200, 99)

@@ -37,6 +37,7 @@ def test_dequantize_gives_dense_weights_back() -> None:
     [
         {"nbits": 0}, {"nbits": 9}, {"nbits": "4"}, {"nbits": 1.58}, {"group_size": 0}, {"group_size": -64},
         {"axis": 2}, {"solver": "magic"}, {"format": "float5"}, {"bits": 4}, {"scale_dtype": "int8"}, {"lp_norm": 0},
+        {"meta_nbits": 4}, {"meta_nbits": 6, "quant_scale": True}, {"meta_nbits": 0}, {"meta_nbits": "4"},
         {"dynamic_config": {"0": {"nbits": 11}}}, {"dynamic_config": {"0": {"bits": 3}}},
     ],
 )  # fmt: skip
@@ -127,6 +128,17 @@ def test_hqq_library_parameters_are_translated() -> None:
         True,
         False,
     )
+
+
+@pytest.mark.parametrize("parts", [("scale",), ("zero",), ("scale", "zero")])
+def test_hqq_library_parameters_say_in_how_many_bits_scales_are_kept(parts: tuple[str, ...]) -> None:
+    params: dict[str, dict[str, int]] = {"weight_quant_params": {"nbits": 2, "group_size": 16}}
+    params |= {f"{part}_quant_params": {"nbits": 4} for part in parts}
+    config = HqqConfig(weight_quant_params=params)
+    assert (config.scale_nbits, config.zero_nbits) == tuple(4 if part in parts else None for part in ("scale", "zero"))
+    params[f"{parts[0]}_quant_params"] = {"nbits": 3}
+    with pytest.raises(ValueError, match="must have the same nbits, 8 or 4"):
+        HqqConfig(weight_quant_params=params)
 
 
 def test_compiled_model_equals_eager_for_any_batch() -> None:

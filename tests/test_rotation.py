@@ -40,7 +40,8 @@ def test_blocks_are_the_largest_power_of_two_that_fits(in_features: int, block: 
 
 
 @pytest.mark.parametrize("options", [{}, {"axis": 0}, {"solver": "column_scaled"}, {"nbits": 4, "format": "nf4"},
-                                     {"quant_scale": True, "quant_zero": True}, {"rotation_seed": 7}])  # fmt: skip
+                                     {"quant_scale": True, "quant_zero": True}, {"rotation_seed": 7},
+                                     {"quant_scale": True, "quant_zero": True, "meta_nbits": 4}])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dense_weight_is_the_one_that_was_rotated(options, dtype) -> None:
     w = weight().to(dtype)

@@ -25,6 +25,11 @@ def quantized(shape=(96, 256), dtype=torch.float32, **options) -> HQQTensor:
     return HQQTensor.from_hp(w, HqqConfig(**{"nbits": 4, "group_size": 64, **options}))
 
 
+def metadata(nbits: int | None) -> dict[str, bool | int]:
+    """Options for scales and zero points in ``nbits`` bits, or plain ones."""
+    return {} if nbits is None else {"quant_scale": True, "quant_zero": True, "meta_nbits": nbits}
+
+
 class HQQBasic(common_utils.TestCase):
     TENSOR_SUBCLASS = HQQTensor
     FACTORY_FN = staticmethod(HQQTensor.from_hp)
@@ -50,18 +55,17 @@ if not torch.cuda.is_available():  # calls .cuda()
     axis=st.sampled_from([0, 1]),
     shape=st.tuples(st.integers(64, 90), st.integers(64, 300)),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    meta=st.booleans(),
+    meta=st.sampled_from([None, 8, 4]),
 )
 def test_every_setting_gives_a_close_weight_and_its_linear(nbits, group_size, axis, shape, dtype, meta) -> None:
     w = torch.randn(*shape, generator=torch.manual_seed(1)).to(dtype)
-    config = HqqConfig(nbits, group_size, axis=axis, quant_scale=meta, quant_zero=meta)
-    q = HQQTensor.from_hp(w, config)
+    q = HQQTensor.from_hp(w, HqqConfig(nbits, group_size, axis=axis, **metadata(meta)))
     d = q.dequantize()
     assert d.shape == w.shape and d.dtype == dtype
     relative = ((d - w).float().square().sum() / w.float().square().sum()).item()
-    # 3-sigma full-range rounding of a Gaussian: (range / levels)^2 / 12, plus the dtype's own rounding. The 8-bit zero
-    # points of short last groups can lie far apart and share a scale.
-    assert relative < (8 / (2**nbits - 1)) ** 2 / 12 + (1e-2 if meta else 1e-4)
+    # 3-sigma full-range rounding of a Gaussian: (range / levels)^2 / 12, plus the dtype's own rounding. The zero
+    # points of short last groups can lie far apart and share a scale: in 8 bits or 4 they are then coarse.
+    assert relative < (8 / (2**nbits - 1)) ** 2 / 12 + {None: 1e-4, 8: 1e-2, 4: 0.1}[meta]
     x = torch.randn(3, shape[1]).to(dtype)
     assert_same_product(F.linear(x, q), F.linear(x, d))
 
@@ -106,9 +110,9 @@ def test_matrix_products_equal_the_dense_ones() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("meta", [False, True])
-def test_embedding_equals_rows_of_the_dense_weight(axis: int, meta: bool) -> None:
-    q = quantized((96, 200), axis=axis, group_size=16, quant_scale=meta)
+@pytest.mark.parametrize("meta", [None, 8, 4])
+def test_embedding_equals_rows_of_the_dense_weight(axis: int, meta: int | None) -> None:
+    q = quantized((96, 200), axis=axis, group_size=16, **metadata(meta))
     ids = torch.randint(0, 96, (2, 5))
     torch.testing.assert_close(F.embedding(ids, q), F.embedding(ids, q.dequantize()), atol=0, rtol=0)
 
@@ -127,6 +131,17 @@ def test_slices_are_views_of_the_dense_slices(nbits: int) -> None:
         q[:, 64:128]
 
 
+@pytest.mark.parametrize("meta", [8, 4])
+def test_quantized_scales_are_cut_at_whole_blocks_of_groups(meta: int) -> None:
+    q = quantized((24, 4 * 300), group_size=4, **metadata(meta))
+    d = q.dequantize()
+    parts = [q[:, :512], q[:, 512:1024], q[:, 1024:]]
+    assert torch.equal(torch.cat(parts[:2], 1).dequantize(), d[:, :1024])
+    assert torch.equal(torch.cat(parts, 1).dequantize(), d) and torch.equal(parts[2].dequantize(), d[:, 1024:])
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        q[:, :128]
+
+
 def test_experts_can_be_selected_and_written() -> None:
     e = quantized((3, 96, 256))
     other = e[2].clone()
@@ -142,9 +157,9 @@ def test_to_changes_the_dtype_and_keeps_the_codes() -> None:
     assert torch.nn.Linear(2, 2).to(torch.float16) and q.half().dtype == torch.float16
 
 
-@pytest.mark.parametrize("meta", [False, True])
-def test_to_another_device_moves_all_data(meta: bool) -> None:
-    q = quantized(quant_scale=meta, quant_zero=meta).to("meta", torch.bfloat16)
+@pytest.mark.parametrize("meta", [None, 8, 4])
+def test_to_another_device_moves_all_data(meta: int | None) -> None:
+    q = quantized(**metadata(meta)).to("meta", torch.bfloat16)
     assert q.device.type == "meta" and q.dtype == torch.bfloat16 and q.dequantize().shape == (96, 256)
     assert all(t.device.type == "meta" for t in (*q.packed(), *q.settings()[0]))
 
@@ -191,7 +206,8 @@ def test_cache_key_depends_on_the_settings_and_not_on_the_numbers() -> None:
     key = quantized()._stable_hash_for_caching()
     assert key == HQQTensor.from_hp(torch.ones(96, 256), HqqConfig(4, 64))._stable_hash_for_caching()
     others = [quantized(nbits=3), quantized(group_size=32), quantized((95, 256)), quantized(quant_scale=True)]
-    assert len({key, *(o._stable_hash_for_caching() for o in others)}) == 5
+    others.append(quantized(quant_scale=True, meta_nbits=4))
+    assert len({key, *(o._stable_hash_for_caching() for o in others)}) == 6
 
 
 def test_autocast_computes_in_its_dtype() -> None:

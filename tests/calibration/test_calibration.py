@@ -72,13 +72,13 @@ def test_even_diagonal_calibration_is_as_good_as_none():
     assert weighted == pytest.approx(plain.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("quantized_metadata", [False, True])
+@pytest.mark.parametrize("options", [{}, {"meta_nbits": 8}, {"meta_nbits": 4}], ids=str)
 @pytest.mark.parametrize("group_size", [32, 48, None])
-def test_what_feedback_counted_on_is_what_is_stored(quantized_metadata, group_size):
+def test_what_feedback_counted_on_is_what_is_stored(options, group_size):
     x = correlated(512, 5)
     moments = x.T @ x / 512
     w = torch.randn(130, 64, generator=torch.Generator().manual_seed(2))
-    config = HqqConfig(4, group_size, quant_scale=quantized_metadata, quant_zero=quantized_metadata)
+    config = HqqConfig(4, group_size, quant_scale=bool(options), quant_zero=bool(options), **options)
     got = from_calibrated(w, config, moments)
     plain = HQQTensor.from_hp(w, config).dequantize() - w
     e = got.dequantize() - w

@@ -10,7 +10,7 @@ from hqqtensor.calibration import finetune
 OPTIONS = [
     {"nbits": 2}, {"nbits": 3, "axis": 0}, {"nbits": 2, "quant_scale": True, "quant_zero": True},
     {"nbits": 2, "format": "codebook", "quant_scale": True}, {"nbits": 4, "format": "nf4"},
-    {"nbits": 2, "rotation": True},
+    {"nbits": 2, "rotation": True}, {"nbits": 2, "quant_scale": True, "quant_zero": True, "meta_nbits": 4},
     {"nbits": 2, "solver": "column_scaled"}, {"nbits": 2, "integer_zero": True},
 ]  # fmt: skip
 

@@ -58,12 +58,20 @@ def test_skip_replaces_the_modules_left_alone(tiny: Path, tmp_path: Path) -> Non
     assert not isinstance(model.model.layers[0].mlp.up_proj.weight, HQQTensor)
 
 
+@pytest.mark.parametrize(("args", "bits"), [([], None), (["--quant-metadata"], 8), (["--quant-metadata", 4], 4)])
+def test_scales_and_zero_points_are_kept_in_the_bits_asked_for(tiny: Path, tmp_path: Path, args, bits) -> None:
+    assert run("quantize", tiny, tmp_path / "out", "--group-size", 8, *args, "--json") == 0
+    weight = model_dir.open_quantized(tmp_path / "out").model.layers[0].mlp.up_proj.weight
+    assert all(getattr(part, "nbits", None) == bits for part in (weight.scale, weight.zero_point))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--bits", 9], "nbits must be"),
         (["--bits", "four"], "invalid int"),
         (["--group-size", 0], "group_size must be"),
+        (["--quant-metadata", 3], "meta_nbits must be"),
         (["--layers", "mlp"], "TAG=BITS/GROUP"),
         (["--layers", "mlp=4", "mlp=3"], "each tag once"),
         (["--solver", "magic"], "solver must be one of"),

@@ -24,6 +24,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"nbits": 4, "format": "nf4"},
     "nf4 axis 0": {"nbits": 4, "format": "nf4", "axis": 0, "solver": "rtn", "group_size": 12},
     "nf4 quantized scales": {"nbits": 4, "format": "nf4", "quant_scale": True, "solver": "rtn"},
+    "nf4 scales in 4 bits": {"nbits": 4, "format": "nf4", "quant_scale": True, "meta_nbits": 4},
+    "int in 4 bits": {"nbits": 3, "quant_scale": True, "quant_zero": True, "meta_nbits": 4},
+    "int in 4 bits axis 0": {"nbits": 3, "quant_zero": True, "meta_nbits": 4, "axis": 0, "group_size": 12},
     "tensor codebook": {"nbits": 3, "format": "codebook"},
     "tensor codebook axis 0": {"nbits": 2, "format": "codebook", "axis": 0, "group_size": 12},
     "row codebook": {"nbits": 4, "format": "codebook", "codebook": "row", "scale_dtype": torch.float32},
@@ -109,8 +112,11 @@ def test_copies_pickles_and_casts_keep_every_bit(options) -> None:
 def test_nbytes_are_those_of_codes_scales_and_entries(options) -> None:
     q = quantized(options)
     groups = 96 * 4 if options.get("axis", 1) == 1 else 8 * 256
-    # Quantized scales: a byte each, a float32 scale and zero point for each of the 4 columns.
-    meta = 96 * 4 + 2 * 4 * 4 if options.get("quant_scale") else 2 * groups
+    # Quantized ones: a byte or half a byte each, a float32 scale and zero point for each of the 4 or 256 columns.
+    columns = groups // (96 if options.get("axis", 1) == 1 else 8)
+    quantized_meta = groups * options.get("meta_nbits", 8) // 8 + 2 * 4 * columns
+    kept = [options.get("quant_scale"), *([options.get("quant_zero")] if q.format == "int" else [])]
+    meta = sum(quantized_meta if part else 2 * groups for part in kept)
     entries = {"tensor": 2 * 2**q.nbits, "row": 96 * 4 * 2**q.nbits, None: 0}[q.codebook]
     meta *= 2 if options.get("scale_dtype") == torch.float32 else 1
     assert q.nbytes == 96 * 256 * q.nbits // 8 + meta + entries

@@ -25,10 +25,10 @@ PLACES = {
 }  # fmt: skip
 
 
-def small_model(meta: bool = False) -> nn.Module:
+def small_model(meta: int | None = None) -> nn.Module:
     torch.manual_seed(0)
     m = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Conv1d(4, 4, 3))
-    more = {"quant_scale": meta, "quant_zero": meta}
+    more = {} if meta is None else {"quant_scale": True, "quant_zero": True, "meta_nbits": meta}
     quantize_(m, HqqConfig(3, 12, dynamic_config={"3": {}}, **more))
     return m
 
@@ -46,9 +46,9 @@ def by_dispatch(m: nn.Module, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("offload", [by_cpu, by_disk, by_dispatch])
-@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("meta", [None, 8, 4])
 def test_an_offloaded_model_computes_the_same(
-    offload: Callable[[nn.Module, Path], None], meta: bool, tmp_path: Path
+    offload: Callable[[nn.Module, Path], None], meta: int | None, tmp_path: Path
 ) -> None:
     m, x = small_model(meta), torch.randn(4, 64)
     want = m(x)

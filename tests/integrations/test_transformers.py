@@ -43,7 +43,8 @@ def test_settings_by_layer_and_skipped_modules_hold(tmp_path: Path) -> None:
     "options",
     [
         {"nbits": 8, "group_size": None}, {"nbits": 3, "axis": 0}, {"nbits": 2, "group_size": 16, "quant_scale": True,
-        "quant_zero": True}, {"nbits": 1, "group_size": 32, "solver": "rtn"}, {"nbits": 5, "view_as_float": True},
+        "quant_zero": True}, {"nbits": 3, "group_size": 20, "quant_scale": True, "quant_zero": True, "meta_nbits": 4},
+        {"nbits": 1, "group_size": 32, "solver": "rtn"}, {"nbits": 5, "view_as_float": True},
         {"nbits": 4, "format": "nf4", "skip_modules": ["lm_head", "mlp"]}, {"nbits": 4, "activation": "int8"},
         {"nbits": 3, "format": "codebook", "codebook": "row", "skip_modules": ["lm_head", "mlp"]},
         {"nbits": 4, "compute_dtype": torch.bfloat16, "scale_dtype": torch.float32},

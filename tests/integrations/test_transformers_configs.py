@@ -67,6 +67,7 @@ def test_tags_without_numbers_find_nested_layers() -> None:
     "options",
     [
         {}, {"quant_scale": True}, {"quant_zero": True}, {"quant_scale": True, "quant_zero": True, "axis": 0},
+        {"quant_scale": True, "meta_nbits": 4}, {"quant_scale": True, "quant_zero": True, "meta_nbits": 4, "axis": 0},
         {"quant_scale": True, "format": "nf4"}, {"format": "codebook"}, {"solver": "column_scaled", "quant_zero": True},
     ],
     ids=str,

@@ -24,6 +24,7 @@ def model(**options) -> nn.Sequential:
 OPTIONS = [
     {"nbits": 3, "group_size": 64}, {"nbits": 4, "group_size": 32, "axis": 0},
     {"nbits": 2, "group_size": 16, "quant_scale": True, "quant_zero": True},
+    {"nbits": 2, "group_size": 12, "quant_scale": True, "quant_zero": True, "meta_nbits": 4},
     {"nbits": 4, "group_size": 64, "view_as_float": True},
 ]  # fmt: skip
 
@@ -130,11 +131,11 @@ def test_load_state_dict_with_and_without_assign() -> None:
     assert torch.equal(plain[0].weight, m[0].weight.dequantize())
 
 
-@pytest.mark.parametrize("changes", [{"nbits": 4}, {"axis": 1}, {"transposed": True}])
+@pytest.mark.parametrize("changes", [{"nbits": 6}, {"axis": 1}, {"transposed": True}])
 def test_quantized_scales_of_another_form_are_refused(changes) -> None:
     _, text = flatten("a.weight", model(nbits=2, group_size=16, quant_scale=True)[0].weight.detach())
     entry = json.loads(text)
     parse_entry("a.weight", text)
     entry["_nested"]["scale"]["_data"] |= changes
-    with pytest.raises(CheckpointError, match="8-bit integers, axis 0"):
+    with pytest.raises(CheckpointError, match="integers of 8 or 4 bits, axis 0"):
         parse_entry("a.weight", json.dumps(entry))
