@@ -105,7 +105,7 @@ def meta_bytes(columns: int, nbits: int) -> int:
 
 
 def meta_bits(columns: int, stored: int) -> int:
-    """8 or 4: in how many bits each ``columns`` scales (or zero points) lie in rows of ``stored`` bytes; else ValueError.
+    """8 or 4: in how many bits each ``columns`` scales or zero points lie in rows of ``stored`` bytes; else ValueError.
 
     One column is a byte in either, and reads the same.
     """

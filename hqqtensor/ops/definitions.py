@@ -33,7 +33,8 @@ SCHEMAS = {
 
 A uint8 scale is itself quantized along its rows, in 8 bits or, where its rows have ``meta_bytes(columns, 4)`` bytes, in
 4 (``hqqtensor.packing.pack_meta``): ``meta`` then begins with its own scale and zero point, in which row r uses row
-r % rows; those of a uint8 zero point, in 8 or 4 bits as well, follow. ``activation`` is "float" or "int8" (see ``HqqConfig``).
+r % rows; those of a uint8 zero point, in 8 or 4 bits as well, follow. ``activation`` is "float" or "int8" (see
+``HqqConfig``).
 """
 
 LIBRARY = torch.library.Library("hqqtensor", "DEF")
