@@ -59,11 +59,16 @@ class Variant:
     kind: int = 0
     group: int = GROUP
     axis: int = 1
+    meta: int = 0  # bits of quantized scales and zero points
 
     @property
     def problem(self) -> Problem:
         about = (self.nbits, self.group, self.axis, DTYPES[self.dtype].itemsize, self.kind == 2)
-        return Problem(self.M, N, K, 1, *about)
+        return Problem(self.M, N, K, 1, *about, self.metas)
+
+    @property
+    def metas(self) -> tuple[int, int]:
+        return self.meta, self.meta if self.kind == 0 else 0
 
     @property
     def plan(self) -> Plan:
@@ -72,7 +77,8 @@ class Variant:
     def __str__(self) -> str:
         tile = self.plan.tile
         return (
-            f"{self.arch:7s} {KINDS[self.kind]}{self.nbits} g{self.group} axis{self.axis} {self.dtype} M={self.M:<4d}"
+            f"{self.arch:7s} {KINDS[self.kind]}{self.nbits} g{self.group} axis{self.axis} {self.dtype} "
+            f"{f'meta{self.meta} ' if self.meta else ''}M={self.M:<4d}"
             f"{tile.block_n}x{tile.block_m} w{tile.warps} u{tile.unroll} s{tile.stages} k{tile.split_k}"
         )
 
@@ -85,15 +91,16 @@ def compile_linear(variant: Variant) -> Compiled:
     constants = {
         "NBITS": variant.nbits, "KIND": variant.kind, "MANTISSA": MANTISSA.get(variant.nbits, 0),
         "PER_ROW": False, "GROUP": variant.group, "AXIS": variant.axis, "HAS_ZERO": variant.kind == 0,
-        "META_SCALE": False, "META_ZERO": False, "HAS_BIAS": False, "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False,
-        "DOT": DOTS[variant.dtype],
-        "PAIR": pair, "PRECISION": precision(device), "SCALE": chosen.scale,
+        "META_SCALE": variant.metas[0], "META_ZERO": variant.metas[1], "HAS_BIAS": False,
+        "HAS_PRE": False, "EXPERTS": 0, "RAGGED": False, "DOT": DOTS[variant.dtype], "PAIR": pair,
+        "PRECISION": precision(device), "SCALE": chosen.scale,
         "SPLIT_K": tile.split_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WIDTH": chosen.width,
         "RUN": chosen.run, "UNROLL": tile.unroll, "STAGES": tile.stages,
         **decoding_constants(decoder_of(*about, pair)),
     }  # fmt: skip
     types = {p.name: "i32" for p in linear_kernel.params}
-    types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")} | {"scale": "*fp16", "zero": "*fp16"}
+    types |= {name: f"*{variant.dtype}" for name in ("x", "bias", "pre", "out")}
+    types |= dict.fromkeys(("scale", "zero"), "*u8" if variant.meta else "*fp16")
     types |= {"qdata": "*u8", "shifts": "*u8", "table": "*fp32", "partial": "*fp32"} | dict.fromkeys(
         ("arrived", "offsets"), "*i32"
     )
@@ -138,7 +145,8 @@ def roofline(variant: Variant, per_weight: float) -> tuple[float, str]:
     """Seconds that the slowest of memory, instruction issue and tensor cores needs, and which of them it is."""
     limits, tile = LIMITS[variant.arch], variant.plan.tile
     size = DTYPES[variant.dtype].itemsize
-    read = N * row_bytes(K, variant.nbits) + N * (K // GROUP) * 4 + variant.M * (K + N) * size
+    scales = N * (K // GROUP) * 2 * (variant.meta or 16) // 8
+    read = N * row_bytes(K, variant.nbits) + scales + variant.M * (K + N) * size
     passes = -(-variant.M // tile.block_m)
     issue = N * K * passes * per_weight / limits.warp / (limits.processors * limits.issue * limits.clock)
     tensor = 2.0 * N * K * passes * tile.block_m / limits.tensor
@@ -163,6 +171,10 @@ def variants(arch: str, quick: bool, bits: list[int]) -> Iterator[Variant]:
     if 4 in bits:
         yield Variant(arch, SUMS_UP_TO, 4, "fp32")
     yield from (Variant(arch, SUMS_UP_TO, nbits, axis=0) for nbits in bits)
+    for M in (1, SUMS_UP_TO):
+        yield from (Variant(arch, M, nbits, meta=4) for nbits in (2, 3, 4) if nbits in bits)
+        if 2 in bits:
+            yield Variant(arch, M, 2, group=16, meta=4)
     for M in (1, 128):
         if 4 in bits:
             yield from (Variant(arch, M, 4, "fp32"), Variant(arch, M, 4, group=32), Variant(arch, M, 4, group=16))
@@ -186,7 +198,7 @@ def check_linear(arch: str, quick: bool, bits: list[int]) -> tuple[list[str], di
         found = compile_linear(variant)
         per_weight = found.instructions / weights_a_turn(variant)
         seconds, bound = roofline(variant, per_weight)
-        if variant.M == 1 and variant.kind == 0 and variant.group == GROUP and variant.axis == 1:
+        if variant == Variant(arch, 1, variant.nbits, variant.dtype):
             cost[variant.nbits, variant.dtype] = per_weight
         print(
             f"{variant!s:70s} {found.registers:4d} {found.spills:5d} {found.shared:6d} "

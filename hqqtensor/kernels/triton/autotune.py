@@ -21,7 +21,7 @@ import triton
 
 from hqqtensor.kernels.triton.config import SUMS_UP_TO, Device, Plan, Problem, Tile, plan, shipped
 
-FILE_VERSION = 3
+FILE_VERSION = 4
 """Goes up with every change of the kernels or the entries: times of others say nothing then."""
 _remembered: dict[str, Tile] | None = None
 

@@ -110,6 +110,7 @@ class Problem:
     axis: int
     element_size: int
     table: bool = False  # numbers are looked up
+    meta: tuple[int, int] = (0, 0)  # bits of quantized scales and zero points, 0 where they are plain
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def plan(problem: Problem, device: Device, tile: Tile | None = None) -> Plan:
             tile = replace(
                 tile, unroll=1, stages=min(tile.stages, 2), block_m=min(tile.block_m, 32 if kind == "gfx942" else 64)
             )
+        if problem.axis == 0 and any(problem.meta):  # scales of every weight have scales of their own
+            tile = replace(tile, block_n=16, block_m=min(tile.block_m, 32), warps=min(tile.warps, 2))
     splits = max(s for s in _ALLOWED["split_k"] if s <= min(tile.split_k, max(1, steps)))
     a_split = -(-steps // splits)
     unroll = tile.unroll

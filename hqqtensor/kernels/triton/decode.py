@@ -62,12 +62,12 @@ def to_expert(
     expert, scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero, N, columns, scale_rows,
     scale_meta_rows, zero_meta_rows,
     NBITS: tl.constexpr, HAS_ZERO: tl.constexpr, META_SCALE: tl.constexpr, META_ZERO: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    PER_ROW: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """The pointers ``scale`` to ``zero_zero`` where those of an expert (int64) begin; absent ones stay."""
-    scale += expert * scale_rows * stored(columns, META_SCALE)
+    scale += expert * scale_rows * stored(columns, META_SCALE, WHOLE)
     if HAS_ZERO:
-        zero += expert * scale_rows * stored(columns, META_ZERO)
+        zero += expert * scale_rows * stored(columns, META_ZERO, WHOLE)
     if META_SCALE:
         scale_scale += expert * scale_meta_rows * columns
         scale_zero += expert * scale_meta_rows * columns
@@ -263,21 +263,28 @@ def narrowed(w, DOT: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def stored(columns, META: tl.constexpr):
-    """Entries of a row of ``columns`` scales or zero points: bytes of two in 4 bits (``packing.meta_bytes``)."""
-    return (columns + 1) // 2 if META == 4 else columns
+def stored(columns, META: tl.constexpr, WHOLE: tl.constexpr):
+    """Entries of a row of ``columns`` scales or zero points: bytes of two in 4 bits (``packing.meta_bytes``). WHOLE:
+    columns are a multiple of 128, said so that the compiler sees how rows are aligned."""
+    return (columns if WHOLE else columns + 1) // 2 if META == 4 else columns
 
 
 @triton.jit
-def group_value(values, meta_scale, meta_zero, row, column, columns, meta_rows, META: tl.constexpr):
+def group_value(
+    values, meta_scale, meta_zero, row, column, columns, meta_rows, META: tl.constexpr, WHOLE: tl.constexpr = False
+):
     """Scale or zero point at (row, column) of its matrix in float32, undoing its own quantization to META bits (4 as
-    ``packing.pack_meta`` lays them), 0 where it has none."""
-    values += row * stored(columns, META)
-    if META == 4:
-        start = column // 128 * 128
-        half = (tl.minimum(columns - start, 128) + 1) // 2
-        high = (column - start >= half).to(tl.int32)
-        out = tl.load(values + (column - start // 2 - half * high)).to(tl.int32) >> 4 * high & 15
+    ``packing.pack_meta`` lays them), 0 where it has none. WHOLE: as for ``stored``."""
+    values += row * stored(columns, META, WHOLE)
+    if META == 4 and WHOLE:
+        out = tl.load(values + (column // 128 * 64 + column % 64))
+        out = out >> (column % 128 // 64 * 4).to(tl.uint8) & 15
+    elif META == 4:  # shifts, where a division would have to mind negative numbers
+        start = column >> 7 << 7
+        half = tl.minimum(columns - start, 128) + 1 >> 1
+        high = column - start >= half
+        out = tl.load(values + (column - (start >> 1) - tl.where(high, half, 0)))
+        out = out >> tl.where(high, 4, 0).to(tl.uint8) & 15
     else:
         out = tl.load(values + column)
     out = out.to(tl.float32)
@@ -285,3 +292,19 @@ def group_value(values, meta_scale, meta_zero, row, column, columns, meta_rows, 
         at = row % meta_rows * columns + column
         out = (out - tl.load(meta_zero + at).to(tl.float32)) * tl.load(meta_scale + at).to(tl.float32)
     return out
+
+
+@triton.constexpr_function
+def alike_columns(meta_scale, meta_zero, axis, group, width):
+    """Neighbouring columns of a tile for which a quantized scale is made once: the copies in flight of its own, four
+    bytes each, would otherwise be one a weight."""
+    return group if (meta_scale or meta_zero) and axis == 1 and width % group == 0 else 1
+
+
+@triton.jit
+def spread(values, EACH: tl.constexpr):
+    """``[rows, columns]`` to ``[rows, columns * EACH]``, every column repeated."""
+    if EACH > 1:
+        wide = tl.broadcast_to(values[:, :, None], (values.shape[0], values.shape[1], EACH))
+        values = tl.reshape(wide, (values.shape[0], values.shape[1] * EACH))
+    return values

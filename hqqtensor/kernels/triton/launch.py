@@ -218,7 +218,7 @@ def _product(
     constants = weight.constants
     usual = M if offsets is None else -(-M // experts)
     about = (constants["NBITS"], constants["GROUP"], constants["AXIS"], x.element_size(), constants["KIND"] == 2)
-    problem = Problem(usual, N, K, experts, *about)
+    problem = Problem(usual, N, K, experts, *about, (constants["META_SCALE"], constants["META_ZERO"]))
     x = x.contiguous()
 
     def run(chosen: Plan) -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from hqqtensor.kernels.triton.decode import (
     alike,
+    alike_columns,
     byte,
     code,
     everywhere,
@@ -24,6 +25,7 @@ from hqqtensor.kernels.triton.decode import (
     narrowed,
     number,
     positions,
+    spread,
     stride,
     to_expert,
     value,
@@ -112,12 +114,14 @@ def linear_kernel(
     rn = tl.minimum(row, N - 1)
     rm = first_row + tl.minimum(m, limit - 1)
     rows = qdata + (expert * N + rn) * row_bytes
+    WHOLE: tl.constexpr = AXIS == 0 and not RAGGED
     scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero = to_expert(
         expert, scale, zero, table, scale_scale, scale_zero, zero_scale, zero_zero, N, columns, scale_rows,
-        scale_meta_rows, zero_meta_rows, NBITS, HAS_ZERO, META_SCALE, META_ZERO, PER_ROW,
+        scale_meta_rows, zero_meta_rows, NBITS, HAS_ZERO, META_SCALE, META_ZERO, PER_ROW, WHOLE,
     )  # fmt: skip
 
     P: tl.constexpr = stride(NBITS)
+    EACH: tl.constexpr = alike_columns(META_SCALE, META_ZERO, AXIS, GROUP, WIDTH)
     column = tl.arange(0, WIDTH // PAIR)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = part * blocks_a_split
@@ -175,14 +179,19 @@ def linear_kernel(
                             else:
                                 k = k0 + 16 * P * J + column
                                 r = (rn if AXIS == 1 else rn % scale_rows)[:, None]
-                                c = (k // GROUP if AXIS == 1 else k)[None, :]
+                                if EACH > 1:
+                                    c = (k0 + 16 * P * J) // GROUP + tl.arange(0, WIDTH // EACH)[None, :]
+                                else:
+                                    c = (k // GROUP if AXIS == 1 else k)[None, :]
                                 if HAS_ZERO:
-                                    w -= group_value(
-                                        zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO
+                                    off = group_value(
+                                        zero, zero_scale, zero_zero, r, c, columns, zero_meta_rows, META_ZERO, WHOLE
                                     )
-                                w *= group_value(
-                                    scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE
+                                    w -= spread(off, EACH)
+                                by = group_value(
+                                    scale, scale_scale, scale_zero, r, c, columns, scale_meta_rows, META_SCALE, WHOLE
                                 )
+                                w *= spread(by, EACH)
                             acc = tl.dot(w.to(DOT), xs[J], acc, input_precision=PRECISION)
                     if SCALE == GROUP_SUMS:
                         if HAS_ZERO:

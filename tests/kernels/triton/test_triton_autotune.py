@@ -63,6 +63,7 @@ def test_another_shape_or_version_is_another_entry(monkeypatch) -> None:
         return autotune.key(Problem(**{**asdict(PROBLEM), **changes}), DEVICE, "fp16", 0)
 
     assert key() != key(N=1024) and key() != key(nbits=3) and key(M=5) == key(M=8) != key(M=9)
+    assert len({key(), key(meta=(8, 8)), key(meta=(4, 8)), key(meta=(4, 4))}) == 4
     before = key()
     for module, name, value in (
         (autotune.triton, "__version__", "0.0.0"), (autotune.torch, "__version__", "0"), (autotune, "FILE_VERSION", 0),

@@ -154,7 +154,10 @@ def quantized(like: torch.Tensor, bits: int, rows: int = 5) -> tuple[torch.Tenso
 
 
 # Columns of scales: one to three blocks, the last one whole, or short and even, odd or of one column.
-COLUMNS = [(0, 256, 8), (0, 393, 8), (1, 264, 8), (1, 512, 4), (1, 1100, 4), (1, 40, 40), (1, 4128, 32), (1, 192, 64)]
+COLUMNS = [
+    (0, 256, 8), (0, 393, 8), (1, 264, 8), (1, 512, 4), (1, 1100, 4), (1, 40, 40), (1, 4128, 32), (1, 192, 64),
+    (1, 136, 12),
+]  # fmt: skip
 BITS = [(8, 0), (8, 8), (4, 0), (4, 8), (8, 4), (0, 4)]
 
 
