@@ -101,11 +101,15 @@ def unpack(qdata: Tensor, nbits: int, in_features: int) -> Tensor:
 
 def meta_bytes(columns: int, nbits: int) -> int:
     """Bytes of a row of ``columns`` quantized scales or zero points, in 8 or 4 bits each (see ``pack_meta``)."""
-    return columns if nbits == 8 else columns // BLOCK * (BLOCK // 2) + (columns % BLOCK + 1) // 2
+    return columns if nbits == 8 else (columns + 1) // 2
 
 
 def meta_bits(columns: int, stored: int) -> int:
+<<<<<<< HEAD
     """8 or 4: the bits of each of ``columns`` scales (or zero points) in rows of ``stored`` bytes; else ValueError.
+=======
+    """8 or 4: in how many bits each ``columns`` scales or zero points lie in rows of ``stored`` bytes; else ValueError.
+>>>>>>> cpumeta
 
     One column is a byte in either, and reads the same.
     """

@@ -13,7 +13,7 @@ from hqqtensor.packing import (
     row_bytes,
     unpack,
     unpack_meta,
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -50,21 +50,41 @@ def test_unknown_width_is_refused() -> None:
         row_bytes(64, 9)
 
 
-@settings(deadline=None, max_examples=100)
-@given(nbits=st.sampled_from([4, 8]), columns=st.integers(1, 400), seed=st.integers(0, 2**16))
-def test_quantized_scales_come_back_from_rows_without_fill(nbits: int, columns: int, seed: int) -> None:
-    codes = torch.randint(0, 2**nbits, (2, 3, columns), dtype=torch.uint8, generator=torch.manual_seed(seed))
+@settings(deadline=None, max_examples=150)
+@given(
+    nbits=st.sampled_from([4, 8]),
+    stack=st.lists(st.integers(1, 3), max_size=2),
+    columns=st.integers(1, 420),
+    seed=st.integers(0, 2**16),
+)
+def test_unpack_meta_gives_back_what_was_packed(nbits: int, stack: list[int], columns: int, seed: int) -> None:
+    codes = torch.randint(0, 2**nbits, (*stack, columns), dtype=torch.uint8, generator=torch.manual_seed(seed))
     rows = pack_meta(codes, nbits)
-    blocks, rest = divmod(columns, BLOCK)
-    assert rows.shape[-1] == meta_bytes(columns, nbits) == (columns if nbits == 8 else 64 * blocks + (rest + 1) // 2)
+    assert rows.dtype == torch.uint8 and rows.shape == (*stack, meta_bytes(columns, nbits))
     assert torch.equal(unpack_meta(rows, columns), codes)
-    assert meta_bits(columns, rows.shape[-1]) == (nbits if columns > 1 else 8)
-    if columns % 8 == 0:
-        assert torch.equal(rows, pack(codes, nbits))
 
 
-def test_rows_of_quantized_scales_of_another_size_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="200 quantized scales or zero points take 200 bytes in 8 bits or 100 in 4, got 99"
-    ):
-        meta_bits(200, 99)
+@settings(deadline=None, max_examples=100)
+@given(columns=st.integers(1, 420), place=st.integers(0, 419))
+def test_a_scale_of_four_bits_lies_in_one_nibble_of_its_block(columns: int, place: int) -> None:
+    place %= columns
+    codes = torch.zeros(columns, dtype=torch.uint8)
+    codes[place] = 15
+    start = place // BLOCK * BLOCK
+    half = (min(BLOCK, columns - start) + 1) // 2
+    want = torch.zeros(meta_bytes(columns, 4), dtype=torch.uint8)
+    want[start // 2 + (place - start) % half] = 15 << 4 * ((place - start) // half)
+    assert torch.equal(pack_meta(codes, 4), want)
+
+
+@settings(deadline=None, max_examples=150)
+@given(columns=st.integers(1, 1000), stored=st.integers(0, 1001))
+def test_the_bits_of_scales_show_in_the_bytes_of_a_row(columns: int, stored: int) -> None:
+    assert meta_bytes(columns, 8) == columns and meta_bytes(columns, 4) == -(-columns // 2)
+    if stored == columns:
+        assert meta_bits(columns, stored) == 8
+    elif stored == meta_bytes(columns, 4):
+        assert meta_bits(columns, stored) == 4
+    else:
+        with pytest.raises(ValueError, match=f"rows of {columns} quantized scales or zero points .* got {stored}$"):
+            meta_bits(columns, stored)

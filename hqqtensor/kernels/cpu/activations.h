@@ -155,11 +155,10 @@ inline double weighted_sum(const float* v, const float* z, float constant, int64
 bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const Digits& d, float* scratch) {
   float *scaled = scratch, *values = scratch + w.K + 96;
   const float constant = w.table.offset * w.table.unit;
-  const void *s = at(w.scale.data, w.scale.type, g * w.scale.stride), *z = nullptr;
-  if (w.zero.data) z = at(w.zero.data, w.zero.type, g * w.zero.stride);
+  const void *s = w.scale.row(g), *z = w.zero.data ? w.zero.row(g) : nullptr;
   // With digits of 8 bits alone zero points meet what the products see, so that an error of rounding meets code - zero
   // point, not code.
-  const bool mixed = w.scale.type == DType::u8 || (z && w.zero.type != w.scale.type), late = mixed || d.count == 1;
+  const bool mixed = w.scale.quantized() || (z && w.zero.type != w.scale.type), late = mixed || d.count == 1;
   double total = 0;
   if (mixed) {
     load_values(w.scale, g, 0, w.K, values);
@@ -176,8 +175,8 @@ bool prepare_axis0(const float* x, const Weight& w, int64_t g, int64_t m, const 
   }
   order_digits(w, m, d);
   if (m == 0 && g + 1 < w.groups) {  // those of the next group, while this one's rows are multiplied
-    fetch_values(w.scale, g + 1, w.K);
-    fetch_values(w.zero, g + 1, w.K);
+    fetch_values(w.scale, g + 1);
+    fetch_values(w.zero, g + 1);
   }
   d.sum[m] = (float)total;
   float* step = d.step + m * d.entries;

@@ -4,17 +4,24 @@
 
 namespace hqqtensor {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, u8 = 3 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, u8 = 3, u4 = 4 };  // u4: two to a byte, only within Values
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
+// Bytes of a row of `columns` numbers of 4 bits: blocks of 128, the last one as short as it is; code c of a block of B lies
+// in byte c % h, nibble c / h, h = ceil(B / 2).
+inline int64_t nibble_bytes(int64_t columns) { return (columns + 1) / 2; }
 
-// Scales or zero points, a matrix. Those of 8 bits are themselves quantized: row r reads (value - own_zero) * own_scale with
-// row r % own_rows of these.
+// Scales or zero points, a matrix. Those of 8 or 4 bits are themselves quantized: row r reads (value - own_zero) * own_scale
+// with row r % own_rows of these.
 struct Values {
   const void* data;  // null: none
   DType type;
-  int64_t stride;  // elements from a row to the next
+  int64_t columns, stride;  // bytes from a row to the next
   const float *own_scale, *own_zero;
   int64_t own_rows, own_stride;
+
+  bool quantized() const { return own_scale != nullptr; }
+  const char* row(int64_t r) const { return (const char*)data + r * stride; }
+  int64_t row_bytes() const { return type == DType::u4 ? nibble_bytes(columns) : columns * size_of(type); }
 };
 
 // What a code stands for besides itself: values[code], float32, 2^nbits of them, `stride` from a row's table to the next

@@ -182,8 +182,8 @@ struct RowMeta {
     const int64_t whole = w.groups / kFloats * kFloats, size = hqqtensor::size_of(T), left = (w.groups - whole) * size;
     const char *s[kRows], *z[kRows];
     for (int r = 0; r < kRows; ++r) {
-      s[r] = at(w.scale.data, T, rows[r] * w.scale.stride);
-      z[r] = w.zero.data ? at(w.zero.data, T, rows[r] * w.zero.stride) : s[r];
+      s[r] = w.scale.row(rows[r]);
+      z[r] = w.zero.data ? w.zero.row(rows[r]) : s[r];
     }
     blocks<T>(s, z, 0, whole, token, tokens, out, start);
     if (left == 0) return;
@@ -200,7 +200,7 @@ struct RowMeta {
   void run(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
     for (int r = 0; r < kRows; ++r)
       for (int64_t t = 0; t < tokens; ++t) start[r][t] = f_zero();
-    if (w.scale.type == DType::u8 || (w.zero.data && w.zero.type != w.scale.type)) {
+    if (w.scale.quantized() || (w.zero.data && w.zero.type != w.scale.type)) {
       const char *s[kRows], *z[kRows];
       for (int r = 0; r < kRows; ++r) {
         float *scale = scratch + 2 * r * padded(w.groups), *zero = scale + padded(w.groups);
@@ -288,8 +288,8 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
       tile.rows[r] = w.qdata + numbers[r] * w.row_stride;
       rows += there;
       if (w.axis == 1 && n + kRows + r < end) {  // what comes soon
-        fetch_values(w.scale, n + kRows + r, w.groups);
-        fetch_values(w.zero, n + kRows + r, w.groups);
+        fetch_values(w.scale, n + kRows + r);
+        fetch_values(w.zero, n + kRows + r);
       }
     }
     for (int64_t m = 0; m < p.M; m += kMaxTokens) {

@@ -21,10 +21,6 @@ void to_float(const void* from, DType type, int64_t count, float* out) {
     __builtin_memcpy(out, from, (size_t)count * 4);
     return;
   }
-  if (type == DType::u8) {
-    for (; i < count; ++i) out[i] = (float)((const uint8_t*)from)[i];
-    return;
-  }
   for (; i + kFloats <= count; i += kFloats) f_store(out + i, type == DType::f16 ? f_load_f16(h + i) : f_load_bf16(h + i));
   if (i < count) {
     uint16_t in[kFloats] = {};
@@ -105,21 +101,41 @@ inline void with_nbits(int nbits, F f) {
   }
 }
 
-// Columns [first, first + count) of one row of scales or zero points.
-inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
-  to_float(at(v.data, v.type, row * v.stride + first), v.type, count, out);
-  if (v.type != DType::u8) return;
-  const int64_t own = row % v.own_rows * v.own_stride + first;
-  const float *scale = v.own_scale + own, *zero = v.own_zero + own;
+// Numbers of `count` bytes, or of the nibbles `PART` (1: low, 2: high) of as many, less `zero`, times `scale`.
+template <int PART>
+inline void scale_codes(const uint8_t* codes, const float* scale, const float* zero, int64_t count, float* out) {
+  const auto step = [&](int64_t i) __attribute__((always_inline)) {
+    f_store(out + i, f_mul(f_sub(f_codes<PART>(codes + i), f_load(zero + i)), f_load(scale + i)));
+  };
   int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) f_store(out + i, f_mul(f_sub(f_load(out + i), f_load(zero + i)), f_load(scale + i)));
-  for (; i < count; ++i) out[i] = (out[i] - zero[i]) * scale[i];
+  for (; i + kFloats <= count; i += kFloats) step(i);
+  if (i == count) return;
+  if (count > kFloats) return step(count - kFloats);  // some once more: nothing is read or written outside
+  for (; i < count; ++i) out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
 }
 
-inline void fetch_values(const Values& v, int64_t row, int64_t count) {
+// Columns [first, first + count) of one row of scales or zero points.
+inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
+  const char* data = v.row(row);
+  if (!v.quantized()) return to_float(at(data, v.type, first), v.type, count, out);
+  const int64_t own = row % v.own_rows * v.own_stride + first;
+  const float *scale = v.own_scale + own, *zero = v.own_zero + own;
+  if (v.type == DType::u8) return scale_codes<0>((const uint8_t*)data + first, scale, zero, count, out);
+  for (int64_t done = 0; done < count;) {
+    const int64_t column = first + done, block = column / 128 * 128, left = v.columns - block;
+    const int64_t half = left < 128 ? (left + 1) / 2 : 64, place = column - block;
+    const bool high = place >= half;
+    const uint8_t* codes = (const uint8_t*)data + block / 2 + place - (high ? half : 0);
+    const int64_t run = (high ? (left < 128 ? left : 128) : half) - place, here = run < count - done ? run : count - done;
+    (high ? scale_codes<2> : scale_codes<1>)(codes, scale + done, zero + done, here, out + done);
+    done += here;
+  }
+}
+
+inline void fetch_values(const Values& v, int64_t row) {
   if (!v.data) return;
-  const char* p = at(v.data, v.type, row * v.stride);
-  for (int64_t i = 0; i < count * hqqtensor::size_of(v.type); i += 64) prefetch(p + i);
+  const char* p = v.row(row);
+  for (int64_t i = 0; i < v.row_bytes(); i += 64) prefetch(p + i);
 }
 
 // Rows n, n + step, ... before last, up to COUNT of them, and those after them. Places left over have the first row again.

@@ -54,13 +54,13 @@ inline void unpack_row(const uint8_t* row, int64_t K, uint8_t* out) {
 
 // Integers with plain scales, few enough a row for those of a run of rows to fit.
 inline bool short_rows_serve(const Weight& w) {
-  return !w.table.values && w.K <= kStretch && w.scale.type != DType::u8 && w.zero.type != DType::u8 &&
+  return !w.table.values && w.K <= kStretch && !w.scale.quantized() && !w.zero.quantized() &&
          (w.axis == 0 ? w.groups == 1 : w.groups * kRun <= kStretch);
 }
 
 // Scales or zero points of rows [first, first + rows), one after the other.
 inline void load_run(const Values& v, int64_t first, int64_t rows, int64_t groups, float* out) {
-  if (v.stride == groups) return to_float(at(v.data, v.type, first * groups), v.type, rows * groups, out);
+  if (v.stride == v.row_bytes()) return to_float(v.row(first), v.type, rows * groups, out);
   for (int64_t r = 0; r < rows; ++r) load_values(v, first + r, 0, groups, out + r * groups);
 }
 

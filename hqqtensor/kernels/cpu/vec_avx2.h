@@ -220,8 +220,13 @@ inline float f_hmax(Floats v) {
 }
 inline float f_hmin(Floats v) { return -f_hmax(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
 inline float acc_sum(const Acc& a, __m256 more) { return f_sum(_mm256_add_ps(_mm256_add_ps(a.a, a.b), more)); }
+// 8 bytes, or their low (PART 1) or high (2) nibbles.
+template <int PART = 0>
 inline Floats f_codes(const uint8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  __m256i v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (PART == 1) v = _mm256_and_si256(v, _mm256_set1_epi32(15));
+  if constexpr (PART == 2) v = _mm256_srli_epi32(v, 4);
+  return _mm256_cvtepi32_ps(v);
 }
 // table[code] for 8 codes, all below `entries`.
 inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {

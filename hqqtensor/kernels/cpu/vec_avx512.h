@@ -144,8 +144,13 @@ inline Floats f_power(Floats a) {
 inline float f_sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float f_hmax(Floats a) { return _mm512_reduce_max_ps(a); }
 inline float f_hmin(Floats a) { return _mm512_reduce_min_ps(a); }
+// 16 bytes, or their low (PART 1) or high (2) nibbles.
+template <int PART = 0>
 inline Floats f_codes(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (PART == 1) v = _mm512_and_si512(v, _mm512_set1_epi32(15));
+  if constexpr (PART == 2) v = _mm512_srli_epi32(v, 4);
+  return _mm512_cvtepi32_ps(v);
 }
 // table[code] for 16 codes, all below `entries`.
 inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {

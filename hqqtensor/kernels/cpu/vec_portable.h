@@ -193,8 +193,10 @@ inline float f_hmin(const Floats& a) {
   for (float v : a.v) s = v < s ? v : s;
   return s;
 }
+// Bytes, or their low (PART 1) or high (2) nibbles.
+template <int PART = 0>
 inline Floats f_codes(const uint8_t* p) {
-  return each([&](int i) { return (float)p[i]; });
+  return each([&](int i) { return (float)(PART == 0 ? p[i] : PART == 1 ? p[i] & 15 : p[i] >> 4); });
 }
 inline Floats f_lookup(const uint8_t* codes, const float* table, int) {
   return each([&](int i) { return table[codes[i]]; });

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 
 namespace hqqtensor {
 namespace {
@@ -53,17 +54,25 @@ const NamedTable* find_table(c10::string_view format, int64_t nbits) {
   return found == tables().end() ? nullptr : found->second.get();  // entries are never taken away
 }
 
-// Rows of numbers with one stride, or of 8-bit integers with their own scale and zero point out of `meta`.
-Values values_of(at::Tensor& t, at::TensorList meta, size_t& used, at::Tensor* own) {
-  if (t.scalar_type() != at::kByte && !dtype_of(t.scalar_type())) t = t.to(at::kFloat);
+// Rows of numbers with one stride, or of integers of 8 or 4 bits with their own scale and zero point out of `meta`.
+Values values_of(at::Tensor& t, const char* name, int64_t rows, int64_t columns, at::TensorList meta, size_t& used,
+                 at::Tensor* own) {
+  const bool quantized = t.scalar_type() == at::kByte;
+  const auto sizes = t.sizes();
+  TORCH_CHECK(sizes.size() == 2 && sizes[0] == rows &&
+                  (sizes[1] == columns || (quantized && sizes[1] == nibble_bytes(columns))),
+              name, " has shape ", sizes, ", expected ", rows, " x ", columns,
+              quantized ? " bytes, or " + std::to_string(nibble_bytes(columns)) + " where a number has 4 bits" : "");
+  if (!quantized && !dtype_of(t.scalar_type())) t = t.to(at::kFloat);
   if (t.stride(1) != 1 && t.size(1) > 1) t = t.contiguous();
-  if (t.scalar_type() != at::kByte) return {t.const_data_ptr(), *dtype_of(t.scalar_type()), t.stride(0), nullptr, nullptr, 1, 0};
+  const int64_t stride = t.stride(0) * t.element_size();
+  if (!quantized) return {t.const_data_ptr(), *dtype_of(t.scalar_type()), columns, stride, nullptr, nullptr, 1, 0};
   TORCH_CHECK(meta.size() >= used + 2, "quantized scales need their own scale and zero point in meta");
   for (int i = 0; i < 2; ++i) own[i] = meta[used++].to(at::kFloat).contiguous();
-  TORCH_CHECK(own[0].dim() == 2 && own[0].sizes() == own[1].sizes() && own[0].size(0) >= 1 && own[0].size(1) == t.size(1),
-              "meta must be two tensors [rows, ", t.size(1), "], got ", own[0].sizes(), " and ", own[1].sizes());
-  return {t.const_data_ptr(), DType::u8, t.stride(0), own[0].const_data_ptr<float>(), own[1].const_data_ptr<float>(),
-          own[0].size(0), own[0].stride(0)};
+  TORCH_CHECK(own[0].dim() == 2 && own[0].sizes() == own[1].sizes() && own[0].size(0) >= 1 && own[0].size(1) == columns,
+              "meta must be two tensors [rows, ", columns, "], got ", own[0].sizes(), " and ", own[1].sizes());
+  return {t.const_data_ptr(), t.size(1) == columns ? DType::u8 : DType::u4, columns, stride, own[0].const_data_ptr<float>(),
+          own[1].const_data_ptr<float>(), own[0].size(0), own[0].stride(0)};
 }
 
 }  // namespace
@@ -99,23 +108,21 @@ Packed packed(const at::Tensor& qdata, const at::Tensor& scale, const std::optio
   TORCH_CHECK(qdata.dim() == 2 && qdata.scalar_type() == at::kByte && qdata.size(1) == (K + 7) / 8 * nbits,
               "qdata must be uint8 [N, ", (K + 7) / 8 * nbits, "], got ", qdata.scalar_type(), " ", qdata.sizes());
   const int64_t N = qdata.size(0), groups = ((s.axis == 1 ? K : N) + group_size - 1) / group_size;
-  const at::IntArrayRef shape = scale.sizes();
   // A slice of rows keeps the groups of an axis-0 weight: there the number of groups is the scale's own.
-  TORCH_CHECK(scale.dim() == 2 && (s.axis == 1 ? shape[0] == N && shape[1] == groups : shape[0] >= 1 && shape[1] == K),
-              "scale has shape ", shape, ", expected ", s.axis == 1 ? N : groups, " x ", s.axis == 1 ? groups : K);
+  const bool own_groups = s.axis == 0 && scale.dim() == 2 && scale.size(0) >= 1;
+  const int64_t rows = s.axis == 1 ? N : own_groups ? scale.size(0) : groups, columns = s.axis == 1 ? groups : K;
   Packed p{qdata.stride(1) == 1 || qdata.size(1) == 1 ? qdata : qdata.contiguous(), scale, {}, {}, {}};
   Weight& w = p.w;
   w.qdata = p.qdata.const_data_ptr<uint8_t>();
   w.row_stride = p.qdata.stride(0);
-  w.N = N, w.K = K, w.groups = shape[s.axis == 1 ? 1 : 0], w.group_size = group_size;
+  w.N = N, w.K = K, w.groups = s.axis == 1 ? groups : rows, w.group_size = group_size;
   w.nbits = (int)nbits, w.axis = (int)s.axis;
   size_t used = 0;
-  w.scale = values_of(p.scale, s.meta, used, p.own);
+  w.scale = values_of(p.scale, "scale", rows, columns, s.meta, used, p.own);
   if (s.format == "int") {
-    TORCH_CHECK(zero.has_value() && zero->sizes() == shape, "scale and zero_point must have one shape, got ", shape, " and ",
-                zero ? zero->sizes() : at::IntArrayRef());
+    TORCH_CHECK(zero.has_value(), "format 'int' has a zero_point besides its scale, got none");
     p.zero = *zero;
-    w.zero = values_of(p.zero, s.meta, used, p.own + 2);
+    w.zero = values_of(p.zero, "zero_point", rows, columns, s.meta, used, p.own + 2);
   } else if (s.format == "codebook") {
     const int64_t entries = (int64_t)1 << nbits;
     TORCH_CHECK(zero.has_value() && zero->dim() >= 1 && zero->dim() <= 2 && zero->size(-1) == entries &&

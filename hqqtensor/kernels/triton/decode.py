@@ -65,9 +65,9 @@ def to_expert(
     PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """The pointers ``scale`` to ``zero_zero`` where those of an expert (int64) begin; absent ones stay."""
-    scale += expert * scale_rows * columns
+    scale += expert * scale_rows * stored(columns, META_SCALE)
     if HAS_ZERO:
-        zero += expert * scale_rows * columns
+        zero += expert * scale_rows * stored(columns, META_ZERO)
     if META_SCALE:
         scale_scale += expert * scale_meta_rows * columns
         scale_zero += expert * scale_meta_rows * columns
@@ -263,10 +263,25 @@ def narrowed(w, DOT: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
+def stored(columns, META: tl.constexpr):
+    """Entries of a row of ``columns`` scales or zero points: bytes of two in 4 bits (``packing.meta_bytes``)."""
+    return (columns + 1) // 2 if META == 4 else columns
+
+
+@triton.jit
 def group_value(values, meta_scale, meta_zero, row, column, columns, meta_rows, META: tl.constexpr):
-    """Scale or zero point at (row, column) of its matrix in float32, undoing its own quantization where META."""
-    out = tl.load(values + row * columns + column).to(tl.float32)
-    if META:
+    """Scale or zero point at (row, column) of its matrix in float32, undoing its own quantization to META bits (4 as
+    ``packing.pack_meta`` lays them), 0 where it has none."""
+    values += row * stored(columns, META)
+    if META == 4:
+        start = column // 128 * 128
+        half = (tl.minimum(columns - start, 128) + 1) // 2
+        high = (column - start >= half).to(tl.int32)
+        out = tl.load(values + (column - start // 2 - half * high)).to(tl.int32) >> 4 * high & 15
+    else:
+        out = tl.load(values + column)
+    out = out.to(tl.float32)
+    if META > 0:
         at = row % meta_rows * columns + column
         out = (out - tl.load(meta_zero + at).to(tl.float32)) * tl.load(meta_scale + at).to(tl.float32)
     return out

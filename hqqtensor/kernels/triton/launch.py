@@ -28,7 +28,7 @@ from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.kernels.triton.words import Decoder
 from hqqtensor.ops import reference
-from hqqtensor.packing import PLANES, row_bytes
+from hqqtensor.packing import PLANES, meta_bits, row_bytes
 
 MINIFLOATS = {"fp4": 1, "fp6": 2, "fp8": 3}
 """Mantissa bits of the formats that are decoded by moving bits."""
@@ -168,19 +168,20 @@ def _weight(
     tensors["shifts"] = shift_table(qdata.device, nbits)
     if zero_point is not None:
         tensors["zero"] = zero_point.contiguous()
-    rows = {"scale": 1, "zero": 1}
-    pairs = iter(meta)
-    for name in ("scale", "zero"):
-        quantized = tensors[name].dtype == torch.uint8 and tensors[name] is not none
-        for part in ("scale", "zero"):
-            tensors[f"{name}_{part}"] = next(pairs).contiguous() if quantized else none
-        if quantized:
-            rows[name] = tensors[f"{name}_scale"].shape[-2]
+    columns = -(-in_features // group_size) if axis == 1 else in_features
+    bits, rows, pairs = {}, {}, iter(meta)
+    for name, values in (("scale", scale), ("zero", zero_point)):
+        bits[name] = 0 if values is None else _bits(values, columns)
+        own = [next(pairs).contiguous() for _ in range(2)] if bits[name] else [none, none]
+        if bits[name] and any(_bits(t, columns) for t in own):
+            raise TypeError("quantized scales and zero points need scales and zero points that are not")
+        tensors[f"{name}_scale"], tensors[f"{name}_zero"] = own
+        rows[name] = own[0].shape[-2]
     sizes = {
         "N": qdata.shape[-2],
         "K": in_features,
         "row_bytes": qdata.shape[-1],
-        "columns": scale.shape[-1],
+        "columns": columns,
         "scale_rows": scale.shape[-2],
         "scale_meta_rows": rows["scale"],
         "zero_meta_rows": rows["zero"],
@@ -188,9 +189,18 @@ def _weight(
     constants = {
         "NBITS": nbits, "KIND": kind, "MANTISSA": mantissa, "PER_ROW": kind == 2 and table.ndim > 1,
         "GROUP": group_size, "AXIS": axis, "HAS_ZERO": zero_point is not None,
-        "META_SCALE": tensors["scale_scale"] is not none, "META_ZERO": tensors["zero_scale"] is not none,
+        "META_SCALE": bits["scale"], "META_ZERO": bits["zero"],
     }  # fmt: skip
     return _Weight(tensors, sizes, constants, qdata.shape[0])
+
+
+def _bits(values: Tensor, columns: int) -> int:
+    """In how many bits each the scales or zero points of rows of ``columns`` are quantized, 0 where they are not."""
+    if values.dtype == torch.uint8:
+        return meta_bits(columns, values.shape[-1])
+    if values.shape[-1] != columns:
+        raise ValueError(f"rows of {columns} scales or zero points hold as many numbers, got {list(values.shape)}")
+    return 0
 
 
 def _product(
@@ -339,7 +349,7 @@ def describe(device: torch.device) -> Device:
 @cache
 def _placeholder(device: torch.device) -> Tensor:
     """Stands in for tensors that a kernel's constants say it does not read."""
-    return torch.zeros(16, dtype=torch.uint8, device=device)
+    return torch.zeros(1, 16, dtype=torch.uint8, device=device)
 
 
 @cache

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hqqtensor.kernels.triton as kernels
 from hqqtensor.ops import set_backend
 from hqqtensor.ops.backend import _BACKENDS, describe_backends, kernel
-from hqqtensor.packing import row_bytes
+from hqqtensor.packing import meta_bytes, row_bytes
 
 NO_DEVICE = not (torch.cuda.is_available() or torch.xpu.is_available())
 
@@ -73,16 +73,18 @@ def trace(function, *inputs: torch.Tensor) -> tuple[torch.Tensor, set[str]]:
     return out, {target.split(".")[1] for target in targets if target.startswith("hqqtensor.")}
 
 
-@pytest.mark.parametrize("nbits", [3, 8])
+@pytest.mark.parametrize(("nbits", "meta"), [(3, 0), (8, 0), (4, 8), (4, 4)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("op", kernels.OPERATORS)
-def test_torch_compile_traces_every_operator_for_cuda_whole(op: str, axis: int, nbits: int) -> None:
+def test_torch_compile_traces_every_operator_for_cuda_whole(op: str, axis: int, nbits: int, meta: int) -> None:
+    """meta: bits of quantized scales and zero points, 0 for plain ones."""
     E, N, K = 3, 64, 256
     lead = (E,) if op in ("batched_linear", "grouped_linear") else ()
-    settings = ([], nbits, "int", 64, axis, K)
-    groups = (*lead, N, K // 64) if axis == 1 else (*lead, N // 64, K)
+    own: list[torch.Tensor] = []
+    settings = (own, nbits, "int", 64, axis, K)
+    *rows, columns = (*lead, N, K // 64) if axis == 1 else (*lead, N // 64, K)
     steps = {
-        "linear": lambda x, q, s, z, i: torch.relu(OPS.linear(x, q, s, z, s.new_zeros(N), None, *settings, "float")),
+        "linear": lambda x, q, s, z, i: torch.relu(OPS.linear(x, q, s, z, x.new_zeros(N), None, *settings, "float")),
         "batched_linear": lambda x, q, s, z, i: OPS.batched_linear(x, q, s, z, None, *settings, "float") * 2,
         "grouped_linear": lambda x, q, s, z, i: OPS.grouped_linear(
             x.flatten(0, 1), i, q, s, z, None, *settings, "float"
@@ -96,7 +98,11 @@ def test_torch_compile_traces_every_operator_for_cuda_whole(op: str, axis: int, 
     }  # fmt: skip
     with FakeTensorMode(allow_non_fake_inputs=False):
         q = torch.empty(*lead, N, row_bytes(K, nbits), dtype=torch.uint8, device="cuda")
-        scale = torch.empty(groups, dtype=torch.float16, device="cuda")
+        if meta:
+            scale = torch.empty(*rows, meta_bytes(columns, meta), dtype=torch.uint8, device="cuda")
+            own += [torch.empty(*lead, 1, columns, device="cuda")] * 4
+        else:
+            scale = torch.empty(*rows, columns, dtype=torch.float16, device="cuda")
         x = torch.empty(E, 5, K, dtype=torch.float16, device="cuda")
         index = torch.empty(E, dtype=torch.int32, device="cuda")
         y, found = trace(steps[op], x, q, scale, scale.clone(), index)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hqqtensor.formats import format_names
 from hqqtensor.kernels.triton import config, launch
 from hqqtensor.ops import reference
-from hqqtensor.packing import PLANES, pack
+from hqqtensor.packing import PLANES, pack, pack_meta
 
 # Of sum |x| span, a weight's span being its size before the zero point is taken off: the rounding of results, that of
 # weights to 16 bits (once for each of code, zero point and scale), and float32 sums.
@@ -143,29 +143,65 @@ def test_learned_codebooks(nbits: int, rows: str) -> None:
     assert_product(got, x, dense, dense.abs())
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("both", [False, True])
-def test_quantized_scales_are_read_through_their_own(axis: int, both: bool) -> None:
-    N, K, size, nbits = 24, 256, 8, 4
+def quantized(like: torch.Tensor, bits: int, rows: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Random codes of ``bits`` in the place of scales or zero points, packed, and their own; as they are at 0 bits."""
+    if bits == 0:
+        return like, []
+    generator = torch.manual_seed(6 + bits)
+    own = [torch.rand(*like.shape[:-2], rows, like.shape[-1], generator=generator) + 0.5 for _ in range(2)]
+    codes = torch.randint(0, 2**bits, like.shape, generator=generator, dtype=torch.uint8)
+    return pack_meta(codes, bits), [own[0] * (2.0 / 2**bits), own[1] * 3.0]
+
+
+# Columns of scales: one to three blocks, the last one whole, or short and even, odd or of one column.
+COLUMNS = [(0, 256, 8), (0, 393, 8), (1, 264, 8), (1, 512, 4), (1, 1100, 4), (1, 40, 40), (1, 4128, 32), (1, 192, 64)]
+BITS = [(8, 0), (8, 8), (4, 0), (4, 8), (8, 4), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("axis", "K", "size", "bits"),
+    [*((*about, (4, 4)) for about in COLUMNS), *((*about, bits) for about in COLUMNS[1:3] for bits in BITS)],
+)
+def test_quantized_scales_are_read_through_their_own(axis: int, K: int, size: int, bits: tuple[int, int]) -> None:
+    N, nbits = 24, 4
     q, scale, zero = weight(N, K, nbits, size, axis, (2,), torch.float32)
-    generator = torch.manual_seed(6)
-
-    def quantized(like):
-        rows = 5
-        own = [(torch.rand(2, rows, like.shape[-1], generator=generator) + 0.5) * f for f in (0.01, 3.0)]
-        return torch.randint(0, 256, like.shape, generator=generator, dtype=torch.uint8), own
-
-    scale, meta = quantized(scale)
-    if both:
-        zero, own = quantized(zero)
-        meta = [*meta, *own]
-    args = (q, scale, zero, meta, nbits, "int", size, axis, K)
+    (scale, meta), (zero, own) = (quantized(t, b) for t, b in zip((scale, zero), bits, strict=True))
+    args = (q, scale, zero, [*meta, *own], nbits, "int", size, axis, K)
     dense = reference.dequantize(*args, torch.float32)
-    assert torch.allclose(launch.dequantize(*args, torch.float32), dense, rtol=1e-5, atol=1e-5)
-    for M in (2, 70):
-        x = torch.randn(2, M, K, generator=generator)
-        got = launch.batched_linear(x, q, scale, zero, None, meta, nbits, "int", size, axis, K, "float")
-        assert_product(got, x, dense, dense.abs() + 100)
+    assert torch.equal(launch.dequantize(*args, torch.float32), dense)
+    for M in (2, 70) if K < 400 else (2,):
+        x = torch.randn(2, M, K, generator=torch.manual_seed(6))
+        got = launch.batched_linear(x, q, scale, zero, None, *args[3:], "float")
+        assert_product(got, x, dense, dense.abs() + 16)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (4, 8), (0, 4)])
+def test_quantized_scales_of_runs_of_rows_and_of_embeddings(axis: int, bits: tuple[int, int]) -> None:
+    N, K, size = 30, 328, 8
+    q, scale, zero = weight(N, K, 3, size, axis, (3,), torch.float32)
+    (scale, meta), (zero, own) = (quantized(t, b, 7) for t, b in zip((scale, zero), bits, strict=True))
+    meta, settings = [*meta, *own], (3, "int", size, axis, K)
+    x = torch.randn(9, K, generator=torch.manual_seed(7))
+    args = (x, torch.tensor([2, 2, 7], dtype=torch.int32), q, scale, zero, None, meta, *settings, "float")
+    torch.testing.assert_close(launch.grouped_linear(*args), reference.grouped_linear(*args), atol=2e-3, rtol=1e-4)
+    rows = (torch.tensor([3, 29, 0, 7, 7]), q[1], scale[1], zero[1], [t[1] for t in meta], *settings, torch.float32)
+    assert torch.equal(launch.embedding(*rows), reference.embedding(*rows))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "codebook"])
+def test_quantized_scales_of_formats_without_a_zero_point(name: str, bits: int) -> None:
+    N, K, size = 20, 264, 8
+    q, scale, _ = weight(N, K, 4, size, 1)
+    scale, meta = quantized(scale, bits)
+    entries = torch.randn(16, generator=torch.manual_seed(4)) if name == "codebook" else None
+    args = (q, scale, entries, meta, 4, name, size, 1, K)
+    dense = reference.dequantize(*args, torch.float32)
+    assert torch.equal(launch.dequantize(*args, torch.float32), dense)
+    x = torch.randn(3, K, generator=torch.manual_seed(5)).half()
+    got = launch.linear(x, q, scale, entries, None, None, *args[3:], "float")
+    assert_product(got, x, dense, dense.abs())
 
 
 @pytest.mark.parametrize("ends", [[2, 2, 7], [0, 5, 5], [9, 9, 9], [1, 2, 3], [0, 0, 0], [0, 0, 70]])
@@ -237,6 +273,17 @@ def test_wrong_arguments_are_named() -> None:
         launch.linear(torch.zeros(1, 128).double(), q, scale, zero, None, None, [], 4, "int", 64, 1, 128, "float")
     with pytest.raises(TypeError, match="int32"):
         launch.dequantize(q, scale, zero, [], 4, "int", 64, 1, 128, torch.int32)
+    codes = torch.zeros(6, 20, dtype=torch.uint8)
+    own = [torch.ones(1, 16)] * 2
+    args = (None, own, 4, "int", 8, 1, 128, torch.float32)
+    with pytest.raises(ValueError, match="16 bytes in 8 bits or 8 in 4, got 20"):
+        launch.dequantize(q, codes, *args)
+    with pytest.raises(ValueError, match=r"rows of 16 .* got \[6, 8\]"):
+        launch.dequantize(q, scale.repeat(1, 4), *args)
+    with pytest.raises(ValueError, match=r"rows of 16 .* got \[1, 8\]"):  # as if packed like the codes they scale
+        launch.dequantize(q, codes[:, :8], None, [t[:, :8] for t in own], *args[2:])
+    with pytest.raises(TypeError, match="that are not"):
+        launch.dequantize(q, codes[:, :8], None, [codes[:, :16]] * 2, *args[2:])
     with pytest.raises(ValueError, match="entries"):
         launch.dequantize(q, scale, None, [], 4, "codebook", 64, 1, 128, torch.float32)
 
