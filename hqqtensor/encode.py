@@ -268,8 +268,8 @@ def _store(
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
     nbits = nbits if (columns or values.shape[-1]) > 1 else 8  # one column takes a byte in any case
-    # With 256 levels the range is as good as the best fit; with 16 the fit takes 4 % off a 4-bit weight's squared error,
-    # more where rows differ in size.
+    # With 256 levels the range is as good as the best fit; with 16 the fit takes 4 % off a 4-bit weight's squared
+    # error, more where rows differ in size.
     solver = "rtn" if nbits == 8 else "hqq_joint"
     encoded = encode(values, HqqConfig(nbits=nbits, group_size=size, axis=0, solver=solver, scale_dtype=torch.float32))
     assert isinstance(encoded.scale, Tensor) and isinstance(encoded.zero_point, Tensor)

@@ -105,11 +105,7 @@ def meta_bytes(columns: int, nbits: int) -> int:
 
 
 def meta_bits(columns: int, stored: int) -> int:
-<<<<<<< HEAD
     """8 or 4: the bits of each of ``columns`` scales (or zero points) in rows of ``stored`` bytes; else ValueError.
-=======
-    """8 or 4: in how many bits each ``columns`` scales or zero points lie in rows of ``stored`` bytes; else ValueError.
->>>>>>> cpumeta
 
     One column is a byte in either, and reads the same.
     """

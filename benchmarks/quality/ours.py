@@ -10,7 +10,7 @@ from benchmarks.quality.task import Task
 from hqqtensor import HqqConfig, dequantize_, quantize_
 from hqqtensor.calibration import calibrate, finetune
 from hqqtensor.diagnostics import model_size
-from hqqtensor.search import CANDIDATES, LEARNED, choose_config, measure_sensitivity
+from hqqtensor.search import CANDIDATES, LEARNED, Sensitivity, choose_config, measure_sensitivity
 
 META = {"quant_scale": True, "quant_zero": True, "meta_nbits": 4}
 SCALES = {"format": "codebook", "quant_scale": True, "meta_nbits": 4}
@@ -44,21 +44,27 @@ def _finetuned(model: nn.Module, task: Task, config: HqqConfig) -> float:
     return bits
 
 
-def _searched(model: nn.Module, task: Task, bits: float, seen: str, data: str) -> float:
-    """Settings by layer: the search runs the model on ``seen``, "model" or "text"; ``data`` as in ``_apply``."""
+def _searched(model: nn.Module, task: Task, bits: float, data: str) -> float:
+    """Settings by layer, found by running the model on random tokens; ``data`` as in ``_apply``."""
     base = HqqConfig(skip_modules=SKIP)
-    batches = task.random_tokens(0)[:1] if seen == "model" else task.tuning[:1]
-    if task.name == "MiniLM" and seen == "text":
-        batches = task.tuning[:32]
     CACHE.mkdir(parents=True, exist_ok=True)
-    file = CACHE / f"sensitivity-{task.name}-{seen}-{'calibrated' if data else 'plain'}.json"
-    # Calibration serves integers, and chooses scales of its own.
-    settings = CANDIDATES
-    if not data:
-        settings = tuple({**c, "solver": solver} for c in (*CANDIDATES, *LEARNED) for solver in SOLVERS)
+    settings = tuple({**c, "solver": solver} for c in (*CANDIDATES, *LEARNED) for solver in SOLVERS)
+    file = CACHE / f"sensitivity-{task.name}.json"
     with torch.no_grad():
-        found = measure_sensitivity(model, base, batches, settings, file)
+        found = measure_sensitivity(model, base, task.random_tokens(0)[:1], settings, file)
+    if data:
+        found = _integers(found)
     return _apply(model, task, choose_config(model, found, base, target_bpw=bits).config, data)
+
+
+def _integers(found: Sensitivity) -> Sensitivity:
+    """What calibration serves and does best with: integers without column scales."""
+    kept = [i for i, c in enumerate(found.candidates) if "format" not in c and c["solver"] == "hqq_joint"]
+    layers = {
+        name: {"key": "", **{what: [entry[what][i] for i in kept] for what in ("bytes", "loss")}}
+        for name, entry in found.layers.items()
+    }
+    return Sensitivity(found.method, [found.candidates[i] for i in kept], layers)
 
 
 def methods() -> list[Method]:
@@ -75,11 +81,10 @@ def methods() -> list[Method]:
         # No more bits than hqq's, whose groups of 64 have 16-bit scale and zero point; column scales take some too.
         add(f"{b}-bit g20 4-bit meta", b, HqqConfig(b, 20, **META))
         add(f"{b}-bit g22 4-bit meta, columns", b, HqqConfig(b, 22, solver="column_scaled", **META))
-        add(f"{b}-bit g64, rotated", b, HqqConfig(b, 64, rotation=True))
         # Fewer bits than GPTQ's.
         add(f"{b}-bit g32 4-bit meta, random tokens", b, HqqConfig(b, 32, **META), "model")
         add(f"{b}-bit g32 4-bit meta, full calibration", b, HqqConfig(b, 32, **META), "text")
-        add(f"{b}-bit g64 full calibration", b, HqqConfig(b, 64), "text")
+    add("2-bit g64, rotated", 2, HqqConfig(2, 64, rotation=True))
     add("2-bit g16 4-bit meta", 2, HqqConfig(2, 16, **META))
     add("2-bit g20 4-bit meta, random tokens", 2, HqqConfig(2, 20, **META), "model")
     for g in (10, 12):
@@ -88,8 +93,7 @@ def methods() -> list[Method]:
         Method("hqqtensor 2-bit g64, fine-tuned", 2, lambda m, t: _finetuned(m, t, HqqConfig(2, 64)), "text", True)
     )  # fmt: skip
     for nbits, bits in ((4, 4.5), (3, 3.5), (3, 3.0), (2, 2.5)):
-        for label, seen, data in (("", "model", ""), (", random tokens", "model", "model"),
-                                  (", full calibration", "text", "text")):  # fmt: skip
-            run = lambda m, t, b=bits, s=seen, d=data: _searched(m, t, b, s, d)  # noqa: E731
-            found.append(Method(f"hqqtensor searched {bits}{label}", nbits, run, seen, True))
+        for label, data in (("", ""), (", random tokens", "model"), (", full calibration", "text")):
+            run = lambda m, t, b=bits, d=data: _searched(m, t, b, d)  # noqa: E731
+            found.append(Method(f"hqqtensor searched {bits}{label}", nbits, run, data or "model", True))
     return found
