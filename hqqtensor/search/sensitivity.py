@@ -24,8 +24,8 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 )
 """Settings tried for each layer in the default search: 2 to 8 bits, groups of 16 to 128.
 
-Up to 4 bits 4-bit metadata gives less error for the same bits a weight; 8-bit metadata is for layers whose rows differ much
-in size, and for codes of more than 4 bits.
+Up to 4 bits 4-bit metadata gives less error for the same bits a weight; 8-bit metadata is for layers whose rows differ
+much in size, and for codes of more than 4 bits.
 """
 
 LEARNED: tuple[dict[str, Any], ...] = tuple(
