@@ -254,15 +254,20 @@ def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
     return torch.float16 if bool(fits.all()) else torch.float32
 
 
-def _store(values: Tensor, dtype: torch.dtype, nbits: int | None, name: str) -> tuple["Tensor | Encoded", Tensor]:
-    """``values`` as they are kept, in ``dtype`` or ``nbits`` bits, and as they read back in float32."""
+def _store(
+    values: Tensor, dtype: torch.dtype, nbits: int | None, name: str, columns: int | None = None
+) -> tuple["Tensor | Encoded", Tensor]:
+    """``values`` as they are kept, in ``dtype`` or ``nbits`` bits, and as they read back in float32.
+
+    columns: of the whole, where ``values`` are a part of its columns.
+    """
     if nbits is None:
         stored = values.to(dtype)
         if not _finite(stored):
             raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
-    nbits = nbits if values.shape[-1] > 1 else 8  # one column takes a byte in any case
+    nbits = nbits if (columns or values.shape[-1]) > 1 else 8  # one column takes a byte in any case
     # With 256 levels the range is as good as the best fit; with 16 the fit takes 4 % off a 4-bit weight's squared
     # error, more where rows differ in size.
     solver = "rtn" if nbits == 8 else "hqq_joint"

@@ -10,21 +10,23 @@ from benchmarks.quality.task import Task
 from hqqtensor import HqqConfig, dequantize_, quantize_
 from hqqtensor.calibration import calibrate, finetune
 from hqqtensor.diagnostics import model_size
-from hqqtensor.search import CANDIDATES, LEARNED, choose_config, measure_sensitivity
+from hqqtensor.search import CANDIDATES, LEARNED, Sensitivity, choose_config, measure_sensitivity
 
-META = {"quant_scale": True, "quant_zero": True}
+META = {"quant_scale": True, "quant_zero": True, "meta_nbits": 4}
+SCALES = {"format": "codebook", "quant_scale": True, "meta_nbits": 4}
 SOLVERS = ("hqq_joint", "column_scaled")
 SKIP = ["lm_head", "pooler"]
 CACHE = Path(".quality")
 
 
-def _apply(model: nn.Module, task: Task, config: HqqConfig, data: str = "", mode: str | None = None) -> float:
+def _apply(model: nn.Module, task: Task, config: HqqConfig, data: str) -> float:
+    """Quantize with error feedback from ``data``, "model" or "text"; "" quantizes from weights alone."""
     names = set(task.layers)
     calibration = None
-    if mode is not None:
+    if data:
         batches = task.random_tokens(0) if data == "model" else task.tuning
         # Half of what GPTQ and AWQ are given here: enough, and quicker.
-        calibration = calibrate(model, batches[: len(batches) // 2], mode)
+        calibration = calibrate(model, batches[: len(batches) // 2], "full")
     quantize_(model, config, filter_fn=lambda _, name: name in names, calibration=calibration)
     bits = 8.0 * model_size(model).quantized_nbytes
     dequantize_(model)
@@ -42,52 +44,56 @@ def _finetuned(model: nn.Module, task: Task, config: HqqConfig) -> float:
     return bits
 
 
-def _searched(model: nn.Module, task: Task, bits: float, data: str, mode: str | None = None) -> float:
+def _searched(model: nn.Module, task: Task, bits: float, data: str) -> float:
+    """Settings by layer, found by running the model on random tokens; ``data`` as in ``_apply``."""
     base = HqqConfig(skip_modules=SKIP)
-    batches = task.random_tokens(0)[:1] if data == "model" else task.tuning[:1]
-    if task.name == "MiniLM" and data == "text":
-        batches = task.tuning[:32]
     CACHE.mkdir(parents=True, exist_ok=True)
-    file = CACHE / f"sensitivity-{task.name}-{data}.json"
-    # Calibration serves integers.
-    formats = CANDIDATES if mode else (*CANDIDATES, *LEARNED)
-    settings = tuple({**c, "solver": solver} for c in formats for solver in SOLVERS)
+    settings = tuple({**c, "solver": solver} for c in (*CANDIDATES, *LEARNED) for solver in SOLVERS)
+    file = CACHE / f"sensitivity-{task.name}.json"
     with torch.no_grad():
-        found = measure_sensitivity(model, base, batches, settings, file)
-    return _apply(model, task, choose_config(model, found, base, target_bpw=bits).config, data, mode)
+        found = measure_sensitivity(model, base, task.random_tokens(0)[:1], settings, file)
+    if data:
+        found = _integers(found)
+    return _apply(model, task, choose_config(model, found, base, target_bpw=bits).config, data)
+
+
+def _integers(found: Sensitivity) -> Sensitivity:
+    """What calibration serves and does best with: integers without column scales."""
+    kept = [i for i, c in enumerate(found.candidates) if "format" not in c and c["solver"] == "hqq_joint"]
+    layers = {
+        name: {"key": "", **{what: [entry[what][i] for i in kept] for what in ("bytes", "loss")}}
+        for name, entry in found.layers.items()
+    }
+    return Sensitivity(found.method, [found.candidates[i] for i in kept], layers)
 
 
 def methods() -> list[Method]:
     found = []
 
     def add(name: str, nbits: int, config: HqqConfig, data: str = "") -> None:
-        run = lambda m, t: _apply(m, t, config, data, "full" if data else None)  # noqa: E731
-        found.append(Method(f"hqqtensor {name}", nbits, run, data=data, ours=True))
+        found.append(
+            Method(f"hqqtensor {name}", nbits, lambda m, t: _apply(m, t, config, data), data=data, ours=True)
+        )  # fmt: skip
 
     for b in (8, 4, 3, 2):
         add(f"{b}-bit g64", b, HqqConfig(b, 64))
     for b in (4, 3, 2):
-        add(f"{b}-bit g64, rotated", b, HqqConfig(b, 64, rotation=True))
-        found.append(Method(f"hqqtensor {b}-bit g64, fine-tuned", b,
-                            lambda m, t, b=b: _finetuned(m, t, HqqConfig(b, 64)), data="text", ours=True))  # fmt: skip
-        add(f"{b}-bit g32 8-bit meta, columns", b, HqqConfig(b, 32, solver="column_scaled", **META))
-        learned = HqqConfig(b, 20, format="codebook", quant_scale=True, solver="column_scaled")
-        add(f"{b}-bit g20 learned, 8-bit scales, columns", b, learned)
-        # No more bits than hqq's, whose groups of 64 have 16-bit scale and zero point.
-        add(f"{b}-bit g40 8-bit meta, random tokens", b, HqqConfig(b, 40, **META), "model")
-        # As many bits as hqq's; with 8-bit metadata, fewer than GPTQ's.
-        add(f"{b}-bit g64 full calibration", b, HqqConfig(b, 64), "text")
-        add(f"{b}-bit g64 8-bit meta, full calibration", b, HqqConfig(b, 64, **META), "text")
-    add("2-bit g64, random tokens", 2, HqqConfig(2, 64), "model")
-    add("2-bit g16 8-bit meta, columns", 2, HqqConfig(2, 16, solver="column_scaled", **META))
-    add("2-bit g20 learned, 8-bit scales", 2, HqqConfig(2, 20, format="codebook", quant_scale=True))
-    add("2-bit g16 learned, 8-bit scales", 2, HqqConfig(2, 16, format="codebook", quant_scale=True))
+        # No more bits than hqq's, whose groups of 64 have 16-bit scale and zero point; column scales take some too.
+        add(f"{b}-bit g20 4-bit meta", b, HqqConfig(b, 20, **META))
+        add(f"{b}-bit g22 4-bit meta, columns", b, HqqConfig(b, 22, solver="column_scaled", **META))
+        # Fewer bits than GPTQ's.
+        add(f"{b}-bit g32 4-bit meta, random tokens", b, HqqConfig(b, 32, **META), "model")
+        add(f"{b}-bit g32 4-bit meta, full calibration", b, HqqConfig(b, 32, **META), "text")
+    add("2-bit g64, rotated", 2, HqqConfig(2, 64, rotation=True))
+    add("2-bit g16 4-bit meta", 2, HqqConfig(2, 16, **META))
+    add("2-bit g20 4-bit meta, random tokens", 2, HqqConfig(2, 20, **META), "model")
+    for g in (10, 12):
+        add(f"2-bit g{g} learned, 4-bit scales", 2, HqqConfig(2, g, **SCALES))
+    found.append(
+        Method("hqqtensor 2-bit g64, fine-tuned", 2, lambda m, t: _finetuned(m, t, HqqConfig(2, 64)), "text", True)
+    )  # fmt: skip
     for nbits, bits in ((4, 4.5), (3, 3.5), (3, 3.0), (2, 2.5)):
-        for data in ("model", "text"):
-            mode = "full" if data == "text" else None
-            label = "searched" if data == "model" else "searched, full calibration"
-            found.append(
-                Method(f"hqqtensor {label} {bits}", nbits,
-                       lambda m, t, b=bits, d=data, o=mode: _searched(m, t, b, d, o), data=data, ours=True)
-            )  # fmt: skip
+        for label, data in (("", ""), (", random tokens", "model"), (", full calibration", "text")):
+            run = lambda m, t, b=bits, d=data: _searched(m, t, b, d)  # noqa: E731
+            found.append(Method(f"hqqtensor searched {bits}{label}", nbits, run, data or "model", True))
     return found

@@ -36,10 +36,13 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
         moments = rotate(rotate(moments, block).T, block)
     size = config.group_size or w.shape[1]
     scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
-    dtype = config.scale_dtype or _storage_dtype(scale, zero)
+    dtype, groups = config.scale_dtype or _storage_dtype(scale, zero), scale.shape[1]
 
     def kept(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
-        return _store(s, dtype, config.scale_nbits, "scale"), _store(z, dtype, config.zero_nbits, "zero_point")
+        return (
+            _store(s, dtype, config.scale_nbits, "scale", groups),
+            _store(z, dtype, config.zero_nbits, "zero_point", groups),
+        )
 
     def seen(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         stored = kept(s, z)

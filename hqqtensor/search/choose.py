@@ -74,7 +74,7 @@ def choose_config(
     layers = {name: dict(sensitivity.candidates[i]) for name, i in zip(names, chosen, strict=True)}
     sizes = [sensitivity.layers[name]["bytes"][i] for name, i in zip(names, chosen, strict=True)]
     loss = sum(sensitivity.layers[name]["loss"][i] for name, i in zip(names, chosen, strict=True))
-    counts = Counter(f"{c['nbits']}-bit g{c['group_size']}" for c in layers.values())
+    counts = Counter(_label(c) for c in layers.values())
     # Every module that shares a weight needs its settings.
     setting = {id(weights[name]): layer for name, layer in layers.items()}
     tags: dict[str, dict[str, Any] | None] = {
@@ -84,3 +84,11 @@ def choose_config(
     }
     own = dataclasses.replace(config, dynamic_config=tags)
     return Choice(own, sum(sizes), 8 * sum(sizes) / numbers, loss, dict(sorted(counts.items())))
+
+
+def _label(candidate: dict[str, Any]) -> str:
+    """A candidate in a few words, such as "3-bit g32, 4-bit metadata"."""
+    parts = [f"{candidate['nbits']}-bit g{candidate['group_size']}"]
+    parts += [candidate["format"]] if candidate.get("format", "int") != "int" else []
+    parts += [f"{candidate['meta_nbits']}-bit metadata"] if "meta_nbits" in candidate else []
+    return ", ".join(parts)

@@ -19,17 +19,20 @@ from hqqtensor.tensor import HQQTensor
 
 _META = {"quant_scale": True, "quant_zero": True}
 CANDIDATES: tuple[dict[str, Any], ...] = (
-    *({"nbits": b, "group_size": g, **_META} for b in (2, 3, 4) for g in (16, 32, 64, 128)),
-    *({"nbits": b, "group_size": 64, **_META} for b in (5, 6, 8)),
+    *({"nbits": b, "group_size": g, **_META, "meta_nbits": 4} for b in (2, 3, 4) for g in (16, 32, 64, 128)),
+    *({"nbits": b, "group_size": 64, **_META, "meta_nbits": 8} for b in (2, 3, 4, 5, 6, 8)),
 )
-"""Settings tried for each layer in the default search: 2 to 8 bits, groups of 16 to 128, 8-bit metadata."""
+"""Settings tried for each layer in the default search: 2 to 8 bits, groups of 16 to 128.
+
+Up to 4 bits 4-bit metadata gives less error for the same bits a weight; 8-bit metadata is for layers whose rows differ
+much in size, and for codes of more than 4 bits.
+"""
 
 LEARNED: tuple[dict[str, Any], ...] = tuple(
-    {"nbits": b, "group_size": g, "format": "codebook", "quant_scale": True, "quant_zero": False}
-    for b in (2, 3, 4)
-    for g in (16, 32)
+    {"nbits": b, "group_size": g, "format": "codebook", "quant_scale": True, "quant_zero": False, "meta_nbits": 4}
+    for b, g in ((2, 8), (2, 16), (2, 32), (3, 32), (3, 64))
 )
-"""More candidates, learned entries with 8-bit scales: less error than integers of the same bits, and slow to find."""
+"""More candidates, learned entries with 4-bit scales: less error than integers up to 3.2 bits, and slow to find."""
 
 
 @dataclass

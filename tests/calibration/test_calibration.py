@@ -73,7 +73,7 @@ def test_even_diagonal_calibration_is_as_good_as_none():
 
 
 @pytest.mark.parametrize("options", [{}, {"meta_nbits": 8}, {"meta_nbits": 4}], ids=str)
-@pytest.mark.parametrize("group_size", [32, 48, None])
+@pytest.mark.parametrize("group_size", [8, 32, 48, None])
 def test_what_feedback_counted_on_is_what_is_stored(options, group_size):
     x = correlated(512, 5)
     moments = x.T @ x / 512
@@ -83,7 +83,7 @@ def test_what_feedback_counted_on_is_what_is_stored(options, group_size):
     plain = HQQTensor.from_hp(w, config).dequantize() - w
     e = got.dequantize() - w
     # Were scales stored other than they were used, the fine balance of errors would be lost.
-    assert ((e @ moments) * e).sum() < 0.3 * ((plain @ moments) * plain).sum()
+    assert ((e @ moments) * e).sum() < 0.2 * ((plain @ moments) * plain).sum()
 
 
 def test_feedback_without_correlations_is_rounding():

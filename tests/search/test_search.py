@@ -48,6 +48,17 @@ def test_the_quantized_model_stays_within_the_average_and_is_counted_right(targe
     assert not isinstance(model.lm_head.weight, HQQTensor)
 
 
+@pytest.mark.parametrize(("spread", "meta_nbits"), [(0.0, 4), (2.0, 8)])
+def test_metadata_takes_eight_bits_only_where_rows_differ_much_in_size(spread, meta_nbits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(256, 256) * torch.exp(spread * torch.randn(256, 1)))
+    choice = choose_config(model, measure_sensitivity(model), target_bpw=4.3)
+    assert choice.config.dynamic_config["0"]["meta_nbits"] == meta_nbits
+    assert list(choice.counts) == [f"4-bit g{32 if meta_nbits == 4 else 64}, {meta_nbits}-bit metadata"]
+
+
 def test_a_target_in_bytes_counts_what_stays_dense():
     model = Net()
     choice = choose_config(model, measure_sensitivity(model), target_bytes=30_000)

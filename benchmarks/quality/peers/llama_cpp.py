@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.quality.method import Method, Quantized, by_layer
 
-TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
+TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 def _library() -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""NF4 (Dettmers et al. 2023, arXiv 2305.14314) and FP4 E2M1, our own plain reading: absmax scales in 16 bits.
+"""NF4 (Dettmers et al. 2023, arXiv 2305.14314), our own plain reading: absmax scales in 16 bits.
 
 Groups of 32 cost 4.5 bits as a 4-bit affine group of 64 does; groups of 64 cost 4.25.
 """
@@ -16,19 +16,14 @@ NF4 = torch.tensor(
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]
 )  # fmt: skip
-FP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
 
 
-def _quantize(w: Tensor, codebook: Tensor, group_size: int) -> Quantized:
+def _quantize(w: Tensor, group_size: int) -> Quantized:
     groups = w.reshape(-1, group_size)
     scale = groups.abs().amax(-1, keepdim=True).half().float().clamp_min(2**-24)
-    codes = ((groups / scale).unsqueeze(-1) - codebook).abs().argmin(-1)
-    return Quantized((codebook[codes] * scale).reshape(w.shape), affine_bits(w, 4, group_size, metadata=16))
+    codes = ((groups / scale).unsqueeze(-1) - NF4).abs().argmin(-1)
+    return Quantized((NF4[codes] * scale).reshape(w.shape), affine_bits(w, 4, group_size, metadata=16))
 
 
 def methods() -> list[Method]:
-    return [
-        Method(f"{name} g{size} (paper)", 4, by_layer(lambda w, c=codebook, s=size: _quantize(w, c, s)))
-        for name, codebook in (("NF4", NF4), ("FP4", FP4))
-        for size in (64, 32)
-    ]
+    return [Method(f"NF4 g{size} (paper)", 4, by_layer(lambda w, s=size: _quantize(w, s))) for size in (64, 32)]

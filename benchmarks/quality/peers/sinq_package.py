@@ -1,4 +1,4 @@
-"""The sinq package 0.2.0 (arXiv 2509.22944) on the CPU: 16-bit metadata ("sinq") and its default, 8-bit metadata."""
+"""The sinq package 0.2.0 (arXiv 2509.22944) on the CPU with its default, 8-bit metadata."""
 
 import importlib.util
 import sys
@@ -15,27 +15,22 @@ for _module, _names in {"termcolor": ["colored"], "datasets": ["load_dataset"]}.
 from sinq.quantizer import Quantizer  # noqa: E402
 
 
-def _quantize(w: Tensor, nbits: int, group_size: int, eight: bool) -> Quantized:
+def _quantize(w: Tensor, nbits: int, group_size: int) -> Quantized:
     codes, meta = Quantizer.quantize(
         w, None, nbits=nbits, group_size=group_size, axis=1, bitpack=False, device="cpu",
-        round_zero=nbits == 4, method="sinq_quantAux" if eight else "sinq_fp",
+        round_zero=nbits == 4, method="sinq_quantAux",
     )  # fmt: skip
-    if not eight:
-        for key in ("scale", "zero"):
-            meta[key] = meta[key].half().float()
     meta["scale2"] = meta["scale2"].half().float()
     weight = Quantizer.dequantize(codes, meta).reshape(w.shape)
-    in_features = w.shape[1]
     groups = w.numel() / group_size
     # Scales in 8 bits share 32-bit scale and offset by 32; zero points share one pair by weight.
-    metadata = 16 * groups + 64 * groups / 32 + 64 if eight else 32 * groups
-    return Quantized(weight, affine_bits(w, nbits, group_size, 0) + metadata + 16 * in_features)
+    metadata = 16 * groups + 64 * groups / 32 + 64
+    return Quantized(weight, affine_bits(w, nbits, group_size, 0) + metadata + 16 * w.shape[1])
 
 
 def methods() -> list[Method]:
     return [
-        Method(f"SINQ {b}-bit g{size}{' 8-bit meta' if eight else ''}", b,
-               by_layer(lambda w, b=b, s=size, e=eight: _quantize(w, b, s, e)))
+        Method(f"SINQ {b}-bit g{size} 8-bit meta", b, by_layer(lambda w, b=b, s=size: _quantize(w, b, s)))
         for b in (4, 3, 2)
-        for size, eight in ((64, False), (64, True), (32, True))
-    ]  # fmt: skip
+        for size in (64, 32)
+    ]
