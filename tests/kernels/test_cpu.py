@@ -193,9 +193,9 @@ def test_quantized_scales_and_zero_points_are_read_in_place(axis: int, quant_sca
 
 
 @pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize("axis", [0, 1])
-def test_extreme_codes_and_activations_do_not_overflow(nbits: int, axis: int) -> None:
-    q = weight((16, 512), nbits, 16 if axis == 0 else 64, axis)
+@pytest.mark.parametrize(("axis", "group_size"), [(0, 16), (1, 64), (1, 20)])
+def test_extreme_codes_and_activations_do_not_overflow(nbits: int, axis: int, group_size: int) -> None:
+    q = weight((16, 512), nbits, group_size, axis)
     for fill in (0, 255):
         q.qdata.fill_(fill)
         for sign in (1, -1):

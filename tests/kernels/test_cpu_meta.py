@@ -82,7 +82,7 @@ def packed(
 
 weights = {
     "format": st.sampled_from(FORMATS),
-    "group_size": st.sampled_from([3, 4, 8, 16, 20, 24, 32, 64, 100, 128, 192, 4096]),
+    "group_size": st.sampled_from([3, 4, 8, 12, 16, 20, 24, 32, 36, 64, 96, 100, 128, 192, 4096]),
     "axis": st.sampled_from([0, 1]),
     "scale": st.sampled_from(KINDS),
     "zero": st.sampled_from(KINDS),

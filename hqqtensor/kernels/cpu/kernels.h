@@ -166,6 +166,12 @@ inline bool chunk_groups(const Weight& w) {
   return w.axis == 0 || w.groups == 1 || w.group_size % 64 == 0 || (w.group_size % 8 == 0 && 64 % w.group_size == 0);
 }
 
+// Groups of whole quads of codes, few enough for the scales of a chunk (of 128 codes) to fit a vector: what linear_rows
+// takes besides, a scale for each quad.
+inline bool quad_rows(const Weight& w) {
+  return w.axis == 1 && w.groups > 1 && w.group_size % 4 == 0 && w.group_size >= 12 && !chunk_groups(w);
+}
+
 // Room for vectors to run past the end.
 inline int64_t padded(int64_t count) { return (count + 47) / 16 * 16; }
 

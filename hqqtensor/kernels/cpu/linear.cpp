@@ -44,6 +44,7 @@ int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
 
 bool use_rows(const Weight& w, int64_t M, int digits) {
   const PanelShape shape = panel_shape(w, digits);
+  if (quad_rows(w)) return M <= (shape.row_tokens + 1) / 2;
   return chunk_groups(w) && (M <= shape.row_tokens || (shape.tile == 0 && w.axis == 0 && digits == 1));
 }
 

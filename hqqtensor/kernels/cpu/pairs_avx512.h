@@ -90,6 +90,19 @@ struct Pairs {
   static void add_lanes(Acc& acc, __m512i sum, const float* scale, const LaneScales& l) {
     acc.v = scaled(acc.v, sum, _mm512_permutexvar_ps(l.pair, _mm512_loadu_ps(scale)));
   }
+  // Each quad of codes has one: `index` says which. Their sums get the steps of both halves.
+  template <int D, int DW>
+  static void add_quads(Acc& acc, const Codes* c, const Tokens* t, const float* scale, const uint8_t* index, const float* step) {
+    constexpr int W = DW ? DW : 1;
+    const __m512 scales = _mm512_loadu_ps(scale);
+    const auto own = [&](int i) {
+      return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(index + 16 * i))), scales);
+    };
+    double both;
+    __builtin_memcpy(&both, step, sizeof both);
+    const __m512 first = _mm512_mul_ps(_mm512_cvtepi32_ps(::dot<D, DW>(c, t[0])), own(0));
+    acc.v = _mm512_fmadd_ps(scaled(first, ::dot<D, DW>(c + W, t[1]), own(1)), _mm512_castpd_ps(_mm512_set1_pd(both)), acc.v);
+  }
   static void finish(Acc& acc) { acc.v = _mm512_mul_ps(acc.v, lane_factors()); }
 };
 

@@ -132,6 +132,23 @@ inline void load_values(const Values& v, int64_t row, int64_t first, int64_t cou
   }
 }
 
+// A row of codes with what they are scaled by.
+struct CodeRow {
+  const uint8_t* codes;
+  const float *scale, *zero;
+
+  CodeRow(const Values& v, int64_t row)
+      : codes((const uint8_t*)v.row(row)), scale(v.own_scale + row % v.own_rows * v.own_stride),
+        zero(v.own_zero + (scale - v.own_scale)) {}
+  // Some columns, whose codes are those bytes or their nibbles PART; no more than n where LAST, zeros behind.
+  template <int PART, bool LAST>
+  Floats load(int64_t byte, int64_t column, int64_t n) const {
+    if constexpr (LAST)
+      return f_mul(f_sub(f_codes_some<PART>(codes + byte, n), f_load_some(zero + column, n)), f_load_some(scale + column, n));
+    return f_mul(f_sub(f_codes<PART>(codes + byte), f_load(zero + column)), f_load(scale + column));
+  }
+};
+
 inline void fetch_values(const Values& v, int64_t row) {
   if (!v.data) return;
   const char* p = v.row(row);

@@ -161,7 +161,7 @@ struct LaneScales {
   }
 };
 template <int NB, int D, int DW>
-inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
+inline void add_halves(Acc& acc, const Codes* c, const Tokens& t, __m256 s0, __m256 s1) {
   constexpr int s = radix_shift<NB, D, DW>(), levels = D > DW ? D : DW;
   constexpr int MAX = max_code<NB, DW>(), XMAX = D == 1 ? 127 : 1 << (s - 1);
   const auto half = [&](auto part, const int8_t* x) {
@@ -171,10 +171,20 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const flo
       a = _mm256_add_epi32(_mm256_slli_epi32(a, s), level_sum<D, DW>(level, x, digit));
     return _mm256_cvtepi32_ps(a);
   };
-  const __m256 s0 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), l.index);
-  const __m256 s1 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales + l.half), l.index);
   acc.a = _mm256_fmadd_ps(half([](const Codes& v) { return v.a; }, t.p), s0, acc.a);
   acc.b = _mm256_fmadd_ps(half([](const Codes& v) { return v.b; }, t.p + 32), s1, acc.b);
+}
+template <int NB, int D, int DW>
+inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
+  add_halves<NB, D, DW>(acc, c, t, _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), l.index),
+                        _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales + l.half), l.index));
+}
+// Each quad of codes has a scale: `index` says which.
+template <int NB, int D, int DW>
+inline void add_chunk_quads(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const uint8_t* index, float step) {
+  const __m256 s = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(step));
+  const auto own = [&](int i) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(index + 8 * i))); };
+  add_halves<NB, D, DW>(acc, c, t, _mm256_permutevar8x32_ps(s, own(0)), _mm256_permutevar8x32_ps(s, own(1)));
 }
 
 template <int NB>
@@ -227,6 +237,17 @@ inline Floats f_codes(const uint8_t* p) {
   if constexpr (PART == 1) v = _mm256_and_si256(v, _mm256_set1_epi32(15));
   if constexpr (PART == 2) v = _mm256_srli_epi32(v, 4);
   return _mm256_cvtepi32_ps(v);
+}
+// The first n of them (n < 8), zeros behind; nothing else is read.
+inline Floats f_load_some(const float* p, int64_t n) {
+  alignas(32) static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i*)(ones + 8 - n)));
+}
+template <int PART>
+inline Floats f_codes_some(const uint8_t* p, int64_t n) {
+  uint8_t bytes[8] = {};
+  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return f_codes<PART>(bytes);
 }
 // table[code] for 8 codes, all below `entries`.
 inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {

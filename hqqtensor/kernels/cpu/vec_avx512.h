@@ -112,6 +112,13 @@ template <int NB, int D, int DW>
 inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const LaneScales& l) {
   acc.v = scaled(acc.v, dot<D, DW>(c, t), _mm512_permutexvar_ps(l.index, _mm512_loadu_ps(scales)));
 }
+// Each quad of codes has a scale: `index` says which.
+template <int NB, int D, int DW>
+inline void add_chunk_quads(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const uint8_t* index, float step) {
+  const __m512i own = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index));
+  const __m512 scale = _mm512_permutexvar_ps(own, _mm512_loadu_ps(scales));
+  acc.v = scaled(acc.v, dot<D, DW>(c, t), _mm512_mul_ps(scale, _mm512_set1_ps(step)));
+}
 inline float acc_sum(const Acc& a, __m512 more) { return _mm512_reduce_add_ps(_mm512_add_ps(a.v, more)); }
 
 inline Floats f_zero() { return _mm512_setzero_ps(); }
@@ -151,6 +158,14 @@ inline Floats f_codes(const uint8_t* p) {
   if constexpr (PART == 1) v = _mm512_and_si512(v, _mm512_set1_epi32(15));
   if constexpr (PART == 2) v = _mm512_srli_epi32(v, 4);
   return _mm512_cvtepi32_ps(v);
+}
+// The first n of them (n < 16), zeros behind; nothing else is read.
+inline Floats f_load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+template <int PART>
+inline Floats f_codes_some(const uint8_t* p, int64_t n) {
+  alignas(16) uint8_t bytes[16];
+  _mm_store_si128((__m128i*)bytes, _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p));
+  return f_codes<PART>(bytes);
 }
 // table[code] for 16 codes, all below `entries`.
 inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {

@@ -96,6 +96,13 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const Tokens& t, const flo
   dot<NB, D, DW>(c, t, s);
   for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * scales[4 * i / l.group_size];
 }
+// Each quad of codes has a scale: `index` says which.
+template <int NB, int D, int DW>
+inline void add_chunk_quads(Acc& acc, const Codes* c, const Tokens& t, const float* scales, const uint8_t* index, float step) {
+  int32_t s[16];
+  dot<NB, D, DW>(c, t, s);
+  for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * (scales[index[i]] * step);
+}
 inline float acc_sum(const Acc& a, const Floats& more) {
   float s = 0;
   for (float v : a.v) s += v;
@@ -197,6 +204,16 @@ inline float f_hmin(const Floats& a) {
 template <int PART = 0>
 inline Floats f_codes(const uint8_t* p) {
   return each([&](int i) { return (float)(PART == 0 ? p[i] : PART == 1 ? p[i] & 15 : p[i] >> 4); });
+}
+// The first n of them, zeros behind.
+inline Floats f_load_some(const float* p, int64_t n) {
+  return each([&](int i) { return i < n ? p[i] : 0.0f; });
+}
+template <int PART>
+inline Floats f_codes_some(const uint8_t* p, int64_t n) {
+  uint8_t bytes[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return f_codes<PART>(bytes);
 }
 inline Floats f_lookup(const uint8_t* codes, const float* table, int) {
   return each([&](int i) { return table[codes[i]]; });
