@@ -97,9 +97,25 @@ bool pairs_serve(const Weight& w, const Digits& d) {
 }
 constexpr bool codes_in_place(int digits, bool table) { return digits <= 2 && !table; }
 
+// True where a chunk has several scales.
+inline bool scales_by_lane(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size < 64; }
+
+// The same for steps of whole blocks, see Wide.
+bool wide_serves(const Weight& w, const Digits& d) {
+  bool found = false;
+  with_nbits(w.nbits, [&](auto nb) { found = Wide<nb.value>::serve; });
+  return found && d.tile == 0 && !w.table.values && !scales_by_lane(w);
+}
+
 void order_digits(const Weight& w, int64_t m, const Digits& d) {
-  if (!pairs_serve(w, d)) return;
   int8_t* row = d.digits + m * d.chunks * d.count * 64;
+  if (wide_serves(w, d))
+    return with_nbits(w.nbits, [&](auto nb) {
+      if constexpr (Wide<nb.value>::serve)
+        for (int64_t b = 0; b + Wide<nb.value>::blocks <= w.K / 128; b += Wide<nb.value>::blocks)
+          Wide<nb.value>::order(row + 2 * b * d.count * 64, d.count);
+    });
+  if (!pairs_serve(w, d)) return;
   float* step = d.step + m * d.entries;
   const bool by_group = hqqtensor::step_per_group(w), shared = by_group && w.group_size == 128;  // see RowMeta for these
   const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;

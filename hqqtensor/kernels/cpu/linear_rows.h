@@ -45,15 +45,24 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
     else
       for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
   };
-  Codes codes[kRows][2 * W];
-  for (int64_t b = 0; b < blocks; ++b) {
+  const auto fetch = [&](int64_t b) __attribute__((always_inline)) {
     if (tile.lines) {
       for (int i = 0; i < kRows * NB / 4; ++i) prefetch(tile.lines + (b * (kRows * NB / 4) + i) * 64);
     } else if (NB >= 4 || (b * 16 * NB & 63) < 16 * NB) {  // once for each line
       for (int r = 0; r < kRows; ++r)
         for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.ahead + 16 * i);
     }
-    if constexpr (Pairs<NB>::serve) {
+  };
+  constexpr bool wide = Wide<NB>::serve && DW == 0 && !LANES, pairs = Pairs<NB>::serve && !wide;
+  int64_t done = 0;
+  if constexpr (wide) {
+    done = blocks / Wide<NB>::blocks * Wide<NB>::blocks;
+    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], fetch);
+  }
+  Codes codes[kRows][2 * W];
+  for (int64_t b = done; b < blocks; ++b) {
+    fetch(b);
+    if constexpr (pairs) {
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* p = tile.rows[r] + b * 16 * NB;
         Codes first, second;
@@ -83,7 +92,7 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
       half(2 * b + 1, codes);
     }
   }
-  if constexpr (Pairs<NB>::serve && codes_in_place(D, DW > 0))
+  if constexpr (pairs && codes_in_place(D, DW > 0))
     for (int r = 0; r < kRows; ++r)
       for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
   if (tail) {
@@ -267,12 +276,12 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
   const RowMeta meta{w,
                      d,
                      hqqtensor::step_per_group(w),
-                     pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
+                     !wide_serves(w, d) && pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
                      code_unit(w, d.count),
                      scratch};
   float* both = scratch + 2 * kRows * width;
   __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.entries));
-  const bool by_lane = w.axis == 1 && w.groups > 1 && w.group_size < 64;
+  const bool by_lane = scales_by_lane(w);
   const int64_t per_chunk = by_lane ? 64 / w.group_size : 1;
   const LaneScales lanes(by_lane ? w.group_size : 64);
   const RunTile one = pick_tile(w, d.count, by_lane, 1), several = pick_tile(w, d.count, by_lane, kMaxTokens);

@@ -181,6 +181,10 @@ template <int NB>
 struct Pairs {  // see pairs_avx512.h
   static constexpr bool serve = false;
 };
+template <int NB>
+struct Wide {  // see wide_avx512.h
+  static constexpr bool serve = false;
+};
 inline void pair_digits(int8_t*, int8_t*) {}
 
 inline Floats f_zero() { return _mm256_setzero_ps(); }
