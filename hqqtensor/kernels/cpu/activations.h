@@ -8,7 +8,8 @@ namespace {
 inline int x_shift(const Weight& w) { return w.table.count > 1 ? 7 : digit_shift(w.nbits); }
 
 // Largest integer for an activation: its digits must fit, and 4 products with codes must fit 31 bits. (Where Pairs serve, 8
-// do: of three digits with codes of 5 bits at most, of two with codes left in place, of 8 bits.)
+// do: of three digits with codes of 5 bits at most, of two with codes left in place, of 8 bits. Where Wide serves, 32 do, of
+// two digits with codes left in place.)
 inline float digit_limit(const Weight& w, int count) {
   if (count == 1) return 127;
   const int shift = x_shift(w);
@@ -88,8 +89,8 @@ bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, fl
   return true;
 }
 
-// Whole blocks as linear_rows wants them where it multiplies them as pairs of chunks: digits in their order, and steps of
-// second chunks less where their codes count 16-fold.
+// Whole blocks as linear_rows wants them where it multiplies them as Wide or as Pairs: digits in their order; with Pairs also
+// steps of second chunks less, where their codes count 16-fold.
 bool pairs_serve(const Weight& w, const Digits& d) {
   bool found = false;
   with_nbits(w.nbits, [&](auto nb) { found = Pairs<nb.value>::serve; });
@@ -100,7 +101,6 @@ constexpr bool codes_in_place(int digits, bool table) { return digits <= 2 && !t
 // True where a chunk has several scales.
 inline bool scales_by_lane(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size < 64; }
 
-// The same for steps of whole blocks, see Wide.
 bool wide_serves(const Weight& w, const Digits& d) {
   bool found = false;
   with_nbits(w.nbits, [&](auto nb) { found = Wide<nb.value>::serve; });
@@ -111,9 +111,9 @@ void order_digits(const Weight& w, int64_t m, const Digits& d) {
   int8_t* row = d.digits + m * d.chunks * d.count * 64;
   if (wide_serves(w, d))
     return with_nbits(w.nbits, [&](auto nb) {
-      if constexpr (Wide<nb.value>::serve)
-        for (int64_t b = 0; b + Wide<nb.value>::blocks <= w.K / 128; b += Wide<nb.value>::blocks)
-          Wide<nb.value>::order(row + 2 * b * d.count * 64, d.count);
+      using W = Wide<nb.value>;
+      if constexpr (W::serve)
+        for (int64_t b = 0; b + W::blocks <= w.K / 128; b += W::blocks) W::order(row + 2 * b * d.count * 64, d.count);
     });
   if (!pairs_serve(w, d)) return;
   float* step = d.step + m * d.entries;

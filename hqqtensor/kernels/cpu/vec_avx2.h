@@ -326,6 +326,6 @@ inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t 
   }
   _mm_storel_epi64((__m128i*)out, to_bytes(x));
 }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }  // see vec_avx512.h
 
 }  // namespace

@@ -20,6 +20,8 @@
 
 namespace {
 
+static_assert(kMaxTokens == 1);
+
 template <int NB>
 struct Wide {
   static constexpr bool serve = NB <= 4;
