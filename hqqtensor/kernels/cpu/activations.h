@@ -8,7 +8,8 @@ namespace {
 inline int x_shift(const Weight& w) { return w.table.count > 1 ? 7 : digit_shift(w.nbits); }
 
 // Largest integer for an activation: its digits must fit, and 4 products with codes must fit 31 bits. (Where Pairs serve, 8
-// do: of three digits with codes of 5 bits at most, of two with codes left in place, of 8 bits.)
+// do: of three digits with codes of 5 bits at most, of two with codes left in place, of 8 bits. Where Wide serves, 32 do, of
+// two digits with codes left in place.)
 inline float digit_limit(const Weight& w, int count) {
   if (count == 1) return 127;
   const int shift = x_shift(w);
@@ -88,8 +89,8 @@ bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, fl
   return true;
 }
 
-// Whole blocks as linear_rows wants them where it multiplies them as pairs of chunks: digits in their order, and steps of
-// second chunks less where their codes count 16-fold.
+// Whole blocks as linear_rows wants them where it multiplies them as Wide or as Pairs: digits in their order; with Pairs also
+// steps of second chunks less, where their codes count 16-fold.
 bool pairs_serve(const Weight& w, const Digits& d) {
   bool found = false;
   with_nbits(w.nbits, [&](auto nb) { found = Pairs<nb.value>::serve; });
@@ -97,9 +98,28 @@ bool pairs_serve(const Weight& w, const Digits& d) {
 }
 constexpr bool codes_in_place(int digits, bool table) { return digits <= 2 && !table; }
 
+// What has a scale: a chunk; runs of 8 codes and more of a chunk, 64 / group_size in all; each quad (see quad_rows).
+enum class ScaleOf { chunk, lanes, quads };
+inline ScaleOf scale_of(const Weight& w) {
+  if (hqqtensor::quad_rows(w)) return ScaleOf::quads;
+  return w.axis == 1 && w.groups > 1 && w.group_size < 64 ? ScaleOf::lanes : ScaleOf::chunk;
+}
+
+bool wide_serves(const Weight& w, const Digits& d) {
+  bool found = false;
+  with_nbits(w.nbits, [&](auto nb) { found = Wide<nb.value>::serve; });
+  return found && d.tile == 0 && !w.table.values && scale_of(w) == ScaleOf::chunk;
+}
+
 void order_digits(const Weight& w, int64_t m, const Digits& d) {
-  if (!pairs_serve(w, d)) return;
   int8_t* row = d.digits + m * d.chunks * d.count * 64;
+  if (wide_serves(w, d))
+    return with_nbits(w.nbits, [&](auto nb) {
+      using W = Wide<nb.value>;
+      if constexpr (W::serve)
+        for (int64_t b = 0; b + W::blocks <= w.K / 128; b += W::blocks) W::order(row + 2 * b * d.count * 64, d.count);
+    });
+  if (!pairs_serve(w, d)) return;
   float* step = d.step + m * d.entries;
   const bool by_group = hqqtensor::step_per_group(w), shared = by_group && w.group_size == 128;  // see RowMeta for these
   const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;

@@ -1,5 +1,6 @@
 // Built for avx512 whatever the compiler's default: only select.cpp may call in here, after asking the processor.
 // Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
+#include <array>
 #include <cstdint>
 #include <cmath>
 #include <type_traits>
@@ -11,6 +12,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2,popcnt")
 #include "vec_avx512.h"
 #include "pairs_avx512.h"
+#include "wide_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
 #include "linear_dense.h"
 #include "panel_avx512.h"

@@ -60,7 +60,7 @@ struct Problem {
 
 // Activations as integers: x = step * sum_d digit_d * 2^(shift * (count - 1 - d)), chunk by chunk of 64.
 struct Digits {
-  int8_t* digits;   // [M][chunks][count][64], whole blocks of two chunks in the order of Pairs where that serves; or by
+  int8_t* digits;   // [M][chunks][count][64], whole blocks in the order of Wide or Pairs where those serve; or by
                     // tiles of `tile` tokens (the last has those left over), each [16 chunks][tokens of the tile][count][4]
   float* step;      // [M][entries], an entry for each group or each chunk: see step_entries
   float* sum;       // [M][padded(groups)]: sum of x over each group (axis 1), or of zero * x over all (axis 0)

@@ -23,9 +23,6 @@ struct Tile {
   const float* step[kMaxTokens];  // where quads have scales, of each chunk
 };
 
-// What has a scale: a chunk; runs of 8 codes and more of a chunk, 64 / group_size in all; each quad (see quad_rows).
-enum class ScaleOf { chunk, lanes, quads };
-
 // DW: digits of a table.
 template <int NB, int D, int DW, int T, ScaleOf BY>
 void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
@@ -53,15 +50,24 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
     else
       for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
   };
-  Codes codes[kRows][2 * W];
-  for (int64_t b = 0; b < blocks; ++b) {
+  const auto fetch = [&](int64_t b) __attribute__((always_inline)) {
     if (tile.lines) {
       for (int i = 0; i < kRows * NB / 4; ++i) prefetch(tile.lines + (b * (kRows * NB / 4) + i) * 64);
     } else if (NB >= 4 || (b * 16 * NB & 63) < 16 * NB) {  // once for each line
       for (int r = 0; r < kRows; ++r)
         for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.ahead + 16 * i);
     }
-    if constexpr (Pairs<NB>::serve) {
+  };
+  constexpr bool wide = Wide<NB>::serve && DW == 0 && BY == ScaleOf::chunk, pairs = Pairs<NB>::serve && !wide;
+  int64_t done = 0;
+  if constexpr (wide) {
+    done = blocks / Wide<NB>::blocks * Wide<NB>::blocks;
+    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], fetch);
+  }
+  Codes codes[kRows][2 * W];
+  for (int64_t b = done; b < blocks; ++b) {
+    fetch(b);
+    if constexpr (pairs) {
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* p = tile.rows[r] + b * 16 * NB;
         Codes first, second;
@@ -97,7 +103,7 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
       half(2 * b + 1, codes);
     }
   }
-  if constexpr (Pairs<NB>::serve && codes_in_place(D, DW > 0))
+  if constexpr (pairs && codes_in_place(D, DW > 0))
     for (int r = 0; r < kRows; ++r)
       for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
   if (tail) {
@@ -180,19 +186,18 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
   const Weight& w = p.w;
   const Digits& d = *digits;
   const int64_t width = padded(w.axis == 1 ? w.groups : 1), entries = row_entries(w, d.entries);
+  const ScaleOf by = scale_of(w);
   const RowMeta meta{w,
                      d,
                      hqqtensor::step_per_group(w),
-                     pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
-                     hqqtensor::quad_rows(w),
+                     !wide_serves(w, d) && pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
+                     by == ScaleOf::quads,
                      code_unit(w, d.count),
                      scratch};
   float* both = scratch + 2 * kRows * width;
   __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.entries));
-  const bool by_lane = w.axis == 1 && w.groups > 1 && w.group_size < 64 && !meta.quads;
-  const ScaleOf by = meta.quads ? ScaleOf::quads : by_lane ? ScaleOf::lanes : ScaleOf::chunk;
-  const int64_t per_chunk = by_lane ? 64 / w.group_size : 1;
-  const LaneScales lanes(by_lane ? w.group_size : 64);
+  const int64_t per_chunk = by == ScaleOf::lanes ? 64 / w.group_size : 1;
+  const LaneScales lanes(by == ScaleOf::lanes ? w.group_size : 64);
   const Quads quads(w, pairs_serve(w, d), (char*)(both + kRows * kMaxTokens * entries));
   const RunTile one = pick_tile(w, d.count, by, 1), several = pick_tile(w, d.count, by, kMaxTokens);
   Tile tile;

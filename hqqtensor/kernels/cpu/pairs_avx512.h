@@ -1,5 +1,5 @@
-// Blocks of 128 codes of up to 4 bits multiplied whole: one conversion and one multiplication by the scales for both
-// halves, whose groups may differ, instead of one for each.
+// Blocks of 128 codes of up to 4 bits multiplied whole, where wide_avx512.h does not serve (tables, groups of less than 64):
+// one conversion and one multiplication by the scales for both halves, whose groups may differ, instead of one for each.
 //
 // A byte holds codes of both halves (4 bits: code i below code i + 64). Of even dwords the first half's codes are taken,
 // of odd ones the second half's, by one mask; with the dwords of each pair swapped the same mask takes those left over. So

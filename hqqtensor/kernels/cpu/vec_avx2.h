@@ -191,6 +191,10 @@ template <int NB>
 struct Pairs {  // see pairs_avx512.h
   static constexpr bool serve = false;
 };
+template <int NB>
+struct Wide {  // see wide_avx512.h
+  static constexpr bool serve = false;
+};
 inline void pair_digits(int8_t*, int8_t*) {}
 
 inline Floats f_zero() { return _mm256_setzero_ps(); }
@@ -343,6 +347,6 @@ inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t 
   }
   _mm_storel_epi64((__m128i*)out, to_bytes(x));
 }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }  // see vec_avx512.h
 
 }  // namespace

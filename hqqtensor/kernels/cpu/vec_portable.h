@@ -123,6 +123,10 @@ template <int NB>
 struct Pairs {  // see pairs_avx512.h
   static constexpr bool serve = false;
 };
+template <int NB>
+struct Wide {  // see wide_avx512.h
+  static constexpr bool serve = false;
+};
 inline void pair_digits(int8_t*, int8_t*) {}
 
 inline Floats f_zero() { return f_set(0); }
