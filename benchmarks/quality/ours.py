@@ -86,6 +86,7 @@ def methods() -> list[Method]:
         add(f"{b}-bit g32 4-bit meta, full calibration", b, HqqConfig(b, 32, **META), "text")
     add("2-bit g64, rotated", 2, HqqConfig(2, 64, rotation=True))
     add("2-bit g16 4-bit meta", 2, HqqConfig(2, 16, **META))
+    add("2-bit g16 4-bit meta, columns", 2, HqqConfig(2, 16, solver="column_scaled", **META))
     add("2-bit g20 4-bit meta, random tokens", 2, HqqConfig(2, 20, **META), "model")
     for g in (10, 12):
         add(f"2-bit g{g} learned, 4-bit scales", 2, HqqConfig(2, g, **SCALES))
