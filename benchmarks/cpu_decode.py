@@ -189,9 +189,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.manual_seed(2)
     prompts = {n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in args.prompts}
     shortest = prompts[min(prompts)]
-    # All graphs are compiled by now: no need to check at every token whether they still fit.
-    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-        decode = decode_times(runners, shortest, args.seconds)
+    decode = decode_times(runners, shortest, args.seconds)
     first = {n: first_token_times(runners, prompt, args.rounds) for n, prompt in prompts.items()}
     rows = []
     for runner, error in found:

@@ -121,6 +121,11 @@ class HQQTensor(TorchAOBaseTensor):
         out.qdata = pack_meta(unpack(out.qdata, e.nbits, out.in_features), e.nbits)
         return out
 
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        """torchao's, without its look-ups: a compiled graph's guards ask every weight at every call."""
+        names = self.tensor_data_names + [n for n in self.optional_tensor_data_names if getattr(self, n) is not None]
+        return names, {name: getattr(self, name) for name in self.tensor_attribute_names}
+
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of all data: packed codes, scales, zero points, activation scale."""

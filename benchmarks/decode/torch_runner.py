@@ -1,4 +1,7 @@
-"""A Llama in transformers: prompts run eagerly, single tokens through torch.compile with a static cache."""
+"""A Llama in transformers: prompts run eagerly, single tokens through torch.compile with a static cache.
+
+docs/performance.md says what each of the compiler's settings is worth.
+"""
 
 import copy
 from types import FunctionType
@@ -10,6 +13,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks.decode.weights import EMBEDDING
 from hqqtensor import HQQTensor
+from hqqtensor.compile import JoinLinears
+
+OPTIONS = {
+    "cpp_wrapper": True,  # no Python between two products
+    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # one graph serves every token
+    "realize_opcount_threshold": 8,  # a query's rotation is computed once, not once for each key
+    "post_grad_custom_pre_pass": JoinLinears(),
+}
+"""Of torch.compile, for all models here; the pass finds nothing in dense ones."""
 
 
 def assemble(config: LlamaConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -51,9 +63,9 @@ class TorchRunner:
             return model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
         if compiled:
-            # torch looks through all graphs of a code object at every call: each runner has a code object of its own.
+            # Without guards a graph serves whatever calls its code object: each runner has one of its own.
             own = FunctionType(decode.__code__.replace(), decode.__globals__, closure=decode.__closure__)
-            decode = torch.compile(own, fullgraph=True, dynamic=False)
+            decode = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
         self.decode = decode
 
     def prefill(self, tokens: list[int]) -> Tensor:

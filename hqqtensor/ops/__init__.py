@@ -1,7 +1,15 @@
 """Operators on packed weights: definitions, the plain reference, and the choice of backend."""
 
 from hqqtensor.ops.backend import backend, register_backend, set_backend
-from hqqtensor.ops.definitions import batched_linear, dequantize, dequantize_into, embedding, grouped_linear, linear
+from hqqtensor.ops.definitions import (
+    batched_linear,
+    dequantize,
+    dequantize_into,
+    embedding,
+    grouped_linear,
+    linear,
+    linear_many,
+)
 
 __all__ = [
     "backend",
@@ -11,6 +19,7 @@ __all__ = [
     "embedding",
     "grouped_linear",
     "linear",
+    "linear_many",
     "register_backend",
     "set_backend",
 ]

@@ -88,9 +88,32 @@ for _name in ("dequantize_into", "registry_dequantize_into"):
     LIBRARY.impl(_name, _into, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hqqtensor::{_name}", lambda *args: None, lib=LIBRARY)
 
+# x [..., K] times the transposes of several weights packed alike, [N_i, K], beside each other: [..., sum of N_i]. No
+# zero_point where the format has none, a bias for every weight or for none.
+LIBRARY.define(
+    "linear_many(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, Tensor[] bias, int nbits, str format, "
+    "int group_size, int axis, int in_features, str activation) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _one_by_one(x, qdata, scale, zero_point, bias, *settings):  # type: ignore[no-untyped-def]
+    zeros, biases = zero_point or [None] * len(qdata), bias or [None] * len(qdata)
+    weights = zip(qdata, scale, zeros, biases, strict=True)
+    return torch.cat([linear(x, q, s, z, b, None, [], *settings) for q, s, z, b in weights], -1)
+
+
+def _fake_many(x, qdata, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], sum(q.shape[-2] for q in qdata))
+
+
+LIBRARY.impl("linear_many", _one_by_one, "CompositeExplicitAutograd")
+torch.library.register_fake("hqqtensor::linear_many", _fake_many, lib=LIBRARY)
+
 dequantize = torch.ops.hqqtensor.dequantize.default
 dequantize_into = torch.ops.hqqtensor.dequantize_into.default
 linear = torch.ops.hqqtensor.linear.default
+linear_many = torch.ops.hqqtensor.linear_many.default
 batched_linear = torch.ops.hqqtensor.batched_linear.default
 grouped_linear = torch.ops.hqqtensor.grouped_linear.default
 embedding = torch.ops.hqqtensor.embedding.default

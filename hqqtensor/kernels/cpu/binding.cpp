@@ -54,13 +54,41 @@ optional<Tensor> as_float(const optional<Tensor>& t, int64_t size, const char* n
 
 const float* data_or_null(const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
-// x [M, K] times one weight into y, a matrix of x's dtype; false where only the plain operator can.
+// Rows of activations, one after the other where they lie so: views as matrices would cost more than a small product's
+// preparation.
+struct Rows {
+  Tensor kept;
+  const void* data;
+  int64_t count, stride;
+
+  Rows(const Tensor& x, int64_t K) {
+    if (x.is_contiguous()) {
+      data = x.const_data_ptr(), count = x.numel() / K, stride = K;
+      return;
+    }
+    kept = x.reshape({-1, K});
+    if (kept.stride(1) != 1 && K != 1) kept = kept.contiguous();
+    data = kept.const_data_ptr(), count = kept.size(0), stride = kept.stride(0);
+  }
+};
+
+// x times one weight into y, a matrix of x's dtype; false where only the plain operator can.
 bool product(const Tensor& x, const hq::Weight& w, const optional<Tensor>& bias32, const optional<Tensor>& pre32, int digits,
-             const Tensor& y) {
-  const Tensor rows = x.stride(1) == 1 || w.K == 1 ? x : x.contiguous();
-  return hq::run_linear({w, rows.const_data_ptr(), rows.stride(0), rows.size(0), *hq::dtype_of(x.scalar_type()),
-                         data_or_null(bias32), data_or_null(pre32), y.mutable_data_ptr(), y.stride(0)},
+             void* y, int64_t y_stride) {
+  const Rows rows(x, w.K);
+  return hq::run_linear({w, rows.data, rows.stride, rows.count, *hq::dtype_of(x.scalar_type()), data_or_null(bias32),
+                         data_or_null(pre32), y, y_stride},
                         digits);
+}
+
+void check_input(const char* name, const Tensor& x, int64_t K) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K, name, ": input of shape ", x.sizes(), " does not fit ", K, " in_features");
+}
+
+Tensor empty_output(const Tensor& x, int64_t N) {
+  c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = N;
+  return at::empty(sizes, x.options());
 }
 
 Tensor linear(const Tensor& x, const Tensor& qdata, const Tensor& scale, const optional<Tensor>& zero,
@@ -72,15 +100,48 @@ Tensor linear(const Tensor& x, const Tensor& qdata, const Tensor& scale, const o
     return fallback.call(x, qdata, scale, zero, bias, act_pre_scale, meta, nbits, format, group_size, axis, K, activation);
   };
   if (!serves(s, x.scalar_type())) return otherwise();
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K, "linear: input of shape ", x.sizes(), " does not fit ", K, " in_features");
+  check_input("linear", x, K);
   const int digits = digits_of(x, activation);
   const hq::Packed p = hq::packed(qdata, scale, zero, s, digits);
-  auto sizes = x.sizes().vec();
-  sizes.back() = p.w.N;
-  const Tensor y = at::empty(sizes, x.options());
+  const Tensor y = empty_output(x, p.w.N);
   const auto bias32 = as_float(bias, p.w.N, "bias"), pre32 = as_float(act_pre_scale, K, "act_pre_scale");
-  const Tensor in = x.dim() == 2 ? x : x.reshape({-1, K}), out = x.dim() == 2 ? y : y.view({-1, p.w.N});
-  return product(in, p.w, bias32, pre32, digits, out) ? y : otherwise();
+  return product(x, p.w, bias32, pre32, digits, y.mutable_data_ptr(), p.w.N) ? y : otherwise();
+}
+
+Tensor linear_many(const Tensor& x, TensorList qdata, TensorList scale, TensorList zero, TensorList bias, int64_t nbits,
+                   c10::string_view format, int64_t group_size, int64_t axis, int64_t K, c10::string_view activation) {
+  const Settings s{{}, nbits, format, group_size, axis, K};
+  const size_t count = qdata.size();
+  TORCH_CHECK(count && scale.size() == count && (zero.empty() || zero.size() == count) && (bias.empty() || bias.size() == count),
+              "linear_many: ", count, " weights have ", scale.size(), " scales, ", zero.size(), " zero points and ",
+              bias.size(), " biases");
+  const auto one = [](TensorList all, size_t i) { return all.empty() ? optional<Tensor>() : optional<Tensor>(all[i]); };
+  const auto otherwise = [&] {
+    std::vector<Tensor> each;
+    for (size_t i = 0; i < count; ++i)
+      each.push_back(linear(x, qdata[i], scale[i], one(zero, i), one(bias, i), std::nullopt, {}, nbits, format, group_size,
+                            axis, K, activation));
+    return at::cat(each, -1);
+  };
+  if (!serves(s, x.scalar_type())) return otherwise();
+  check_input("linear_many", x, K);
+  const int digits = digits_of(x, activation);
+  std::vector<hq::Packed> packed;
+  std::vector<optional<Tensor>> bias32;
+  int64_t N = 0;
+  for (size_t i = 0; i < count; ++i) {
+    packed.push_back(hq::packed(qdata[i], scale[i], one(zero, i), s, digits));
+    bias32.push_back(as_float(one(bias, i), packed[i].w.N, "bias"));
+    N += packed[i].w.N;
+  }
+  const Tensor y = empty_output(x, N);
+  const Rows rows(x, K);
+  std::vector<hq::Problem> parts;
+  char* out = (char*)y.mutable_data_ptr();
+  for (size_t i = 0; i < count; out += packed[i++].w.N * y.element_size())
+    parts.push_back({packed[i].w, rows.data, rows.stride, rows.count, *hq::dtype_of(x.scalar_type()), data_or_null(bias32[i]),
+                     nullptr, out, N});
+  return hq::run_linears(parts.data(), (int64_t)count, digits) ? y : otherwise();
 }
 
 Tensor select(const Tensor& t, int64_t expert) { return t.select(0, expert); }
@@ -134,7 +195,8 @@ Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const Tensor& qdat
     TORCH_CHECK(last >= first && last <= x.size(0), "grouped_linear: offsets must rise from 0 to at most ", x.size(0), ", got ", last);
     if (last == first) continue;
     const Expert own(e, qdata, scale, zero, s, digits);
-    if (!product(x.slice(0, first, last), own.packed.w, std::nullopt, pre32, digits, y.slice(0, first, last)))
+    if (!product(x.slice(0, first, last), own.packed.w, std::nullopt, pre32, digits,
+                 (char*)y.mutable_data_ptr() + first * y.size(1) * y.element_size(), y.size(1)))
       return otherwise();
     first = last;
   }
@@ -284,6 +346,7 @@ Tensor empty_packed(at::IntArrayRef sizes) {
 
 TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("linear", linear);
+  m.impl("linear_many", linear_many);
   m.impl("batched_linear", batched_linear);
   m.impl("grouped_linear", grouped_linear);
   m.impl("dequantize", dequantize);

@@ -74,9 +74,25 @@ void multiply(const Problem& p, const Digits* d, int64_t first, int64_t last) {
   for (int64_t g = first; g < last; ++g) k.linear_panel(p, d[g - first], g, p.w.N, p.w.groups, room);
 }
 
-bool multiply_integers(const Problem& p, const Prepared& x, int digits, char* room) {
+// Rows of axis 1 of all parts, one after the other.
+void multiply_parts(const Problem* parts, int64_t count, const Digits& d) {
+  const Problem& p = *parts;
+  int64_t N = 0;
+  for (int64_t i = 0; i < count; ++i) N += parts[i].w.N;
+  const auto rows = [&](int64_t a, int64_t b) {
+    for (int64_t i = 0; i < count && b > 0; a -= parts[i].w.N, b -= parts[i].w.N, ++i)
+      if (a < parts[i].w.N) multiply(parts[i], &d, std::max<int64_t>(a, 0), std::min(b, parts[i].w.N));
+  };
+  if (use_rows(p.w, p.M, d.count))
+    in_turns(N, std::clamp<int64_t>(65536 / p.w.K / 8 * 8, 8, 32), N * p.w.K * p.M, rows);
+  else
+    over(N, 32, N * p.w.K * p.M, rows);
+}
+
+// All parts are of axis 1, or there is one.
+bool multiply_integers(const Problem* parts, int64_t count, const Prepared& x, int digits, char* room) {
   const Kernels& k = kernels();
-  const int64_t work = p.w.N * p.w.K * p.M;
+  const Problem& p = *parts;
   std::atomic<bool> whole{true};
   if (p.w.axis == 1) {
     const Digits d = digits_in(p.w, p.M, digits, room);
@@ -84,14 +100,14 @@ bool multiply_integers(const Problem& p, const Prepared& x, int digits, char* ro
       for (int64_t m = a; m < b && whole; ++m)
         if (!k.prepare(x.x + m * x.stride, p.w, m, d)) whole = false;
     });
-    if (whole) over(p.w.N, 32, work, [&](int64_t a, int64_t b) { multiply(p, &d, a, b); });
+    if (whole) multiply_parts(parts, count, d);
     return whole;
   }
   // Groups along rows: their scales belong to the activations, which are made anew for each group; for as many groups at a
   // time as stay in the second level of cache.
   const int64_t bytes = (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64;
   const int64_t most = std::clamp<int64_t>(kGroupBytes / bytes, 1, kGroups);
-  over(p.w.groups, 1, work, [&](int64_t a, int64_t b) {
+  over(p.w.groups, 1, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     const int64_t count = std::min(most, b - a);
     char* own = scratch(bytes * count + 4 * (2 * p.w.K + 192), 2);
     Digits d[kGroups];
@@ -134,7 +150,7 @@ bool run_block(const Problem& p, int digits) {
   const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
   char* room = scratch(ints + 4 * (k.pack_tokens ? 2 : 1) * (p.M * p.w.K + 16) + 64, 0);
   Prepared x = float_rows(p, room + ints);
-  if (integers && multiply_integers(p, x, digits, room)) return true;
+  if (integers && multiply_integers(&p, 1, x, digits, room)) return true;
   if (digits == 1) {
     if (integers || p.w.axis == 0) return false;  // NaN, say; scales of axis 0 belong to the activations before rounding
     if (x.x == p.x)
@@ -173,6 +189,21 @@ char* scratch(int64_t bytes, int slot) {
     }
   }
   return (char*)b.data;
+}
+
+bool run_linears(Problem* parts, int64_t count, int digits) {
+  const Problem& p = *parts;
+  // Digits of tables, which codebooks have of their own, decide how those of the activations are made.
+  bool alike = p.w.axis == 1 && p.M <= kBlock && integers_serve(p.w, p.M, digits);
+  for (int64_t i = 1; i < count; ++i) alike = alike && parts[i].w.table.count == p.w.table.count;
+  if (alike) {
+    const int64_t ints = (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64;
+    char* room = scratch(ints + 4 * (p.M * p.w.K + 16) + 64, 0);
+    if (multiply_integers(parts, count, float_rows(p, room + ints), digits, room)) return true;
+  }
+  for (int64_t i = 0; i < count; ++i)
+    if (!run_linear(parts[i], digits)) return false;
+  return true;
 }
 
 bool run_linear(Problem p, int digits) {

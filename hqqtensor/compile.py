@@ -1,0 +1,54 @@
+"""For torch.compile: products of one input joined, as ``q``, ``k`` and ``v`` or ``gate`` and ``up`` of a transformer.
+
+    torch.compile(model, options={"post_grad_custom_pre_pass": JoinLinears()})
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from hqqtensor import ops
+
+
+class JoinLinears(CustomGraphPass):
+    """Makes one ``hqqtensor::linear_many`` of the CPU's ``hqqtensor::linear`` calls that share their input and settings.
+
+    It prepares activations once and wakes threads once. Parts of its result are views. Left alone are weights that
+    the graph computes, codebooks, weights with ``act_pre_scale`` and those with quantized scales.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        alike: defaultdict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
+        for node in graph.find_nodes(op="call_function", target=ops.linear):
+            x, *weight, act_pre_scale, meta, nbits, format, group_size, axis, K, activation = node.args
+            stored = all(t is None or t.op == "placeholder" for t in weight)
+            if stored and act_pre_scale is None and not meta and format != "codebook" and x.meta["val"].is_cpu:
+                settings = (nbits, format, group_size, axis, K, activation)
+                alike[(x, *(t is None for t in weight), *settings)].append(node)
+        for (x, _, _, _, _, *settings), nodes in alike.items():
+            if len(nodes) > 1:
+                _join(graph, x, nodes, settings)  # type: ignore[arg-type]
+
+    def uuid(self) -> object:
+        return get_hash_for_files((__file__,))
+
+
+def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], settings: list[object]) -> None:
+    parts = [[n.args[i] for n in nodes if n.args[i] is not None] for i in range(1, 5)]  # qdata, scale, zero point, bias
+    aten = torch.ops.aten
+
+    def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
+        node = graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[arg-type]
+        return node
+
+    with graph.inserting_before(nodes[0]):
+        joined, start = call(ops.linear_many, x, *parts, *settings), 0
+        for node in nodes:
+            end = start + node.meta["val"].shape[-1]
+            node.replace_all_uses_with(call(aten.slice.Tensor, joined, x.meta["val"].dim() - 1, start, end))
+            start = end
+    for node in nodes:
+        graph.erase_node(node)

@@ -1,0 +1,88 @@
+"""Several products of one input in one call give, bit for bit, what one call for each gives."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from hqqtensor import HqqConfig, HQQTensor, backend, ops
+
+
+def apart(x: Tensor, weights: list[HQQTensor], biases: list[Tensor]) -> Tensor:
+    kept = biases or [None] * len(weights)
+    each = [
+        ops.linear(x, *w.packed(), b, None, *w.settings(), w.activation) for w, b in zip(weights, kept, strict=True)
+    ]
+    return torch.cat(each, -1)
+
+
+def together(x: Tensor, weights: list[HQQTensor], biases: list[Tensor]) -> Tensor:
+    qdata, scale, zero = zip(*(w.packed()[:3] for w in weights), strict=True)
+    zeros = [] if zero[0] is None else list(zero)
+    _, *settings = weights[0].settings()
+    return ops.linear_many(x, list(qdata), list(scale), zeros, biases, *settings, weights[0].activation)
+
+
+def packed(**options: object) -> list[HQQTensor]:
+    generator = torch.manual_seed(0)
+    config = HqqConfig(**{"nbits": 4, "group_size": 64, **options})  # type: ignore[arg-type]
+    return [HQQTensor.from_hp(torch.randn(n, 200, generator=generator), config) for n in (64, 70, 300)]
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3,), (2, 10), (600,), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nbits": 8},
+        {"nbits": 3, "axis": 0},
+        {"activation": "int8"},
+        {"format": "nf4"},
+        {"format": "codebook"},
+        {"group_size": None},
+    ],
+    ids=str,
+)
+def test_results_are_those_of_single_products(options: dict, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weights = packed(**options)
+    x = torch.randn(*shape, 200, generator=torch.manual_seed(1)).to(dtype)
+    biases = [torch.randn(w.shape[0], generator=torch.manual_seed(2)) for w in weights]
+    for b in ([], biases):
+        assert torch.equal(together(x, weights, b), apart(x, weights, b))
+    strided = torch.randn(200, *shape, generator=torch.manual_seed(1)).to(dtype).movedim(0, -1)
+    assert torch.equal(together(strided, weights, []), apart(strided.contiguous(), weights, []))
+
+
+def test_activations_that_integers_cannot_stand_for_pass_through() -> None:
+    x = torch.randn(2, 200)
+    x[1, 3] = float("nan")
+    for activation in ("float", "int8"):
+        out = together(x, packed(activation=activation), [])
+        assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+def test_a_chosen_backend_serves_it() -> None:
+    x, weights = torch.randn(2, 200), packed()
+    with backend("dequantize"):
+        assert torch.equal(together(x, weights, []), apart(x, weights, []))
+
+
+def test_many_threads_at_a_time_get_their_own_results() -> None:
+    weights = packed()
+    inputs = [torch.randn(1, 200, generator=torch.manual_seed(i)) for i in range(8)]
+    want = [apart(x, weights, []) for x in inputs]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        for _ in range(200):
+            if not torch.equal(together(inputs[i], weights, []), want[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
