@@ -1,6 +1,5 @@
-"""For torch.compile: products of one input joined, as ``q``, ``k`` and ``v`` or ``gate`` and ``up`` of a transformer.
-
-    torch.compile(model, options={"post_grad_custom_pre_pass": JoinLinears()})
+"""For torch.compile: products of one input joined, as ``q``, ``k`` and ``v`` or ``gate`` and ``up`` of a transformer:
+``torch.compile(model, options={"post_grad_custom_pre_pass": JoinLinears()})``.
 """
 
 from collections import defaultdict
@@ -13,7 +12,7 @@ from hqqtensor import ops
 
 
 class JoinLinears(CustomGraphPass):
-    """Makes one ``hqqtensor::linear_many`` of the CPU's ``hqqtensor::linear`` calls that share their input and settings.
+    """Makes one ``hqqtensor::linear_many`` of the CPU's ``hqqtensor::linear`` calls that share input and settings.
 
     It prepares activations once and wakes threads once. Parts of its result are views. Left alone are weights that
     the graph computes, codebooks, weights with ``act_pre_scale`` and those with quantized scales.
@@ -25,8 +24,8 @@ class JoinLinears(CustomGraphPass):
             x, *weight, act_pre_scale, meta, nbits, format, group_size, axis, K, activation = node.args
             stored = all(t is None or t.op == "placeholder" for t in weight)
             if stored and act_pre_scale is None and not meta and format != "codebook" and x.meta["val"].is_cpu:
-                settings = (nbits, format, group_size, axis, K, activation)
-                alike[(x, *(t is None for t in weight), *settings)].append(node)
+                own = (nbits, format, group_size, axis, K, activation)
+                alike[(x, *(t is None for t in weight), *own)].append(node)
         for (x, _, _, _, _, *settings), nodes in alike.items():
             if len(nodes) > 1:
                 _join(graph, x, nodes, settings)  # type: ignore[arg-type]
@@ -41,7 +40,7 @@ def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], settings: list[obje
 
     def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
         node = graph.call_function(target, args)  # type: ignore[arg-type]
-        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[arg-type]
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[type-var]
         return node
 
     with graph.inserting_before(nodes[0]):
