@@ -39,7 +39,10 @@ def variants(bits: list[int], quick: bool) -> list[Variant]:
     if not quick:
         out += [(4, both, {"group_size": size}) for size in (32, 128)]
         out += [(4, both, {"group_size": size, "axis": 0}) for size in (32, 128)]
-        out += [(4, both, {"quant_scale": True, "quant_zero": True})]
+        meta = {"quant_scale": True, "quant_zero": True}
+        out += [(4, both, meta), (4, both, {"group_size": 20, "meta_nbits": 4, **meta})]
+    if not quick and 2 in bits:
+        out += [(2, both, {"group_size": 16, "meta_nbits": 4, "quant_scale": True, "quant_zero": True})]
     return out
 
 

@@ -31,7 +31,7 @@ def label(nbits: int, dtype: str, options: dict[str, Any]) -> str:
     parts = [options.get("format", f"{nbits}-bit")]
     parts += [f"g{options['group_size']}"] if "group_size" in options else []
     parts += ["axis 0"] if options.get("axis") == 0 else []
-    parts += ["quantized scales"] if options.get("quant_scale") else []
+    parts += [f"{options.get('meta_nbits', 8)}-bit scales"] if options.get("quant_scale") else []
     return " ".join([*parts, "int8" if options.get("activation") == "int8" else "", dtype]).replace("  ", " ")
 
 
