@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_threads import wrong_results
 
 from hqqtensor import HqqConfig, HQQTensor, backend, ops
 from hqqtensor.formats import get_format
@@ -360,19 +360,8 @@ def test_threads_of_the_caller_do_not_disturb_each_other() -> None:
     q = weight((256, 1024), 3, 64, 1)
     xs = [torch.randn(m, 1024, generator=torch.manual_seed(m)) for m in (1, 2, 3, 4, 8, 20)]
     want = [F.linear(x, q) for x in xs]
-    wrong: list[int] = []
-
-    def work(i: int) -> None:
-        for _ in range(50):
-            if not torch.equal(F.linear(xs[i], q), want[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    calls = [lambda x=x: F.linear(x, q) for x in xs]
+    assert not wrong_results(calls, want, rounds=50)
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

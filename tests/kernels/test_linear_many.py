@@ -1,9 +1,8 @@
 """Several products of one input in one call give, bit for bit, what one call for each gives."""
 
-import threading
-
 import pytest
 import torch
+from in_threads import wrong_results
 from torch import Tensor
 
 from hqqtensor import HqqConfig, HQQTensor, backend, ops
@@ -73,16 +72,5 @@ def test_many_threads_at_a_time_get_their_own_results() -> None:
     weights = packed()
     inputs = [torch.randn(1, 200, generator=torch.manual_seed(i)) for i in range(8)]
     want = [apart(x, weights, []) for x in inputs]
-    wrong: list[int] = []
-
-    def run(i: int) -> None:
-        for _ in range(200):
-            if not torch.equal(together(inputs[i], weights, []), want[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    calls = [lambda x=x: together(x, weights, []) for x in inputs]
+    assert not wrong_results(calls, want, rounds=200)
