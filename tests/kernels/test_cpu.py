@@ -377,7 +377,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "portable"])
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if os.environ.get("HQQTENSOR_CPU"):
         pytest.skip("this is the run that a parent started")
@@ -398,7 +398,7 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     code = "from hqqtensor.kernels import cpu; cpu.instruction_set()"
     env = {**os.environ, "HQQTENSOR_CPU": "sse9"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert found.returncode != 0 and "must be avx512, avx2 or portable, got 'sse9'" in found.stderr
+    assert found.returncode != 0 and "must be amx, avx512, avx2 or portable, got 'sse9'" in found.stderr
 
 
 def test_without_the_extension_the_plain_path_works_and_says_so_once() -> None:

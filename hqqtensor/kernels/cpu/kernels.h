@@ -154,6 +154,7 @@ struct Kernels {
 
 // The table in use: the best that the processor has, or what HQQTENSOR_CPU names (an error where it lacks that).
 const Kernels& kernels();
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();

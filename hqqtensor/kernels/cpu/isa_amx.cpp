@@ -1,0 +1,35 @@
+// Products through AMX, everything else as kernels_avx512 has it. Only select.cpp may call in here, after asking the
+// processor and the system.
+// Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,bmi2,popcnt")
+#pragma GCC target("amx-tile,amx-int8,amx-bf16")
+#pragma GCC diagnostic ignored "-Wunused-function"  // of the headers shared with isa_avx512.cpp
+#include "vec_avx512.h"
+// Order matters: the headers below are written in terms of the vectors above.
+#include "amx.h"
+#include "rows.h"
+
+namespace hqqtensor {
+const Kernels* kernels_amx() {
+  static const Kernels table = [] {
+    Kernels k = *kernels_avx512();
+    k.name = "amx";
+    return k;
+  }();
+  return &table;
+}
+}  // namespace hqqtensor
+#else
+namespace hqqtensor {
+const Kernels* kernels_amx() { return nullptr; }
+}  // namespace hqqtensor
+#endif
