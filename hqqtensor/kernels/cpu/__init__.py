@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs: AMX, AVX-512 with VNNI, AVX2 or portable code, chosen when first used (HQQTENSOR_CPU forces one).
+"""C++ kernels for CPUs: AMX, AVX-512 (VNNI), AVX2 or portable code, chosen when first used (HQQTENSOR_CPU forces one).
 
 Importing this module puts the compiled kernels behind the operators for CPU tensors. Without the extension those run
 through the plain path.
@@ -28,7 +28,7 @@ def why_unavailable() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "amx", "avx512", "avx2" or "portable". RuntimeError for a HQQTENSOR_CPU that cannot be."""
+    """The one in use: "amx", "avx512", "avx2" or "portable". RuntimeError for a HQQTENSOR_CPU that cannot be."""
     if _missing is not None:
         raise RuntimeError(_missing)
     return _C.instruction_set()
