@@ -20,14 +20,6 @@ inline float digit_limit(const Weight& w, int count) {
   return whole < fits ? whole : fits;
 }
 
-// What an integer product of codes and activations must be multiplied with besides their scales, and the number that
-// takes the place of a zero point where the format has a table.
-inline float code_unit(const Weight& w, int digits) {
-  if (!w.table.values) return 1;
-  const int both = digits < w.table.count ? digits : w.table.count;
-  return w.table.unit * (float)(1 << (7 * (both - 1)));
-}
-
 // `rounded`, where it is not null: gets what the digits stand for.
 bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, float* rounded) {
   const float limit = d.wide && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
@@ -38,7 +30,6 @@ bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, fl
   const int64_t width = hqqtensor::padded(w.groups), quads = w.groups == 1 ? INT64_MAX : w.group_size / 4;
   float *step = d.step + m * d.entries, *sums = d.sum + m * width;
   const Digits::Place place = d.place(m);
-  const int64_t by_chunk = d.by_chunk(place);
   double total = 0;
   int64_t group = 0, left = quads;
   for (int64_t c = 0; c < d.chunks; c += run) {
@@ -55,7 +46,7 @@ bool make_digits(const float* x, const Weight& w, int64_t m, const Digits& d, fl
     const float unit = top / limit, inverse = top == 0 ? 0 : limit / top;
     for (int64_t i = 0; i < each; ++i) step[c / run * each + i] = unit;
     for (int64_t part = c; part < c + run && part < d.chunks; ++part, in += 64) {
-      int8_t* out = place.at + part * by_chunk;
+      int8_t* out = place.at + part * place.by_chunk;
       float whole[64];
       const auto chunk = [&](int shift, int count, int64_t by_digit, int64_t by_quad) __attribute__((always_inline)) {
         for (int i = 0; i < 64; i += kFloats) {

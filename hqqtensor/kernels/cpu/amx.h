@@ -10,7 +10,8 @@ namespace {
 constexpr int kTileRows = 16;
 
 // Shapes of the eight tiles while in scope; with them the registers are lost. Nothing that another function may do to tiles,
-// torch's own kernels say, holds between two scopes.
+// torch's own kernels say, holds between two scopes. (Not the compiler's intrinsics, here and below: they take numbers of tiles
+// as text only, and say little of the memory that they read and write.)
 class Tiles {
  public:
   // bytes: of a row; rows: how many.
@@ -28,11 +29,29 @@ class Tiles {
       config.bytes[i] = shapes[i].bytes;
       config.rows[i] = shapes[i].rows;
     }
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" ::"m"(config));
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() { asm volatile("tilerelease"); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
+
+template <int TILE>
+inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+template <int TILE>
+inline void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+}
+template <int TILE>
+inline void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
+}
+// TO += unsigned bytes of LEFT times signed bytes of RIGHT, by fours.
+template <int TO, int LEFT, int RIGHT>
+inline void tile_dot() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(LEFT), "i"(RIGHT));
+}
 
 }  // namespace

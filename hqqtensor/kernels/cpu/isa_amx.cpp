@@ -1,6 +1,7 @@
 // Products through AMX, everything else as kernels_avx512 has it. Only select.cpp may call in here, after asking the
 // processor and the system.
 // Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -15,14 +16,30 @@
 #pragma GCC diagnostic ignored "-Wunused-function"  // of the headers shared with isa_avx512.cpp
 #include "vec_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
-#include "amx.h"
-#include "rows.h"
+#include "panel_amx.h"
 
 namespace hqqtensor {
+namespace {
+void amx_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+  (d.apart ? linear_amx : kernels_avx512()->linear_panel)(p, d, first, last, step, scratch);
+}
+int64_t amx_panel_scratch(const Problem& p) {
+  return std::max(AmxRoom(p.w, p.M).floats(), kernels_avx512()->linear_panel_scratch(p));
+}
+PanelShape amx_panel_shape(const Weight& w, int64_t M, int digits) {
+  PanelShape shape = kernels_avx512()->panel_shape(w, M, digits);
+  if (amx_serves(w) && M >= kAmxTokens) shape.tile = 16, shape.apart = true;
+  return shape;
+}
+}  // namespace
+
 const Kernels* kernels_amx() {
   static const Kernels table = [] {
     Kernels k = *kernels_avx512();
     k.name = "amx";
+    k.linear_panel = amx_panel;
+    k.linear_panel_scratch = amx_panel_scratch;
+    k.panel_shape = amx_panel_shape;
     return k;
   }();
   return &table;

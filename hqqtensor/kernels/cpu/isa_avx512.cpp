@@ -20,10 +20,10 @@
 
 namespace hqqtensor {
 const Kernels* kernels_avx512() {
-  constexpr auto shape = [](const Weight& w, int digits) {
+  constexpr auto shape = [](const Weight& w, int64_t, int digits) {
     // Widths that fill a nibble or a byte cost linear_rows least.
     const int64_t rows = w.table.values ? 1 : w.nbits == 8 ? 6 : w.nbits == 4 ? 4 : 2;
-    return PanelShape{panel_tile(w, digits), false, rows, 48};
+    return PanelShape{panel_tile(w, digits), false, false, rows, 48};
   };
   static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1);
   return &table;

@@ -61,28 +61,30 @@ struct Problem {
 // Activations as integers: x = step * sum_d digit_d * 2^(shift * (count - 1 - d)), chunk by chunk of 64.
 struct Digits {
   int8_t* digits;   // [M][chunks][count][64], whole blocks in the order of Wide or Pairs where those serve; or by
-                    // tiles of `tile` tokens (the last has those left over), each [16 chunks][tokens of the tile][count][4]
+                    // tiles of `tile` tokens (the last has those left over), each [16 chunks][tokens of the tile][count][4],
+                    // or, apart, [chunks][count][16][tokens of the tile][4]
   float* step;      // [M][entries], an entry for each group or each chunk: see step_entries
   float* sum;       // [M][padded(groups)]: sum of x over each group (axis 1), or of zero * x over all (axis 0)
   int64_t M, chunks, entries;
   int count;        // 3: as exact as float32 sums; 2: finer than 16-bit floats; 1: 8-bit activations
   int tile;         // 0: no tiles
   bool wide;        // in tiles: one integer of 16 bits instead of `count` digits
+  bool apart;       // in tiles: the digits of a chunk one after the other, not side by side
 
   int64_t bytes() const { return wide ? 2 : count; }  // of an activation
 
   struct Place {
     int8_t* at;        // first digit of token m, column 0
     int64_t by_digit;  // bytes to the next digit of the same column; 0: integers of 16 bits
-    int64_t by_quad;   // to the next 4 columns, within a chunk and on
+    int64_t by_quad;   // to the next 4 columns of a chunk
+    int64_t by_chunk;  // to the next chunk
   };
   Place place(int64_t m) const {
-    if (tile == 0) return {digits + m * chunks * count * 64, 64, 4};
-    const int64_t first = m / tile * tile, tokens = M - first < tile ? M - first : tile;
-    return {digits + first * chunks * bytes() * 64 + (m - first) * bytes() * 4, wide ? 0 : 4, tokens * bytes() * 4};
+    if (tile == 0) return {digits + m * chunks * count * 64, 64, 4, count * 64};
+    const int64_t first = m / tile * tile, tokens = M - first < tile ? M - first : tile, each = apart ? 1 : bytes();
+    return {digits + first * chunks * bytes() * 64 + (m - first) * each * 4, apart ? tokens * 64 : wide ? 0 : 4,
+            tokens * each * 4, tokens * bytes() * 64};
   }
-  // Bytes from a chunk to the next.
-  int64_t by_chunk(const Place& p) const { return tile == 0 ? count * 64 : 16 * p.by_quad; }
 };
 
 // The numbers that codes stand for at scale 1, for solvers. Either up to 16 of them, ascending, the number x belonging to
@@ -101,7 +103,7 @@ struct Levels {
 // How linear_panel wants its activations, and between which rows of x it is the fastest (docs/performance.md).
 struct PanelShape {
   int tile;  // tokens of a tile; 0: no panel serves
-  bool wide;  // Digits::wide
+  bool wide, apart;  // of Digits
   int64_t row_tokens;    // up to here linear_rows is
   int64_t dear_tokens;   // above, linear_dense is where integers are dear: axis 0, whose groups each make their own of the
                          // activations, and float32 times tables of several digits
@@ -120,7 +122,7 @@ struct Kernels {
   // Rows first, first + step, ... before last for several tokens and more: panels of rows, turned so that lanes are rows.
   // Null where there is none.
   void (*linear_panel)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
-  PanelShape (*panel_shape)(const Weight&, int digits);
+  PanelShape (*panel_shape)(const Weight&, int64_t M, int digits);
   int64_t (*linear_panel_scratch)(const Problem&);  // floats
   // Rows [first, last) through dense panels in cache; x32 float32 [M, x32_stride], or what pack_tokens made of it: some
   // tokens, all columns, in an order that linear_dense knows. Null where it takes x32 as it lies.

@@ -33,8 +33,9 @@ Prepared float_rows(const Problem& p, char* room) {
   return {copy, p.w.K};
 }
 
-PanelShape panel_shape(const Weight& w, int digits) {
-  return kernels().linear_panel ? kernels().panel_shape(w, digits) : PanelShape{0, false, kRowTokensAlone, kRowTokensAlone};
+PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
+  if (!kernels().linear_panel) return {0, false, false, kRowTokensAlone, kRowTokensAlone};
+  return kernels().panel_shape(w, M, digits);
 }
 
 int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
@@ -43,14 +44,14 @@ int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
 }
 
 bool use_rows(const Weight& w, int64_t M, int digits) {
-  const PanelShape shape = panel_shape(w, digits);
+  const PanelShape shape = panel_shape(w, M, digits);
   if (quad_rows(w)) return M <= (shape.row_tokens + 1) / 2;
   return chunk_groups(w) && (M <= shape.row_tokens || (shape.tile == 0 && w.axis == 0 && digits == 1));
 }
 
 Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
-  const PanelShape shape = use_rows(w, M, digits) ? PanelShape{} : panel_shape(w, digits);
-  Digits d{(int8_t*)room, nullptr, nullptr, M, (w.K + 63) / 64, step_entries(w), digits, shape.tile, shape.wide};
+  const PanelShape shape = use_rows(w, M, digits) ? PanelShape{} : panel_shape(w, M, digits);
+  Digits d{(int8_t*)room, nullptr, nullptr, M, (w.K + 63) / 64, step_entries(w), digits, shape.tile, shape.wide, shape.apart};
   d.step = (float*)(room + M * d.chunks * d.bytes() * 64);
   d.sum = d.step + M * d.entries;
   return d;
@@ -58,7 +59,7 @@ Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
 
 bool integers_serve(const Weight& w, int64_t M, int digits) {
   if (!integer_codes(w) || !quad_groups(w)) return false;
-  const PanelShape shape = panel_shape(w, digits);
+  const PanelShape shape = panel_shape(w, M, digits);
   const bool dear = (w.axis == 0 && digits > 1) || (w.table.count > 1 && digits == 3);
   if (dear && M > shape.dear_tokens) return false;
   return shape.tile > 0 || use_rows(w, M, digits);

@@ -16,10 +16,10 @@ constexpr int kTileTokens = 6;  // 12 of 16 registers hold their sums
 
 inline bool wide_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
 
-hqqtensor::PanelShape panel_shape(const Weight& w, int digits) {
+hqqtensor::PanelShape panel_shape(const Weight& w, int64_t, int digits) {
   const bool wide = wide_panel(w, digits);
-  if (digits == 3) return {0, false, 3, 3};
-  return {kTileTokens, wide, digits == 2 ? 2 : 1, 6};
+  if (digits == 3) return {0, false, false, 3, 3};
+  return {kTileTokens, wide, false, digits == 2 ? 2 : 1, 6};
 }
 
 struct Segment {

@@ -155,6 +155,14 @@ inline void fetch_values(const Values& v, int64_t row) {
   for (int64_t i = 0; i < v.row_bytes(); i += 64) prefetch(p + i);
 }
 
+// What an integer product of codes and activations must be multiplied with besides their scales, and the number that
+// takes the place of a zero point where the format has a table.
+inline float code_unit(const Weight& w, int digits) {
+  if (!w.table.values) return 1;
+  const int both = digits < w.table.count ? digits : w.table.count;
+  return w.table.unit * (float)(1 << (7 * (both - 1)));
+}
+
 // Rows n, n + step, ... before last, up to COUNT of them, and those after them. Places left over have the first row again.
 template <int64_t COUNT>
 struct PanelRows {
