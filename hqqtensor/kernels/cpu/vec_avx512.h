@@ -159,6 +159,10 @@ inline Floats f_codes(const uint8_t* p) {
   if constexpr (PART == 2) v = _mm512_srli_epi32(v, 4);
   return _mm512_cvtepi32_ps(v);
 }
+inline void copy_some(void* to, const void* from, int64_t bytes) {  // fewer than 64
+  const __mmask64 some = (1ull << bytes) - 1;
+  _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
+}
 // The first n of them (n < 16), zeros behind; nothing else is read.
 inline Floats f_load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 template <int PART>
