@@ -15,14 +15,24 @@
 #pragma GCC diagnostic ignored "-Wunused-function"  // of the headers shared with isa_avx512.cpp
 #include "vec_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
-#include "amx.h"
-#include "rows.h"
+#include "dense_amx.h"
 
 namespace hqqtensor {
 const Kernels* kernels_amx() {
   static const Kernels table = [] {
     Kernels k = *kernels_avx512();
     k.name = "amx";
+    k.linear_dense = linear_dense_amx;
+    k.linear_dense_scratch = linear_dense_amx_scratch;
+    k.pack_tokens = pack_parts;
+    k.packed_size = packed_parts_size;
+    k.pack_step = kTileRows;
+    k.dense_step = 32;
+    k.panel_shape = [](const Weight& w, int digits) {
+      PanelShape shape = kernels_avx512()->panel_shape(w, digits);
+      shape.dear_tokens = digits == 3 ? 16 : 12;
+      return shape;
+    };
     return k;
   }();
   return &table;

@@ -25,7 +25,7 @@ const Kernels* kernels_avx512() {
     const int64_t rows = w.table.values ? 1 : w.nbits == 8 ? 6 : w.nbits == 4 ? 4 : 2;
     return PanelShape{panel_tile(w, digits), false, rows, 48};
   };
-  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1);
+  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1, nullptr);
   return &table;
 }
 }  // namespace hqqtensor

@@ -148,7 +148,12 @@ bool run_block(const Problem& p, int digits) {
   const Kernels& k = kernels();
   const bool integers = integers_serve(p.w, p.M, digits);
   const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
-  char* room = scratch(ints + 4 * (k.pack_tokens ? 2 : 1) * (p.M * p.w.K + 16) + 64, 0);
+  // Of the digits of 8-bit activations only their product with the step is left, a float32.
+  const int parts = digits == 3 || (digits == 1 && p.x_type == DType::f32)                    ? 3
+                    : digits == 2 && p.x_type == DType::bf16 && p.pre_scale == nullptr ? 1
+                                                                                              : 2;
+  const int64_t floats = (p.M * p.w.K + 31) / 16 * 16;
+  char* room = scratch(ints + 4 * (floats + (k.pack_tokens ? k.packed_size(p.M, p.w.K, parts) : 0)) + 64, 0);
   Prepared x = float_rows(p, room + ints);
   if (integers && multiply_integers(&p, 1, x, digits, room)) return true;
   if (digits == 1) {
@@ -158,13 +163,17 @@ bool run_block(const Problem& p, int digits) {
     if (!round_rows(p.w, p.M, (float*)(room + ints))) return false;
     x = {(float*)(room + ints), p.w.K};
   }
+  DenseTokens tokens{x.x, x.stride, parts, nullptr};
   if (k.pack_tokens) {
-    float* packed = (float*)(room + ints) + p.M * p.w.K + 16;
-    over(p.M, k.pack_step, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) { k.pack_tokens(x.x, x.stride, a, b, p.w.K, packed); });
-    x = {packed, 0};
+    float* packed = (float*)(room + ints) + floats;
+    std::atomic<bool> whole{true};
+    over(p.M, k.pack_step, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) {
+      if (whole && !k.pack_tokens(tokens, a, b, p.w.K, packed)) whole = false;
+    });
+    if (whole) tokens.packed = packed;
   }
-  over(p.w.N, 12, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
-    k.linear_dense(p, x.x, x.stride, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));
+  over(p.w.N, k.dense_step, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
+    k.linear_dense(p, tokens, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));
   });
   return true;
 }
