@@ -74,8 +74,10 @@ def test_scaled_strided_and_8_bit_activations(kind: tuple[str, int, int, int], d
 def same_with_nan(got: torch.Tensor, want: torch.Tensor) -> bool:
     finite = want.isfinite()
     close = (got[finite] - want[finite]).abs().max() < 1e-4 * want[finite].abs().max() if finite.any() else True
-    return bool(close) and torch.equal(got.nan_to_num(0, 1, -1)[~finite], want.nan_to_num(0, 1, -1)[~finite]) and torch.equal(
-        got.isnan(), want.isnan()
+    return (
+        bool(close)
+        and torch.equal(got.nan_to_num(0, 1, -1)[~finite], want.nan_to_num(0, 1, -1)[~finite])
+        and torch.equal(got.isnan(), want.isnan())
     )
 
 

@@ -64,7 +64,8 @@ struct Block {
   static constexpr int right(int t) { return T == 1 ? 7 : 6 + t; }
 
   template <class P>
-  static __attribute__((always_inline)) void steps(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t count) {
+  static __attribute__((always_inline)) void steps(const char* a, int64_t a_tile, const char* b, int64_t b_tile,
+                                                   int64_t count) {
     for (int64_t s = 0; s < count; ++s, a += P::W * kTileBytes, b += P::X * kTileBytes)
       unrolled<P::count>([&](auto i) __attribute__((always_inline)) {
         if constexpr (i == 0 || P::x(i) != P::x(i - 1))
@@ -170,7 +171,8 @@ inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* i
       if (p.x_type == DType::f32)
         _mm512_mask_storeu_ps(out, some, y);
       else
-        _mm256_mask_storeu_epi16(out, some, p.x_type == DType::f16 ? _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT) : to_bf16(y));
+        _mm256_mask_storeu_epi16(out, some,
+                                 p.x_type == DType::f16 ? _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT) : to_bf16(y));
     }
   }
   return bad;

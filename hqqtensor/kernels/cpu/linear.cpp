@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <new>
+
+#include "pages.h"
 
 namespace hqqtensor {
 namespace {
@@ -184,18 +184,18 @@ char* scratch(int64_t bytes, int slot) {
   struct Buffer {
     void* data = nullptr;
     int64_t size = 0;
-    ~Buffer() { std::free(data); }
+    ~Buffer() { give_back(); }
+    void give_back() {
+      if (data) release(data, (size_t)size);
+      data = nullptr, size = 0;
+    }
   };
   static thread_local Buffer buffers[3];
   Buffer& b = buffers[slot];
   if (b.size < bytes) {
-    std::free(b.data);
+    b.give_back();
+    b.data = allocate((size_t)((bytes + 4095) / 4096 * 4096));
     b.size = (bytes + 4095) / 4096 * 4096;
-    b.data = std::aligned_alloc(64, (size_t)b.size);
-    if (b.data == nullptr) {
-      b.size = 0;
-      throw std::bad_alloc();
-    }
   }
   return (char*)b.data;
 }

@@ -91,7 +91,8 @@ inline __attribute__((always_inline)) void put_columns(const Numbers& numbers, c
                                                        Scale scale, Zero zero, char* out) {
   for (int64_t i = 0; i < count; i += kTileColumns, out += PARTS * kTileBytes) {
     __m512i parts[PARTS];
-    split<PARTS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)), parts);
+    split<PARTS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
+                 parts);
     for (int part = 0; part < PARTS; ++part) _mm512_store_si512(out + part * kTileBytes, parts[part]);
   }
 }
@@ -172,7 +173,7 @@ inline __m512 load_columns(const float* x, int64_t left) {
 inline bool splits(const float* x, int64_t K) {
   __m512i top = _mm512_setzero_si512();
   for (int64_t k = 0; k < K; k += 16)
-    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(load_columns(x + k, K - k)), _mm512_set1_epi32(0x7fffffff)));
+    top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
   const uint32_t bits = _mm512_reduce_max_epu32(top), least = (127 - 60) << 23;
   return bits == 0 || (bits >= least && bits < 0x7f800000);
 }
