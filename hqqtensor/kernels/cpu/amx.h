@@ -41,17 +41,22 @@ inline void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
 }
 template <int TILE>
-inline void tile_load(const void* from, int64_t stride) {
+inline void tile_load(const void* from, int64_t stride = 64) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
 template <int TILE>
-inline void tile_store(void* to, int64_t stride) {
+inline void tile_store(void* to, int64_t stride = 64) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
 }
 // TO += unsigned bytes of LEFT times signed bytes of RIGHT, by fours.
 template <int TO, int LEFT, int RIGHT>
 inline void tile_dot() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(LEFT), "i"(RIGHT));
+}
+// TO += bfloat16 of LEFT times those of RIGHT, by twos.
+template <int TO, int LEFT, int RIGHT>
+inline void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(LEFT), "i"(RIGHT));
 }
 
 }  // namespace

@@ -10,16 +10,18 @@ constexpr int64_t kDenseDepth = 128, kDenseQuads = kDenseDepth / 4;  // columns 
 constexpr int64_t kDenseTokens = 6;  // of a tile: 12 of 16 registers hold its sums
 
 // Tokens [first, last), `first` a multiple of kDenseTokens, as [K][tokens of the tile], tiles M K / kDenseTokens apart.
-void pack_tokens(const float* x, int64_t stride, int64_t first, int64_t last, int64_t K, float* out) {
+bool pack_tokens(const hqqtensor::DenseTokens& x, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; m += kDenseTokens) {
     const int64_t tokens = last - m < kDenseTokens ? last - m : kDenseTokens;
     for (int64_t t = 0; t < tokens; ++t) {
-      const float* in = x + (m + t) * stride;
+      const float* in = x.x + (m + t) * x.stride;
       float* to = out + m * K + t;
       for (int64_t k = 0; k < K; ++k) to[k * tokens] = in[k];
     }
   }
+  return true;
 }
+int64_t packed_size(int64_t M, int64_t K, int) { return M * K; }
 
 // out[T][8 V of kTurnedRows] += V / 2 pairs of the panel, [kDenseDepth][kPairRows] each, times x [depth][T]. The
 // accumulators are arguments by value: an array of them would be kept in memory.
@@ -181,7 +183,7 @@ struct RowOrder {
   }
 };
 
-void linear_dense(const Problem& p, const float* x, int64_t, int64_t first, int64_t last, float* scratch) {
+void linear_dense(const Problem& p, const hqqtensor::DenseTokens& x, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.w;
   __m256i* codes = (__m256i*)scratch;
   float *panel = scratch + kDenseDepth * kTurnedRows / 4, *scale = panel + kDenseDepth * kTurnedRows;
@@ -219,7 +221,7 @@ void linear_dense(const Problem& p, const float* x, int64_t, int64_t first, int6
       for (int64_t m = 0; m < p.M; m += kDenseTokens) {
         const int64_t tokens = p.M - m < kDenseTokens ? p.M - m : kDenseTokens;
         for (int64_t i = 0, taken; i < pairs; i += taken)
-          pick_dense(pairs - i, tokens, &taken)(panel + i * kDenseDepth * kPairRows, x + m * w.K + k * tokens, depth,
+          pick_dense(pairs - i, tokens, &taken)(panel + i * kDenseDepth * kPairRows, x.packed + m * w.K + k * tokens, depth,
                                                 sums + m * kTurnedRows + i * kPairRows);
         ahead.fetch(lines_each);
       }

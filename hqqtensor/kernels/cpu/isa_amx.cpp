@@ -5,17 +5,19 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <type_traits>
 #include <utility>
 
 #include "kernels.h"
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,bmi2,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c,bmi2,popcnt")
 #pragma GCC target("amx-tile,amx-int8,amx-bf16")
 #pragma GCC diagnostic ignored "-Wunused-function"  // of the headers shared with isa_avx512.cpp
 #include "vec_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.
+#include "dense_amx.h"
 #include "panel_amx.h"
 
 namespace hqqtensor {
@@ -29,6 +31,9 @@ int64_t amx_panel_scratch(const Problem& p) {
 PanelShape amx_panel_shape(const Weight& w, int64_t M, int digits) {
   PanelShape shape = kernels_avx512()->panel_shape(w, M, digits);
   if (amx_serves(w) && M >= kAmxTokens) shape.tile = 16, shape.apart = true;
+  static const int64_t most = std::getenv("AMX_INT_MAX") ? std::atoi(std::getenv("AMX_INT_MAX")) : 0;
+  if (dear(w, digits)) shape.integer_tokens = digits == 3 ? 16 : 12;
+  if (most) shape.integer_tokens = most;
   return shape;
 }
 }  // namespace
@@ -40,6 +45,12 @@ const Kernels* kernels_amx() {
     k.linear_panel = amx_panel;
     k.linear_panel_scratch = amx_panel_scratch;
     k.panel_shape = amx_panel_shape;
+    k.linear_dense = linear_dense_amx;
+    k.linear_dense_scratch = linear_dense_amx_scratch;
+    k.pack_tokens = pack_parts;
+    k.packed_size = packed_parts_size;
+    k.pack_step = kTileRows;
+    k.dense_step = 32;
     return k;
   }();
   return &table;

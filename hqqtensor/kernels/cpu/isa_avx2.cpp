@@ -17,7 +17,8 @@
 
 namespace hqqtensor {
 const Kernels* kernels_avx2() {
-  static const Kernels table = HQQTENSOR_TABLE("avx2", linear_panel, panel_shape, linear_panel_scratch, pack_tokens, kDenseTokens);
+  static const Kernels table =
+      HQQTENSOR_TABLE("avx2", linear_panel, panel_shape, linear_panel_scratch, pack_tokens, kDenseTokens, packed_size);
   return &table;
 }
 }  // namespace hqqtensor

@@ -23,9 +23,9 @@ const Kernels* kernels_avx512() {
   constexpr auto shape = [](const Weight& w, int64_t, int digits) {
     // Widths that fill a nibble or a byte cost linear_rows least.
     const int64_t rows = w.table.values ? 1 : w.nbits == 8 ? 6 : w.nbits == 4 ? 4 : 2;
-    return PanelShape{panel_tile(w, digits), false, false, rows, 48};
+    return PanelShape{panel_tile(w, digits), false, false, rows, dear(w, digits) ? 48 : INT64_MAX};
   };
-  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1);
+  static const Kernels table = HQQTENSOR_TABLE("avx512", linear_panel, shape, linear_panel_scratch, nullptr, 1, nullptr);
   return &table;
 }
 }  // namespace hqqtensor

@@ -8,7 +8,7 @@
 
 namespace hqqtensor {
 const Kernels* kernels_portable() {
-  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr, nullptr, 1);
+  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr, nullptr, 1, nullptr);
   return &table;
 }
 }  // namespace hqqtensor

@@ -105,8 +105,15 @@ struct PanelShape {
   int tile;  // tokens of a tile; 0: no panel serves
   bool wide, apart;  // of Digits
   int64_t row_tokens;    // up to here linear_rows is
-  int64_t dear_tokens;   // above, linear_dense is where integers are dear: axis 0, whose groups each make their own of the
-                         // activations, and float32 times tables of several digits
+  int64_t integer_tokens;  // up to here integers are, above linear_dense
+};
+
+// Activations for linear_dense: float32 [M, stride], and what pack_tokens made of them.
+struct DenseTokens {
+  const float* x;
+  int64_t stride;
+  int parts;            // numbers of bfloat16's precision that add up to each: 1 exactly, 2 finer than 16-bit floats, 3 float32
+  const float* packed;  // null: there is no pack_tokens, or it refused
 };
 
 struct Kernels {
@@ -124,12 +131,15 @@ struct Kernels {
   void (*linear_panel)(const Problem&, const Digits&, int64_t first, int64_t last, int64_t step, float* scratch);
   PanelShape (*panel_shape)(const Weight&, int64_t M, int digits);
   int64_t (*linear_panel_scratch)(const Problem&);  // floats
-  // Rows [first, last) through dense panels in cache; x32 float32 [M, x32_stride], or what pack_tokens made of it: some
-  // tokens, all columns, in an order that linear_dense knows. Null where it takes x32 as it lies.
-  void (*pack_tokens)(const float* x32, int64_t x32_stride, int64_t first, int64_t last, int64_t K, float* out);
-  int64_t pack_step;  // `first` is a multiple of it
-  void (*linear_dense)(const Problem&, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch);
+  // Rows [first, last) through dense panels in cache. axis 0: in an order of the kernel's own.
+  void (*linear_dense)(const Problem&, const DenseTokens&, int64_t first, int64_t last, float* scratch);
   int64_t (*linear_dense_scratch)(const Problem&);  // floats
+  // Some tokens, all columns, in an order that linear_dense knows; false where it must take them as they lie. Null where it
+  // always does.
+  bool (*pack_tokens)(const DenseTokens&, int64_t first, int64_t last, int64_t K, float* out);
+  int64_t pack_step;   // `first` is a multiple of it
+  int64_t dense_step;  // rows that threads share out whole
+  int64_t (*packed_size)(int64_t M, int64_t K, int parts);  // floats
   // Row n of the dense weight, float32, K numbers.
   void (*dequantize_row)(const Weight&, int64_t n, float* out);
   // Rows [first, last) of the dense weight as numbers of a type, rows `stride` numbers apart; `line`: room for K floats.
@@ -174,6 +184,10 @@ inline bool chunk_groups(const Weight& w) {
 inline bool quad_rows(const Weight& w) {
   return w.axis == 1 && w.groups > 1 && w.group_size % 4 == 0 && w.group_size >= 12 && !chunk_groups(w);
 }
+
+// Integers cost more for axis 0, whose groups each make their own of the activations, and for float32 times tables of several
+// digits.
+inline bool dear(const Weight& w, int digits) { return (w.axis == 0 && digits > 1) || (w.table.count > 1 && digits == 3); }
 
 // Room for vectors to run past the end.
 inline int64_t padded(int64_t count) { return (count + 47) / 16 * 16; }

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <new>
+
+#include "pages.h"
 
 namespace hqqtensor {
 namespace {
@@ -34,7 +34,7 @@ Prepared float_rows(const Problem& p, char* room) {
 }
 
 PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
-  if (!kernels().linear_panel) return {0, false, false, kRowTokensAlone, kRowTokensAlone};
+  if (!kernels().linear_panel) return {0, false, false, kRowTokensAlone, dear(w, digits) ? kRowTokensAlone : INT64_MAX};
   return kernels().panel_shape(w, M, digits);
 }
 
@@ -60,9 +60,7 @@ Digits digits_in(const Weight& w, int64_t M, int digits, char* room) {
 bool integers_serve(const Weight& w, int64_t M, int digits) {
   if (!integer_codes(w) || !quad_groups(w)) return false;
   const PanelShape shape = panel_shape(w, M, digits);
-  const bool dear = (w.axis == 0 && digits > 1) || (w.table.count > 1 && digits == 3);
-  if (dear && M > shape.dear_tokens) return false;
-  return shape.tile > 0 || use_rows(w, M, digits);
+  return M <= shape.integer_tokens && (shape.tile > 0 || use_rows(w, M, digits));
 }
 
 // Rows [first, last); axis 0: the rows of groups [first, last), each with its digits.
@@ -149,7 +147,12 @@ bool run_block(const Problem& p, int digits) {
   const Kernels& k = kernels();
   const bool integers = integers_serve(p.w, p.M, digits);
   const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
-  char* room = scratch(ints + 4 * (k.pack_tokens ? 2 : 1) * (p.M * p.w.K + 16) + 64, 0);
+  // Of the digits of 8-bit activations only their product with the step is left, a float32.
+  const int parts = digits == 3 || (digits == 1 && p.x_type == DType::f32)                    ? 3
+                    : digits == 2 && p.x_type == DType::bf16 && p.pre_scale == nullptr ? 1
+                                                                                              : 2;
+  const int64_t floats = (p.M * p.w.K + 31) / 16 * 16;
+  char* room = scratch(ints + 4 * (floats + (k.pack_tokens ? k.packed_size(p.M, p.w.K, parts) : 0)) + 64, 0);
   Prepared x = float_rows(p, room + ints);
   if (integers && multiply_integers(&p, 1, x, digits, room)) return true;
   if (digits == 1) {
@@ -159,13 +162,17 @@ bool run_block(const Problem& p, int digits) {
     if (!round_rows(p.w, p.M, (float*)(room + ints))) return false;
     x = {(float*)(room + ints), p.w.K};
   }
+  DenseTokens tokens{x.x, x.stride, parts, nullptr};
   if (k.pack_tokens) {
-    float* packed = (float*)(room + ints) + p.M * p.w.K + 16;
-    over(p.M, k.pack_step, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) { k.pack_tokens(x.x, x.stride, a, b, p.w.K, packed); });
-    x = {packed, 0};
+    float* packed = (float*)(room + ints) + floats;
+    std::atomic<bool> whole{true};
+    over(p.M, k.pack_step, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) {
+      if (whole && !k.pack_tokens(tokens, a, b, p.w.K, packed)) whole = false;
+    });
+    if (whole) tokens.packed = packed;
   }
-  over(p.w.N, 12, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
-    k.linear_dense(p, x.x, x.stride, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));
+  over(p.w.N, k.dense_step, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
+    k.linear_dense(p, tokens, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), 1));
   });
   return true;
 }
@@ -176,18 +183,18 @@ char* scratch(int64_t bytes, int slot) {
   struct Buffer {
     void* data = nullptr;
     int64_t size = 0;
-    ~Buffer() { std::free(data); }
+    ~Buffer() { give_back(); }
+    void give_back() {
+      if (data) release(data, (size_t)size);
+      data = nullptr, size = 0;
+    }
   };
   static thread_local Buffer buffers[3];
   Buffer& b = buffers[slot];
   if (b.size < bytes) {
-    std::free(b.data);
+    b.give_back();
+    b.data = allocate((size_t)((bytes + 4095) / 4096 * 4096));
     b.size = (bytes + 4095) / 4096 * 4096;
-    b.data = std::aligned_alloc(64, (size_t)b.size);
-    if (b.data == nullptr) {
-      b.size = 0;
-      throw std::bad_alloc();
-    }
   }
   return (char*)b.data;
 }

@@ -49,7 +49,7 @@ void panel_column(int64_t tokens, const float* w, int64_t w_stride, const float*
       panel_column<T - 1>(tokens - m, w, w_stride, x + m * x_stride, x_stride, depth, out + m * out_stride, out_stride);
 }
 
-void linear_dense(const Problem& p, const float* x32, int64_t x32_stride, int64_t first, int64_t last, float* scratch) {
+void linear_dense(const Problem& p, const hqqtensor::DenseTokens& x, int64_t first, int64_t last, float* scratch) {
   const int64_t K = p.w.K, rows = panel_rows(p);
   float *panel = scratch, *sums = scratch + rows * K;
   for (int64_t n = first; n < last; n += rows) {
@@ -60,7 +60,7 @@ void linear_dense(const Problem& p, const float* x32, int64_t x32_stride, int64_
     for (int64_t k = 0; k < K; k += kDepth) {
       const int64_t depth = K - k < kDepth ? K - k : kDepth;
       for (int64_t r = 0; r < whole; r += kPanelRows)
-        panel_column(p.M, panel + r * K + k, K, x32 + k, x32_stride, depth, sums + r, rows);
+        panel_column(p.M, panel + r * K + k, K, x.x + k, x.stride, depth, sums + r, rows);
     }
     for (int64_t m = 0; m < p.M; ++m) {
       float* s = sums + m * rows;

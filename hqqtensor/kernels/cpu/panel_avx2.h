@@ -18,8 +18,9 @@ inline bool wide_panel(const Weight& w, int digits) { return digits == 2 || w.nb
 
 hqqtensor::PanelShape panel_shape(const Weight& w, int64_t, int digits) {
   const bool wide = wide_panel(w, digits);
-  if (digits == 3) return {0, false, false, 3, 3};
-  return {kTileTokens, wide, false, digits == 2 ? 2 : 1, 6};
+  const bool dear = hqqtensor::dear(w, digits);
+  if (digits == 3) return {0, false, false, 3, dear ? 3 : INT64_MAX};
+  return {kTileTokens, wide, false, digits == 2 ? 2 : 1, dear ? 6 : INT64_MAX};
 }
 
 struct Segment {

@@ -6,9 +6,9 @@
 #include "solve.h"
 #include "solve_levels.h"
 
-#define HQQTENSOR_TABLE(name, linear_panel, panel_shape, linear_panel_scratch, pack_tokens, pack_step)                  \
+#define HQQTENSOR_TABLE(name, linear_panel, panel_shape, linear_panel_scratch, pack_tokens, pack_step, packed_size)     \
   {                                                                                                                     \
     name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, linear_panel, panel_shape, linear_panel_scratch,    \
-        pack_tokens, pack_step, linear_dense, linear_dense_scratch, dequantize_row, dequantize_rows, kFloats, extremes, \
-        solve_block, hqq_block, solve_levels, lloyd_block, assign_row, to_float, from_float                             \
+        linear_dense, linear_dense_scratch, pack_tokens, pack_step, 12, packed_size, dequantize_row, dequantize_rows,   \
+        kFloats, extremes, solve_block, hqq_block, solve_levels, lloyd_block, assign_row, to_float, from_float          \
   }
