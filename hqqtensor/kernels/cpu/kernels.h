@@ -121,7 +121,7 @@ struct Kernels {
   // Row m of float32 activations as integers; false where they hold NaN, Inf or numbers too small for that.
   bool (*prepare)(const float* x, const Weight&, int64_t m, const Digits&);
   // The same for group g of an axis-0 weight, whose scales belong to the activations.
-  bool (*prepare_axis0)(const float* x, const Weight&, int64_t g, int64_t m, const Digits&, float* scratch);
+  bool (*prepare_axis0)(const float* x, const Weight&, int64_t g, int64_t m, const Digits&);
   // Rows [first, last) of the result for few tokens: every row is read by itself. axis 0: the rows of groups [first, last),
   // each with its own digits.
   void (*linear_rows)(const Problem&, const Digits*, int64_t first, int64_t last, float* scratch);

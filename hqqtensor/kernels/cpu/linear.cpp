@@ -108,14 +108,14 @@ bool multiply_integers(const Problem* parts, int64_t count, const Prepared& x, i
   const int64_t most = std::clamp<int64_t>(kGroupBytes / bytes, 1, kGroups);
   over(p.w.groups, 1, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     const int64_t count = std::min(most, b - a);
-    char* own = scratch(bytes * count + 4 * (2 * p.w.K + 192), 2);
+    char* own = scratch(bytes * count, 2);
     Digits d[kGroups];
     for (int64_t i = 0; i < count; ++i) d[i] = digits_in(p.w, p.M, digits, own + bytes * i);
     for (int64_t g = a; g < b && whole; g += count) {
       const int64_t end = std::min(g + count, b);
       for (int64_t i = g; i < end && whole; ++i)
         for (int64_t m = 0; m < p.M && whole; ++m)
-          if (!k.prepare_axis0(x.x + m * x.stride, p.w, i, m, d[i - g], (float*)(own + bytes * count))) whole = false;
+          if (!k.prepare_axis0(x.x + m * x.stride, p.w, i, m, d[i - g])) whole = false;
       if (whole) multiply(p, d, g, end);
     }
   });

@@ -248,9 +248,10 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
     return;
   }
   // A tile of rows of one group, then one of the next group: so each row follows one read before in memory.
-  for (int64_t n = 0; n < w.N; n += kRows * w.groups)
+  const int64_t below = kRows * w.groups;
+  for (int64_t n = 0; n < w.N; n += below)
     for (int64_t g = first; g < last && n + g < w.N; ++g)
-      run(n + g, w.groups, w.N, g + 1 < last ? n + g + 1 : n + kRows * w.groups + first, digits[g - first]);
+      run(n + g, w.groups, w.N, g + 1 < last ? n + g + 1 : n + below < w.N ? n + below + first : last, digits[g - first]);
 }
 
 }  // namespace

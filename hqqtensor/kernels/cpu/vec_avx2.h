@@ -348,6 +348,14 @@ inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t 
   }
   _mm_storel_epi64((__m128i*)out, to_bytes(x));
 }
+// See vec_avx512.h for both.
+inline void f_largest_each(const float* p, int64_t count, float* top) {
+  for (int64_t c = 0; c < 16; ++c) top[c] = c < count ? f_largest(p + 64 * c, 64) : 0;
+}
+template <int COUNT>
+inline void f_store_chunk(int8_t* out, const float* in, float scale) {
+  for (int i = 0; i < 64; i += kFloats) f_store_digits(out + i, f_mul(f_load(in + i), f_set(scale)), 8, COUNT, 64, 4);
+}
 inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }  // see vec_avx512.h
 
 }  // namespace
