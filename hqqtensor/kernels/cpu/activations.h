@@ -49,7 +49,7 @@ bool make_digits(const float* in, const Weight& w, int64_t m, const Digits& d, i
     for (int64_t c = 0; c < count; ++c) f_store_chunk<digits.value>(out + c * place.by_chunk, in + 64 * c, inverse[c]);
   };
   if (d.tile > 0 || shift != 8) {
-    for (int64_t c = 0; c < count; ++c, out += by_chunk)
+    for (int64_t c = 0; c < count; ++c, out += place.by_chunk)
       for (int i = 0; i < 64; i += kFloats)
         f_store_digits(out + i / 4 * place.by_quad, f_mul(f_load(in + 64 * c + i), f_set(inverse[c])), shift, d.count,
                        place.by_digit, place.by_quad);

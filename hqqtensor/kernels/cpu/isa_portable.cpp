@@ -1,5 +1,6 @@
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "vec_portable.h"
 // Order matters: the headers below are written in terms of the vectors above.

@@ -18,10 +18,17 @@ struct Tile {
   const uint8_t* table;
   const uint8_t* lines;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
   int64_t ahead;         // else bytes to the same place in the next tile
-  float out[kRows][kMaxTokens];
+  float out[kMaxTokens][kRows];
   const Quads* quads;
   const float* step[kMaxTokens];  // where quads have scales, of each chunk
 };
+
+// Where the instruction set does not have them together.
+template <int T>
+inline void acc_sums(const Acc (*a)[T], const Floats (*start)[kMaxTokens], float (*out)[kRows]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < T; ++t) out[t][r] = acc_sum(a[r][t], start[r][t]);
+}
 
 // DW: digits of a table.
 template <int NB, int D, int DW, int T, ScaleOf BY>
@@ -114,8 +121,7 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
       half(2 * blocks + h, codes);
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < T; ++t) tile.out[r][t] = acc_sum(acc[r][t], tile.start[r][t]);
+  acc_sums(acc, tile.start, tile.out);
 }
 
 using RunTile = void (*)(Tile&, int64_t, int64_t, const LaneScales&);
@@ -153,13 +159,18 @@ RunTile pick_tile(const Weight& w, int digits, ScaleOf by, int64_t tokens) {
   return found;
 }
 
-inline void store(const Problem& p, int64_t m, int64_t n, float v) {
-  if (p.bias) v += p.bias[n];
-  const int64_t i = m * p.y_stride + n;
-  if (p.x_type == DType::f32)
-    ((float*)p.y)[i] = v;
-  else
-    from_float(&v, 1, p.x_type, (uint16_t*)p.y + i);
+// Results of rows n, n + step, ... for token m.
+inline void store(const Problem& p, int64_t m, int64_t n, int64_t step, int64_t rows, float* v) {
+  const int64_t at = m * p.y_stride + n;
+  if (p.bias)
+    for (int64_t r = 0; r < rows; ++r) v[r] += p.bias[n + r * step];
+  if (p.x_type == DType::f32) {
+    for (int64_t r = 0; r < rows; ++r) ((float*)p.y)[at + r * step] = v[r];
+    return;
+  }
+  uint16_t bits[kRows];
+  from_float(v, rows, p.x_type, bits);
+  for (int64_t r = 0; r < rows; ++r) ((uint16_t*)p.y)[at + r * step] = bits[r];
 }
 
 // Floats of one row's entries.
@@ -203,6 +214,11 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
   Tile tile;
   tile.table = &w.table.digits[0][0];
   tile.quads = &quads;
+  float* out[kRows][kMaxTokens];
+  for (int64_t i = 0; i < kRows * kMaxTokens; ++i) out[i / kMaxTokens][i % kMaxTokens] = both + i * entries;
+  // Bytes of a row's scales and zero points, which are fetched while the tile before is multiplied.
+  const int64_t scale_bytes = w.axis == 1 ? w.scale.row_bytes() : 0;
+  const int64_t zero_bytes = w.axis == 1 && w.zero.data ? w.zero.row_bytes() : 0;
   const auto run = [&](int64_t n, int64_t step, int64_t end, int64_t next, const Digits& own) {
     tile.ahead = (next - n) * w.row_stride;
     tile.lines = step == 1 ? w.qdata + (next + kRows) * w.row_stride : nullptr;
@@ -212,10 +228,9 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
       numbers[r] = there ? n + r * step : n;
       tile.rows[r] = w.qdata + numbers[r] * w.row_stride;
       rows += there;
-      if (w.axis == 1 && next + r * step < end) {  // what comes soon
-        fetch_values(w.scale, next + r * step);
-        fetch_values(w.zero, next + r * step);
-      }
+      if (next + r * step >= end) continue;
+      for (int64_t i = 0; i < scale_bytes; i += 64) prefetch(w.scale.row(next + r * step) + i);
+      for (int64_t i = 0; i < zero_bytes; i += 64) prefetch(w.zero.row(next + r * step) + i);
     }
     for (int64_t m = 0; m < p.M; m += kMaxTokens) {
       const int64_t tokens = p.M - m < kMaxTokens ? p.M - m : kMaxTokens;
@@ -224,18 +239,18 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
         tile.x[t] = own.digits + token * own.chunks * own.count * 64;
         tile.step[t] = own.step + token * own.entries;
       }
-      float* out[kRows][kMaxTokens];
       for (int64_t r = 0; r < kRows; ++r)
         for (int64_t t = 0; t < kMaxTokens; ++t) {
-          out[r][t] = both + (r * kMaxTokens + t) * entries;
           tile.scale[r][t] = w.axis == 0 ? own.step + (t < tokens ? m + t : m) * own.entries : out[r][t < tokens ? t : 0];
           tile.start[r][t] = f_zero();
         }
       if (w.axis == 1) meta.run(numbers, m, tokens, out, tile.start);
       (tokens > 1 ? several : one)(tile, w.K, per_chunk, lanes);
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < rows; ++r)
-          store(p, m + t, n + r * step, w.axis == 0 ? tile.out[r][t] - own.sum[m + t] : tile.out[r][t]);
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (w.axis == 0)
+          for (float& v : tile.out[t]) v -= own.sum[m + t];
+        store(p, m + t, n, step, rows, tile.out[t]);
+      }
     }
   };
   if (w.axis == 1) {

@@ -41,8 +41,8 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
   unpack_slice(w, n, k, depth, codes);
   const int64_t size = w.groups == 1 ? w.K : w.group_size, first = k / size, count = (k + depth - 1) / size + 1 - first;
   float scales[kSlice / kTileColumns + 32], zeros[kSlice / kTileColumns + 32];
-  load_values(w.scale, n, first, count, scales);
-  if (w.zero.data) load_values(w.zero, n, first, count, zeros);
+  load_few(w.scale, n, first, count, scales);
+  if (w.zero.data) load_few(w.zero, n, first, count, zeros);
   const Entries entries(w, n);
   const __m512i places = _mm512_loadu_si512(order.data());
   __m512i parts[PARTS], both{};

@@ -1,6 +1,7 @@
 // What linear_rows makes of scales and zero points, row by row, before it multiplies.
 #pragma once
 #include "activations.h"
+#include "each_row.h"
 
 namespace {
 
@@ -45,36 +46,42 @@ struct RowMeta {
   using Out = float* [kMaxTokens];
   using Start = Floats[kMaxTokens];
 
+  // What is stored of a scale: nothing, the scale times the step of its group, or the scale.
+  enum class Store { none, by_group, quads };
+
   // Groups [first, last), whole vectors of them, whose values lie at s[r] and z[r].
-  template <DType T, bool TABLE>
-  __attribute__((always_inline)) void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last,
-                                             int64_t token, int64_t tokens, Out* out, Start* start) const {
+  template <DType T, bool TABLE, Store STORE>
+  void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens, Out* out,
+              Start* start) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
     const int64_t width = padded(w.groups);
     for (int64_t t = 0; t < tokens; ++t) {
       const float *step = d.step + (token + t) * d.entries, *sums = d.sum + (token + t) * width;
       Floats total[kRows];
-      for (int r = 0; r < kRows; ++r) total[r] = start[r][t];
+      float* to[kRows];
+      each_row([&](auto r) __attribute__((always_inline)) { total[r] = start[r][t], to[r] = out[r][t]; });
       for (int64_t g = first; g < last; g += kFloats)
-        for (int r = 0; r < kRows; ++r) {
+        each_row([&](auto r) __attribute__((always_inline)) {
           const Floats a = load_as<T>(s[r], g - first);
           const Floats product = f_mul(a, TABLE ? offset : load_as<T>(z[r], g - first));
-          if (quads)
-            f_store(out[r][t] + g, TABLE ? f_mul(a, units) : a);
-          else if (by_group)
-            f_store(out[r][t] + g, f_mul(TABLE ? f_mul(a, units) : a, f_load(step + g)));
+          const Floats scaled = TABLE ? f_mul(a, units) : a;
+          if constexpr (STORE == Store::quads) f_store(to[r] + g, scaled);
+          if constexpr (STORE == Store::by_group) f_store(to[r] + g, f_mul(scaled, f_load(step + g)));
           total[r] = f_fnma(product, f_load(sums + g), total[r]);
-        }
-      for (int r = 0; r < kRows; ++r) start[r][t] = total[r];
+        });
+      each_row([&](auto r) __attribute__((always_inline)) { start[r][t] = total[r]; });
     }
   }
   template <DType T>
   void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens,
               Out* out, Start* start) const {
-    if (w.table.values)
-      blocks<T, true>(s, z, first, last, token, tokens, out, start);
-    else
-      blocks<T, false>(s, z, first, last, token, tokens, out, start);
+    const auto with = [&](auto table) __attribute__((always_inline)) {
+      constexpr bool TABLE = decltype(table)::value;
+      if (quads) return blocks<T, TABLE, Store::quads>(s, z, first, last, token, tokens, out, start);
+      if (by_group) return blocks<T, TABLE, Store::by_group>(s, z, first, last, token, tokens, out, start);
+      blocks<T, TABLE, Store::none>(s, z, first, last, token, tokens, out, start);
+    };
+    w.table.values ? with(std::true_type()) : with(std::false_type());
   }
   // Straight from memory: the values of a row are used once for each token.
   template <DType T>

@@ -25,9 +25,9 @@ void to_float(const void* from, DType type, int64_t count, float* out) {
   if (i < count) {
     uint16_t in[kFloats] = {};
     float tail[kFloats];
-    copy_some(in, h + i, (count - i) * 2);
+    __builtin_memcpy(in, h + i, (size_t)(count - i) * 2);
     f_store(tail, type == DType::f16 ? f_load_f16(in) : f_load_bf16(in));
-    copy_some(out + i, tail, (count - i) * 4);
+    __builtin_memcpy(out + i, tail, (size_t)(count - i) * 4);
   }
 }
 

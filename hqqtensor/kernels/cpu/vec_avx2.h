@@ -242,7 +242,6 @@ inline Floats f_codes(const uint8_t* p) {
   if constexpr (PART == 2) v = _mm256_srli_epi32(v, 4);
   return _mm256_cvtepi32_ps(v);
 }
-inline void copy_some(void* to, const void* from, int64_t bytes) { __builtin_memcpy(to, from, (size_t)bytes); }
 // The first n of them (n < 8), zeros behind; nothing else is read.
 inline Floats f_load_some(const float* p, int64_t n) {
   alignas(32) static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};

@@ -119,7 +119,16 @@ inline void add_chunk_quads(Acc& acc, const Codes* c, const Tokens& t, const flo
   const __m512 scale = _mm512_permutexvar_ps(own, _mm512_loadu_ps(scales));
   acc.v = scaled(acc.v, dot<D, DW>(c, t), _mm512_mul_ps(scale, _mm512_set1_ps(step)));
 }
-inline float acc_sum(const Acc& a, __m512 more) { return _mm512_reduce_add_ps(_mm512_add_ps(a.v, more)); }
+// Sums over the lanes of four rows, of `a` and `start` each: rows become lanes while there are lanes to add up.
+inline void acc_sums(const Acc (*a)[1], const __m512 (*start)[1], float (*out)[4]) {
+  __m512 v[4], two[2];
+  for (int r = 0; r < 4; ++r) v[r] = _mm512_add_ps(a[r][0].v, start[r][0]);
+  for (int i = 0; i < 2; ++i)
+    two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x44), _mm512_shuffle_ps(two[0], two[1], 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  _mm_storeu_ps(out[0], _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 inline Floats f_zero() { return _mm512_setzero_ps(); }
 inline Floats f_set(float v) { return _mm512_set1_ps(v); }
@@ -158,10 +167,6 @@ inline Floats f_codes(const uint8_t* p) {
   if constexpr (PART == 1) v = _mm512_and_si512(v, _mm512_set1_epi32(15));
   if constexpr (PART == 2) v = _mm512_srli_epi32(v, 4);
   return _mm512_cvtepi32_ps(v);
-}
-inline void copy_some(void* to, const void* from, int64_t bytes) {  // fewer than 64
-  const __mmask64 some = (1ull << bytes) - 1;
-  _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
 }
 // The first n of them (n < 16), zeros behind; nothing else is read.
 inline Floats f_load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }

@@ -209,7 +209,6 @@ template <int PART = 0>
 inline Floats f_codes(const uint8_t* p) {
   return each([&](int i) { return (float)(PART == 0 ? p[i] : PART == 1 ? p[i] & 15 : p[i] >> 4); });
 }
-inline void copy_some(void* to, const void* from, int64_t bytes) { __builtin_memcpy(to, from, (size_t)bytes); }
 // The first n of them, zeros behind.
 inline Floats f_load_some(const float* p, int64_t n) {
   return each([&](int i) { return i < n ? p[i] : 0.0f; });

@@ -1,12 +1,13 @@
-// Integers of up to 4 bits whose groups fill whole chunks: as many blocks at a time as fill a vector with packed bytes, all
-// their codes summed before one conversion and one multiplication by the scales.
+// Integers of up to 4 bits whose groups fill whole chunks: several blocks at a time, all their codes summed before one
+// conversion and one multiplication by the scales.
 //
-// A step is 4 blocks of 1 bit, 2 of 2 or 3, 1 of 4. Each block has its own lanes of the vector (16, 8 or 4), and each lane has
+// A step is 4 blocks of 1 bit, 2 of the other widths. Each block has its own lanes of the vector (4 or 8), and each lane has
 // codes of one half of the block, so of one group. Codes stay where they are in their bytes, at the same bit in all vectors
 // of a lane, so that the sums need no shifts: a lane's factor, a power of two, is taken away at the end of a row. To get at
 // the other codes, dwords change their lanes instead of bits their places. In lane l of vector v of a step, with
 // i = l % 4, h = l % 2 and bits counted within a byte, are
-//   4 bits  dword l ^ v,                                nibble h               v = 0, 1
+//   4 bits  dword l ^ (v & 1) of what is put together,  nibble h               v = 0..3; v / 2 of the vectors put together:
+//           0 has the first two dwords of every four of both blocks side by side, 1 the last two
 //   3 bits  dword l ^ (v & 1) of what is put together,  nibble h               v = 0..3; v / 2 of the vectors put together:
 //           0 has positions 0 and 2 of both planes in its nibbles, 1 has 1 and 3
 //   2 bits  dword (i + v) % 4 of the same four,         bits 2i and 2i + 1     v = 0..3
@@ -17,6 +18,7 @@
 // Four rows take turns at every instruction, and digits are summed apart: a chain of dependent products is as long as a step
 // has vectors. The lowest of three digits has its own sum of floats: codes left in place would not fit 32 bits with it.
 #pragma once
+#include "each_row.h"
 
 namespace {
 
@@ -25,14 +27,20 @@ static_assert(kMaxTokens == 1);
 template <int NB>
 struct Wide {
   static constexpr bool serve = NB <= 4;
-  static constexpr int blocks = NB == 1 ? 4 : NB == 4 ? 1 : 2, vectors = 2 * blocks, lanes = 16 / blocks;
+  static constexpr int blocks = NB == 1 ? 4 : 2, vectors = 2 * blocks, lanes = 16 / blocks;
 
   // Which 4 of a block's 128 codes, counted by fours, lane l of vector v has.
   static constexpr int quad(int v, int l) {
-    if (NB == 4) return 16 * (l % 2) + (l ^ v);
+    if (NB == 4) return 16 * (l % 2) + l / 4 * 4 + v / 2 * 2 + (l % 2 ^ v % 2);
     if (NB == 3) return 8 * (2 * (l % 2) + v / 2) + (l % 8 ^ v % 2);
     const int dword = l % lanes / 4 * 4 + (l + v) % 4;
     return NB == 2 ? 8 * (l % 4) + dword : 4 * (2 * (l % 4) + v / 4) + dword;
+  }
+  static constexpr int block(int l) { return NB == 4 ? l % 4 / 2 : l / lanes; }
+  static constexpr __mmask16 lanes_of(int b) {
+    int mask = 0;
+    for (int l = 0; l < 16; ++l) mask |= (block(l) == b) << l;
+    return (__mmask16)mask;
   }
   // The power of two that lane l's sums count too much.
   static constexpr int place(int l) { return NB >= 3 ? 4 * (l % 2) : NB == 2 ? 2 * (l % 4) : 2 * (l % 4) + 1; }
@@ -67,36 +75,34 @@ struct Wide {
         const __m512i index = _mm512_load_si512(from[v].v);
         __m512i out = _mm512_setzero_si512();
         for (int b = 0; b < blocks; ++b)
-          out = _mm512_mask_blend_epi32((__mmask16)(((1 << lanes) - 1) << (lanes * b)), out,
-                                        _mm512_permutex2var_epi32(in[2 * b], index, in[2 * b + 1]));
+          out = _mm512_mask_blend_epi32(lanes_of(b), out, _mm512_permutex2var_epi32(in[2 * b], index, in[2 * b + 1]));
         _mm512_store_si512(x + (v * count + d) * 64, out);
       }
     }
   }
 
-  // The packed bytes of a step, their dwords at home.
-  struct Bytes {
-    __m512i v[NB == 3 ? 2 : 1];
-  };
-  static Bytes load(const uint8_t* b) {
-    Bytes out;
-    if constexpr (NB == 3) {
+  // The packed bytes that vectors V, V + 1, ... of a step are taken from, their dwords at home.
+  static constexpr int vectors_of_load = NB >= 3 ? 2 : vectors;
+  template <int V>
+  static Codes load(const uint8_t* b) {
+    if constexpr (NB == 4) {
+      const __m512i one = _mm512_loadu_si512(b), two = _mm512_loadu_si512(b + 64);
+      return V == 0 ? _mm512_unpacklo_epi64(one, two) : _mm512_unpackhi_epi64(one, two);
+    } else if constexpr (NB == 3) {
       const auto twos = [&](int64_t o) { return _mm256_loadu_si256((const __m256i*)(b + o)); };
       const auto ones = [&](int64_t o) { return _mm_loadu_si128((const __m128i*)(b + o)); };
       const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(twos(0)), twos(48), 1);
       const __m512i high = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(ones(32)), 0xFF00, ones(80));
-      out.v[0] = select(0x33, low, _mm512_sllv_epi32(high, quarters(2, 1, 2, 1)));
-      out.v[1] = select(0x33, _mm512_srli_epi32(low, 2), _mm512_srlv_epi32(high, quarters(0, 1, 0, 1)));
+      if constexpr (V == 0) return select(0x33, low, _mm512_sllv_epi32(high, quarters(2, 1, 2, 1)));
+      return select(0x33, _mm512_srli_epi32(low, 2), _mm512_srlv_epi32(high, quarters(0, 1, 0, 1)));
     } else {
-      out.v[0] = _mm512_loadu_si512(b);
+      return _mm512_loadu_si512(b);
     }
-    return out;
   }
 
   template <int V>
-  static Codes codes(const Bytes& b) {
+  static Codes codes(Codes c) {
     constexpr int turn = NB >= 3 ? V % 2 : V % 4;
-    Codes c = b.v[NB == 3 ? V / 2 : 0];
     if constexpr (turn > 0 && NB >= 3) c = _mm512_shuffle_epi32(c, _MM_PERM_CDAB);
     if constexpr (turn == 1 && NB < 3) c = _mm512_shuffle_epi32(c, _MM_PERM_ADCB);
     if constexpr (turn == 2) c = _mm512_shuffle_epi32(c, _MM_PERM_BADC);
@@ -108,16 +114,20 @@ struct Wide {
 
   // Sums of the codes of kRows rows times digit d, in a[d]; all of a step.
   template <int D, size_t... V>
-  static void dots(const Bytes* bytes, const int8_t* x, __m512i (*a)[kRows], std::index_sequence<V...>) {
+  static void dots(const uint8_t* const* rows, int64_t at, const int8_t* x, __m512i (*a)[kRows], std::index_sequence<V...>) {
+    Codes bytes[kRows];
     const auto vector = [&]<int I>(std::integral_constant<int, I>) __attribute__((always_inline)) {
       Codes c[kRows];
-      for (int r = 0; r < kRows; ++r) c[r] = codes<I>(bytes[r]);
+      each_row([&](auto r) __attribute__((always_inline)) {
+        if constexpr (I % vectors_of_load == 0) bytes[r] = load<I>(rows[r] + at);
+        c[r] = codes<I>(bytes[r]);
+      });
       for (int d = 0; d < D; ++d) {
         const __m512i t = _mm512_load_si512(x + (I * D + d) * 64);
-        for (int r = 0; r < kRows; ++r) {
+        each_row([&](auto r) __attribute__((always_inline)) {
           if (NB == 1 && I == 4) a[d][r] = _mm512_add_epi32(a[d][r], a[d][r]);
           a[d][r] = _mm512_dpbusd_epi32(a[d][r], c[r], t);
-        }
+        });
       }
     };
     (vector(std::integral_constant<int, (int)V>()), ...);
@@ -125,11 +135,7 @@ struct Wide {
 
   // A scale for each half of each block of a step.
   static __m512 scales(const float* s) {
-    if constexpr (blocks == 1) {
-      double both;
-      __builtin_memcpy(&both, s, sizeof both);
-      return _mm512_castpd_ps(_mm512_set1_pd(both));
-    }
+    if constexpr (NB == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(s));
     return _mm512_permutexvar_ps(by_lane([](int l) { return l / lanes * 2 + quad(0, l) / 16; }), _mm512_loadu_ps(s));
   }
 
@@ -137,24 +143,24 @@ struct Wide {
   template <int D, class Fetch>
   static void run(const uint8_t* const* rows, const int8_t* x, const float* const* scale, int64_t count, Acc* out,
                   Fetch fetch) {
-    __m512 acc[kRows] = {}, last[kRows] = {};
+    __m512 acc[kRows], last[kRows];
+    each_row([&](auto r) { acc[r] = last[r] = _mm512_setzero_ps(); });
     for (int64_t b = 0; b < count; b += blocks) {
       for (int i = 0; i < blocks; ++i) fetch(b + i);
-      Bytes bytes[kRows];
-      __m512i a[D][kRows] = {};
-      for (int r = 0; r < kRows; ++r) bytes[r] = load(rows[r] + b * 16 * NB);
-      dots<D>(bytes, x + b * D * 128, a, std::make_index_sequence<vectors>());
-      for (int r = 0; r < kRows; ++r) {
+      __m512i a[D][kRows];
+      for (int d = 0; d < D; ++d) each_row([&](auto r) { a[d][r] = _mm512_setzero_si512(); });
+      dots<D>(rows, b * 16 * NB, x + b * D * 128, a, std::make_index_sequence<vectors>());
+      each_row([&](auto r) __attribute__((always_inline)) {
         const __m512 s = scales(scale[r] + 2 * b);
         acc[r] = scaled(acc[r], D == 1 ? a[0][r] : _mm512_add_epi32(_mm512_slli_epi32(a[0][r], 8), a[D > 1][r]), s);
         if constexpr (D == 3) last[r] = scaled(last[r], a[2][r], s);
-      }
+      });
     }
     const __m512 factor = _mm512_castsi512_ps(by_lane([](int l) { return (127 - place(l)) << 23; }));
-    for (int r = 0; r < kRows; ++r) {
+    each_row([&](auto r) {
       if constexpr (D == 3) acc[r] = _mm512_fmadd_ps(acc[r], _mm512_set1_ps(256), last[r]);
       out[r].v = _mm512_mul_ps(acc[r], factor);
-    }
+    });
   }
 };
 
