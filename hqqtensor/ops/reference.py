@@ -67,7 +67,7 @@ def int8_activations(x: Tensor, size: int) -> Tensor:
     K = x.shape[-1]
     runs = torch.nn.functional.pad(x, (0, -K % size)).unflatten(-1, (-1, size))
     top = runs.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top == 0, 0.0, 127 / top)
+    inverse = torch.where(top == 0, 0.0, torch.full_like(top, 127) / top)  # `127 / top` is 127 times a rounded 1 / top
     return ((runs * inverse).round() * (top / 127)).flatten(-2)[..., :K]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import BOUNDS, TABLE_BOUNDS, size_of_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_threads import wrong_results
@@ -19,11 +20,6 @@ from hqqtensor.ops.reference import expand_groups
 from hqqtensor.packing import pack
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-
-# Of sum |x| |w|: rounding of the result in its dtype, plus fixed-point activations and float32 sums.
-BOUNDS = {torch.float32: 2**-21, torch.bfloat16: 2**-8 + 2**-14, torch.float16: 2**-11 + 2**-14}
-# Tables: activations and values have digits of 7 bits, three for float32, else two.
-TABLE_BOUNDS = {torch.float32: 2**-19, torch.bfloat16: 2**-8 + 2**-12, torch.float16: 2**-11 + 2**-12}
 
 
 def weight(
@@ -73,7 +69,8 @@ def assert_linear(q: HQQTensor, x: torch.Tensor, bias: torch.Tensor | None = Non
         shift = (q.scale * table.abs().max()).double()
     span = (d.abs() + expand_groups(shift.abs(), *d.shape, q.group_size, q.axis)) * 2
     want = x.double() @ d.T + (0 if bias is None else bias.double())
-    size = x.double().abs() @ span.T + (0 if bias is None else bias.double().abs())
+    scale = expand_groups(q.scale, *d.shape, q.group_size, 0) if q.axis == 0 else None
+    size = size_of_sums(x, span, scale) + (0 if bias is None else bias.double().abs())
     with backend("cpu"):
         got = F.linear(x, q.to(x.dtype), bias)
     assert got.dtype == x.dtype and got.shape == want.shape

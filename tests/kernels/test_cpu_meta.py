@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import BOUNDS, TABLE_BOUNDS, size_of_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,11 +18,6 @@ from hqqtensor.ops import reference
 from hqqtensor.packing import meta_bytes, pack, pack_meta
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-
-# Of sum |x| |w|: rounding of the result in its dtype, plus fixed-point activations and float32 sums; the second ones
-# with values of a table as digits as well.
-BOUNDS = {torch.float32: 2**-21, torch.bfloat16: 2**-8 + 2**-14, torch.float16: 2**-11 + 2**-14}
-TABLE_BOUNDS = {torch.float32: 2**-19, torch.bfloat16: 2**-8 + 2**-12, torch.float16: 2**-11 + 2**-12}
 
 FORMATS = [*[("int", b) for b in range(1, 9)], ("fp4", 4), ("nf4", 4), ("fp6", 6), ("codebook", 2), ("codebook", 3)]
 KINDS = [torch.float16, torch.bfloat16, torch.float32, 8, 4]
@@ -37,6 +33,12 @@ class Packed:
 
     def dense(self) -> Tensor:
         return reference.dequantize(*self.tensors, *self.settings, torch.float32)
+
+    def scale(self) -> Tensor | None:
+        """That of each weight, of axis 0."""
+        meta, _, _, group_size, axis, K = self.settings
+        scale, _ = reference.plain_meta(self.tensors[1], self.tensors[2], meta, group_size, axis, K)
+        return reference.expand_groups(scale, *self.dense().shape[-2:], group_size, 0) if axis == 0 else None
 
     def span(self) -> Tensor:
         """Bounds of what is summed: zero points are taken out after the sum, tables are integers between their ends."""
@@ -100,7 +102,7 @@ def test_linear_equals_the_dense_product(N, K, M, dtype, **kwargs) -> None:
     x = torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
     with backend("cpu"):
         got = ops.linear(x, *w.tensors, None, None, *w.settings, "float")
-    size = x.double().abs() @ w.span().double().T
+    size = size_of_sums(x, w.span(), w.scale())
     worst = ((got.double() - x.double() @ w.dense().double().T).abs() / size).max().item()
     assert worst <= (BOUNDS if kwargs["format"][0] == "int" else TABLE_BOUNDS)[dtype], worst
 
