@@ -37,7 +37,7 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(CURDIR)/tests/kernels/test_cpu.py \
-	  $(CURDIR)/tests/kernels/test_cpu_meta.py $(CURDIR)/tests/kernels/test_linear_many.py \
+	  $(CURDIR)/tests/kernels/test_cpu_meta.py $(CURDIR)/tests/kernels/test_cpu_dense.py $(CURDIR)/tests/kernels/test_linear_many.py \
 	  $(CURDIR)/tests/kernels/test_cpu_solvers.py $(CURDIR)/tests/kernels/test_cpu_levels.py
 
 bench: $(STAMP)

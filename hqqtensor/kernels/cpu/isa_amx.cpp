@@ -30,7 +30,7 @@ int64_t amx_panel_scratch(const Problem& p) {
 // Measured: from how many tokens on parts of bfloat16 are faster than integers.
 int64_t integer_tokens(const Weight& w, int digits) {
   if (digits == 1 || (w.axis == 1 && amx_serves(w))) return INT64_MAX;
-  if (w.axis == 0) return digits == 3 ? 32 : 16;
+  if (w.axis == 0) return w.group_size < 64 ? 8 : digits == 3 ? 32 : 16;
   return digits == 3 ? 96 : 48;
 }
 PanelShape amx_panel_shape(const Weight& w, int64_t M, int digits) {
