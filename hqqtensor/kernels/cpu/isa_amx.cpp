@@ -11,8 +11,7 @@
 #include "kernels.h"
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c,bmi2,popcnt")
-#pragma GCC target("amx-tile,amx-int8,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c,bmi2,popcnt")
 #pragma GCC diagnostic ignored "-Wunused-function"  // of the headers shared with isa_avx512.cpp
 #include "vec_avx512.h"
 // Order matters: the headers below are written in terms of the vectors above.

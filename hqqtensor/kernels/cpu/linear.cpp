@@ -40,7 +40,7 @@ PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
 
 int64_t digit_bytes(const Weight& w, int64_t M, int digits) {
   const int64_t chunks = (w.K + 63) / 64, each = std::max(digits, 2);  // Digits::bytes at most
-  return M * (chunks * each * 64 + 4 * step_entries(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 128;
+  return (M * (chunks * each * 64 + 4 * step_entries(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 191) / 64 * 64;
 }
 
 bool use_rows(const Weight& w, int64_t M, int digits) {
@@ -104,7 +104,7 @@ bool multiply_integers(const Problem* parts, int64_t count, const Prepared& x, i
   }
   // Groups along rows: their scales belong to the activations, which are made anew for each group; for as many groups at a
   // time as stay in the second level of cache.
-  const int64_t bytes = (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64;
+  const int64_t bytes = digit_bytes(p.w, p.M, digits);
   const int64_t most = std::clamp<int64_t>(kGroupBytes / bytes, 1, kGroups);
   over(p.w.groups, 1, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     const int64_t count = std::min(most, b - a);
@@ -146,7 +146,7 @@ bool round_rows(const Weight& w, int64_t M, float* x) {
 bool run_block(const Problem& p, int digits) {
   const Kernels& k = kernels();
   const bool integers = integers_serve(p.w, p.M, digits);
-  const int64_t ints = integers && p.w.axis == 1 ? (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64 : 0;
+  const int64_t ints = integers && p.w.axis == 1 ? digit_bytes(p.w, p.M, digits) : 0;
   // Of the digits of 8-bit activations only their product with the step is left, a float32.
   const int parts = digits == 3 || (digits == 1 && p.x_type == DType::f32)                    ? 3
                     : digits == 2 && p.x_type == DType::bf16 && p.pre_scale == nullptr ? 1
@@ -205,7 +205,7 @@ bool run_linears(Problem* parts, int64_t count, int digits) {
   bool alike = p.w.axis == 1 && p.M <= kBlock && integers_serve(p.w, p.M, digits);
   for (int64_t i = 1; i < count; ++i) alike = alike && parts[i].w.table.count == p.w.table.count;
   if (alike) {
-    const int64_t ints = (digit_bytes(p.w, p.M, digits) + 63) / 64 * 64;
+    const int64_t ints = digit_bytes(p.w, p.M, digits);
     char* room = scratch(ints + 4 * (p.M * p.w.K + 16) + 64, 0);
     if (multiply_integers(parts, count, float_rows(p, room + ints), digits, room)) return true;
   }

@@ -13,14 +13,14 @@
 namespace hqqtensor {
 namespace {
 
-// Tiles of bytes and bfloat16 (CPUID 7), vectors of bfloat16 and permutations of bytes; the system gives a process the registers when asked.
+// Tiles of bytes and bfloat16 and permutations of bytes (CPUID 7); the system gives a process the registers when asked.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-  unsigned a, b, bytes, d, more, c;
-  if (!__get_cpuid_count(7, 0, &a, &b, &bytes, &d) || !__get_cpuid_count(7, 1, &more, &b, &c, &a)) return false;
-  constexpr unsigned tiles = 1u << 24 | 1u << 25 | 1u << 22, bfloat16 = 1u << 5, vbmi = 1u << 1;
+  constexpr unsigned tiles = 1u << 24 | 1u << 25 | 1u << 22, permutations = 1u << 1;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return (d & tiles) == tiles && (more & bfloat16) && (bytes & vbmi) && syscall(SYS_arch_prctl, request, tile_data) == 0;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles || (c & permutations) == 0) return false;
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
 #else
   return false;
 #endif
