@@ -186,7 +186,7 @@ struct AmxRoom {
       : panel(2 * kPanelChunks * 3 * 1024 / 4), room(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)), tiles((M + 15) / 16),
         entries(hqqtensor::step_entries(w)), groups(w.axis == 1 ? padded(w.groups) : 0), sums(tiles * kTurnedRows * 16) {}
   int64_t floats() const {
-    return panel + room + 2 * kTurnedRows * width + tiles * 16 * (entries + groups) + sums + (tiles * 16 + 1) * kTurnedRows + 64;
+    return panel + room + 2 * kTurnedRows * width + tiles * 16 * (entries + groups) + 2 * sums + 128;
   }
 };
 
@@ -202,7 +202,7 @@ void run_amx(const Problem& p, const Digits& d, int64_t first, int64_t last, int
   uint8_t* panel = (uint8_t*)take(size.panel);
   int32_t* room = (int32_t*)take(size.room);
   float *steps = take(size.tiles * 16 * size.entries), *sums_x = take(size.tiles * 16 * size.groups), *sums = take(size.sums);
-  float *scale = take(kTurnedRows * size.width), *shift = take(kTurnedRows * size.width), *result = take((p.M + 16) * kTurnedRows);
+  float *scale = take(kTurnedRows * size.width), *shift = take(kTurnedRows * size.width), *result = take(size.sums);
   for (int64_t m = 0; m < p.M; m += 16) {
     turn_tokens(d.step + m * size.entries, size.entries, p.M - m, size.entries, steps + m * size.entries);
     if (w.axis == 1) turn_tokens(d.sum + m * size.groups, size.groups, p.M - m, size.groups, sums_x + m * size.groups);
