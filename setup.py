@@ -18,14 +18,15 @@ else:
 
     folder = Path("hqqtensor/kernels/cpu")
     flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags += ["-iquote", str(folder.resolve())]
     if os.environ.get("HQQTENSOR_SANITIZE") == "1":  # `make sanitize`
         flags[:2] = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
     setup(
         ext_modules=[
             CppExtension(
                 "hqqtensor.kernels.cpu._C",
-                sorted(str(path) for path in folder.glob("*.cpp")),
-                depends=sorted(str(path) for path in folder.glob("*.h")),
+                sorted(str(path) for path in folder.rglob("*.cpp")),
+                depends=sorted(str(path) for path in folder.rglob("*.h")),
                 extra_compile_args=flags,
                 extra_link_args=[f for f in flags if f.startswith(("-fopenmp", "-fsanitize"))],
             )

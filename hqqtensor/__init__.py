@@ -1,6 +1,5 @@
 """Half-quadratic quantization of PyTorch models to 1 to 8 bits as a tensor subclass."""
 
-import hqqtensor.expert_ops  # noqa: F401  registers what expert layers do with an HQQTensor
 from hqqtensor.config import HqqConfig, hqq_weight_only
 from hqqtensor.diagnostics import (
     check_quantization_status,

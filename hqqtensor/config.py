@@ -46,8 +46,8 @@ class HqqConfig(AOBaseConfig):
     activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
         each token and group of features (see docs/performance.md for speed and error).
     integer_zero: zero points are integers, at the price of about 14 % more squared error.
-    rotation: mix inputs by a random Hadamard rotation (``hqqtensor.rotation``): the weight is quantized rotated, the
-        activations are rotated before each product.
+    rotation: mix inputs by a random Hadamard rotation (``hqqtensor.transforms``): the weight is quantized rotated,
+        the activations are rotated before each product.
     rotation_seed: of the rotation's signs.
     codebook: for the format "codebook", whether the "tensor" or each "row" (axis 1 only) has entries of its own.
     """

@@ -12,11 +12,11 @@ from hqqtensor.kernels import cpu, triton
 from hqqtensor.ops.backend import serves
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
-from hqqtensor.rotation import check_rotation
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
 from hqqtensor.solvers.codebook import TORCH_PASSES, Passes, learn
+from hqqtensor.transforms import check_rotation
 
 META_GROUP = 128
 """Scales (or zero points) that share a scale and zero point of their own under quant_scale and quant_zero."""

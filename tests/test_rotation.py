@@ -7,8 +7,8 @@ from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, load_model, quantize_, save_model
 from hqqtensor.calibration import calibrate
-from hqqtensor.rotation import block_of, rotate
 from hqqtensor.serialization.layout import CheckpointError, build, flatten, parse_entry
+from hqqtensor.transforms import block_of, rotate
 
 
 def weight(out_features: int = 48, in_features: int = 192, outliers: bool = True) -> torch.Tensor:

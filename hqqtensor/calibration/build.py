@@ -8,9 +8,9 @@ from hqqtensor.calibration.weighted import solve_weighted
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, _storage_dtype, _store
 from hqqtensor.packing import pack
-from hqqtensor.rotation import prepare, rotate
 from hqqtensor.solvers import column_scaled
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.transforms import prepare, rotate
 
 
 def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:

@@ -18,8 +18,8 @@ from hqqtensor.calibration.inputs import run
 from hqqtensor.encode import _store
 from hqqtensor.ops import reference
 from hqqtensor.quantize import replace_parameters
-from hqqtensor.rotation import to_inputs
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.transforms import to_inputs
 
 
 @dataclass(frozen=True)

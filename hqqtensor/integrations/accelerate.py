@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.import_hook import when_imported
 from hqqtensor.serialization.files import open_file
 from hqqtensor.serialization.layout import build, flatten, parse_entry
 from hqqtensor.tensor import HQQTensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hqqtensor.encode import META_GROUP
-from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.import_hook import when_imported
 from hqqtensor.packing import meta_bits
 from hqqtensor.tensor import HQQTensor
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from hqqtensor.config import ACTIVATIONS, CODEBOOKS, META_NBITS, SCALE_DTYPES
 from hqqtensor.formats import get_format
 from hqqtensor.packing import meta_bytes, row_bytes
-from hqqtensor.rotation import block_of
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.transforms import block_of
 
 MAX_DIM = 2**40
 _PLAIN_ATTRIBUTES = ("nbits", "group_size", "axis", "format", "transposed", "activation", "rotation")

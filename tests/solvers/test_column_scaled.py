@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
-from hqqtensor.solvers.column_scaled import LIMIT, column_scale
+from hqqtensor.transforms.column_scale import LIMIT, column_scale
 
 
 def uneven(rows: int = 64, columns: int = 128) -> torch.Tensor:

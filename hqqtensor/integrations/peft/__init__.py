@@ -4,7 +4,7 @@
 ``register()`` does it at once.
 """
 
-from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.import_hook import when_imported
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ import transformers. ``register()`` does it at once.
 from typing import Any
 
 from hqqtensor.config import HqqConfig
-from hqqtensor.integrations.import_hook import when_imported
+from hqqtensor.import_hook import when_imported
 from hqqtensor.integrations.transformers import offload
 
 QUANT_METHOD = "hqqtensor"

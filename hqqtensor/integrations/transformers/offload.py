@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hqqtensor.import_hook import when_imported
 from hqqtensor.integrations.accelerate import read_offloaded, write_offloaded
-from hqqtensor.integrations.import_hook import when_imported
 from hqqtensor.tensor import HQQTensor
 
 

@@ -1,0 +1,236 @@
+// y = x W^T for many rows of x through AMX: a panel of weight rows is made dense in parts of bfloat16, in cache, and
+// multiplied part by part with all tokens, sums in float32. Whatever integers cannot stand for: every format, group size and
+// axis.
+#pragma once
+#include "amx/tiles.h"
+#include "amx/lookup.h"
+
+namespace {
+
+using hqqtensor::DenseTokens;
+
+// Which part of the weight meets which part of the activations, number i of `count`; what is left out is too small to tell.
+// Neighbours share a part, which is loaded once.
+struct Parts21 {
+  static constexpr int W = 2, X = 1, count = 2;
+  static constexpr int w(int i) { return 1 - i; }
+  static constexpr int x(int) { return 0; }
+};
+struct Parts22 {
+  static constexpr int W = 2, X = 2, count = 3;
+  static constexpr int w(int i) { return i == 2; }
+  static constexpr int x(int i) { return i == 0; }
+};
+struct Parts33Small {  // of at most 2^-8 of the product each: these sums round next to nothing
+  static constexpr int W = 3, X = 3, count = 5;
+  static constexpr int w(int i) { return i < 2 ? 0 : i < 4 ? 1 : 2; }
+  static constexpr int x(int i) { return i == 0 ? 2 : i < 3 ? 1 : 0; }
+};
+struct Parts33Large {
+  static constexpr int W = 3, X = 3, count = 1;
+  static constexpr int w(int) { return 0; }
+  static constexpr int x(int) { return 0; }
+};
+
+template <int COUNT, class F>
+inline __attribute__((always_inline)) void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, COUNT>());
+}
+
+// R x T tiles of the result, rows of the weight x tokens, in registers 0 to 3.
+template <int R, int T>
+struct Block {
+  static constexpr int left(int r) { return 4 + r % (R > 2 ? 3 : 2); }
+  static constexpr int right(int t) { return T == 1 ? 7 : 6 + t; }
+
+  template <class P>
+  static __attribute__((always_inline)) void steps(const char* a, int64_t a_tile, const char* b, int64_t b_tile,
+                                                   int64_t count) {
+    for (int64_t s = 0; s < count; ++s, a += P::W * kTileBytes, b += P::X * kTileBytes)
+      unrolled<P::count>([&](auto i) __attribute__((always_inline)) {
+        if constexpr (i == 0 || P::x(i) != P::x(i - 1))
+          unrolled<T>([&](auto t) { tile_load<right(t)>(b + t * b_tile + P::x(i) * kTileBytes); });
+        unrolled<R>([&](auto r) {
+          if constexpr (i == 0 || P::w(i) != P::w(i - 1) || R > 2)
+            tile_load<left(r)>(a + r * a_tile + P::w(i) * kTileBytes);
+          unrolled<T>([&](auto t) { tile_multiply<r * T + t, left(r), right(t)>(); });
+        });
+      });
+  }
+
+  // sums += product, R x T tiles `row` floats apart.
+  template <int PARTS>
+  static void multiply(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t count, float* sums, int64_t row,
+                       bool first) {
+    const auto each = [&](auto f) __attribute__((always_inline)) {
+      unrolled<R * T>([&](auto c) { f(c, sums + c / T * row + c % T * 256); });
+    };
+    if (PARTS < 3 && !first)
+      each([](auto c, float* sum) { tile_load<c>(sum); });
+    else
+      each([](auto c, float*) { tile_zero<c>(); });
+    if constexpr (PARTS == 1) steps<Parts21>(a, a_tile, b, b_tile, count);
+    if constexpr (PARTS == 2) steps<Parts22>(a, a_tile, b, b_tile, count);
+    if constexpr (PARTS == 3) {
+      steps<Parts33Small>(a, a_tile, b, b_tile, count);
+      steps<Parts33Large>(a, a_tile, b, b_tile, count);
+    }
+    if (PARTS < 3 || first) return each([](auto c, float* sum) { tile_store<c>(sum); });
+    // Rounding adds up where sums are long: these are of no more than a slice.
+    alignas(64) float more[256];
+    each([&](auto c, float* sum) {
+      tile_store<c>(more);
+      for (int i = 0; i < 256; i += 16) f_store(sum + i, f_add(f_load(sum + i), f_load(more + i)));
+    });
+  }
+};
+
+using Multiply = void (*)(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
+template <int PARTS>
+Multiply pick_multiply(int64_t rows, int64_t tokens) {
+  static constexpr Multiply one[] = {Block<1, 1>::multiply<PARTS>, Block<2, 1>::multiply<PARTS>, Block<3, 1>::multiply<PARTS>,
+                                     Block<4, 1>::multiply<PARTS>};
+  static constexpr Multiply two[] = {Block<1, 2>::multiply<PARTS>, Block<2, 2>::multiply<PARTS>};
+  return (tokens == 1 ? one : two)[rows - 1];
+}
+
+// The order in which rows are taken. axis 0: 16 groups at a time, the first row of each, then the next of each, so that a
+// panel reads scales once for several rows, and its results lie next to each other.
+struct RowBlock {
+  int64_t begin, end, first, width, step;  // places; row of the first; rows before one of the same group; from that to the next
+
+  RowBlock(const Weight& w, int64_t place) : begin(0), end(w.N), first(0), width(1), step(1) {
+    if (w.axis == 1) return;
+    step = w.groups;
+    for (;; first += 16, begin = end) {
+      width = w.groups - first < 16 ? w.groups - first : 16;
+      const int64_t more = w.N % w.groups - first;  // groups that have a row more
+      end = begin + w.N / w.groups * width + (more < 0 ? 0 : more < width ? more : width);
+      if (place < end) return;
+    }
+  }
+  int64_t row(int64_t place) const { return first + (place - begin) / width * step + (place - begin) % width; }
+};
+
+constexpr int64_t kDenseRows = 128;  // of a panel: with its sums and the tokens of a slice it stays in the second level
+
+int64_t amx_scratch(const Problem& p, int parts) {
+  return kDenseRows * (kSlice / 2 * (parts == 3 ? 3 : 2) + token_tiles(p.M) * 16);
+}
+int64_t linear_dense_amx_scratch(const Problem& p) {
+  return amx_scratch(p, 3) + hqqtensor::kernels_avx512()->linear_dense_scratch(p);
+}
+
+// To nearest even. Not the instruction for it, which makes the smallest numbers zero.
+inline __m256i to_bf16(Floats v) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+
+// Rows index[0, count) of the result out of a tile, tokens m and on. Bits: those that are not finite.
+inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* index, int64_t count, int64_t m) {
+  __m512i v[16];
+  const int64_t tokens = p.M - m < 16 ? p.M - m : 16;
+  const __mmask16 there = (__mmask16)((1u << tokens) - 1);
+  uint32_t bad = 0;
+  for (int i = 0; i < 16; ++i) {
+    const __m512 row = f_load(sums + 16 * i);
+    if (i < count && _mm512_mask_cmp_ps_mask(there, f_abs(row), f_set(__builtin_inff()), _CMP_NLT_UQ)) bad |= 1u << i;
+    v[i] = _mm512_castps_si512(row);
+  }
+  turn(v);
+  for (int64_t r = 0, run; r < count; r += run) {  // neighbours at a time
+    for (run = 1; r + run < count && index[r + run] == index[r] + run;) ++run;
+    const __mmask16 some = (__mmask16)((1u << run) - 1);
+    const Floats bias = p.bias ? _mm512_maskz_loadu_ps(some, p.bias + index[r]) : f_zero();
+    char* out = (char*)p.y + (m * p.y_stride + index[r]) * hqqtensor::size_of(p.x_type);
+    for (int64_t t = 0; t < tokens; ++t, out += p.y_stride * hqqtensor::size_of(p.x_type)) {
+      const Floats y = f_add(_mm512_castsi512_ps(_mm512_maskz_compress_epi32((__mmask16)(some << r), v[t])), bias);
+      if (p.x_type == DType::f32)
+        _mm512_mask_storeu_ps(out, some, y);
+      else
+        _mm256_mask_storeu_epi16(out, some,
+                                 p.x_type == DType::f16 ? _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT) : to_bf16(y));
+    }
+  }
+  return bad;
+}
+
+template <int PARTS>
+void dense_rows(const Problem& p, const DenseTokens& x, int64_t first, int64_t last, float* scratch) {
+  constexpr int W = PARTS == 3 ? 3 : 2;
+  const Weight& w = p.w;
+  const int64_t tiles = token_tiles(p.M), all_steps = tile_steps(w.K), b_tile = all_steps * PARTS * kTileBytes;
+  constexpr int64_t a_tile = kSlice / kTileColumns * W * kTileBytes;
+  char* panel = (char*)scratch;
+  float* sums = scratch + kDenseRows * kSlice / 2 * W;
+  const auto put = pick_row<W>(w);
+  SliceValues values;
+  constexpr Tiles::Shape whole{kTileRows, 64};
+  const Tiles::Shape shapes[8] = {whole, whole, whole, whole, whole, whole, whole, whole};
+  RowBlock block(w, first);
+  for (int64_t n = first, end; n < last; n = end) {
+    if (n == block.end) block = RowBlock(w, n);
+    end = n + kDenseRows < last ? n + kDenseRows : last;
+    if (end > block.end) end = block.end;
+    const int64_t count = end - n, row_tiles = (count + 15) / 16;
+    int64_t index[kDenseRows];
+    for (int64_t r = 0; r < count; ++r) index[r] = block.row(n + r);
+    const Tiles configured(shapes);
+    for (int64_t k = 0; k < w.K; k += kSlice) {
+      const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice, steps = tile_steps(depth), next = k + kSlice;
+      const auto make = [&](int64_t r) {
+        put(w, index[r], k, depth, values, panel + r / 16 * a_tile + r % 16 * 64);
+        const uint8_t* soon = nullptr;
+        if (next < w.K) {
+          soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
+        } else if (end + r < block.end) {
+          const int64_t row = block.row(end + r);
+          soon = w.qdata + row * w.row_stride;
+          if (w.axis == 1) fetch_values(w.scale, row), fetch_values(w.zero, row);
+        }
+        if (soon)
+          for (int64_t i = 0; i < kSlice / 8 * w.nbits; i += 64) prefetch(soon + i);
+      };
+      if (w.axis == 1) {
+        values.of_columns(w, k, depth);
+        for (int64_t r = 0; r < count; ++r) make(r);
+      } else {
+        for (int64_t c = 0; c < block.width && c < count; ++c) {
+          values.of_rows(w, index[c] % w.groups, k, depth);
+          for (int64_t r = c; r < count; r += block.width) make(r);
+        }
+      }
+      for (int64_t t = 0, tokens; t < tiles; t += tokens) {
+        tokens = tiles - t < 2 ? 1 : 2;
+        const char* b = (const char*)x.packed + t * b_tile + k / kTileColumns * PARTS * kTileBytes;
+        for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
+          rows = row_tiles - r < most ? row_tiles - r : most;
+          pick_multiply<PARTS>(rows, tokens)(panel + r * a_tile, a_tile, b, b_tile, steps, sums + (r * tiles + t) * 256,
+                                             tiles * 256, k == 0);
+        }
+      }
+    }
+    for (int64_t r = 0; r < row_tiles; ++r) {
+      uint32_t bad = 0;
+      for (int64_t t = 0; t < tiles; ++t)
+        bad |= store_tile(p, sums + (r * tiles + t) * 256, index + 16 * r, count - 16 * r < 16 ? count - 16 * r : 16, 16 * t);
+      // Inf times the part of a number that is zero is NaN: only vectors say what such rows are.
+      for (; bad; bad &= bad - 1) {
+        const int64_t row = index[16 * r + __builtin_ctz(bad)];
+        hqqtensor::kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p, PARTS));
+      }
+    }
+  }
+}
+
+void linear_dense_amx(const Problem& p, const DenseTokens& x, int64_t first, int64_t last, float* scratch) {
+  if (!x.packed) return hqqtensor::kernels_avx512()->linear_dense(p, x, first, last, scratch);
+  (x.parts == 1 ? dense_rows<1> : x.parts == 2 ? dense_rows<2> : dense_rows<3>)(p, x, first, last, scratch);
+}
+
+}  // namespace

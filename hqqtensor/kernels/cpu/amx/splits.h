@@ -1,0 +1,211 @@
+// Numbers as parts of bfloat16 for amx/dense.h: hi + lo, hi + mid + lo. A tile has 32 columns of 16 rows, or of 16 tokens; a
+// lane of 32 bits is column i, then i + 16.
+#pragma once
+#include "generic/rows.h"
+
+namespace {
+
+constexpr int64_t kTileColumns = 32, kTileBytes = 1024;
+constexpr int64_t kSlice = 256;  // columns made dense at a time: whole blocks of codes
+
+// Parts are rounded to nearest but the last, which is cut off: three parts of float32 are exact, two keep 2^-15 of each
+// number at worst. What is not finite stays so in a part at least.
+template <int PARTS>
+inline __attribute__((always_inline)) void split(Floats a, Floats b, __m512i* out) {
+  const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32((int)0xffff0000);
+  for (int part = 0; part + 1 < PARTS; ++part) {
+    const __m512i low = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), half), top);
+    const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), top);
+    out[part] = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+    a = _mm512_sub_ps(a, _mm512_castsi512_ps(low));
+    b = _mm512_sub_ps(b, _mm512_castsi512_ps(high));
+  }
+  out[PARTS - 1] = _mm512_ternarylogic_epi32(top, _mm512_castps_si512(b), _mm512_srli_epi32(_mm512_castps_si512(a), 16), 0xCA);
+}
+
+// What 16 codes stand for before scaling.
+struct Integers {
+  Integers(const Weight&, int64_t) {}
+  Floats operator()(const uint8_t* codes, Floats zero) const { return f_sub(f_codes(codes), zero); }
+};
+struct Entries16 {
+  __m512 table;
+  Entries16(const Weight& w, int64_t n)
+      : table(_mm512_maskz_loadu_ps((__mmask16)((1u << (1 << w.nbits)) - 1), w.table.values + n * w.table.stride)) {}
+  Floats operator()(const uint8_t* codes, Floats) const {
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes)), table);
+  }
+};
+struct Entries {
+  const float* table;
+  Entries(const Weight& w, int64_t n) : table(w.table.values + n * w.table.stride) {}
+  Floats operator()(const uint8_t* codes, Floats) const {
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes)), table, 4);
+  }
+};
+
+// load_values for a few at a time; up to 15 more are written, since numbers written under a mask are slow to read back.
+inline void load_few(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
+  if (v.quantized()) return load_values(v, row, first, count, out);
+  const char* data = at(v.row(row), v.type, first);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 some = (__mmask16)(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
+    if (v.type == DType::f32) {
+      f_store(out + i, _mm512_maskz_loadu_ps(some, data + 4 * i));
+      continue;
+    }
+    const __m256i half = _mm256_maskz_loadu_epi16(some, data + 2 * i);
+    f_store(out + i, v.type == DType::f16 ? _mm512_cvtph_ps(half)
+                                          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+  }
+}
+
+// How the columns of a slice find their scales and zero points: what rows of a panel have in common.
+struct SliceValues {
+  alignas(64) float scale[kSlice], zero[kSlice];  // axis 0: of a group of rows, zeros behind the last column
+  alignas(64) int32_t group[kSlice];              // axis 1: every 16 columns, counted from the first one's
+  int64_t first[kSlice / 16];                     // that, counted from the slice's first
+
+  void of_rows(const Weight& w, int64_t g, int64_t k, int64_t depth) {
+    load_few(w.scale, g, k, depth, scale);
+    if (w.zero.data) load_few(w.zero, g, k, depth, zero);
+    for (int64_t i = depth; i % kTileColumns; ++i) scale[i] = zero[i] = 0;
+  }
+  void of_columns(const Weight& w, int64_t k, int64_t depth) {
+    const int64_t size = w.groups == 1 ? w.K : w.group_size;
+    int64_t g = 0, left = size - k % size;
+    for (int64_t i = 0; i < kSlice; ++i) {
+      if (i % 16 == 0) first[i / 16] = g;
+      group[i] = (int32_t)(g - first[i / 16]);
+      if (--left == 0 && i + 1 < depth) ++g, left = size;
+    }
+  }
+  Floats pick(const float* values, int64_t i) const {
+    return _mm512_permutexvar_ps(_mm512_load_si512(group + i), f_load(values + first[i / 16]));
+  }
+};
+
+// `count` columns from whole vectors of codes into tiles, PARTS of each.
+template <int PARTS, class Numbers, class Scale, class Zero>
+inline __attribute__((always_inline)) void put_columns(const Numbers& numbers, const uint8_t* codes, int64_t count,
+                                                       Scale scale, Zero zero, char* out) {
+  for (int64_t i = 0; i < count; i += kTileColumns, out += PARTS * kTileBytes) {
+    __m512i parts[PARTS];
+    split<PARTS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
+                 parts);
+    for (int part = 0; part < PARTS; ++part) _mm512_store_si512(out + part * kTileBytes, parts[part]);
+  }
+}
+
+inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, uint8_t* codes) {
+  const uint8_t* data = w.qdata + n * w.row_stride + k / 8 * w.nbits;
+  const int64_t whole = depth / 128;
+  with_nbits(w.nbits, [&](auto nb) { unpack_blocks<nb.value>(data, whole, codes); });
+  if (depth > whole * 128)
+    unpack_tail(data + whole * 16 * w.nbits, w.nbits, (depth - whole * 128 + 7) / 8 * 8, codes + whole * 128);
+}
+
+// Columns [k, k + depth) of row n into its row of tiles; k a multiple of kSlice, depth no more.
+template <int PARTS, class Numbers>
+void put_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, char* out) {
+  alignas(64) uint8_t codes[kSlice + 128];
+  unpack_slice(w, n, k, depth, codes);
+  const Numbers numbers(w, n);
+  if (w.axis == 1) {
+    float scales[kSlice + 32], zeros[kSlice + 32];
+    const int64_t size = w.groups == 1 ? w.K : w.group_size, first = k / size, count = (k + depth - 1) / size + 1 - first;
+    load_few(w.scale, n, first, count, scales);
+    if (w.zero.data) load_few(w.zero, n, first, count, zeros);
+    if (w.groups == 1 || size % kTileColumns == 0) {
+      for (int64_t g = 0, i = 0; i < depth; ++g) {
+        const Floats s = f_set(scales[g]), z = f_set(zeros[g]);
+        const int64_t end = (first + g + 1) * size - k < depth ? (first + g + 1) * size - k : depth;
+        put_columns<PARTS>(numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
+                           out + i / kTileColumns * PARTS * kTileBytes);
+        i = end;
+      }
+      return;
+    }
+    return put_columns<PARTS>(numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
+                              [&](int64_t i) { return values.pick(zeros, i); }, out);
+  }
+  put_columns<PARTS>(numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
+                     [&](int64_t i) { return f_load(values.zero + i); }, out);
+}
+
+// 16 x 16 numbers of 32 bits, rows to columns.
+inline void turn(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+    }
+  // r[4 q + c]: columns c, c + 4, c + 8, c + 12 of rows 4 q to 4 q + 3.
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+  }
+  for (int c = 0; c < 4; ++c) {
+    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
+    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
+    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
+    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
+  }
+}
+
+inline __m512 load_columns(const float* x, int64_t left) {
+  return left >= 16 ? f_load(x) : left <= 0 ? f_zero() : f_load_some(x, left);
+}
+
+// Tokens of small numbers only lose parts, since tiles know none below 2^-126; NaN and Inf would spread.
+inline bool splits(const float* x, int64_t K) {
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t k = 0; k < K; k += 16)
+    top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
+  const uint32_t bits = _mm512_reduce_max_epu32(top), least = (127 - 60) << 23;
+  return bits == 0 || (bits >= least && bits < 0x7f800000);
+}
+
+// A tile of up to 16 tokens, zeros for those it lacks: [K / 32][PARTS] tiles of [16 lanes][16 tokens].
+template <int PARTS>
+void pack_tile(const float* x, int64_t stride, int64_t tokens, int64_t K, char* out) {
+  for (int64_t k = 0; k < K; k += kTileColumns, out += PARTS * kTileBytes) {
+    __m512i parts[PARTS][16], both[PARTS];
+    for (int64_t t = 0; t < 16; ++t) {
+      const float* from = x + t * stride + k;
+      if (t < tokens)
+        split<PARTS>(load_columns(from, K - k), load_columns(from + 16, K - k - 16), both);
+      else
+        for (auto& b : both) b = _mm512_setzero_si512();
+      for (int part = 0; part < PARTS; ++part) parts[part][t] = both[part];
+    }
+    for (int part = 0; part < PARTS; ++part) {
+      turn(parts[part]);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(out + part * kTileBytes + 64 * i, parts[part][i]);
+    }
+  }
+}
+
+inline int64_t tile_steps(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+inline int64_t token_tiles(int64_t M) { return (M + 15) / 16; }
+int64_t packed_parts_size(int64_t M, int64_t K, int parts) { return token_tiles(M) * tile_steps(K) * parts * kTileBytes / 4; }
+
+bool pack_parts(const hqqtensor::DenseTokens& x, int64_t first, int64_t last, int64_t K, float* out) {
+  for (int64_t m = first; m < last; ++m)
+    if (!splits(x.x + m * x.stride, K)) return false;
+  for (int64_t m = first; m < last; m += 16) {
+    const auto run = x.parts == 1 ? pack_tile<1> : x.parts == 2 ? pack_tile<2> : pack_tile<3>;
+    run(x.x + m * x.stride, x.stride, last - m < 16 ? last - m : 16, K,
+        (char*)out + m / 16 * tile_steps(K) * x.parts * kTileBytes);
+  }
+  return true;
+}
+
+}  // namespace

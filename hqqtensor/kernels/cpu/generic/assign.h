@@ -1,0 +1,117 @@
+// Nearest codes of rows of weights, packed.
+#pragma once
+#include "generic/levels.h"
+
+namespace {
+
+// Codes of one block of `count` (a multiple of 8, up to 128) into the plane of P bits that holds their bits from LOW on.
+template <int P, int LOW>
+inline uint8_t* pack_plane(const uint8_t* codes, int64_t count, uint8_t* out) {
+  const int64_t width = count * P / 8;
+  for (int64_t i = 0; i < width; ++i) {
+    int byte = 0;
+    for (int f = 0; f < 8 / P; ++f) byte |= ((codes[f * width + i] >> LOW) & ((1 << P) - 1)) << (P * f);
+    out[i] = (uint8_t)byte;
+  }
+  return out + width;
+}
+
+template <int NB>
+inline void pack_block(const uint8_t* codes, int64_t count, uint8_t* out) {
+  if constexpr (NB == 8) out = pack_plane<8, 0>(codes, count, out);
+  if constexpr ((NB & 4) != 0) out = pack_plane<4, 0>(codes, count, out);
+  if constexpr ((NB & 2) != 0) out = pack_plane<2, NB & 4>(codes, count, out);
+  if constexpr ((NB & 1) != 0) out = pack_plane<1, NB & 6>(codes, count, out);
+}
+
+// Codes of weights for given inverse scales and zero points.
+struct IntegerCodes {
+  Floats last;
+  void operator()(Floats w, Floats s, Floats z, uint8_t* out) const {
+    f_to_codes(f_min(f_max(f_round(f_add(f_mul(w, s), z)), f_zero()), last), out);
+  }
+};
+template <class Nearest>
+struct LevelCodes {
+  const Nearest& nearest;
+  void operator()(Floats w, Floats s, Floats, uint8_t* out) const { nearest.codes(f_mul(w, s), out); }
+};
+
+// The codes of up to 128 weights. axis 1: `left` weights remain of `group`. axis 0: a scale for each column.
+template <class Find>
+struct Assigner {
+  const float *inverse, *zero;
+  int64_t group_size, group, left;
+  Find find;
+
+  void columns(const float* w, int64_t k, int64_t count, uint8_t* codes) const {
+    int64_t i = 0;
+    for (; i + kFloats <= count; i += kFloats) find(f_load(w + i), f_load(inverse + k + i), f_load(zero + k + i), codes + i);
+    if (i < count) {
+      float v[3][kFloats] = {};
+      const size_t bytes = sizeof(float) * (size_t)(count - i);
+      __builtin_memcpy(v[0], w + i, bytes);
+      __builtin_memcpy(v[1], inverse + k + i, bytes);
+      __builtin_memcpy(v[2], zero + k + i, bytes);
+      some(v, codes + i, count - i);
+    }
+  }
+
+  void groups(const float* w, int64_t count, uint8_t* codes) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t end = count - i < left ? count : i + left;
+      left -= end - i;
+      const Floats scale = f_set(inverse[group]), shift = f_set(zero[group]);
+      for (; i + kFloats <= end; i += kFloats) find(f_load(w + i), scale, shift, codes + i);
+      if (i < end) {
+        float v[3][kFloats] = {};
+        __builtin_memcpy(v[0], w + i, sizeof(float) * (size_t)(end - i));
+        f_store(v[1], scale);
+        f_store(v[2], shift);
+        some(v, codes + i, end - i);
+        i = end;
+      }
+      if (left == 0) ++group, left = group_size;
+    }
+  }
+
+  void some(const float (*v)[kFloats], uint8_t* codes, int64_t count) const {
+    uint8_t found[kFloats];
+    find(f_load(v[0]), f_load(v[1]), f_load(v[2]), found);
+    __builtin_memcpy(codes, found, (size_t)count);
+  }
+};
+
+template <class Find>
+void assign_with(const Find& find, const float* w, const float* inverse, const float* zero, int64_t K, int nbits,
+                 int64_t group_size, int axis, uint8_t* out) {
+  Assigner<Find> a{inverse, zero, group_size, 0, group_size, find};
+  uint8_t codes[128];
+  with_nbits(nbits, [&](auto nb) {
+    for (int64_t k = 0; k < K; k += 128, out += 16 * nb.value) {
+      const int64_t count = K - k < 128 ? K - k : 128;
+      if (count < 128) __builtin_memset(codes, 0, sizeof codes);
+      if (axis == 1)
+        a.groups(w + k, count, codes);
+      else
+        a.columns(w + k, k, count, codes);
+      if (count == 128)
+        pack_block<nb.value>(codes, 128, out);
+      else
+        pack_block<nb.value>(codes, (count + 7) / 8 * 8, out);
+    }
+  });
+}
+
+// Nearest codes of a row of weights, packed. axis 1: a scale for each group; axis 0: one for each column.
+void assign_row(const hqqtensor::Levels* levels, const float* w, const float* inverse, const float* zero, int64_t K, int nbits,
+                int64_t group_size, int axis, uint8_t* out) {
+  if (levels == nullptr)
+    return assign_with(IntegerCodes{f_set((float)((1 << nbits) - 1))}, w, inverse, zero, K, nbits, group_size, axis, out);
+  // Levels have no zero points: what is read in their place is not used.
+  with_levels(*levels, [&](const auto& nearest) {
+    assign_with(LevelCodes<std::decay_t<decltype(nearest)>>{nearest}, w, inverse, inverse, K, nbits, group_size, axis, out);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,249 @@
+// Rows: conversion of number types, unpacking, dense rows.
+#pragma once
+#include "dispatch/kernels.h"
+
+namespace {
+
+using hqqtensor::Digits;
+using hqqtensor::DType;
+using hqqtensor::padded;
+using hqqtensor::Problem;
+using hqqtensor::Table;
+using hqqtensor::Values;
+using hqqtensor::Weight;
+
+inline const char* at(const void* p, DType type, int64_t index) { return (const char*)p + index * hqqtensor::size_of(type); }
+
+void to_float(const void* from, DType type, int64_t count, float* out) {
+  const uint16_t* h = (const uint16_t*)from;
+  int64_t i = 0;
+  if (type == DType::f32) {
+    __builtin_memcpy(out, from, (size_t)count * 4);
+    return;
+  }
+  for (; i + kFloats <= count; i += kFloats) f_store(out + i, type == DType::f16 ? f_load_f16(h + i) : f_load_bf16(h + i));
+  if (i < count) {
+    uint16_t in[kFloats] = {};
+    float tail[kFloats];
+    __builtin_memcpy(in, h + i, (size_t)(count - i) * 2);
+    f_store(tail, type == DType::f16 ? f_load_f16(in) : f_load_bf16(in));
+    __builtin_memcpy(out + i, tail, (size_t)(count - i) * 4);
+  }
+}
+
+template <DType T>
+inline Floats load_as(const void* p, int64_t i) {
+  if constexpr (T == DType::f32) return f_load((const float*)p + i);
+  if constexpr (T == DType::f16) return f_load_f16((const uint16_t*)p + i);
+  return f_load_bf16((const uint16_t*)p + i);
+}
+
+inline uint16_t bf16_bits(float f) {  // round to nearest even, NaN kept
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void from_float(const float* from, int64_t count, DType type, void* out) {
+  uint16_t* h = (uint16_t*)out;
+  if (type == DType::f32) {
+    __builtin_memcpy(out, from, (size_t)count * 4);
+  } else if (type == DType::bf16) {
+    for (int64_t i = 0; i < count; ++i) h[i] = bf16_bits(from[i]);
+  } else {
+    int64_t i = 0;
+    for (; i + kFloats <= count; i += kFloats) f_store_f16(h + i, f_load(from + i));
+    if (i < count) {
+      float in[kFloats] = {};
+      uint16_t tail[kFloats];
+      __builtin_memcpy(in, from + i, (size_t)(count - i) * 4);
+      f_store_f16(tail, f_load(in));
+      __builtin_memcpy(h + i, tail, (size_t)(count - i) * 2);
+    }
+  }
+}
+
+// Codes of the short last block (count < 128, a multiple of 8) as 128 bytes, zeros behind.
+void unpack_tail(const uint8_t* b, int nbits, int64_t count, uint8_t* out) {
+  __builtin_memset(out, 0, 128);
+  int low = 0;
+  for (int plane = 8; plane; plane >>= 1) {
+    if (!(nbits & plane)) continue;
+    const int64_t width = count * plane / 8;
+    for (int f = 0; f < 8 / plane; ++f)
+      for (int64_t i = 0; i < width; ++i)
+        out[f * width + i] |= (uint8_t)(((b[i] >> (plane * f)) & ((1 << plane) - 1)) << low);
+    b += width;
+    low += plane;
+  }
+}
+
+template <int NB>
+void unpack_blocks(const uint8_t* b, int64_t blocks, uint8_t* out) {
+  for (int64_t i = 0; i < blocks; ++i, b += 16 * NB, out += 128) {
+    store_codes(out, decode<NB, 0>(b));
+    store_codes(out + 64, decode<NB, 1>(b));
+  }
+}
+
+template <class F>
+inline void with_nbits(int nbits, F f) {
+  switch (nbits) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    default: return f(std::integral_constant<int, 8>());
+  }
+}
+
+// Numbers of `count` bytes, or of the nibbles `PART` (1: low, 2: high) of as many, less `zero`, times `scale`.
+template <int PART>
+inline void scale_codes(const uint8_t* codes, const float* scale, const float* zero, int64_t count, float* out) {
+  const auto step = [&](int64_t i) __attribute__((always_inline)) {
+    f_store(out + i, f_mul(f_sub(f_codes<PART>(codes + i), f_load(zero + i)), f_load(scale + i)));
+  };
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) step(i);
+  if (i == count) return;
+  if (count > kFloats) return step(count - kFloats);  // some once more: nothing is read or written outside
+  for (; i < count; ++i) out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
+}
+
+// Columns [first, first + count) of one row of scales or zero points.
+inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
+  const char* data = v.row(row);
+  if (!v.quantized()) return to_float(at(data, v.type, first), v.type, count, out);
+  const int64_t own = row % v.own_rows * v.own_stride + first;
+  const float *scale = v.own_scale + own, *zero = v.own_zero + own;
+  if (v.type == DType::u8) return scale_codes<0>((const uint8_t*)data + first, scale, zero, count, out);
+  for (int64_t done = 0; done < count;) {
+    const int64_t column = first + done, block = column / 128 * 128, left = v.columns - block;
+    const int64_t half = left < 128 ? (left + 1) / 2 : 64, place = column - block;
+    const bool high = place >= half;
+    const uint8_t* codes = (const uint8_t*)data + block / 2 + place - (high ? half : 0);
+    const int64_t run = (high ? (left < 128 ? left : 128) : half) - place, here = run < count - done ? run : count - done;
+    (high ? scale_codes<2> : scale_codes<1>)(codes, scale + done, zero + done, here, out + done);
+    done += here;
+  }
+}
+
+// A row of codes with what they are scaled by.
+struct CodeRow {
+  const uint8_t* codes;
+  const float *scale, *zero;
+
+  CodeRow(const Values& v, int64_t row)
+      : codes((const uint8_t*)v.row(row)), scale(v.own_scale + row % v.own_rows * v.own_stride),
+        zero(v.own_zero + (scale - v.own_scale)) {}
+  // Some columns, whose codes are those bytes or their nibbles PART; no more than n where LAST, zeros behind.
+  template <int PART, bool LAST>
+  Floats load(int64_t byte, int64_t column, int64_t n) const {
+    if constexpr (LAST)
+      return f_mul(f_sub(f_codes_some<PART>(codes + byte, n), f_load_some(zero + column, n)), f_load_some(scale + column, n));
+    return f_mul(f_sub(f_codes<PART>(codes + byte), f_load(zero + column)), f_load(scale + column));
+  }
+};
+
+inline void fetch_values(const Values& v, int64_t row) {
+  if (!v.data) return;
+  const char* p = v.row(row);
+  for (int64_t i = 0; i < v.row_bytes(); i += 64) prefetch(p + i);
+}
+
+// What an integer product of codes and activations must be multiplied with besides their scales, and the number that
+// takes the place of a zero point where the format has a table.
+inline float code_unit(const Weight& w, int digits) {
+  if (!w.table.values) return 1;
+  const int both = digits < w.table.count ? digits : w.table.count;
+  return w.table.unit * (float)(1 << (7 * (both - 1)));
+}
+
+// Rows n, n + step, ... before last, up to COUNT of them, and those after them. Places left over have the first row again.
+template <int64_t COUNT>
+struct PanelRows {
+  int64_t index[COUNT], count = 0;
+  const uint8_t *data[COUNT], *after[COUNT];
+
+  PanelRows(const Weight& w, int64_t n, int64_t step, int64_t last) {
+    for (int64_t r = 0; r < COUNT; ++r) {
+      const int64_t row = n + r * step, later = row + COUNT * step;
+      index[r] = row < last ? row : n;
+      data[r] = w.qdata + index[r] * w.row_stride;
+      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
+      count += row < last;
+    }
+  }
+};
+
+constexpr int64_t kStretch = 1024;  // codes unpacked at a time: they stay in L1
+
+// Dense numbers of `count` codes. `scale` and `zero`: functions of the place that give a vector, or one number.
+template <class Scale, class Zero>
+inline void spread(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float* out, Scale scale,
+                   Zero zero) {
+  uint8_t padded_codes[kFloats] = {};
+  for (int64_t i = 0; i < count; i += kFloats) {
+    const uint8_t* c = codes + i;
+    const int64_t left = count - i < kFloats ? count - i : kFloats;
+    if (left < kFloats) c = (const uint8_t*)__builtin_memcpy(padded_codes, c, (size_t)left);
+    const Floats number = table ? f_lookup(c, table, 1 << w.nbits) : f_sub(f_codes(c), zero(i));
+    const Floats value = f_mul(number, scale(i));
+    if (left == kFloats) {
+      f_store(out + i, value);
+    } else {
+      float tail[kFloats];
+      f_store(tail, value);
+      __builtin_memcpy(out + i, tail, (size_t)left * 4);
+    }
+  }
+}
+
+void dequantize_row(const Weight& w, int64_t n, float* out) {
+  const uint8_t* row = w.qdata + n * w.row_stride;
+  const float* table = w.table.values ? w.table.values + n * w.table.stride : nullptr;
+  const int64_t blocks = w.K / 128, values_row = w.axis == 1 ? n : n % w.groups;
+  uint8_t codes[kStretch + 64];
+  float scale[kStretch + kFloats], zero[kStretch + kFloats];
+  const auto load = [&](int64_t first, int64_t count) {
+    load_values(w.scale, values_row, first, count, scale);
+    if (w.zero.data) load_values(w.zero, values_row, first, count, zero);
+  };
+  int64_t group = -1, group_end = 0, cached = 0, cached_end = 0;
+  for (int64_t first = 0; first < w.K; first += kStretch) {
+    const int64_t count = w.K - first < kStretch ? w.K - first : kStretch;
+    const int64_t whole = (first + count) / 128 > blocks ? blocks : (first + count) / 128;
+    with_nbits(w.nbits, [&](auto nb) {
+      unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes);
+    });
+    if (first + count > whole * 128)
+      unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
+    if (w.axis == 0) {
+      load(first, count);
+      spread(w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
+             [&](int64_t i) { return f_load(zero + i); });
+      continue;
+    }
+    for (int64_t k = first; k < first + count;) {
+      if (k >= group_end) {
+        ++group;
+        group_end = w.groups == 1 ? w.K : (group + 1) * w.group_size;
+        if (group >= cached_end) {
+          cached = group;
+          cached_end = group + kStretch < w.groups ? group + kStretch : w.groups;
+          load(cached, cached_end - cached);
+        }
+      }
+      const int64_t end = group_end < first + count ? group_end : first + count;
+      const Floats s = f_set(scale[group - cached]), z = f_set(w.zero.data ? zero[group - cached] : 0.0f);
+      spread(w, table, codes + (k - first), end - k, out + k, [&](int64_t) { return s; }, [&](int64_t) { return z; });
+      k = end;
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,110 @@
+// Dense rows of weights with few columns, many at a time: scales are read once for a run of rows, and codes of a short
+// block are unpacked as whole slabs. Keys and values of a cache are such rows (64 or 128 columns).
+#pragma once
+#include "generic/rows.h"
+
+namespace {
+
+constexpr int64_t kRun = 64;  // rows whose scales are read together
+
+// The slabs of a short block of COUNT codes, added to what `out` holds, 8 (or 4) of them at a time.
+template <int PLANE, int COUNT>
+inline void add_slabs(const uint8_t* b, int low, uint8_t* out) {
+  constexpr int width = COUNT * PLANE / 8;
+  using Word = std::conditional_t<width % 8 == 0, uint64_t, uint32_t>;
+  constexpr Word mask = (Word)0x0101010101010101 * (Word)((1 << PLANE) - 1);
+  for (int i = 0; i < width; i += (int)sizeof(Word)) {
+    Word in, sum;
+    __builtin_memcpy(&in, b + i, sizeof in);
+    for (int f = 0; f < 8 / PLANE; ++f) {
+      __builtin_memcpy(&sum, out + f * width + i, sizeof sum);
+      sum |= ((in >> (PLANE * f)) & mask) << low;
+      __builtin_memcpy(out + f * width + i, &sum, sizeof sum);
+    }
+  }
+}
+
+template <int NB, int COUNT>
+inline void unpack_short(const uint8_t* b, uint8_t* out) {
+  __builtin_memset(out, 0, COUNT);
+  if constexpr (NB == 8) add_slabs<8, COUNT>(b, 0, out);
+  if constexpr (NB >= 4 && NB < 8) add_slabs<4, COUNT>(b, 0, out);
+  if constexpr (NB == 6 || NB == 7) add_slabs<2, COUNT>(b + COUNT / 2, 4, out);
+  if constexpr (NB == 2 || NB == 3) add_slabs<2, COUNT>(b, 0, out);
+  if constexpr (NB == 1) add_slabs<1, COUNT>(b, 0, out);
+  if constexpr (NB == 3) add_slabs<1, COUNT>(b + COUNT / 4, 2, out);
+  if constexpr (NB == 5) add_slabs<1, COUNT>(b + COUNT / 2, 4, out);
+  if constexpr (NB == 7) add_slabs<1, COUNT>(b + COUNT / 2 + COUNT / 4, 6, out);
+}
+
+// Codes of a row of K: those of whole blocks, then those of the rest. Room for K + 128.
+template <int NB>
+inline void unpack_row(const uint8_t* row, int64_t K, uint8_t* out) {
+  const int64_t blocks = K / 128;
+  unpack_blocks<NB>(row, blocks, out);
+  row += blocks * 16 * NB, out += blocks * 128;
+  switch (K % 128) {
+    case 0: return;
+    case 32: return unpack_short<NB, 32>(row, out);
+    case 64: return unpack_short<NB, 64>(row, out);
+    case 96: return unpack_short<NB, 96>(row, out);
+    default: return unpack_tail(row, NB, (K % 128 + 7) / 8 * 8, out);
+  }
+}
+
+// Integers with plain scales, few enough a row for those of a run of rows to fit.
+inline bool short_rows_serve(const Weight& w) {
+  return !w.table.values && w.K <= kStretch && !w.scale.quantized() && !w.zero.quantized() &&
+         (w.axis == 0 ? w.groups == 1 : w.groups * kRun <= kStretch);
+}
+
+// Scales or zero points of rows [first, first + rows), one after the other.
+inline void load_run(const Values& v, int64_t first, int64_t rows, int64_t groups, float* out) {
+  if (v.stride == v.row_bytes()) return to_float(v.row(first), v.type, rows * groups, out);
+  for (int64_t r = 0; r < rows; ++r) load_values(v, first + r, 0, groups, out + r * groups);
+}
+
+template <int NB>
+void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* out, int64_t stride) {
+  uint8_t codes[kStretch + 128];
+  float scale[kStretch + kFloats], zero[kStretch + kFloats], line[kStretch];
+  if (w.axis == 0) {
+    load_values(w.scale, 0, 0, w.K, scale);
+    load_values(w.zero, 0, 0, w.K, zero);
+  }
+  const int64_t size = w.groups == 1 ? w.K : w.group_size;
+  for (int64_t n = first; n < last; n += kRun) {
+    const int64_t rows = last - n < kRun ? last - n : kRun;
+    if (w.axis == 1) {
+      load_run(w.scale, n, rows, w.groups, scale);
+      load_run(w.zero, n, rows, w.groups, zero);
+    }
+    for (int64_t r = 0; r < rows; ++r, out += stride * hqqtensor::size_of(type)) {
+      float* dense = type == DType::f32 ? (float*)out : line;
+      unpack_row<NB>(w.qdata + (n + r) * w.row_stride, w.K, codes);
+      if (w.axis == 0) {
+        spread(w, nullptr, codes, w.K, dense, [&](int64_t i) { return f_load(scale + i); },
+               [&](int64_t i) { return f_load(zero + i); });
+      } else {
+        for (int64_t k = 0, g = r * w.groups; k < w.K; k += size, ++g) {
+          const Floats s = f_set(scale[g]), z = f_set(zero[g]);
+          spread(w, nullptr, codes + k, w.K - k < size ? w.K - k : size, dense + k, [&](int64_t) { return s; },
+                 [&](int64_t) { return z; });
+        }
+      }
+      if (type != DType::f32) from_float(line, w.K, type, out);
+    }
+  }
+}
+
+// `line`: room for K floats.
+void dequantize_rows(const Weight& w, int64_t first, int64_t last, DType type, char* out, int64_t stride, float* line) {
+  if (short_rows_serve(w))
+    return with_nbits(w.nbits, [&](auto nb) { short_rows<nb.value>(w, first, last, type, out, stride); });
+  for (int64_t n = first; n < last; ++n, out += stride * hqqtensor::size_of(type)) {
+    dequantize_row(w, n, type == DType::f32 ? (float*)out : line);
+    if (type != DType::f32) from_float(line, w.K, type, out);
+  }
+}
+
+}  // namespace

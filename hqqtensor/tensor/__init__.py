@@ -1,0 +1,217 @@
+"""HQQTensor: packed codes, scales and zero points that behave as the weight they stand for."""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from hqqtensor import ops
+from hqqtensor.config import HqqConfig
+from hqqtensor.encode import Encoded, check_weight, encode
+from hqqtensor.packing import pack, pack_meta, row_bytes, unpack, unpack_meta
+from hqqtensor.transforms import prepare, rotate
+
+
+class HQQTensor(TorchAOBaseTensor):
+    """A weight ``[..., N, K]`` kept in ``nbits`` bits; value = (code - zero_point) * scale, or table[code] * scale.
+
+    Tensor data:
+        qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
+            viewed as a floating dtype.
+        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
+            plain floating tensor, or an HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
+        zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
+            ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
+        act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
+
+    Attributes:
+        nbits, group_size, axis, format: as in ``HqqConfig``, group_size always a number.
+        in_features, out_features: K and N, the length and the number of stored rows. rank: of the logical shape.
+        shape: logical shape. dtype: dtype it presents and computes in. transposed: whether the last two
+            dimensions of ``shape`` are swapped against the stored ``[N, K]``. activation: as in ``HqqConfig``.
+        row_dims: how many trailing dimensions of ``shape`` lie in a stored row: 1, or for the weight of a convolution
+            ``[N, C, *kernel]`` all but the first, K = C times the kernel's elements.
+        rotation: inputs that a Hadamard matrix mixes with one another (``hqqtensor.transforms``), 0 for none.
+    """
+
+    tensor_data_names = ["qdata", "scale"]
+    optional_tensor_data_names = ["zero_point", "act_pre_scale"]
+    tensor_attribute_names = [
+        "nbits", "group_size", "axis", "shape", "dtype", "format", "transposed", "activation", "row_dims", "rotation",
+    ]  # fmt: skip
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    act_pre_scale: Tensor | None
+
+    def __new__(
+        cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
+        dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
+        rotation: int = 0, zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *,
+        requires_grad: bool = False,
+    ) -> "HQQTensor":  # fmt: skip
+        if isinstance(qdata, HQQTensor):
+            # accelerate makes a parameter anew by its type: HQQTensor(q, requires_grad=...), as nn.Parameter(t, ...).
+            return torch.nn.Parameter(qdata, requires_grad)  # type: ignore[return-value]
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+
+    def __init__(
+        self, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
+        dtype: Any = None, format: str = "int", transposed: bool = False, activation: str = "float", row_dims: int = 1,
+        rotation: int = 0, zero_point: Tensor | None = None, act_pre_scale: Tensor | None = None, *,
+        requires_grad: bool = False,
+    ) -> None:  # fmt: skip
+        if isinstance(qdata, HQQTensor):
+            return
+        super().__init__()
+        self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
+        self.nbits, self.group_size, self.axis = nbits, group_size, axis
+        self.format, self.transposed, self.activation = format, transposed, activation
+        self.row_dims, self.rotation = row_dims, rotation
+        self.nested = isinstance(scale, HQQTensor) or isinstance(zero_point, HQQTensor)
+        # Plain numbers: to ask the tensor itself for its shape goes through torch's function dispatch each time.
+        self.rank = len(shape)
+        self.in_features = shape[-2] if transposed else math.prod(shape[-row_dims:])
+        self.out_features = shape[-1] if transposed else shape[-row_dims - 1]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """torchao's dispatch by table, with the call that models make most taken straight to its operator."""
+        if func is torch.nn.functional.linear and len(args) >= 2 and not kwargs:
+            x, weight, bias = args if len(args) == 3 else (*args, None)
+            if type(x) is Tensor and type(weight) is not Tensor and weight.rank == 2 and not weight.transposed:
+                return products.linear(x, weight, bias)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @staticmethod
+    @torch.compiler.disable
+    def from_hp(weight: Tensor, config: HqqConfig | None = None, row_dims: int = 1) -> "HQQTensor":
+        """Quantize ``weight`` ``[..., N, K]`` (any strides, float32/bfloat16/float16); bad weights raise.
+
+        ``row_dims``: 1, or for a convolution's ``[N, C, *kernel]`` all dimensions but the first: groups then run
+        along C and the kernel as they lie in memory, or for axis 0 along N.
+        """
+        config, shape = config or HqqConfig(), weight.shape
+        check_weight(weight, config, row_dims=row_dims)
+        weight = weight.flatten(-row_dims)
+        dtype = config.compute_dtype or weight.dtype
+        prepared, inner, act, block = prepare(weight, config)
+        out = HQQTensor._from_encoded(encode(prepared, inner), dtype, config.format)
+        out.act_pre_scale, out.rotation, out.activation = act, block, config.activation
+        if config.view_as_float:
+            out.qdata = out.qdata.view(weight.dtype)
+        return out if row_dims == 1 else out.with_data(shape=shape, row_dims=row_dims)
+
+    @staticmethod
+    def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
+        meta = [HQQTensor._bytes(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
+        own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
+
+    @staticmethod
+    def _bytes(e: Encoded) -> "HQQTensor":
+        """Quantized scales or zero points, without what fills packed rows up to eight codes."""
+        out = HQQTensor._from_encoded(e, torch.float32)
+        out.qdata = pack_meta(unpack(out.qdata, e.nbits, out.in_features), e.nbits)
+        return out
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        """torchao's, without its look-ups: a compiled graph's guards ask every weight at every call."""
+        names = self.tensor_data_names + [n for n in self.optional_tensor_data_names if getattr(self, n) is not None]
+        return names, {name: getattr(self, name) for name in self.tensor_attribute_names}
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all data: packed codes, scales, zero points, activation scale."""
+        names, _ = self.__tensor_flatten__()
+        return sum(getattr(self, name).nbytes for name in names)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``qdata``, ``scale`` and ``zero_point`` as the ops take them: plain tensors, quantized ones as uint8."""
+        qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
+        scale, zero = self.scale, self.zero_point
+        if not self.nested:
+            return qdata, scale, zero
+        if isinstance(scale, HQQTensor):
+            scale = scale.qdata
+        if isinstance(zero, HQQTensor):
+            zero = zero.qdata
+        return qdata, scale, zero
+
+    @property
+    def codebook(self) -> str | None:
+        """For the format "codebook", whether the "tensor" or each "row" has entries of its own; else None."""
+        if self.format != "codebook":
+            return None
+        return "tensor" if self.zero_point.shape[-2] == 1 else "row"  # type: ignore[union-attr]
+
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
+        """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
+        meta: list[Tensor] = []
+        for t in (self.scale, self.zero_point) if self.nested else ():
+            if isinstance(t, HQQTensor):
+                meta += [t.scale, t.zero_point]  # type: ignore[list-item]
+        return meta, self.nbits, self.format, self.group_size, self.axis, self.in_features
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
+        dtype = output_dtype or self.dtype
+        qdata, *meta = self.packed()
+        if qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see _bytes: scales or zero points
+            qdata = pack(unpack_meta(qdata, self.in_features), self.nbits)
+        w = ops.dequantize(qdata, *meta, *self.settings(), torch.float32 if self.rotation else dtype)
+        if self.rotation:
+            w = rotate(w, self.rotation).to(dtype)
+        if self.act_pre_scale is not None:
+            w = w * self.act_pre_scale.to(dtype)
+        if self.row_dims > 1:
+            w = w.unflatten(-1, self.shape[-self.row_dims :])
+        return w.transpose(-1, -2) if self.transposed else w
+
+    def with_data(self, **changes: object) -> "HQQTensor":
+        """A new tensor with some data or attributes replaced."""
+        names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
+        return HQQTensor(**{**{name: getattr(self, name) for name in names}, **changes})  # type: ignore[arg-type]
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of torch's AOTAutograd cache: everything but the numbers, the same in every process."""
+        names, attributes = self.__tensor_flatten__()
+        parts = [repr(attributes), str(self.requires_grad)]
+        for name in names:
+            t = getattr(self, name)
+            own = t._stable_hash_for_caching() if isinstance(t, HQQTensor) else f"{t.dtype} {t.stride()} {t.device}"
+            parts.append(f"{name} {list(t.shape)} {own}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """One line: bits, format, group size, axis, scale dtype."""
+
+        def meta(t: Tensor) -> str:
+            return f"{t.nbits}-bit" if isinstance(t, HQQTensor) else str(t.dtype).removeprefix("torch.")
+
+        text = f"{self.nbits}-bit {self.format}, group_size={self.group_size}, axis={self.axis}"
+        text += f", rotation={self.rotation}" if self.rotation else ""
+        text += f", scale={meta(self.scale)}"
+        if self.codebook is not None:
+            return f"{text}, codebook={self.codebook}"
+        return text if self.zero_point is None else f"{text}, zero_point={meta(self.zero_point)}"
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        dtype = str(self.dtype).removeprefix("torch.")
+        flag = ", transposed" if self.transposed else ""
+        return f"HQQTensor({list(self.shape)}, {self.describe()}, dtype={dtype}, device={self.device}{flag})"
+
+
+torch.serialization.add_safe_globals([HQQTensor])
+
+# Registers what torch functions do with an HQQTensor.
+from hqqtensor.tensor import experts as experts  # noqa: E402
+from hqqtensor.tensor import products as products  # noqa: E402
+from hqqtensor.tensor import storage as storage  # noqa: E402
+from hqqtensor.tensor import views as views  # noqa: E402

@@ -1,0 +1,202 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Views and joins of an HQQTensor: transpose, slice, split, select, cat, view."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import fill_defaults
+
+from hqqtensor.packing import BLOCK, byte_offset
+from hqqtensor.tensor import HQQTensor
+
+aten = torch.ops.aten
+implements = HQQTensor.implements
+
+
+@implements([aten.t.default, aten.transpose.int])
+def _(func, types, args, kwargs):
+    self = args[0]
+    ndim = self.ndim
+    dims = {d % ndim for d in args[1:]} if func is aten.transpose.int else {0, 1}
+    if func is aten.transpose.int and len(dims) == 1:
+        new = self.with_data()
+    elif self.row_dims > 1:
+        raise NotImplementedError("transpose: the weight of a convolution stays as it is; dequantize() first")
+    elif dims != {ndim - 2, ndim - 1}:
+        raise NotImplementedError(f"transpose: only the last two dimensions of an HQQTensor can be swapped, got {dims}")
+    else:
+        shape = torch.Size([*self.shape[:-2], self.shape[-1], self.shape[-2]])
+        new = self.with_data(shape=shape, transposed=not self.transposed)
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+def _beside(self: HQQTensor, rows: bool) -> list[str]:
+    """What is cut along with qdata where rows (or columns) are: entries of a codebook are each row's or everyone's."""
+    if self.codebook is not None:
+        return ["scale", "zero_point"] if rows and self.codebook == "row" else ["scale"]
+    return ["scale"] if self.zero_point is None else ["scale", "zero_point"]
+
+
+def _stored(self: HQQTensor) -> list[str]:
+    """All data that has the leading dimensions."""
+    return ["qdata", "scale"] if self.zero_point is None else ["qdata", "scale", "zero_point"]
+
+
+def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
+    """The view ``[start, end)`` of one dimension; raises NotImplementedError where that is no view."""
+    shape = list(self.shape)
+    shape[dim] = end - start
+    lead = self.ndim - 1 - self.row_dims
+    stored = dim if dim < lead or not self.transposed else 2 * lead + 1 - dim
+    if start == 0 and end == self.shape[dim]:
+        return self.with_data()
+    if stored > lead and self.row_dims > 1:
+        raise NotImplementedError("slice: the weight of a convolution can be cut along its first dimension only")
+    act = self.act_pre_scale
+
+    def meta(t: Tensor, on: int, first: int, last: int) -> Tensor:
+        return aten.slice.Tensor(t, on, first, last)
+
+    if stored < lead:
+        data = {n: meta(getattr(self, n), stored, start, end) for n in _stored(self)}
+    elif stored == lead:
+        groups = self.scale.shape[-2]
+        if self.axis == 0 and start % groups:
+            raise NotImplementedError(
+                f"slice: with axis=0 rows can be cut at multiples of the {groups} groups, got {start}:{end}"
+            )
+        data = {"qdata": aten.slice.Tensor(self.qdata, stored, start, end)}
+        if self.axis == 1:
+            data |= {n: meta(getattr(self, n), stored, start, end) for n in _beside(self, rows=True)}
+    else:
+        K, size = self.in_features, self.group_size
+        first, last = byte_offset(start, K, self.nbits), byte_offset(end, K, self.nbits)
+        whole = start % size == 0 and (end % size == 0 or end == K)
+        inside = start // size == (end - 1) // size
+        if first is None or last is None or (self.axis == 1 and not whole and not inside):
+            raise NotImplementedError(
+                f"slice: in_features can be cut at multiples of {BLOCK} that are group boundaries "
+                f"(group_size {size}), got {start}:{end} of {K}"
+            )
+        item = self.qdata.element_size()
+        if first % item or last % item:
+            raise NotImplementedError(f"slice: {start}:{end} is no whole number of {self.qdata.dtype} in qdata")
+        data = {"qdata": aten.slice.Tensor(self.qdata, stored, first // item, last // item)}
+        low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
+        data |= {n: meta(getattr(self, n), stored, low, high) for n in _beside(self, rows=False)}
+        if self.rotation and (start % self.rotation or end % self.rotation):
+            raise NotImplementedError(
+                f"slice: in_features are rotated in blocks of {self.rotation} and can be cut between them, "
+                f"got {start}:{end} of {K}"
+            )
+        act = None if act is None else act[start:end]
+    return self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
+
+
+@implements([aten.slice.Tensor])
+def _(func, types, args, kwargs):
+    self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+    if step != 1:
+        raise NotImplementedError(f"slice: an HQQTensor is cut in steps of 1, got {step}")
+    dim = dim % self.ndim
+    length = self.shape[dim]
+    start, end, _ = slice(start, end).indices(length)
+    return return_and_correct_aliasing(func, args, kwargs, _cut(self, dim, start, max(start, end)))
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default])
+def _(func, types, args, kwargs):
+    self, sizes, dim = fill_defaults(args, 3, [0])
+    dim = dim % self.ndim
+    length = self.shape[dim]
+    if func is aten.chunk.default:
+        sizes = -(-length // sizes)
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - first) for first in range(0, length, sizes)]
+    out, first = [], 0
+    for size in sizes:
+        out.append(_cut(self, dim, first, first + size))
+        first += size
+    return out
+
+
+@implements([aten.select.int])
+def _(func, types, args, kwargs):
+    self, dim, index = args
+    dim = dim % self.ndim
+    if dim >= self.ndim - 1 - self.row_dims:
+        raise NotImplementedError("select: only leading dimensions (experts) of an HQQTensor can be selected")
+    data = {n: aten.select.int(getattr(self, n), dim, index) for n in _stored(self)}
+    shape = torch.Size([s for d, s in enumerate(self.shape) if d != dim])
+    return return_and_correct_aliasing(func, args, kwargs, self.with_data(**data, shape=shape))
+
+
+@implements([aten.cat.default])
+def _(func, types, args, kwargs):
+    tensors, dim = fill_defaults(args, 2, [0])
+    if not all(isinstance(t, HQQTensor) for t in tensors):
+        raise NotImplementedError("cat: all tensors must be HQQTensors; dequantize() the quantized ones first")
+    head = tensors[0]
+    dim = dim % head.ndim
+    for t in tensors[1:]:
+        same = all(
+            getattr(t, n) == getattr(head, n)
+            for n in (
+                "nbits",
+                "group_size",
+                "axis",
+                "dtype",
+                "format",
+                "transposed",
+                "activation",
+                "row_dims",
+                "rotation",
+            )
+        )
+        if not same or (head.row_dims > 1 and t.shape[1:] != head.shape[1:]):
+            raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
+        if t.act_pre_scale is not None or head.act_pre_scale is not None:
+            raise NotImplementedError("cat: tensors with act_pre_scale cannot be joined")
+    lead = head.ndim - 1 - head.row_dims
+    stored = dim if dim < lead or not head.transposed else 2 * lead + 1 - dim
+    if stored > lead and head.row_dims > 1:
+        raise NotImplementedError("cat: weights of convolutions can be joined along their first dimension only")
+    if stored == lead + 1:
+        sizes = [t.in_features for t in tensors[:-1]]
+        bad = [size for size in sizes if size % BLOCK or (head.axis and size % head.group_size)]
+        if bad:
+            raise NotImplementedError(f"cat: in_features must be multiples of {BLOCK} and the group size, got {bad}")
+    data = {"qdata": torch.cat([t.qdata for t in tensors], stored)}
+    for name in _stored(head)[1:]:
+        parts = [getattr(t, name) for t in tensors]
+        if name == "zero_point" and head.format == "codebook" and stored >= lead:
+            data[name] = _join_codebooks(tensors, stored == lead and head.axis == 1)
+            continue
+        if stored == lead and head.axis == 0:
+            if not all(torch.equal(parts[0], p) for p in parts[1:]):
+                raise NotImplementedError("cat: with axis=0 rows can be joined only where they share their scales")
+            data[name] = parts[0]
+        else:
+            data[name] = torch.cat(parts, stored)
+    shape = list(head.shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return head.with_data(**data, shape=torch.Size(shape))
+
+
+def _join_codebooks(tensors: list[HQQTensor], rows: bool) -> Tensor:
+    """The entries of joined weights: shared ones stay so, others go to each row where ``rows`` are joined."""
+    entries = [t.zero_point for t in tensors if t.zero_point is not None]
+    if all(torch.equal(entries[0], e) for e in entries[1:]) and (not rows or entries[0].shape[-2] == 1):
+        return entries[0]
+    if not rows:
+        raise NotImplementedError("cat: weights with codebooks of their own can be joined along rows only (axis 1)")
+    return torch.cat([e.expand(*e.shape[:-2], t.out_features, -1) for t, e in zip(tensors, entries, strict=True)], -2)
+
+
+@implements([aten.view.default, aten._unsafe_view.default])
+def _(func, types, args, kwargs):
+    self, size = args
+    same = list(size) == list(self.shape)
+    if same or (-1 in size and torch.empty(self.shape, device="meta").view(size).shape == self.shape):
+        return return_and_correct_aliasing(func, args, kwargs, self.with_data())
+    raise NotImplementedError(f"view: {list(self.shape)} as {list(size)} would need unpacking; dequantize() first")

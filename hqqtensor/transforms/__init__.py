@@ -1,0 +1,47 @@
+"""What is done to weights and activations alike before a product: column scales and Hadamard rotation."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hqqtensor.solvers import column_scaled
+from hqqtensor.transforms.column_scale import column_scale
+from hqqtensor.transforms.hadamard import block_of, check_rotation, rotate, signs
+
+if TYPE_CHECKING:
+    from hqqtensor.config import HqqConfig
+
+__all__ = ["block_of", "check_rotation", "column_scale", "prepare", "rotate", "signs", "to_inputs"]
+
+
+def prepare(weight: Tensor, config: "HqqConfig") -> tuple[Tensor, "HqqConfig", Tensor | None, int]:
+    """The weight ``[..., N, K]`` to quantize for ``config``, with which settings, act_pre_scale, and block (0: none).
+
+    act_pre_scale: float16 ``[K]``, column scales and signs, or None; the weight is divided by it, then rotated.
+    """
+    inner, act, block = config, None, 0
+    if config.solver == column_scaled.NAME:
+        inner = _for_scaled(config)
+        act = column_scale(weight).to(torch.float16)
+    if config.rotation:
+        inner, block = dataclasses.replace(inner, rotation=False), block_of(weight.shape[-1])
+        sign = signs(weight.shape[-1], config.rotation_seed).to(weight.device, torch.float16)
+        act = sign if act is None else act * sign
+    if act is None:
+        return weight, inner, None, 0
+    w = weight.detach() / act.to(torch.float32)
+    return rotate(w, block) if block else w, inner, act, block
+
+
+def to_inputs(x: Tensor, act: Tensor | None, block: int) -> Tensor:
+    """What the rotated weight is multiplied with: ``x [..., K]`` times act_pre_scale, then rotated."""
+    return rotate(x if act is None else x * act.to(x.dtype), block)
+
+
+def _for_scaled(config: "HqqConfig") -> "HqqConfig":
+    """``config`` for the scaled weight; ValueError for axis 0, where every column has scales of its own already."""
+    if config.axis == 0:
+        raise ValueError("solver 'column_scaled' needs axis 1: with axis 0 every column has scales of its own")
+    return dataclasses.replace(config, solver="hqq_joint")
