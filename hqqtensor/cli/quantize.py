@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         "source": str(source),
     }
     with model_dir.written_at_once(out) as work:
-        save_model(model, work, max_shard_size=args.max_shard_size)
+        save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
         model_dir.copy_companions(source, work)
         (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hqqtensor.integrations import patches
+from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
 from hqqtensor.integrations.versions import TRANSFORMERS
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.tensor.settings import common_config
@@ -22,11 +23,15 @@ def install() -> None:
 def _saving_quantized(save_pretrained: Callable) -> Callable:
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         weights = [p for p in self.parameters() if isinstance(p, HQQTensor)]
+        quantizer = getattr(self, "hf_quantizer", None)
         saves_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        if not weights or saves_adapters or getattr(self, "hf_quantizer", None) is not None:
-            return save_pretrained(self, *args, **kwargs)
-        with _adopted(self, weights):
-            return save_pretrained(self, *args, **kwargs)
+        if weights and quantizer is None and not saves_adapters:
+            with _adopted(self, weights):
+                return save_pretrained(self, *args, **kwargs)
+        if not weights and isinstance(quantizer, HQQTensorHfQuantizer):
+            # hqqtensor.dequantize_ was called: config.json must not say that the weights are quantized.
+            quantizer.release(self)
+        return save_pretrained(self, *args, **kwargs)
 
     return save
 
@@ -37,8 +42,6 @@ def _adopted(model: Any, weights: list[HQQTensor]) -> Iterator[None]:
 
     config.json gets the settings that most weights have; the file's entry of each weight rules when it is loaded.
     """
-    from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
-
     config = dataclasses.replace(common_config(weights), compute_dtype=None)  # a loader's dtype argument is followed
     quantizer = HQQTensorHfQuantizer(config, pre_quantized=False)
     changes: list[tuple[Any, str, Any]] = [

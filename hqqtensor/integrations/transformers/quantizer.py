@@ -161,8 +161,13 @@ class HQQTensorHfQuantizer(HfQuantizer):
         model.hf_quantizer = self
         self.postprocess_model(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout.
+
+        Nothing where it writes adapters: these are dense, and transformers finds them in the model.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
         units, header = split_state(offload.whole_state(model), {}, [])
         return {key: tensor for unit in units for key, tensor in unit.items()}, header
 
@@ -170,11 +175,17 @@ class HQQTensorHfQuantizer(HfQuantizer):
         if any(isinstance(p, HQQTensor) and p.device.type == "meta" for p in model.parameters()):
             raise ValueError("dequantize: parts of the model are offloaded; load it without offloading first")
         dequantize_(model)
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions
+        self.release(model)
         # save_pretrained leaves the dtype's name in the config.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
+
+    def release(self, model: Any) -> None:
+        """Undo ``postprocess_model`` for a model whose weights are all dense again."""
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
+        model.hqq_quantized = False
+        self.remove_quantization_config(model)
 
     def is_serializable(self) -> bool:
         """Yes, always."""
