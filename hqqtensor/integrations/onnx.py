@@ -28,14 +28,16 @@ def _checked(export: Callable) -> Callable:
 
 def _refuse(model: Any) -> None:
     """NotImplementedError for a model with quantized weights, or a program that was exported from one."""
-    name = None
+    what = None
     if isinstance(model, nn.Module):
-        name = next((name for name, p in model.named_parameters() if isinstance(p, HQQTensor)), None)
+        names = [name for name, p in model.named_parameters() if isinstance(p, HQQTensor)]
+        what = f"{names[0]} is quantized" if names else None
     elif isinstance(model, torch.export.ExportedProgram):
-        targets = (str(node.target) for node in model.graph.nodes)
-        name = next((target for target in targets if target.startswith("hqqtensor.")), None)
-    if name is not None:
+        targets = [str(node.target) for node in model.graph.nodes]
+        operators = [target for target in targets if target.startswith("hqqtensor.")]
+        what = f"the program calls {operators[0]}" if operators else None
+    if what is not None:
         raise NotImplementedError(
-            f"torch.onnx.export: {name} is quantized, and ONNX has no operator for packed weights; call "
+            f"torch.onnx.export: {what}, and ONNX has no operator for packed weights; call "
             "hqqtensor.dequantize_(model) first, on a copy if the quantized model is still needed"
         )

@@ -140,7 +140,7 @@ def _computed_buffers(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     left = [name for name in names if name not in computed]
     if left:
         warnings.warn(
-            f"load_model: {', '.join(left)} is still on the meta device: the file has no value for a buffer that is not "
+            f"load_model: {', '.join(left)} is still on the meta device: the file holds no buffers that are not "
             "persistent. Build the model with buffers in memory: accelerate.init_empty_weights(include_buffers=False)",
             stacklevel=3,
         )
