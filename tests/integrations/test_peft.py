@@ -172,7 +172,8 @@ def check_merging(model: Any, layers: list[Any], run: Callable[[], Tensor]) -> N
         assert isinstance(merged, HQQTensor) and merged.describe() == old.describe()
         assert merged.shape == old.shape and merged.transposed == old.transposed
         assert (merged.dequantize() - dense).abs().max() < 0.02 * dense.abs().max()  # 8 bits: half a step is 0.4 %
-        assert (dense - old.dequantize()).abs().max() > 0.1 * dense.abs().max()
+        for part in (old.dequantize(), dense - old.dequantize()):  # either would be missed
+            assert part.abs().max() > 0.1 * dense.abs().max()
     moved = (run() - with_adapters).abs().max()
     assert 0 < moved < 0.1 * effect
     model.unmerge_adapter()
@@ -180,11 +181,11 @@ def check_merging(model: Any, layers: list[Any], run: Callable[[], Tensor]) -> N
     assert torch.equal(run(), with_adapters)
 
 
-def strengthen(model: nn.Module) -> None:
-    """Adapters as large as the weights: peft begins with small ones, which any tolerance would hide."""
+def make_comparable(model: nn.Module) -> None:
+    """Make updates about as large as the weights that they are added to: peft's random ones are ten times that."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data.mul_(5)
+            parameter.data.mul_(0.4)
 
 
 def test_conv1d_and_embeddings_take_adapters() -> None:
@@ -194,7 +195,7 @@ def test_conv1d_and_embeddings_take_adapters() -> None:
     quantize_(base, HqqConfig(8, 32, dynamic_config={"wte": {"nbits": 8}}))
     options = {"target_modules": ["c_attn", "wte"], "init_lora_weights": False, "fan_in_fan_out": True}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, **options))
-    strengthen(model)
+    make_comparable(model)
     layers = [base.transformer.h[0].attn.c_attn, base.transformer.wte]
     assert layers[0].base_layer.weight.transposed
     check_merging(model, layers, lambda: logits(model))
@@ -206,7 +207,7 @@ def test_convolutions_take_adapters(kind: type) -> None:
     base = nn.Sequential(kind(8, 8, 3))
     quantize_(base, HqqConfig(8, 24), filter_fn=lambda module, name: name == "0")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    strengthen(model)
+    make_comparable(model)
     x = torch.randn(2, 8, *[5] * (base[0].weight.ndim - 2))
     model(x).sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
