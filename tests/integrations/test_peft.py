@@ -161,6 +161,11 @@ def check_merging(model: Any, layers: list[Any], run: Callable[[], Tensor]) -> N
 
     The output moves by the rounding of the update alone, which is small against what the adapters do.
     """
+    for layer in layers:  # updates as large as the weights: of both nothing may be missing from the sum
+        ratio = layer.base_layer.weight.dequantize().abs().max() / layer.get_delta_weight("default").abs().max()
+        for name, parameter in layer.named_parameters():
+            if "_B" in name:
+                parameter.data.mul_(ratio)
     with_adapters = run()
     with model.disable_adapter():
         effect = (with_adapters - run()).abs().max()
@@ -172,20 +177,11 @@ def check_merging(model: Any, layers: list[Any], run: Callable[[], Tensor]) -> N
         assert isinstance(merged, HQQTensor) and merged.describe() == old.describe()
         assert merged.shape == old.shape and merged.transposed == old.transposed
         assert (merged.dequantize() - dense).abs().max() < 0.02 * dense.abs().max()  # 8 bits: half a step is 0.4 %
-        for part in (old.dequantize(), dense - old.dequantize()):  # either would be missed
-            assert part.abs().max() > 0.1 * dense.abs().max()
     moved = (run() - with_adapters).abs().max()
     assert 0 < moved < 0.1 * effect
     model.unmerge_adapter()
     assert all(layer.base_layer.weight is old for layer, old in zip(layers, before, strict=True))
     assert torch.equal(run(), with_adapters)
-
-
-def make_comparable(model: nn.Module) -> None:
-    """Make updates about as large as the weights that they are added to: peft's random ones are ten times that."""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.mul_(0.4)
 
 
 def test_conv1d_and_embeddings_take_adapters() -> None:
@@ -195,7 +191,6 @@ def test_conv1d_and_embeddings_take_adapters() -> None:
     quantize_(base, HqqConfig(8, 32, dynamic_config={"wte": {"nbits": 8}}))
     options = {"target_modules": ["c_attn", "wte"], "init_lora_weights": False, "fan_in_fan_out": True}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, **options))
-    make_comparable(model)
     layers = [base.transformer.h[0].attn.c_attn, base.transformer.wte]
     assert layers[0].base_layer.weight.transposed
     check_merging(model, layers, lambda: logits(model))
@@ -207,7 +202,6 @@ def test_convolutions_take_adapters(kind: type) -> None:
     base = nn.Sequential(kind(8, 8, 3))
     quantize_(base, HqqConfig(8, 24), filter_fn=lambda module, name: name == "0")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    make_comparable(model)
     x = torch.randn(2, 8, *[5] * (base[0].weight.ndim - 2))
     model(x).sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
