@@ -1,14 +1,15 @@
 """The one way in which hqqtensor changes another library: ``wrap`` a function, ``register`` entries in a table.
 
-Every change is written down as a ``Patch`` (``patches()``), with what it is for and the version of the library that it
-was tested with. It may be asked for again at any time: a function that is wrapped already carries a mark of ours, which
-other people's wrappers around it keep or hide but never forge.
+Each change is recorded as a ``Patch``, with what needs it and the version of the library that it was tested with;
+``patches()`` lists them. The same change may be asked for again at any time: a function that we have wrapped has a mark.
+Wrappers that others make with ``functools.wraps`` copy the mark, so that we do not wrap them in turn; a wrapper without
+the mark gets ours around it, even if ours is inside as well, which does no harm.
 
-If the target is gone (another version of the library), importing the library still works: a PatchWarning then names the
-library, its version, the version tested with, the missing target and what will not work. The error, PatchError with the
-same text, comes when something is used that needs the target: from ``require``, which the functions of
-``hqqtensor.integrations`` call, or, where the library never calls us, in the text of the NotImplementedError that an
-HQQTensor raises for an operation that it does not offer.
+If the target is gone, as in another version of the library, importing the library still works. A PatchWarning names the
+library, its version, the version tested with, the missing target and what will not work. The error, a PatchError with
+the same text, comes when something is used that needs the target: ``require`` raises it, which the functions of
+``hqqtensor.integrations`` call. Where a library never calls us, its operation on a quantized weight fails instead, and
+that NotImplementedError ends with the same text (``hqqtensor.tensor.unsupported``).
 """
 
 import functools

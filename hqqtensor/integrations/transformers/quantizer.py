@@ -107,7 +107,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
                     raise CheckpointError(f"{name}: the file has shape {list(tensor.shape)}, the model {want}")
                 ready[renamed] = tensor
         self.ready = ready
-        # Ours first: at most one converter takes a key, and a model's own patterns are loose.
+        # Ours come first: at most one converter takes a key, and the patterns of a model's converters match too much.
         return [*converters, *weight_conversions]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -140,7 +140,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, choice in self.plan.items():
-            # Weights that the checkpoint lacks were just initialised and are to be trained: they stay dense.
+            # Weights that the checkpoint lacks were just initialised and are to be trained: they are left dense.
             module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             if not isinstance(getattr(module, leaf), HQQTensor) and not self.missing & set(choice.names):
                 raise RuntimeError(f"{name} was loaded without being quantized")
