@@ -1,7 +1,7 @@
 """The one way in which hqqtensor changes another library: ``wrap`` a function, ``register`` entries in a table.
 
 Each change is recorded as a ``Patch``, with what needs it and the version of the library that it was tested with;
-``patches()`` lists them. The same change may be asked for again at any time: a function that we have wrapped has a mark.
+``patches()`` lists them. The same change may be asked for again at any time: a function that we have wrapped is marked.
 Wrappers that others make with ``functools.wraps`` copy the mark, so that we do not wrap them in turn; a wrapper without
 the mark gets ours around it, even if ours is inside as well, which does no harm.
 
