@@ -118,12 +118,12 @@ def wrap(
         # Modules may hold the function as it was before somebody else wrapped it: these get a wrapper of that one.
         inner = getattr(function, "__wrapped__", None)
         for other_name, other in list(sys.modules.items()):
-            held = getattr(other, "__dict__", {}).get(leaf)
-            if held is None or other_name.partition(".")[0] not in libraries:
+            if other_name.partition(".")[0] not in libraries:
                 continue
+            held = getattr(other, "__dict__", {}).get(leaf)
             if held is function:
                 setattr(other, leaf, new)
-            elif held is inner:
+            elif held is not None and held is inner:
                 setattr(other, leaf, _marked(make, inner, patch))
 
 
