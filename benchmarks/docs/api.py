@@ -56,10 +56,13 @@ def public_names(module: str) -> list[str]:
     """The names of MODULES, or of ``__all__``, functions and classes as they are written there."""
     if MODULES[module]:
         return list(MODULES[module])
-    for node in _body(module):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return sorted(ast.literal_eval(node.value), key=str.lower)
-    raise ValueError(f"{module} has no __all__")
+    values = {ast.unparse(n.targets[0]): n.value for n in _body(module) if isinstance(n, ast.Assign)}
+    if "__all__" not in values:
+        raise ValueError(f"{module} has no __all__")
+    names = values["__all__"]
+    if isinstance(names, ast.List) and names.elts and isinstance(names.elts[0], ast.Starred):  # [*_TABLE]
+        names = values[ast.unparse(names.elts[0].value)]
+    return sorted(ast.literal_eval(names), key=str.lower)
 
 
 def find(module: str, name: str) -> Found:
