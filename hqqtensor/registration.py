@@ -41,7 +41,7 @@ def without_torchao_notes() -> Iterator[None]:
 
 
 def _pass(record: logging.LogRecord) -> bool:
-    """Whether the record is to be logged; a note of torchao is made a debug message."""
+    """Whether the record is to be logged; a note of torchao becomes a debug message."""
     if not _is_torchao_note(record):
         return True
     record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)

@@ -17,7 +17,7 @@ An error is one line on stderr; HQQTENSOR_TRACEBACK=1 adds the traceback."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, no abbreviated options, and line breaks kept in the text after the options."""
+    """argparse with errors of one line, no abbreviated options, and an epilog that keeps its line breaks."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def _add_output(parser: argparse.ArgumentParser, place: str) -> None:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model_dir", metavar="MODEL_DIR", type=Path, help="directory of a dense model: config.json and safetensors")
-    add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; made where it is not there")
+    add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
     add("--bits", type=int, default=4, metavar="N", help="bits a weight, 1 to 8 (default: 4)")
     add(
         "--group-size", type=group_size, default=64, metavar="N",
@@ -92,7 +92,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--target-size", metavar="SIZE", help="choose settings by layer for a model of this size, such as 4GiB")
     add(
         "--sensitivity", type=Path, metavar="FILE",
-        help="JSON file of measurements for --target-*: read where it is there, and written (default: none)",
+        help="JSON file of measurements for --target-*: read if it exists, and written (default: none)",
     )  # fmt: skip
     add(
         "--text", type=Path, metavar="FILE",
@@ -105,14 +105,14 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="directory of a quantized model (hqq, GPTQ, AWQ, hqqtensor) or .gguf")
-    add("dst", metavar="DST", type=Path, help="directory to write; made where it is not there")
+    add("dst", metavar="DST", type=Path, help="directory to write; created if it is missing")
     add(
         "--to", choices=("hqqtensor", "hqq", "vllm"), default="hqqtensor",
         help="who is to read DST: hqqtensor, the hqq library or vLLM (default: hqqtensor)",
     )  # fmt: skip
     add(
         "--config", metavar="DIR", type=Path,
-        help="for a .gguf file: take config.json and tokenizer from here (default: made from the file, no tokenizer)",
+        help="for a .gguf file: take config.json and tokenizer from here (default: from the file, no tokenizer)",
     )  # fmt: skip
     add(
         "--act-order", choices=("error", "dense"), default="error",

@@ -93,7 +93,7 @@ def _for_vllm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple
 
 
 def hqqtensor_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``quantization_config`` for what the checkpoint holds: the files' own entries rule when it is loaded."""
+    """A ``quantization_config`` for what the checkpoint holds: the entries in its files rule when it is loaded."""
     entry = settings.get("quantization_config")
     entry = entry if isinstance(entry, dict) else {}
     if entry.get("quant_method") == model_dir.QUANT_METHOD:

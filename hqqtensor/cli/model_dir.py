@@ -87,7 +87,7 @@ def open_dense(directory: Path) -> nn.Module:
 def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     """The model of a directory that ``hqqtensor quantize`` wrote, in eval mode, on the CPU.
 
-    Parameters are made on the meta device, so that the dense weights never take memory. UsageError where the
+    The model is built on the meta device, so that dense weights never take memory. UsageError where the
     directory is not one of hqqtensor's, CommandError where its file leaves a parameter without a value.
     """
     directory = Path(directory)
@@ -114,7 +114,7 @@ def empty_model_of(directory: Path) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     build = _class_of(read_config(directory)) or transformers.AutoModel.from_config
-    # Buffers stay real: those that are not persistent (rotary frequencies) are in no checkpoint.
+    # Buffers are real: those that are not persistent (rotary frequencies) are in no checkpoint.
     with init_empty_weights(include_buffers=False):
         model = build(config)
     model.tie_weights()
@@ -129,9 +129,9 @@ def empty_model(settings: Mapping[str, Any]) -> nn.Module:
         raise CommandError(
             f"config.json names no model of transformers (architectures {settings.get('architectures')})"
         )
-    rest = {key: value for key, value in settings.items() if key not in ("quantization_config", "model_type")}
+    options = {key: value for key, value in settings.items() if key not in ("quantization_config", "model_type")}
     with torch.device("meta"):
-        return cls(transformers.AutoConfig.for_model(settings["model_type"], **rest))
+        return cls(transformers.AutoConfig.for_model(settings["model_type"], **options))
 
 
 def _architecture(settings: Mapping[str, Any]) -> str | None:
@@ -182,12 +182,12 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def _check_parent(out: Path) -> None:
-    """UsageError where ``out`` cannot be made: before the work, not after it."""
+    """UsageError where ``out`` cannot be created: before the work, not after it."""
     parent = next(place for place in out.parents if place.exists())
     if not parent.is_dir():
-        raise UsageError(f"OUT_DIR {out} cannot be made: {parent} is not a directory")
+        raise UsageError(f"OUT_DIR {out} cannot be created: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"OUT_DIR {out} cannot be made: {parent} is not writable")
+        raise UsageError(f"OUT_DIR {out} cannot be created: {parent} is not writable")
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def written_at_once(out: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         new = work / "new"
-        new.mkdir()  # mkdtemp's own directory is private to the user; this one follows the umask
+        new.mkdir()  # mkdtemp's directory is private to the user; this one follows the umask
         yield new
         if out.exists():
             out.rename(work / "old")

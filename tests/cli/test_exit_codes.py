@@ -157,6 +157,13 @@ def test_an_interrupt_exits_with_130_and_an_unforeseen_error_with_1(
         assert capsys.readouterr().err == f"hqqtensor {command}: {message}\n"
 
 
+@pytest.mark.parametrize("line", ["quantize dense out", "eval dense TEXT"])
+def test_a_missing_package_is_named_with_what_installs_it(line: str, place: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main([part for word in line.split() for part in (TEXT if word == "TEXT" else [word])]) == 1
+    assert "pip install 'hqqtensor[cli]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["quantize", "convert"])
 def test_a_full_disk_is_an_error_that_names_the_output(command: str, place: Path, monkeypatch, capsys) -> None:
     def full(*args: object, **options: object) -> None:
@@ -175,7 +182,7 @@ def test_an_output_that_cannot_be_made_is_found_before_the_work(place: Path, mon
     monkeypatch.setattr(convert, "read_checkpoint", None)
     for args in (["quantize", "dense", "a/b"], ["convert", "quantized", "a/b"]):
         assert main(args) == 2
-        assert f"a/b cannot be made: {place} is not writable" in capsys.readouterr().err
+        assert f"a/b cannot be created: {place} is not writable" in capsys.readouterr().err
 
 
 def test_a_reader_that_closes_the_pipe_early_is_no_error(place: Path, monkeypatch, capsys) -> None:
