@@ -74,7 +74,11 @@ def test_a_wrong_entry_is_named(damage, message: str, data: dict[str, Any], mode
         assert json.loads(json.dumps(data)) != whole and file.read_text() == json.dumps(data)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, None], ids=["empty", "cut", "latin", "deep", "directory"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, None],
+    ids=["empty", "cut", "latin", "deep", "directory"],
+)
 def test_a_file_that_is_no_json_is_named(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "s.json"
     if content is None:
