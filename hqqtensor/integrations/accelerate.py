@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hqqtensor.import_hook import when_imported
-from hqqtensor.serialization.files import open_file
-from hqqtensor.serialization.layout import build, flatten, parse_entry
 from hqqtensor.tensor import HQQTensor
 
 _KEY = "hqqtensor"
@@ -23,6 +20,10 @@ _KEY = "hqqtensor"
 
 def write_offloaded(weight: HQQTensor, name: str, folder: str | os.PathLike | None) -> dict[str, Any]:
     """Write the weight to ``folder``; what accelerate's index of offloaded weights is to say of it."""
+    from safetensors.torch import save_file
+
+    from hqqtensor.serialization.layout import flatten
+
     if folder is None:
         raise ValueError(f"{name} goes to the disk, which needs a folder to write it to: give offload_folder")
     tensors, entry = flatten(name, weight.detach())
@@ -34,6 +35,9 @@ def write_offloaded(weight: HQQTensor, name: str, folder: str | os.PathLike | No
 
 def read_offloaded(own: dict[str, str]) -> HQQTensor:
     """The weight that ``write_offloaded`` wrote, memory-mapped; CheckpointError where the file is damaged."""
+    from hqqtensor.serialization.files import open_file
+    from hqqtensor.serialization.layout import build, parse_entry
+
     with open_file(Path(own["file"])) as f:
         tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  a safetensors handle, not a dict
     return build(own["name"], parse_entry(own["name"], own["entry"]), tensors)
