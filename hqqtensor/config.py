@@ -44,7 +44,7 @@ class HqqConfig(AOBaseConfig):
     weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
     lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
     activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
-        each token and group of features (see docs/performance.md for speed and error).
+        each token and group of features (see docs/numerics.md for speed and error).
     integer_zero: zero points are integers, at the price of about 14 % more squared error.
     rotation: mix inputs by a random Hadamard rotation (``hqqtensor.transforms``): the weight is quantized rotated,
         the activations are rotated before each product.

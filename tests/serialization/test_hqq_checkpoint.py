@@ -314,7 +314,7 @@ def test_convert_back_and_forth_keeps_every_bit(dense: Path, tmp_path: Path) -> 
 
 
 def test_convert_says_what_it_cannot_read(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(dense), str(tmp_path / "out")]) == 1
+    assert main(["convert", str(dense), str(tmp_path / "out")]) == 2
     assert "holds no quantized weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
