@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.core.config import AOBaseConfig
 
 from hqqtensor.formats import get_format
 from hqqtensor.solvers import get_solver
@@ -225,7 +225,3 @@ def _from_hqq_params(params: dict[str, Any]) -> dict[str, Any]:
     if not widths <= set(META_NBITS) or len(widths) > 1:
         raise ValueError(f"scale_quant_params and zero_quant_params must have the same nbits, 8 or 4, got {parts}")
     return {**out, "meta_nbits": widths.pop()} if widths else out
-
-
-# torchao's config_from_dict looks a config's class up by name in these modules.
-ALLOWED_AO_MODULES.add("hqqtensor.config")

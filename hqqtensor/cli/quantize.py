@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     entry = {"quant_method": model_dir.QUANT_METHOD, **config.to_dict(), "source": source.name}
     settings["quantization_config"] = entry
     with writing(out), model_dir.written_at_once(out) as work:
-        save_model(model, work, max_shard_size=args.max_shard_size)
+        save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
         model_dir.copy_companions(source, work)
         (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     report(out, before, model_size(model), seconds, config, args.json)
