@@ -16,7 +16,7 @@ from hqqtensor import HqqConfig, HQQTensor, backend
 @pytest.fixture(autouse=True)
 def plain_path():
     """What the tensor does is compared to the last bit; kernels have bounds of their own in tests/kernels."""
-    with backend("dequantize"):
+    with backend("reference"):
         yield
 
 

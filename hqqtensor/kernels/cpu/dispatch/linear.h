@@ -1,11 +1,10 @@
 // One product on the CPU: which kernel, its scratch memory, its threads.
 #pragma once
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "dispatch/kernels.h"
+#include "dispatch/threads.h"
 
 namespace hqqtensor {
 
@@ -17,7 +16,7 @@ template <class F>
 void over(int64_t count, int64_t step, int64_t work, const F& f) {
   const int64_t pieces = (count + step - 1) / step;
   const int64_t grain = std::max<int64_t>(1, pieces * 65536 / std::max<int64_t>(work, 1));
-  at::parallel_for(0, pieces, grain, [&](int64_t a, int64_t b) { f(a * step, std::min(b * step, count)); });
+  parallel_for(0, pieces, grain, [&](int64_t a, int64_t b) { f(a * step, std::min(b * step, count)); });
 }
 
 // The same for pieces that threads come for, short ones towards the end: a thread that gets less of its core, or of the
@@ -25,9 +24,9 @@ void over(int64_t count, int64_t step, int64_t work, const F& f) {
 template <class F>
 void in_turns(int64_t count, int64_t step, int64_t work, const F& f) {
   const int64_t pieces = (count + step - 1) / step, worth = std::max<int64_t>(1, work / 65536);
-  const int64_t threads = std::min({(int64_t)at::get_num_threads(), pieces, worth});
+  const int64_t threads = std::min({num_threads(), pieces, worth});
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (bool again = false;; again = true) {
       int64_t first = next.load(), last;
       do {
