@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hqqtensor.import_hook import when_imported
-from hqqtensor.serialization.files import open_file
+from hqqtensor.serialization.files import read_tensors, write_tensors
 from hqqtensor.serialization.layout import build, flatten, parse_entry
 from hqqtensor.tensor import HQQTensor
 
@@ -27,15 +26,14 @@ def write_offloaded(weight: HQQTensor, name: str, folder: str | os.PathLike | No
         raise ValueError(f"{name} goes to the disk, which needs a folder to write it to: give offload_folder")
     tensors, entry = flatten(name, weight.detach())
     file = Path(folder, f"{name}.dat").absolute()
-    save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, file)
+    write_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, file, None, shown=file)
     own = {"file": str(file), "name": name, "entry": entry}
     return {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape), _KEY: own}
 
 
 def read_offloaded(own: dict[str, str]) -> HQQTensor:
     """The weight that ``write_offloaded`` wrote, memory-mapped; CheckpointError where the file is damaged."""
-    with open_file(Path(own["file"])) as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  a safetensors handle, not a dict
+    tensors, _ = read_tensors(Path(own["file"]))
     return build(own["name"], parse_entry(own["name"], own["entry"]), tensors)
 
 

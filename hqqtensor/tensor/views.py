@@ -176,7 +176,7 @@ def _check_alike(tensors: list[HQQTensor], dim: int) -> None:
         names.remove("group_size")  # row n belongs to group n % groups, and the scale has the number of groups
     for t in tensors[1:]:
         alike = all(getattr(t, n) == getattr(head, n) for n in names)
-        fits = t.ndim == head.ndim and all(a == b for d, (a, b) in enumerate(zip(t.shape, head.shape)) if d != dim)
+        fits = t.ndim == head.ndim and all(t.shape[d] == head.shape[d] for d in range(head.ndim) if d != dim)
         if not alike or not fits:
             raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
         if t.act_pre_scale is not None or head.act_pre_scale is not None:
