@@ -23,8 +23,9 @@ class HQQTensor(TorchAOBaseTensor):
     Tensor data:
         qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
             viewed as a floating dtype.
-        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
-            plain floating tensor, or an HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
+        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0 (or more
+            groups: row n belongs to group n % groups, and a slice of rows keeps all); a plain floating tensor, or an
+            HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
         zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
             ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
         act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
@@ -37,6 +38,8 @@ class HQQTensor(TorchAOBaseTensor):
         row_dims: how many trailing dimensions of ``shape`` lie in a stored row: 1, or for the weight of a convolution
             ``[N, C, *kernel]`` all but the first, K = C times the kernel's elements.
         rotation: inputs that a Hadamard matrix mixes with one another (``hqqtensor.transforms``), 0 for none.
+
+    The constructor raises ValueError where data and attributes do not fit (``hqqtensor.tensor.validate``).
     """
 
     tensor_data_names = ["qdata", "scale"]
