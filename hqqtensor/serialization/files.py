@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hqqtensor.serialization.layout import CheckpointError, read_json
+from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
 
 DEFAULT_NAME = "model.safetensors"
 
@@ -50,7 +50,7 @@ def _checkpoint_files(path: Path) -> list[Path]:
     if index != path and path.is_file():
         return [path]
     if not index.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: neither the file nor {index.name} is there")
+        raise InputError(f"no checkpoint at {path}: neither the file nor {index.name} is there")
     try:
         names = sorted(set(read_json(index.read_bytes(), f"{index}: the index")["weight_map"].values()))
     except (KeyError, AttributeError, TypeError):

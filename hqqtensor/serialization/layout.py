@@ -32,6 +32,10 @@ class CheckpointError(ValueError):
     """A file that is missing, cut short, or does not hold what it claims."""
 
 
+class InputError(CheckpointError):
+    """Nothing is damaged: another path or another argument would do, and the message says which."""
+
+
 def read_json(text: str | bytes, what: str) -> Any:
     """Parsed JSON; CheckpointError beginning with ``what`` where it is none, or is nested too deeply to be honest."""
     try:

@@ -7,6 +7,8 @@
 
 #include "dispatch/linear.h"
 #include "dispatch/pages.h"
+#include "dispatch/scratch.h"
+#include "dispatch/threads.h"
 #include "torch/pool.h"
 #include "torch/quantize.h"
 #include "torch/weights.h"
@@ -219,8 +221,8 @@ Tensor batched_linear(const Tensor& x, const Tensor& qdata, const Tensor& scale,
 template <class Row>
 void dense_rows(const hq::Weight& w, int64_t count, hq::DType dtype, void* out, const Row& row) {
   const hq::Kernels& k = hq::kernels();
-  hq::over(count, 1, count * w.K, [&](int64_t a, int64_t b) {
-    float* line = (float*)hq::scratch(4 * w.K + 64, 1);
+  hq::parallel_over(count, 1, count * w.K, [&](int64_t a, int64_t b) {
+    float* line = (float*)hq::scratch(4 * w.K + 64, hq::Scratch::kernel);
     for (int64_t i = a; i < b; ++i) {
       if (dtype == hq::DType::f32) {
         k.dequantize_row(w, row(i), (float*)out + i * w.K);
@@ -274,9 +276,9 @@ void dense_into(const Tensor& out, const Tensor& qdata, const Tensor& scale, con
   const hq::DType dtype = *hq::dtype_of(out.scalar_type());
   char* const data = (char*)out.mutable_data_ptr();
   const int64_t stride = out.stride(-2);
-  hq::over(E * N, 1, E * N * K, [&](int64_t a, int64_t b) {
+  hq::parallel_over(E * N, 1, E * N * K, [&](int64_t a, int64_t b) {
     const hq::Kernels& k = hq::kernels();
-    float* line = (float*)hq::scratch(4 * K + 64, 1);
+    float* line = (float*)hq::scratch(4 * K + 64, hq::Scratch::kernel);
     for (int64_t i = a; i < b;) {
       const int64_t e = i / N, first = i % N, last = std::min(N, first + b - i);
       hq::Weight w = experts[(size_t)(alike ? 0 : e)].packed.w;
