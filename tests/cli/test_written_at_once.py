@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hqqtensor.cli import model_dir
+from hqqtensor.cli.errors import UsageError
 from hqqtensor.cli.model_dir import check_output, written_at_once
-from hqqtensor.cli.output import UsageError
 
 
 class Stopped(BaseException):
