@@ -1,6 +1,7 @@
 """HQQTensor: packed codes, scales and zero points that behave as the weight they stand for."""
 
 import hashlib
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, check_weight, encode
 from hqqtensor.ops import PackedWeight
 from hqqtensor.packing import pack, pack_meta, row_bytes, unpack, unpack_meta
+from hqqtensor.tensor.validate import check
 from hqqtensor.transforms import prepare, rotate
 
 
@@ -23,8 +25,9 @@ class HQQTensor(TorchAOBaseTensor):
     Tensor data:
         qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
             viewed as a floating dtype.
-        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
-            plain floating tensor, or an HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
+        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0 (or more
+            groups: row n belongs to group n % groups, and a slice of rows keeps all); a plain floating tensor, or an
+            HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
         zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
             ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
         act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
@@ -37,6 +40,8 @@ class HQQTensor(TorchAOBaseTensor):
         row_dims: how many trailing dimensions of ``shape`` lie in a stored row: 1, or for the weight of a convolution
             ``[N, C, *kernel]`` all but the first, K = C times the kernel's elements.
         rotation: inputs that a Hadamard matrix mixes with one another (``hqqtensor.transforms``), 0 for none.
+
+    The constructor raises ValueError where data and attributes do not fit (``hqqtensor.tensor.validate``).
     """
 
     tensor_data_names = ["qdata", "scale"]
@@ -59,6 +64,8 @@ class HQQTensor(TorchAOBaseTensor):
         if isinstance(qdata, HQQTensor):
             # accelerate makes a parameter anew by its type: HQQTensor(q, requires_grad=...), as nn.Parameter(t, ...).
             return torch.nn.Parameter(qdata, requires_grad)  # type: ignore[return-value]
+        attributes = (nbits, group_size, axis, shape, dtype, format, transposed, activation, row_dims, rotation)
+        check(qdata, scale, zero_point, act_pre_scale, *attributes)
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
@@ -124,8 +131,8 @@ class HQQTensor(TorchAOBaseTensor):
     @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
         meta = [HQQTensor._bytes(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
-        own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
-        return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
+        attributes = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        return HQQTensor(e.qdata, meta[0], *attributes, zero_point=meta[1])  # type: ignore[arg-type]
 
     @staticmethod
     def _bytes(e: Encoded) -> "HQQTensor":
@@ -222,6 +229,30 @@ class HQQTensor(TorchAOBaseTensor):
         return f"HQQTensor({list(self.shape)}, {self.describe()}, dtype={dtype}, device={self.device}{flag})"
 
 
+_DEFAULTS = {
+    name: None if parameter.default is parameter.empty else parameter.default
+    for name, parameter in inspect.signature(HQQTensor.__init__).parameters.items()
+}
+"""What stored tensors had before an attribute was introduced."""
+
+
+def _set_state(self: HQQTensor, state: Any) -> None:
+    """Take over the attributes that ``torch.load`` and pickle read, checked; what follows from them is computed anew.
+
+    ``state``: by name, as ``torch.save`` stored them; shape and dtype are those of ``self``, which torch made already.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"a stored HQQTensor has its attributes by name, got {type(state).__name__}")
+    stored = {**_DEFAULTS, **state, "shape": self.shape, "dtype": self.dtype}
+    data = [*self.tensor_data_names, *self.optional_tensor_data_names]
+    parts: dict[str, Any] = {name: stored[name] for name in [*data, *self.tensor_attribute_names]}
+    check(*parts.values())
+    HQQTensor.__init__(self, **parts)
+    others = state.keys() - parts.keys() - self.__dict__.keys()  # whatever code outside has put there
+    self.__dict__.update({name: state[name] for name in others})
+
+
+HQQTensor.__setstate__ = _set_state  # after the class: torchao's base class puts its own into every subclass
 torch.serialization.add_safe_globals([HQQTensor])
 
 # Registers what torch functions do with an HQQTensor.
