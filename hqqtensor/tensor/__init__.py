@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,9 +150,10 @@ class HQQTensor(TorchAOBaseTensor):
         """``qdata``, ``scale`` and ``zero_point`` as the ops take them."""
         return self.operand()[:3]
 
-    def settings(self) -> tuple[Sequence[Tensor] | None, int, str, int, int, int]:
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
         """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        return self.operand()[3:]
+        packed = self.operand()
+        return list(packed.meta or ()), *packed[4:]
 
     @property
     def codebook(self) -> str | None:
