@@ -37,7 +37,7 @@ class QuantizedScales:
                 raise ValueError(f"torchao's files cannot hold {part!r} as the scale of {tensor!r}")
         self.qdata = tensor.qdata
         _, self.scale, self.zero_point = tensor.packed()
-        self.per_tensor_scale = torch.stack(tensor.settings()[0])  # type: ignore[arg-type]
+        self.per_tensor_scale = torch.stack(tensor.settings()[0])
 
 
 def _meta_groups(shape: torch.Size) -> tuple[int, int]:

@@ -18,14 +18,18 @@ _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_ena
 _precision = torch.get_float32_matmul_precision
 
 
+@torch.compiler.assume_constant_result
+def _rounds_float32() -> bool:
+    return _precision() != "highest"
+
+
 def precise(activation: str, x: Tensor) -> str:
     """ "high" for "float" where ``torch.set_float32_matmul_precision`` allows float32 inputs to be rounded.
 
-    It is asked when the operator is called, so a compiled or exported graph keeps the answer that it was traced with.
+    It is asked when the operator is called, by what calls it: torch.compile compiles again when the answer changes, an
+    exported graph keeps the answer that it was traced with.
     """
-    if activation == "float" and _precision() != "highest" and x.dtype == torch.float32:
-        return "high"
-    return activation
+    return "high" if activation == "float" and _rounds_float32() and x.dtype == torch.float32 else activation
 
 
 def linear(
@@ -34,15 +38,14 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x ``[..., K]``, times act_pre_scale ``[K]``, times the transpose of w ``[N, K]``, plus bias ``[N]``: ``[..., N]``
     in x's dtype. RuntimeError where shapes, dtypes or devices do not fit."""
-    # Written out: this is the call that decoding makes hundreds of times for a token.
-    if activation == "float" and _precision() != "highest":
-        activation = precise(activation, x)
-    qdata, scale, zero, meta, nbits, format, group_size, axis, K = w
     if _is_compiling():
-        args = (x, qdata, scale, zero, bias, act_pre_scale, meta, nbits, format, group_size, axis, K, activation)
-        return OPS.linear(*args)
+        return OPS.linear(*flat("linear", (x, w, bias, act_pre_scale, precise(activation, x))))
+    # Written out: this is the call that decoding makes hundreds of times for a token.
+    if activation == "float" and _precision() != "highest" and x.dtype == torch.float32:
+        activation = "high"
     if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return gradients.linear(x, w, bias, act_pre_scale, activation)
+    qdata, scale, zero, meta, nbits, format, group_size, axis, K = w
     return _linear(
         x, qdata, scale, zero, bias, act_pre_scale, meta, nbits, format, group_size, axis, K, activation
     )  # fmt: skip

@@ -85,7 +85,8 @@ def _product(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activatio
     if act_pre_scale is not None:
         x = x * act_pre_scale.to(x.dtype)
     if activation == "int8":
-        return _int8_product(x.reshape(-1, x.shape[-1]), w).to(x.dtype).reshape(*x.shape[:-1], -1)
+        out = _int8_product(x.reshape(-1, x.shape[-1]), w)
+        return out.to(x.dtype).reshape(*x.shape[:-1], w.qdata.shape[0])
     return x @ dequantize(w, x.dtype).t()
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,9 +168,10 @@ class HQQTensor(TorchAOBaseTensor):
         """``qdata``, ``scale`` and ``zero_point`` as the ops take them."""
         return self.operand()[:3]
 
-    def settings(self) -> tuple[Sequence[Tensor] | None, int, str, int, int, int]:
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
         """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        return self.operand()[3:]
+        packed = self.operand()
+        return list(packed.meta or ()), *packed[4:]
 
     @property
     def codebook(self) -> str | None:
