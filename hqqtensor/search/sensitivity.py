@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqqtensor.calibration.inputs import run
 from hqqtensor.config import HqqConfig
+from hqqtensor.forward import evaluating, run
 from hqqtensor.selection import selected_weights
 from hqqtensor.tensor import HQQTensor
 
@@ -167,9 +167,9 @@ def _measure(
 @torch.no_grad()
 def _outputs(model: nn.Module, batches: list[Any]) -> tuple[list[Tensor], bool]:
     """For each batch log probabilities ``[..., classes]`` and True, or the last hidden states and False; float32."""
-    training, found, has_logits = model.training, [], False
-    model.eval()
-    try:
+    outputs: list[Tensor] = []
+    has_logits = False
+    with evaluating(model):
         for batch in batches:
             out = run(model, batch)
             has_logits = hasattr(out, "logits")
@@ -177,10 +177,8 @@ def _outputs(model: nn.Module, batches: list[Any]) -> tuple[list[Tensor], bool]:
             if not isinstance(result, Tensor):
                 raise ValueError(f"{type(model).__name__} gives no logits or hidden states: measure without batches")
             result = result.detach().to(torch.float32)
-            found.append(result.log_softmax(-1) if has_logits else result)
-    finally:
-        model.train(training)
-    return found, has_logits
+            outputs.append(result.log_softmax(-1) if has_logits else result)
+    return outputs, has_logits
 
 
 def _change(before: tuple[list[Tensor], bool], after: tuple[list[Tensor], bool]) -> float:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -107,6 +108,26 @@ def test_measuring_leaves_the_model_alone():
     assert model.training
     expected = Net().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_every_module_gets_its_own_mode_back(stop):
+    model = Net().train()
+    model.second.eval()
+    modes = [module.training for module in model.modules()]
+    during = []
+
+    def look(*_args):
+        during.extend(module.training for module in model.modules())
+        if stop and len(during) > len(modes):
+            raise KeyboardInterrupt
+
+    model.third.register_forward_hook(look)
+    with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+        measure_sensitivity(model, batches=BATCHES)
+    assert [module.training for module in model.modules()] == modes
+    assert during and not any(during)
+    assert not any(isinstance(p, HQQTensor) for p in model.parameters())
 
 
 def test_tied_weights_get_one_setting():
