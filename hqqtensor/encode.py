@@ -1,6 +1,8 @@
 """From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing."""
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +13,8 @@ from hqqtensor.formats import Levels, get_format
 from hqqtensor.kernels import cpu, triton
 from hqqtensor.ops.backend import serves
 from hqqtensor.ops.reference import dequantize, expand_groups
-from hqqtensor.packing import pack, row_bytes
-from hqqtensor.solvers import Solution, get_solver
+from hqqtensor.packing import meta_bytes, pack, row_bytes
+from hqqtensor.solvers import Solution, column_scaled, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
 from hqqtensor.solvers.codebook import TORCH_PASSES, Passes, learn
@@ -85,10 +87,7 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
     group_size = config.group_size or extent
     *lead, out_features, in_features = weight.shape
     fmt = get_format(config.format)
-    if config.axis == 1:
-        shape = [*lead, out_features, -(-in_features // group_size)]
-    else:
-        shape = [*lead, -(-out_features // group_size), in_features]
+    shape = [*lead, *scale_shape(out_features, in_features, config)]
     if config.axis == 1 and not fmt.learned:
         matrices = [weight.reshape(-1, in_features)]
     else:
@@ -122,6 +121,45 @@ def encode(weight: Tensor, config: HqqConfig) -> Encoded:
         else:
             _assign(matrix, inv, zero, out, group_size, config)
     return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
+
+
+def stored_bytes(shape: Sequence[int], config: HqqConfig, scale_dtype: torch.dtype = torch.float16) -> int:
+    """Bytes of a weight ``[..., N, K]`` quantized with ``config``: ``HQQTensor.nbytes`` without quantizing it.
+
+    scale_dtype: of plain scales and zero points where ``config`` leaves the choice to the weight's numbers.
+    """
+    *lead, out_features, in_features = shape
+    matrices, fmt = math.prod(lead), get_format(config.format)
+    rows, columns = scale_shape(out_features, in_features, config)
+    dtype = config.scale_dtype or scale_dtype
+
+    def of_groups(nbits: int | None) -> int:
+        """Bytes of a scale (or zero point) for each group of a matrix."""
+        if nbits is None:
+            return rows * columns * dtype.itemsize
+        ranges = -(-rows // min(META_GROUP, rows)) * columns  # each with a float32 scale and zero point
+        return rows * meta_bytes(columns, meta_width(nbits, columns)) + ranges * 2 * torch.float32.itemsize
+
+    total = matrices * (out_features * row_bytes(in_features, config.nbits) + of_groups(config.scale_nbits))
+    if fmt.learned:
+        books = out_features if config.codebook == "row" else 1
+        total += matrices * books * 2**config.nbits * codebook_dtype(config).itemsize
+    elif fmt.has_zero_point:
+        total += matrices * of_groups(config.zero_nbits)
+    has_act_pre_scale = config.solver == column_scaled.NAME or config.rotation
+    return total + has_act_pre_scale * in_features * torch.float16.itemsize
+
+
+def scale_shape(out_features: int, in_features: int, config: HqqConfig) -> tuple[int, int]:
+    """Rows and columns of the scales of a weight ``[N, K]``."""
+    if config.axis == 1:
+        return out_features, -(-in_features // (config.group_size or in_features))
+    return -(-out_features // (config.group_size or out_features)), in_features
+
+
+def meta_width(nbits: int, columns: int) -> int:
+    """Bits of quantized scales in rows of ``columns``: one column takes a byte in any case, so it is used in full."""
+    return nbits if columns > 1 else 8
 
 
 def _solve_by_triton(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution | None:
@@ -267,7 +305,7 @@ def _store(
             raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
-    nbits = nbits if (columns or values.shape[-1]) > 1 else 8  # one column takes a byte in any case
+    nbits = meta_width(nbits, columns or values.shape[-1])
     # With 256 levels the range is as good as the best fit; with 16 the fit takes 4 % off a 4-bit weight's squared
     # error, more where rows differ in size.
     solver = "rtn" if nbits == 8 else "hqq_joint"
