@@ -1,5 +1,4 @@
 import contextlib
-import errno
 import json
 
 import pytest
@@ -149,7 +148,7 @@ def test_tied_weights_get_one_setting():
     assert model["a"].weight is model["b"].weight
 
 
-def test_bad_targets_are_refused_with_the_reason():
+def test_bad_targets_and_files_are_refused_with_the_reason(tmp_path):
     model = Net()
     found = measure_sensitivity(model)
     with pytest.raises(ValueError, match=r"budget is too small.*2\.1.* bits"):
@@ -163,61 +162,16 @@ def test_bad_targets_are_refused_with_the_reason():
         choose_config(nn.Sequential(nn.Linear(128, 128)), found, target_bpw=3.0)
     with pytest.raises(ValueError, match="leave dynamic_config out"):
         measure_sensitivity(model, HqqConfig(dynamic_config={"first": {"nbits": 2}}))
-
-
-LAYER = {"key": "k", "bytes": [10, None], "loss": [0.5, None]}
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ("{", "Expecting property name"), ("[]", "not an object"), ("[" * 100_000, "recursion"),
-        ("\udcff", "decode"),
-        ({"version": 7}, "version must be 1, got 7"), ({"version": None}, "version must be 1, got None"),
-        ({"method": 3}, "method must be 'weights' or 'outputs', got 3"),
-        ({"candidates": {}}, "candidates must be a list of settings"),
-        ({"candidates": [3, {}]}, "candidates must be a list of settings"),
-        ({"layers": []}, "layers must be an object"),
-        ({"layers": {"a": 3}}, "layer 'a' must have a key, bytes and loss"),
-        ({"layers": {"a": {**LAYER, "key": 3}}}, "layer 'a' must have a key, bytes and loss"),
-        ({"layers": {"a": {**LAYER, "bytes": [10]}}}, r"layer 'a': bytes and loss must have 2 entries, .* got \[10\]"),
-        ({"layers": {"a": {**LAYER, "bytes": [10, 3]}}}, "layer 'a'.* None together"),
-        ({"layers": {"a": {**LAYER, "bytes": ["10", None]}}}, "layer 'a'.* whole numbers of bytes over 0"),
-        ({"layers": {"a": {**LAYER, "bytes": [-1, None]}}}, "layer 'a'.* whole numbers of bytes over 0"),
-        ({"layers": {"a": {**LAYER, "loss": [float("nan"), None]}}}, "layer 'a'.* finite numbers from 0"),
-        ({"layers": {"a": {**LAYER, "loss": [True, None]}}}, "layer 'a'.* finite numbers from 0"),
-    ],
-)  # fmt: skip
-def test_a_sensitivity_file_is_checked_as_it_is_read(tmp_path, change, reason):
-    good = {"version": 1, "method": "weights", "candidates": [{"nbits": 4}, {"nbits": 3}], "layers": {"a": LAYER}}
-    file = tmp_path / "s.json"
-    file.write_text(json.dumps(good))
-    assert Sensitivity.load(file).layers == {"a": LAYER}
-    text = change if isinstance(change, str) else json.dumps({**good, **change})
-    file.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=rf"s\.json is no sensitivity file of hqqtensor: .*{reason}"):
-        Sensitivity.load(file)
+    bad = tmp_path / "bad.json"
+    for text in ("{", "[]", '{"version": 7}'):
+        bad.write_text(text)
+        with pytest.raises(ValueError, match="no sensitivity file"):
+            Sensitivity.load(bad)
 
 
 def test_outputs_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="outputs are not finite on these batches"):
         measure_sensitivity(Net(), batches=[torch.full((1, 128), torch.inf)])
-
-
-def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
-    file = tmp_path / "s.json"
-    Sensitivity("weights", []).save(file)
-    old = file.read_text()
-
-    def full(path, text, **options):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(type(file), "write_text", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*s\.json") as caught:
-        Sensitivity("outputs", []).save(file)
-    assert caught.value.errno == errno.ENOSPC
-    assert file.read_text() == old and list(tmp_path.iterdir()) == [file]
 
 
 def test_what_an_interrupted_file_holds_stays_in_it_until_it_is_used(tmp_path):
