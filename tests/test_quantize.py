@@ -6,7 +6,7 @@ import torch
 import torchao
 from torch import nn
 
-import hqqtensor
+import hqqtensor.parameters
 from hqqtensor import PRESETS, HqqConfig, HQQTensor, dequantize_, get_optimal_quant_config, hqq_weight_only, quantize_
 
 
@@ -240,6 +240,10 @@ def test_a_quantized_module_survives_pickle_and_deepcopy() -> None:
     for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
         assert torch.equal(other[:3](x), m[:3](x)) and "3-bit int" in repr(other)
         assert other[0].weight.qdata.data_ptr() != m[0].weight.qdata.data_ptr()
+
+
+def test_a_module_pickled_by_earlier_versions_finds_its_repr() -> None:
+    assert pickle.loads(b"chqqtensor.quantize\nQuantizedExtraRepr\n.") is hqqtensor.parameters.QuantizedExtraRepr
 
 
 def test_an_unknown_backend_is_an_error() -> None:

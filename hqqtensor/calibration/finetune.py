@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqqtensor.encode import _store
+from hqqtensor.encode import store
 from hqqtensor.forward import evaluating, run
 from hqqtensor.ops import reference
-from hqqtensor.quantize import replace_parameters
+from hqqtensor.parameters import replace_parameters
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transforms import to_inputs
 
@@ -111,7 +111,7 @@ def _plain(values: Tensor) -> Tensor:
 
 
 def _like(values: Tensor, old: Tensor, name: str) -> Tensor:
-    stored, _ = _store(values, old.dtype, old.nbits if isinstance(old, HQQTensor) else None, name)
+    stored, _ = store(values, old.dtype, old.nbits if isinstance(old, HQQTensor) else None, name)
     return stored if isinstance(stored, Tensor) else HQQTensor._bytes(stored)
 
 

@@ -9,18 +9,22 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from hqqtensor.ops.encoder import Encoder
+
 
 @dataclass(frozen=True)
 class Backend:
     """Kernels by op name ("linear", "batched_linear", "embedding", "dequantize"), and where they run.
 
     ``device_types`` None means every device. ``why_unavailable`` gives None, or the reason why it cannot run.
+    ``encoder``: quantizes weights on those devices, where the backend can.
     """
 
     name: str
     kernels: Mapping[str, Callable]
     device_types: tuple[str, ...] | None = None
     why_unavailable: Callable[[], str | None] = field(default=lambda: None)
+    encoder: Encoder | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ def serves(name: str, device_type: str) -> bool:
         and known.why_unavailable() is None
         and (known.device_types is None or device_type in known.device_types)
     )
+
+
+def encoder(device_type: str) -> Encoder | None:
+    """The encoder for weights on a device under the backend chosen; None where torch's operations have to do."""
+    candidates = (b for b in reversed(_BACKENDS.values()) if b.encoder is not None and serves(b.name, device_type))
+    return next((candidate.encoder for candidate in candidates), None)
 
 
 def _check(name: str) -> None:

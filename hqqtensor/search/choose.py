@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hqqtensor.config import HqqConfig
-from hqqtensor.encode import stored_bytes
 from hqqtensor.search.knapsack import best_choice
 from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, candidate_configs, check_fits, fits
 from hqqtensor.selection import selected_weights
+from hqqtensor.stored_size import stored_bytes
 
 
 @dataclasses.dataclass(frozen=True)

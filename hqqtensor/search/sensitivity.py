@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.forward import evaluating, run
-from hqqtensor.quantize import replace_parameters
+from hqqtensor.parameters import replace_parameters
 from hqqtensor.selection import selected_weights
 from hqqtensor.tensor import HQQTensor
 

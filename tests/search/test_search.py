@@ -7,7 +7,6 @@ from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.diagnostics import model_size
-from hqqtensor.encode import stored_bytes
 from hqqtensor.search import (
     CANDIDATES,
     LEARNED,
@@ -18,6 +17,7 @@ from hqqtensor.search import (
     random_tokens,
     sensitivity,
 )
+from hqqtensor.stored_size import stored_bytes
 
 
 class Net(nn.Module):
