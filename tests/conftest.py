@@ -2,8 +2,20 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture
+def serves_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, hqqtensor in the place of transformers' own quantizer for ``quant_method`` "hqq"."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from hqqtensor.integrations.transformers import register
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", AUTO_QUANTIZER_MAPPING["hqq"])  # put back at the end
+    register(hqq=True)

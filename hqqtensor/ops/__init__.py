@@ -26,6 +26,7 @@ __all__ = [
 
 from hqqtensor.kernels import cpu as cpu
 from hqqtensor.kernels import triton as triton
+from hqqtensor.ops import batching as batching
 
 if cpu.why_unavailable() is not None:
     from hqqtensor.ops import gradients

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hqqtensor.config import HqqConfig
 from hqqtensor.forward import evaluating, run
 from hqqtensor.parameters import replace_parameters
+from hqqtensor.search.stored import VERSION, read_sensitivities
 from hqqtensor.selection import selected_weights
 from hqqtensor.tensor import HQQTensor
 
@@ -56,19 +57,23 @@ class Sensitivity:
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
         work = path.with_name(path.name + ".part")
-        work.write_text(json.dumps({"version": 1, **self.__dict__}, indent=1) + "\n", encoding="utf-8")
+        work.write_text(json.dumps({"version": VERSION, **self.__dict__}, indent=1) + "\n", encoding="utf-8")
         os.replace(work, path)
 
     @staticmethod
     def load(path: Path) -> "Sensitivity":
-        """Read ``save``'s file; ValueError where it is none."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["version"] != 1 or not isinstance(data["layers"], dict) or not isinstance(data["candidates"], list):
-                raise ValueError("unknown version or form")
-            return Sensitivity(str(data["method"]), data["candidates"], data["layers"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no sensitivity file of hqqtensor: {error}") from None
+        """Read ``save``'s file; ValueError naming the file and the entry that is wrong."""
+        return Sensitivity(**read_sensitivities(Path(path)))
+
+    def check_model(self, model: nn.Module, path: Path | str) -> None:
+        """ValueError where the file ``path``, from which this was loaded, has layers that ``model`` has not."""
+        modules = dict(model.named_modules())
+        strangers = [name for name in self.layers if getattr(modules.get(name), "weight", None) is None]
+        if strangers:
+            raise ValueError(
+                f"{path} is of another model: {strangers[0]!r} ({len(strangers)} such) is no layer of this one; "
+                "give another file"
+            )
 
 
 def measure_sensitivity(
@@ -87,8 +92,8 @@ def measure_sensitivity(
     file: results are written there after each layer, and layers already in it, measured on the same weights and
         settings, are not measured again.
     progress: called as ``progress(done, total, name)`` after each layer.
-    ValueError for a layer that no candidate fits (before any is measured), or outputs without logits or not
-    finite.
+    ValueError for a layer that no candidate fits or a ``file`` that is damaged or of another model (both before any is
+    measured), for outputs without logits, and for outputs that are not finite.
     """
     config = config or HqqConfig()
     if config.dynamic_config:
@@ -98,7 +103,7 @@ def measure_sensitivity(
     for name, weight in weights.items():
         check_fits(name, weight.shape, configs)
     path = None if file is None else Path(file)
-    earlier = Sensitivity.load(path).layers if path is not None and path.exists() else {}
+    earlier = {} if path is None else _earlier_layers(path, model, candidates)
     method = "weights" if batches is None else "outputs"
     dense_outputs = None if batches is None else _outputs(model, batches)
     outputs_key = "" if dense_outputs is None else _fingerprint(dense_outputs[0])
@@ -118,6 +123,15 @@ def measure_sensitivity(
     if path is not None:
         result.save(path)
     return result
+
+
+def _earlier_layers(path: Path, model: nn.Module, candidates: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The layers in the file ``path``; none where there is no file or it is of other candidates."""
+    if not path.exists():
+        return {}
+    stored = Sensitivity.load(path)
+    stored.check_model(model, path)
+    return stored.layers if stored.candidates == [dict(candidate) for candidate in candidates] else {}
 
 
 def random_tokens(vocabulary: int, length: int = 256, count: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
