@@ -97,14 +97,14 @@ def dense(device: str, nbits: int, axis: int, K: int, rows: bool) -> float:
 def quantized(device: str, nbits: int, axis: int, solver: str) -> float:
     """Square error beyond that of the plain solver, as a share of 1 %; packed codes must be the nearest."""
     from hqqtensor.config import HqqConfig
-    from hqqtensor.encode import _solve
+    from hqqtensor.encode import solve_matrix
     from hqqtensor.kernels.triton import launch
     from hqqtensor.ops import backend
 
     N, K, size = 40, 136, 32
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(5)).to(device)
     with backend("reference"):
-        plain = _solve(w, size, HqqConfig(nbits, size, axis=axis, solver=solver))
+        plain = solve_matrix(w, size, HqqConfig(nbits, size, axis=axis, solver=solver))
     assert plain.zero_point is not None
     errors = []
     for inverse, zero in (launch.solve(w, nbits, size, axis, solver), (plain.inverse_scale, plain.zero_point)):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqtensor.ops.encoder import Encoder
 from hqqtensor.ops.packed import PackedWeight
 
 ALIASES = {"dequantize": "reference"}
@@ -28,12 +29,14 @@ class Backend:
     A kernel takes the arguments of ``hqqtensor.ops``'s function of that name, none left out, and gives its result, or
     NotImplemented for a format or a dtype that it does not serve. ``device_types`` None means every device.
     ``why_unavailable`` gives None, or the reason why the backend cannot run.
+    ``encoder``: quantizes weights on those devices, where the backend can.
     """
 
     name: str
     kernels: Mapping[str, Callable[..., Any]]
     device_types: tuple[str, ...] | None = None
     why_unavailable: Callable[[], str | None] = field(default=lambda: None)
+    encoder: Encoder | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,12 @@ def candidates(op: str, device_type: str) -> list[Backend]:
 def serves(name: str, device_type: str) -> bool:
     """Whether the backend ``name`` can run here, serves the device and is not ruled out by another choice."""
     return chosen() in ("auto", name) and _runs_on(_BACKENDS[name], device_type)
+
+
+def encoder(device_type: str) -> Encoder | None:
+    """The encoder for weights on a device under the backend chosen; None where torch's operations have to do."""
+    candidates = (b for b in reversed(_BACKENDS.values()) if b.encoder is not None and serves(b.name, device_type))
+    return next((candidate.encoder for candidate in candidates), None)
 
 
 def _checked(name: str) -> str:

@@ -191,6 +191,16 @@ def test_quantize_meets_a_target_and_keeps_the_sensitivities(tiny, tmp_path, cap
     assert json.loads(capsys.readouterr().out)["bytes_after"] <= size
 
 
+@pytest.mark.parametrize("target", [("--target-bpw", 1.5), ("--target-size", "10KB")])
+def test_an_impossible_target_is_told_before_anything_is_measured(tiny, tmp_path, capsys, monkeypatch, target):
+    monkeypatch.setattr(HQQTensor, "from_hp", None)
+    file = tmp_path / "s.json"
+    assert run("quantize", tiny, tmp_path / "out", *target, "--sensitivity", file) == 2
+    said = capsys.readouterr().err
+    assert "the budget is too small: the smallest settings take 2." in said and "the largest 8." in said
+    assert not file.exists() and not (tmp_path / "out").exists()
+
+
 def test_targets_that_do_not_go_together_are_usage_errors(tmp_path, capsys):
     for extra in (
         ["--target-bpw", "3", "--target-size", "1GB"],

@@ -7,7 +7,7 @@ every Python and every torch from ``OLDEST_TORCH`` on.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hqqtensor.formats import Format, Levels, TableFormat, get_format, observe_formats
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
+from hqqtensor.ops.encoder import EncodeSettings
 from hqqtensor.ops.packed import LAYOUTS, flat
+from hqqtensor.solvers import Passes, Solution
 
 OLDEST_TORCH = (2, 11)
 LIBRARY = Path(__file__).parent / "libhqqtensor_cpu.so"
@@ -164,8 +166,44 @@ def _learn(fmt: Format) -> None:
         OPS._set_table(fmt.name, fmt.widths[0], fmt.table.to("cpu", torch.float32).contiguous())
 
 
+class _Encoder:
+    """``ops.encoder.Encoder`` of the compiled solvers."""
+
+    passes: Passes | None = LloydPasses()
+
+    def why_not(self, step: str, matrix: Tensor, settings: EncodeSettings) -> str | None:
+        if not assigns(settings.format):
+            return f"format {settings.format!r}: the C++ kernels have no tables of more than 16 numbers"
+        if step == "assign" or solves(settings.solver, settings.lp_norm, settings.format):
+            return None
+        if settings.solver == "hqq_joint":
+            return f"lp_norm {settings.lp_norm}: the C++ solver has 2.0 only"
+        return f"solver {settings.solver!r}: the C++ kernels have 'rtn', 'hqq_joint' and, for integers, 'hqq'"
+
+    def solve(self, matrix: Tensor, settings: EncodeSettings, levels: Levels | None) -> Solution:
+        group_size, axis, solver = settings.group_size, settings.axis, settings.solver
+        if levels is None:
+            inverse, zero_point = solve(matrix, settings.nbits, group_size, axis, solver)
+            return Solution(inverse, zero_point, exact_encode=solver == "hqq")
+        return Solution(solve_levels(matrix, levels, group_size, axis, solver, settings.format), None)
+
+    def assign(
+        self, out: Tensor, matrix: Tensor, inverse_scale: Tensor, zero_point: Tensor | None, settings: EncodeSettings
+    ) -> None:
+        fmt, where = get_format(settings.format), (settings.nbits, settings.group_size, settings.axis)
+        if fmt.has_zero_point:
+            assert zero_point is not None
+            return assign(out, matrix, inverse_scale, zero_point, *where)
+        levels = fmt.levels(settings.nbits) if zero_point is None else Levels.between(zero_point)
+        assert levels is not None
+        return assign_levels(out, matrix, inverse_scale, levels, *where, settings.format)
+
+    def empty_packed(self, sizes: Sequence[int], device: torch.device) -> Tensor:
+        return empty_packed(*sizes)
+
+
 _OPERATORS = [op for op in LAYOUTS if op != "dequantize_into"]
-register_backend(Backend("cpu", {op: _by_name(op) for op in _OPERATORS}, ("cpu",), why_unavailable))
+register_backend(Backend("cpu", {op: _by_name(op) for op in _OPERATORS}, ("cpu",), why_unavailable, _Encoder()))
 if _missing is None:
     observe_choice(OPS._set_choice_is_automatic)
     observe_formats(_learn)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtensor.formats import get_format
-from hqqtensor.kernels.triton import autotune, gcn, ptx, why_not_solved
+from hqqtensor.kernels.triton import autotune, gcn, ptx
 from hqqtensor.kernels.triton.config import (
     GROUP_SUMS,
     SOLVE_TILE,
@@ -23,6 +23,7 @@ from hqqtensor.kernels.triton.config import (
     plan_dense,
 )
 from hqqtensor.kernels.triton.dequantize import dequantize_kernel
+from hqqtensor.kernels.triton.limits import members, why_not_solved
 from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.kernels.triton.words import Decoder
@@ -92,11 +93,11 @@ def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -
     """
     N, K = matrix.shape
     groups = -(-(K if axis == 1 else N) // group_size)
-    members = group_size if axis == 1 else -(-N // groups)
-    reason = why_not_solved(solver, 2.0, "int", members)
+    longest = members(N, K, group_size, axis)
+    reason = why_not_solved(solver, 2.0, "int", longest)
     if reason is not None:
         raise ValueError(reason)
-    padded = max(16, triton.next_power_of_2(members))
+    padded = max(16, triton.next_power_of_2(longest))
     shape = (N, groups) if axis == 1 else (groups, K)
     inverse = torch.empty(shape, dtype=torch.float32, device=matrix.device)
     zero = torch.empty_like(inverse)
