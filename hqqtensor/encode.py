@@ -1,6 +1,11 @@
-"""From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing."""
+"""From a weight to packed codes, scale and zero point: solver, rounding for storage, codes, packing.
+
+Scales are found and codes packed by the encoder of the backend that serves the weight's device, where there is one
+(``ops.backend.encoder``); torch's operations do what it cannot.
+"""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,18 +13,17 @@ from torch import Tensor
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.formats import Levels, get_format
-from hqqtensor.kernels import cpu, triton
-from hqqtensor.ops.backend import serves
+from hqqtensor.ops.backend import encoder
+from hqqtensor.ops.encoder import EncodeSettings
+from hqqtensor.ops.packed import PackedWeight
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
 from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
-from hqqtensor.solvers.codebook import TORCH_PASSES, Passes, learn
+from hqqtensor.solvers.codebook import TORCH_PASSES, learn
+from hqqtensor.stored_size import META_GROUP, codebook_dtype, meta_width, scale_shape
 from hqqtensor.transforms import check_rotation
-
-META_GROUP = 128
-"""Scales (or zero points) that share a scale and zero point of their own under quant_scale and quant_zero."""
 
 
 @dataclass(frozen=True)
@@ -79,110 +83,104 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight", row_di
 
 
 def encode(weight: Tensor, config: HqqConfig) -> Encoded:
-    """Quantize a checked weight ``[..., N, K]``; see ``check_weight`` for what is refused."""
-    weight = weight.detach()
-    extent = weight.shape[-1] if config.axis == 1 else weight.shape[-2]
-    group_size = config.group_size or extent
+    """Quantize a weight ``[..., N, K]`` that ``check_weight`` has passed.
+
+    Raises ValueError where ``config.scale_dtype`` cannot hold the weight's scales or zero points.
+    """
+    weight, fmt = weight.detach(), get_format(config.format)
     *lead, out_features, in_features = weight.shape
-    fmt = get_format(config.format)
-    if config.axis == 1:
-        shape = [*lead, out_features, -(-in_features // group_size)]
-    else:
-        shape = [*lead, -(-out_features // group_size), in_features]
-    if config.axis == 1 and not fmt.learned:
-        matrices = [weight.reshape(-1, in_features)]
-    else:
-        matrices = list(weight.reshape(-1, out_features, in_features))
-    solutions = [_solve(matrix, group_size, config) for matrix in matrices]
+    group_size = config.group_size or (in_features if config.axis == 1 else out_features)
+    # With groups along in_features all matrices are solved as one, unless each has a codebook to learn.
+    rows = weight.numel() // in_features if config.axis == 1 and not fmt.learned else out_features
+    matrices = list(weight.reshape(-1, rows, in_features))
+    solutions = [solve_matrix(matrix, group_size, config) for matrix in matrices]
+
+    shape = [*lead, *scale_shape(out_features, in_features, config)]
     inverse = torch.stack([s.inverse_scale for s in solutions]).reshape(shape)
     zeros = [s.zero_point for s in solutions if s.zero_point is not None]
     zero_shape = [*lead, -1, zeros[0].shape[-1]] if fmt.learned else shape
     zero_point = torch.stack(zeros).reshape(zero_shape) if zeros else None
     scale = inverse.reciprocal()
-    dtype = config.scale_dtype or _storage_dtype(scale, zero_point if fmt.has_zero_point else None)
-    stored_scale, seen_scale = _store(scale, dtype, config.scale_nbits, "scale")
+    dtype = config.scale_dtype or storage_dtype(scale, zero_point if fmt.has_zero_point else None)
+    stored_scale, read_scale = store(scale, dtype, config.scale_nbits, "scale")
     stored_zero: Tensor | Encoded | None = None
-    seen_zero = zero_point
+    read_zero = zero_point
     if zero_point is not None and fmt.learned:
         stored_zero = zero_point.to(codebook_dtype(config))
     elif zero_point is not None:
-        stored_zero, seen_zero = _store(zero_point, dtype, config.zero_nbits, "zero_point")
+        stored_zero, read_zero = store(zero_point, dtype, config.zero_nbits, "zero_point")
     if not solutions[0].exact_encode:
         # A scale that rounding or few bits made zero can reach nothing but zero itself, whatever the code.
-        inverse, zero_point = torch.where(seen_scale == 0, 0.0, seen_scale.reciprocal()), seen_zero
-    size = (*lead, out_features, row_bytes(in_features, config.nbits))
-    on_cpu = weight.device.type == "cpu"
-    qdata = cpu.empty_packed(*size) if on_cpu else weight.new_empty(size, dtype=torch.uint8)
-    many = len(matrices)
-    rows = qdata.reshape(many, -1, qdata.shape[-1])
-    split = [[None] * many if t is None else t.reshape(many, -1, t.shape[-1]) for t in (inverse, zero_point)]
-    for matrix, inv, zero, out in zip(matrices, *split, rows, strict=True):
-        if serves("triton", matrix.device.type) and config.format == "int" and zero is not None:
-            triton.pack_codes(out, matrix, inv, zero, config.nbits, group_size, config.axis)
-        else:
-            _assign(matrix, inv, zero, out, group_size, config)
+        inverse, zero_point = torch.where(read_scale == 0, 0.0, read_scale.reciprocal()), read_zero
+    device_encoder = encoder(weight.device.type)
+    sizes = (*lead, out_features, row_bytes(in_features, config.nbits))
+    if device_encoder is None:
+        qdata = torch.empty(sizes, dtype=torch.uint8, device=weight.device)
+    else:
+        qdata = device_encoder.empty_packed(sizes, weight.device)
+    _assign_all(qdata, matrices, inverse, zero_point, group_size, config)
     return Encoded(qdata, stored_scale, stored_zero, config.nbits, group_size, config.axis, weight.shape)
 
 
-def _solve_by_triton(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution | None:
-    """Solve ``[N, K]`` where the Triton kernels run; None, with a warning that says why, for what they do not have."""
-    if not serves("triton", matrix.device.type):
-        return None
-    extent = matrix.shape[config.axis]
-    members = group_size if config.axis == 1 else -(-extent // -(-extent // group_size))
-    reason = triton.why_not_solved(config.solver, config.lp_norm, config.format, members)
-    if reason is not None:
-        warnings.warn(f"quantized by torch's operations, more slowly: {reason}", stacklevel=2)
-        return None
-    return Solution(*triton.solve_groups(matrix, config.nbits, group_size, config.axis, config.solver))
+def _settings(config: HqqConfig, group_size: int) -> EncodeSettings:
+    return EncodeSettings(config.nbits, group_size, config.axis, config.format, config.solver, config.lp_norm)
 
 
-def _solve(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
-    """Solve ``[N, K]``, with zero points that can be stored where storage is coarse."""
-    found = _solve_by_triton(matrix, group_size, config) or _solve_freely(matrix, group_size, config)
+def solve_matrix(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
+    """Scales and zero points of ``[N, K]``, the zero points on their storage grid where that grid is coarse.
+
+    For a learned codebook the zero point has the entries. Shapes as in ``Encoder.solve``. Warns where the device has an
+    encoder that cannot solve this.
+    """
+    solution = _solve_freely(matrix, group_size, config)
     dtype = None if config.integer_zero else config.scale_dtype
-    if found.zero_point is None or not get_format(config.format).has_zero_point or config.solver == "hqq":
-        return found
+    if solution.zero_point is None or not get_format(config.format).has_zero_point or config.solver == "hqq":
+        return solution
     if config.solver == "rtn":
-        return replace(found, zero_point=found.zero_point.round()) if config.integer_zero else found
-    if not config.integer_zero and (dtype is None or config.quant_zero or not is_coarse(found.zero_point, dtype)):
-        return found
+        return replace(solution, zero_point=solution.zero_point.round()) if config.integer_zero else solution
+    if not config.integer_zero and (dtype is None or config.quant_zero or not is_coarse(solution.zero_point, dtype)):
+        return solution
     parts, joined = _parts(matrix, group_size, config.axis), 1 if config.axis == 1 else 0
     sizes = [part.shape[joined] for part in parts]
-    split = zip(parts, found.inverse_scale.split(sizes, joined), found.zero_point.split(sizes, joined), strict=True)
-    refitted = [refit(part, inv, zero, config.nbits, config.lp_norm, dtype) for part, inv, zero in split]
+    inverses, zeros = (t.split(sizes, joined) for t in (solution.inverse_scale, solution.zero_point))
+    by_part = zip(parts, inverses, zeros, strict=True)
+    refitted = [refit(part, inv, zero, config.nbits, config.lp_norm, dtype) for part, inv, zero in by_part]
     inverse, zero_point = (torch.cat(each, joined) for each in zip(*refitted, strict=True))
     return Solution(inverse, zero_point)
 
 
 def _solve_freely(matrix: Tensor, group_size: int, config: HqqConfig) -> Solution:
-    """Solve ``[N, K]``; a ragged last group is solved at its own length, so that padding cannot weigh in."""
-    compiled = _on_cpu_kernels(matrix) and cpu.solves(config.solver, config.lp_norm, config.format)
-    if compiled and config.format == "int":
-        solved = cpu.solve(matrix, config.nbits, group_size, config.axis, config.solver)
-        return Solution(*solved, exact_encode=config.solver == "hqq")
+    """Solve ``[N, K]`` without regard to storage.
+
+    A ragged last group is solved at its own length, so that padding has no weight in it.
+    """
     fmt, parts = get_format(config.format), _parts(matrix, group_size, config.axis)
+    device_encoder = encoder(matrix.device.type)
     levels, entries = fmt.levels(config.nbits), None
     if fmt.learned:
-        passes: Passes = cpu.LloydPasses() if _on_cpu_kernels(matrix) else TORCH_PASSES
+        passes = (None if device_encoder is None else device_encoder.passes) or TORCH_PASSES
         entries = learn(parts, config.nbits, config.codebook == "row", codebook_dtype(config), passes)
         levels = Levels.between(entries if config.codebook == "row" else entries[0])
-    if compiled and levels is not None:
-        inverse = cpu.solve_levels(matrix, levels, group_size, config.axis, config.solver, config.format)
-        return Solution(inverse, entries)
+    if device_encoder is not None:
+        settings = _settings(config, group_size)
+        reason = device_encoder.why_not("solve", matrix, settings)
+        if reason is None:
+            solution = device_encoder.solve(matrix, settings, levels)
+            return replace(solution, zero_point=entries) if fmt.learned else solution
+        warnings.warn(f"quantized by torch's operations, more slowly: {reason}", stacklevel=2)
     solve, options = get_solver(config.solver), SolverOptions(config.lp_norm, levels)
-    found = [solve(part, config.nbits, options) for part in parts]
+    solutions = [solve(part, config.nbits, options) for part in parts]
     joined = 1 if config.axis == 1 else 0
-    zeros = [s.zero_point for s in found if s.zero_point is not None]
+    zeros = [s.zero_point for s in solutions if s.zero_point is not None]
     return Solution(
-        torch.cat([s.inverse_scale for s in found], dim=joined),
+        torch.cat([s.inverse_scale for s in solutions], dim=joined),
         torch.cat(zeros, dim=joined) if zeros else entries,
-        found[0].exact_encode,
+        solutions[0].exact_encode,
     )
 
 
 def _parts(matrix: Tensor, group_size: int, axis: int) -> list[Tensor]:
-    """The groups of ``[N, K]`` as views ``[rows, columns, group]``: those of full length, and the ragged rest."""
+    """The groups of ``[N, K]`` as views ``[rows, columns, group]``: those of full length, and the ragged ones."""
     out_features, in_features = matrix.shape
     if axis == 1:
         full = in_features // group_size
@@ -191,27 +189,41 @@ def _parts(matrix: Tensor, group_size: int, axis: int) -> list[Tensor]:
             parts.append(matrix[:, full * group_size :].unsqueeze(1))
     else:
         groups = -(-out_features // group_size)
-        rows, rest = divmod(out_features, groups)
+        rows, longer_groups = divmod(out_features, groups)
         regular = matrix[: rows * groups].unflatten(0, (rows, groups))
-        parts = [regular[:, rest:].permute(1, 2, 0)]
-        if rest:
-            longer = torch.cat([regular[:, :rest], matrix[rows * groups :].unsqueeze(0)])
+        parts = [regular[:, longer_groups:].permute(1, 2, 0)]
+        if longer_groups:
+            longer = torch.cat([regular[:, :longer_groups], matrix[rows * groups :].unsqueeze(0)])
             parts.insert(0, longer.permute(1, 2, 0))
     return parts
+
+
+def _assign_all(
+    out: Tensor, matrices: list[Tensor], inverse: Tensor, zero_point: Tensor | None, group_size: int, config: HqqConfig
+) -> None:
+    """Write the packed nearest codes of equal matrices ``[N, K]`` into ``out``, uint8 ``[..., N, row_bytes]``.
+
+    inverse, zero_point: ``[..., rows, columns]``, those of all matrices one after the other.
+    """
+
+    def by_matrix(values: Tensor | None) -> Sequence[Tensor | None]:
+        count = len(matrices)
+        return [None] * count if values is None else list(values.reshape(count, -1, values.shape[-1]))
+
+    settings, device_encoder = _settings(config, group_size), encoder(out.device.type)
+    for matrix, inv, zero, rows in zip(matrices, *map(by_matrix, (inverse, zero_point, out)), strict=True):
+        assert inv is not None and rows is not None
+        if device_encoder is not None and device_encoder.why_not("assign", matrix, settings) is None:
+            device_encoder.assign(rows, matrix, inv, zero, settings)
+        else:
+            _assign(matrix, inv, zero, rows, group_size, config)
 
 
 def _assign(
     matrix: Tensor, inverse: Tensor, zero_point: Tensor | None, out: Tensor, group_size: int, config: HqqConfig
 ) -> None:
     """Write the packed nearest codes of ``[N, K]`` into ``out``, a chunk of rows at a time."""
-    fmt, where = get_format(config.format), (config.nbits, group_size, config.axis)
-    if _on_cpu_kernels(matrix) and cpu.assigns(config.format):
-        if config.format == "int":
-            assert zero_point is not None
-            return cpu.assign(out, matrix, inverse, zero_point, *where)
-        levels = fmt.levels(config.nbits) if zero_point is None else Levels.between(zero_point)
-        assert levels is not None
-        return cpu.assign_levels(out, matrix, inverse, levels, *where, config.format)
+    fmt = get_format(config.format)
     out_features, in_features = matrix.shape
     groups = inverse.shape[0]
     step = max(1, CHUNK // in_features)
@@ -231,22 +243,16 @@ def _assign(
         out[rows] = pack(fmt.encode(matrix[rows].to(torch.float32), inv, zero, config.nbits), config.nbits)
 
 
-def _on_cpu_kernels(matrix: Tensor) -> bool:
-    return serves("cpu", matrix.device.type)
-
-
-def codebook_dtype(config: HqqConfig) -> torch.dtype:
-    """Storage dtype of learned entries, which lie within -1 and 1: that of scales, float16 where none was chosen."""
-    return config.scale_dtype or torch.float16
-
-
 def _finite(values: Tensor) -> bool:
     """Whether no number is NaN or Inf; the range shows them, and is found faster than each is looked at."""
     return all(bool(bound.isfinite()) for bound in values.aminmax())
 
 
-def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
-    """float16 where scales are zero or normal numbers there and zero points keep 1/16 of a code, else float32."""
+def storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
+    """The dtype to store scales and zero points in where the user chose none: float16 or float32.
+
+    float16 where it holds every scale as zero or a normal number, and every zero point to 1/16 of a code.
+    """
     info, size = torch.finfo(torch.float16), scale.abs()
     fits = (size == 0) | ((size >= info.tiny) & (size <= info.max))
     if zero_point is not None:
@@ -254,12 +260,13 @@ def _storage_dtype(scale: Tensor, zero_point: Tensor | None) -> torch.dtype:
     return torch.float16 if bool(fits.all()) else torch.float32
 
 
-def _store(
+def store(
     values: Tensor, dtype: torch.dtype, nbits: int | None, name: str, columns: int | None = None
 ) -> tuple["Tensor | Encoded", Tensor]:
-    """``values`` as they are kept, in ``dtype`` or ``nbits`` bits, and as they read back in float32.
+    """Scales or zero points ``[..., rows, columns]`` as they are stored, and as they read back in float32.
 
-    columns: of the whole, where ``values`` are a part of its columns.
+    dtype: of plain ones. nbits: 4 or 8 quantizes them. name: "scale" or "zero_point", for the error. columns: of the
+    whole where ``values`` are some of its columns. ValueError where ``dtype`` cannot hold a value.
     """
     if nbits is None:
         stored = values.to(dtype)
@@ -267,11 +274,12 @@ def _store(
             raise ValueError(f"scale_dtype {dtype} cannot hold this weight's {name}s; use float32 or None")
         return stored, stored.to(torch.float32)
     size = min(META_GROUP, values.shape[-2])
-    nbits = nbits if (columns or values.shape[-1]) > 1 else 8  # one column takes a byte in any case
+    nbits = meta_width(nbits, columns or values.shape[-1])
     # With 256 levels the range is as good as the best fit; with 16 the fit takes 4 % off a 4-bit weight's squared
     # error, more where rows differ in size.
     solver = "rtn" if nbits == 8 else "hqq_joint"
     encoded = encode(values, HqqConfig(nbits=nbits, group_size=size, axis=0, solver=solver, scale_dtype=torch.float32))
     assert isinstance(encoded.scale, Tensor) and isinstance(encoded.zero_point, Tensor)
     meta = (encoded.scale, encoded.zero_point)
-    return encoded, dequantize(encoded.qdata, *meta, [], nbits, "int", size, 0, values.shape[-1], torch.float32)
+    packed = PackedWeight(encoded.qdata, *meta, None, nbits, "int", size, 0, values.shape[-1])
+    return encoded, dequantize(packed, torch.float32)

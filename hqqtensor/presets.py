@@ -8,15 +8,35 @@ from torch import nn
 from hqqtensor.config import HqqConfig, hqq_weight_only
 from hqqtensor.formats import get_format
 
-PRESETS: dict[str, HqqConfig] = {
-    "8/64": hqq_weight_only(8, 64),
-    "4/64": hqq_weight_only(4, 64),
-    "4/128": hqq_weight_only(4, 128),
-    "3/64": hqq_weight_only(3, 64),
-    "2/64": hqq_weight_only(2, 64),
-    "2/16": hqq_weight_only(2, 16, quant_scale=True, quant_zero=True, meta_nbits=4),
-    "1/32": hqq_weight_only(1, 32),
-}
+
+class UnknownPresetError(KeyError):
+    """No preset has this name; the message names those that there are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows the repr of its argument
+
+
+class Presets(dict[str, HqqConfig]):
+    """Presets by name: a dict whose ``presets[name]`` raises UnknownPresetError (a KeyError) for an unknown name."""
+
+    def __missing__(self, name: object) -> HqqConfig:
+        raise UnknownPresetError(
+            f"there is no preset {name!r}, only {', '.join(self)}; "
+            "for other settings use hqq_weight_only(nbits, group_size)"
+        )
+
+
+PRESETS = Presets(
+    {
+        "8/64": hqq_weight_only(8, 64),
+        "4/64": hqq_weight_only(4, 64),
+        "4/128": hqq_weight_only(4, 128),
+        "3/64": hqq_weight_only(3, 64),
+        "2/64": hqq_weight_only(2, 64),
+        "2/16": hqq_weight_only(2, 16, quant_scale=True, quant_zero=True, meta_nbits=4),
+        "1/32": hqq_weight_only(1, 32),
+    }
+)
 """Presets named bits/group size, best quality first; 2/16 keeps its many scales in 4 bits."""
 
 BYTE_UNITS: dict[str, float] = {

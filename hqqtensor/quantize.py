@@ -2,19 +2,20 @@
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from hqqtensor.calibration import Calibration
+from hqqtensor.calibration.apply import check_plan, quantize_calibrated
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
-from hqqtensor.selection import choose, row_dims
+from hqqtensor.parameters import QuantizedExtraRepr as QuantizedExtraRepr  # models pickled before have it from here
+from hqqtensor.parameters import replace_parameters, show_quantized
+from hqqtensor.selection import Choice, choose, row_dims
 from hqqtensor.tensor import HQQTensor
-
-if TYPE_CHECKING:
-    from hqqtensor.calibration import Calibration
 
 
 def quantize_(
@@ -23,7 +24,7 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    calibration: "Calibration | None" = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
@@ -33,8 +34,8 @@ def quantize_(
     All checks come first and all new weights are made before the first is swapped in, so that an error leaves the
     model as it was. Tied weights are quantized once and stay tied. Weights that are quantized already are left
     alone with a warning. ``device``: where to quantize and where the whole model is afterwards.
-    ``progress(done, total, name)``: called after each weight, in weights. ``calibration``: from
-    ``hqqtensor.calibration.calibrate``; weights that it knows nothing of are quantized without.
+    ``progress(done, total, name)``: called after each weight; done and total are numbers of elements.
+    ``calibration``: from ``hqqtensor.calibration.calibrate``; layers that it has not seen are quantized without.
 
     Raises TypeError or ValueError naming the module: bad weight, tag that matches nothing, nothing to quantize.
     """
@@ -51,74 +52,49 @@ def quantize_(
         if already:
             return
         raise ValueError("nothing to quantize: no nn.Linear (or module that filter_fn accepts) outside skip_modules")
+    replace_parameters(model, _quantized_by_id(model, choices, device, progress, calibration))
+    if device is not None:
+        model.to(device)
 
+
+def _quantized_by_id(
+    model: nn.Module, choices: list[Choice], device: torch.device | str | None,
+    progress: Callable[[int, int, str], None] | None, calibration: Calibration | None,
+) -> dict[int, nn.Parameter]:  # fmt: skip
+    """The quantized parameter of each choice, by the id of the dense one; the model is left as it was."""
     total, done = sum(choice.weight.numel() for choice in choices), 0
-    made: dict[int, nn.Parameter] = {}
 
-    def count(weight: nn.Parameter, name: str) -> None:
+    def report(weight: nn.Parameter, name: str) -> None:
         nonlocal done
         done += weight.numel()
         if progress is not None:
             progress(done, total, name)
 
+    quantized: dict[int, nn.Parameter] = {}
     if calibration is not None:
-        from hqqtensor.calibration.apply import check_plan, quantize_calibrated
-
         linears = [choice for choice in choices if choice.weight.ndim == 2 and not choice.transposed]
         check_plan(linears, calibration)
-        made = quantize_calibrated(model, linears, calibration, count)
+        quantized = quantize_calibrated(model, linears, calibration, report)
     for choice in choices:
         weight, name = choice.weight, choice.names[0]
-        if id(weight) in made:
+        if id(weight) in quantized:
             continue
         try:
-            made[id(weight)] = choice.quantize(weight if device is None else weight.to(device))
+            quantized[id(weight)] = choice.quantize(weight if device is None else weight.to(device))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        count(weight, name)
-    replace_parameters(model, made)
-    if device is not None:
-        model.to(device)
+        report(weight, name)
+    return quantized
 
 
 def dequantize_(model: nn.Module) -> None:
     """Replace every HQQTensor of ``model`` by the dense weight it stands for, in place; ties are kept."""
-    made: dict[int, nn.Parameter] = {}
-    for parameter in model.parameters():
-        if isinstance(parameter, HQQTensor):
-            made[id(parameter)] = nn.Parameter(parameter.dequantize(), requires_grad=False)
-    replace_parameters(model, made)
-
-
-def replace_parameters(model: nn.Module, made: dict[int, nn.Parameter]) -> None:
-    """Put ``made[id(old)]`` wherever the parameter ``old`` is used in ``model``."""
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is not None and id(old) in made:
-                module._parameters[name] = made[id(old)]
-        show_quantized(module)
-
-
-class QuantizedExtraRepr:
-    """A module's own ``extra_repr`` followed by its quantized parameters; an object, so that it can be pickled."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self) -> str:
-        parts = [type(self.module).extra_repr(self.module)]
-        for name, parameter in self.module._parameters.items():
-            if isinstance(parameter, HQQTensor):
-                parts.append(f"{name}=HQQTensor({parameter.describe()})")
-        return ", ".join(part for part in parts if part)
-
-
-def show_quantized(module: nn.Module) -> None:
-    """Let the module's repr show its quantized parameters, or no longer do so when it has none."""
-    if any(isinstance(p, HQQTensor) for p in module._parameters.values()):
-        module.extra_repr = QuantizedExtraRepr(module)  # type: ignore[method-assign]
-    elif isinstance(module.__dict__.get("extra_repr"), QuantizedExtraRepr):
-        del module.extra_repr
+    dense_by_id = {
+        id(parameter): nn.Parameter(parameter.dequantize(), requires_grad=False)
+        for parameter in model.parameters()
+        if isinstance(parameter, HQQTensor)
+    }
+    replace_parameters(model, dense_by_id)
 
 
 def check_without_names(config: HqqConfig) -> None:
@@ -141,8 +117,9 @@ def _torchao_handler(module: nn.Module, config: HqqConfig, *, parameter_name: st
         return module
     settings = config.for_tag(None)
     assert settings is not None
-    folded = row_dims(module) if parameter_name == "weight" else 1
-    check_weight(old, settings, f"{type(module).__name__}.{parameter_name}", folded)
-    setattr(module, parameter_name, nn.Parameter(HQQTensor.from_hp(old, settings, folded), requires_grad=False))
+    weight_row_dims = row_dims(module) if parameter_name == "weight" else 1
+    check_weight(old, settings, f"{type(module).__name__}.{parameter_name}", weight_row_dims)
+    quantized = HQQTensor.from_hp(old, settings, weight_row_dims)
+    setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
     show_quantized(module)
     return module

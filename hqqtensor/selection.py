@@ -51,6 +51,21 @@ class Choice:
         check_weight(weight, self.settings, self.names[0], self.row_dims)
 
 
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What one module asks for its parameter ``name``.
+
+    tag: the ``dynamic_config`` entry that says so, None for the default settings. settings: None leaves it alone.
+    """
+
+    name: str
+    weight: nn.Parameter
+    tag: str | None
+    settings: HqqConfig | None
+    transposed: bool
+    row_dims: int
+
+
 def choose(
     model: nn.Module,
     config: HqqConfig,
@@ -61,58 +76,87 @@ def choose(
 
     Taken are linear layers and experts (or the modules that ``filter_fn`` accepts), and the embeddings and
     convolutions that a ``dynamic_config`` tag names, less ``skip_modules``, of which "lm_head" stands for the output
-    layer of a transformers model under any name. Works on the meta device. ValueError for a tag that matches nothing
-    and for tied weights whose users want different things. ``ties``: names of parameters that will be the same one
+    layer of a transformers model under any name. Tied weights take the settings that a tag gives to any of their
+    modules, else the default ones. Works on the meta device. ``ties``: names of parameters that will be the same one
     as another, {name: other name}, in a model where they are not yet.
+
+    Raises ValueError for a tag that matches nothing, and for tied weights of which ``skip_modules`` names one or tags
+    ask for different settings; TypeError for a weight that is computed (parametrized).
     """
     tags = config.dynamic_config or {}
-    by_tag = {tag: config.for_tag(tag) for tag in tags}
-    default = config.for_tag(None)
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
-    for name, other in (ties or {}).items():
-        first, second = (users[id(model.get_parameter(n))] for n in (other, name))
-        if first is not second:
-            first += second
-            users |= dict.fromkeys((id(model.get_parameter(n)) for n in second), first)
+    settings_of: dict[str | None, HqqConfig | None] = {tag: config.for_tag(tag) for tag in (None, *tags)}
     heads = _other_heads(model) if "lm_head" in config.skip_modules else []
     config = dataclasses.replace(config, skip_modules=[*config.skip_modules, *heads])
-    used: set[str] = set()
-    chosen: dict[int, Choice] = {}
+    used_tags: set[str] = set()
+    requests: dict[int, list[_Request]] = {}
     already: list[str] = []
     for name, module in model.named_modules():
-        candidates = _candidates(module)
-        matching = [tag for tag in tags if candidates and tag_matches(tag, name)]
-        used.update(matching)
-        taken = filter_fn(module, name) if filter_fn is not None else _by_default(module)
-        named = matching and filter_fn is None and isinstance(module, (nn.Embedding, _ConvNd))
-        if not (taken or named) or skipped(name, config):
+        parameters = _candidates(module)
+        matching = [tag for tag in tags if parameters and tag_matches(tag, name)]
+        used_tags.update(matching)
+        is_taken = filter_fn(module, name) if filter_fn is not None else _by_default(module)
+        is_named = matching and filter_fn is None and isinstance(module, (nn.Embedding, _ConvNd))
+        if not (is_taken or is_named) or skipped(name, config):
             continue
-        settings = by_tag[max(matching, key=lambda t: (t.count("."), len(t)))] if matching else default
-        if settings is None:
-            continue
-        for leaf, transposed, row_dims in candidates:
+        tag = max(matching, key=lambda t: (t.count("."), len(t)), default=None)
+        for leaf, transposed, row_dims in parameters:
             full = f"{name}.{leaf}" if name else leaf
-            weight = module._parameters.get(leaf)
-            if isinstance(getattr(module, leaf), HQQTensor):
+            weight, settings = module._parameters.get(leaf), settings_of[tag]
+            if settings is not None and isinstance(getattr(module, leaf), HQQTensor):
                 already.append(name)
-                continue
-            if weight is None:
+            elif settings is not None and weight is None:
                 raise TypeError(f"{name}: its weight is computed (parametrized), not a parameter; remove that first")
-            names = users[id(weight)]
-            for owner in names:
-                tag = skipped(owner.rpartition(".")[0], config)
-                if tag:
-                    raise ValueError(f"{full} is tied to {owner}, which skip_modules ({tag!r}) leaves alone")
-            ordered = (full, *(n for n in names if n != full))
-            known = chosen.setdefault(id(names), Choice(ordered, weight, settings, transposed, row_dims))
-            if (known.settings, known.transposed, known.row_dims) != (settings, transposed, row_dims):
-                raise ValueError(f"{full} is tied to {known.names[0]}, but their settings differ")
-    unused = [tag for tag in tags if tag not in used]
+            elif weight is not None:
+                request = _Request(full, weight, tag, settings, transposed, row_dims)
+                requests.setdefault(id(weight), []).append(request)
+    unused = [tag for tag in tags if tag not in used_tags]
     if unused:
         raise ValueError(f"dynamic_config tags {unused} match no module with a weight of rank 2 or more")
-    return list(chosen.values()), already
+    choices = [_decide(tied, names, config) for tied, names in _tied_requests(model, requests, ties or {})]
+    return [choice for choice in choices if choice is not None], already
+
+
+def _tied_requests(
+    model: nn.Module, requests: dict[int, list[_Request]], ties: Mapping[str, str]
+) -> list[tuple[list[_Request], list[str]]]:
+    """The requests for each weight and the names of all that use it, where tied weights are one weight."""
+    names_by_id: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_by_id.setdefault(id(parameter), []).append(name)
+    for name, other in ties.items():
+        first, second = (names_by_id[id(model.get_parameter(n))] for n in (other, name))
+        if first is not second:
+            first += second
+            names_by_id |= dict.fromkeys((id(model.get_parameter(n)) for n in second), first)
+    groups: dict[int, tuple[list[_Request], list[str]]] = {}
+    for weight_id, of_weight in requests.items():
+        names = names_by_id[weight_id]
+        groups.setdefault(id(names), ([], names))[0].extend(of_weight)
+    return list(groups.values())
+
+
+def _decide(requests: list[_Request], names: list[str], config: HqqConfig) -> Choice | None:
+    """What all modules that use one weight agree on, a tag before the default settings; None leaves it alone."""
+    first = requests[0]
+    explicit = [request for request in requests if request.tag is not None]
+    decisive = (explicit or requests)[0]
+    for other in explicit[1:]:
+        if other.settings != decisive.settings:
+            raise ValueError(
+                f"{decisive.name} is tied to {other.name}, but dynamic_config has different settings for them, under "
+                f"{decisive.tag!r} and {other.tag!r}: give both the same, or only one of them an entry"
+            )
+    if decisive.settings is None:
+        return None
+    for owner in names:
+        tag = skipped(owner.rpartition(".")[0], config)
+        if tag:
+            raise ValueError(f"{decisive.name} is tied to {owner}, which skip_modules ({tag!r}) leaves alone")
+    for other in requests:
+        if (other.transposed, other.row_dims) != (first.transposed, first.row_dims):
+            raise ValueError(f"{other.name} is tied to {first.name}, but their modules store it differently")
+    ordered = (first.name, *(name for name in names if name != first.name))
+    return Choice(ordered, first.weight, decisive.settings, first.transposed, first.row_dims)
 
 
 def selected_weights(model: nn.Module, config: HqqConfig) -> dict[str, nn.Parameter]:
@@ -151,8 +195,8 @@ def row_dims(module: nn.Module) -> int:
 def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:
     """Parameters of rank 2 and more that may be quantized: name, whether it is kept ``[..., K, N]``, row_dims."""
     if _is_experts(module):
-        found = [(n, module._parameters[n]) for n in _EXPERT_WEIGHTS if module._parameters.get(n) is not None]
-        return [(n, bool(module.is_transposed), 1) for n, p in found if p is not None and p.ndim == 3]
+        weights = [(name, module._parameters.get(name)) for name in _EXPERT_WEIGHTS]
+        return [(name, bool(module.is_transposed), 1) for name, w in weights if w is not None and w.ndim == 3]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return []
@@ -161,8 +205,8 @@ def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): a linear layer that keeps its weight ``[K, N]``."""
-    home = sys.modules.get("transformers.pytorch_utils")
-    return home is not None and isinstance(module, home.Conv1D)
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -172,10 +216,10 @@ def _is_experts(module: nn.Module) -> bool:
 
 def tag_matches(tag: str, name: str) -> bool:
     """Whether ``tag``'s dotted parts match a run of the parts of ``name``; ``*`` in a part matches anything."""
-    want, have = tag.split("."), name.split(".")
+    patterns, parts = tag.split("."), name.split(".")
     return any(
-        all(fnmatch.fnmatchcase(h, w) for h, w in zip(have[i:], want, strict=False))
-        for i in range(len(have) - len(want) + 1)
+        all(fnmatch.fnmatchcase(part, pattern) for part, pattern in zip(parts[start:], patterns, strict=False))
+        for start in range(len(parts) - len(patterns) + 1)
     )
 
 

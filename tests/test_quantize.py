@@ -6,8 +6,8 @@ import torch
 import torchao
 from torch import nn
 
-import hqqtensor
-from hqqtensor import HqqConfig, HQQTensor, dequantize_, get_optimal_quant_config, hqq_weight_only, quantize_
+import hqqtensor.parameters
+from hqqtensor import PRESETS, HqqConfig, HQQTensor, dequantize_, get_optimal_quant_config, hqq_weight_only, quantize_
 
 
 def model() -> nn.Sequential:
@@ -32,26 +32,53 @@ def test_dequantize_gives_dense_weights_back() -> None:
     assert type(m[0].weight) is nn.Parameter and torch.equal(m[0].weight, want) and "HQQTensor" not in repr(m)
 
 
+WIDTHS = r"nbits must be an integer out of \[1, 2, 3, 4, 5, 6, 7, 8\] for format 'int', got "
+LAYER_SETTINGS = r"must be None or a dict of \['nbits', 'group_size', .*'rotation_seed'\], got "
+
+
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "message"),
     [
-        {"nbits": 0}, {"nbits": 9}, {"nbits": "4"}, {"nbits": 1.58}, {"group_size": 0}, {"group_size": -64},
-        {"axis": 2}, {"solver": "magic"}, {"format": "float5"}, {"bits": 4}, {"scale_dtype": "int8"}, {"lp_norm": 0},
-        {"meta_nbits": 4}, {"meta_nbits": 6, "quant_scale": True}, {"meta_nbits": 0}, {"meta_nbits": "4"},
-        {"dynamic_config": {"0": {"nbits": 11}}}, {"dynamic_config": {"0": {"bits": 3}}},
+        ({"nbits": 0}, WIDTHS + "0"),
+        ({"nbits": 9}, WIDTHS + "9"),
+        ({"nbits": "4"}, WIDTHS + "'4'"),
+        ({"nbits": 1.58}, WIDTHS + r"1\.58"),
+        ({"nbits": True}, WIDTHS + "True"),
+        ({"nbits": 5, "format": "nf4"}, r"nbits must be an integer out of \[4\] for format 'nf4', got 5"),
+        ({"group_size": 0}, "group_size must be a positive integer or None, got 0"),
+        ({"group_size": -64}, "group_size must be a positive integer or None, got -64"),
+        ({"axis": 2}, r"axis must be 0 \(along out_features\) or 1 \(along in_features\), got 2"),
+        ({"solver": "magic"}, r"solver must be one of \[.*'hqq', 'hqq_joint', .*'rtn'.*\], got 'magic'"),
+        ({"format": "float5"}, r"format must be one of \[.*'fp4', 'fp6', 'fp8', 'int', 'nf4'\], got 'float5'"),
+        ({"bits": 4}, r"unknown HqqConfig options \['bits'\]; options are \['nbits', 'group_size', "),
+        ({"scale_dtype": "int8"}, r"scale_dtype must be None or one of \[torch.float16, .*\], got torch.int8"),
+        ({"scale_dtype": "float17"}, "scale_dtype must be a torch.dtype or its name, got 'float17'"),
+        ({"lp_norm": 0}, "lp_norm must be over 0 and at most 2, got 0"),
+        ({"meta_nbits": 4}, "meta_nbits 4 needs quant_scale=True or quant_zero=True"),
+        ({"meta_nbits": 6, "quant_scale": True}, r"meta_nbits must be one of \[4, 8\], got 6"),
+        ({"meta_nbits": 0}, r"meta_nbits must be one of \[4, 8\], got 0"),
+        ({"meta_nbits": "4"}, r"meta_nbits must be one of \[4, 8\], got '4'"),
+        ({"dynamic_config": {"0": {"nbits": 11}}}, r"dynamic_config\['0'\]: " + WIDTHS + "11"),
+        ({"dynamic_config": {"0": {"bits": 3}}}, r"dynamic_config\['0'\] " + LAYER_SETTINGS + r"{'bits': 3}"),
+        ({"dynamic_config": {"0": 4}}, r"dynamic_config\['0'\] " + LAYER_SETTINGS + "4"),
     ],
-)  # fmt: skip
-def test_bad_settings_say_what_is_allowed(bad: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad)).replace("bits", "bits") + "|options"):
+)
+def test_bad_settings_say_what_is_allowed(bad: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
         hqq_weight_only(**bad)
 
 
 def _refused(m: nn.Module, config: HqqConfig, match: str, error: type = ValueError) -> None:
-    before = {k: (type(v), v.clone() if v.device.type != "meta" else None) for k, v in m.state_dict().items()}
+    parameters = dict(m.named_parameters())
+    values = {name: None if p.is_meta else p.detach().clone() for name, p in parameters.items()}
     with pytest.raises(error, match=match):
         quantize_(m, config)
-    for key, value in m.state_dict().items():
-        assert type(value) is before[key][0] and not isinstance(value, HQQTensor)
+    after = dict(m.named_parameters())
+    assert list(after) == list(parameters)
+    for name, value in values.items():
+        assert after[name] is parameters[name] and type(after[name]) is nn.Parameter
+        if value is not None:
+            torch.testing.assert_close(after[name].detach(), value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_bad_weights_are_named_and_nothing_changes() -> None:
@@ -215,13 +242,33 @@ def test_a_quantized_module_survives_pickle_and_deepcopy() -> None:
         assert other[0].weight.qdata.data_ptr() != m[0].weight.qdata.data_ptr()
 
 
+def test_a_module_pickled_by_earlier_versions_finds_its_repr() -> None:
+    assert pickle.loads(b"chqqtensor.quantize\nQuantizedExtraRepr\n.") is hqqtensor.parameters.QuantizedExtraRepr
+
+
 def test_an_unknown_backend_is_an_error() -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         hqqtensor.set_backend("cuda")
-    with hqqtensor.backend("dequantize"):
+    with hqqtensor.backend("reference"):
         m = model()
         quantize_(m, hqq_weight_only(4, 64))
         assert m[0](torch.randn(2, 128)).shape == (2, 64)
+
+
+def test_an_unknown_preset_names_those_on_offer() -> None:
+    with pytest.raises(KeyError) as caught:
+        PRESETS["5/64"]
+    assert str(caught.value) == (
+        "there is no preset '5/64', only 8/64, 4/64, 4/128, 3/64, 2/64, 2/16, 1/32; "
+        "for other settings use hqq_weight_only(nbits, group_size)"
+    )
+    assert "5/64" not in PRESETS and PRESETS.get("5/64") is None and PRESETS["4/64"] == HqqConfig(4, 64)
+    assert isinstance(PRESETS, dict) and next(iter(PRESETS)) == "8/64" and len(PRESETS) == 7
+    for same in (copy.deepcopy(PRESETS), pickle.loads(pickle.dumps(PRESETS))):
+        assert same == PRESETS
+    with pytest.raises(KeyError, match="no preset 4"):
+        PRESETS[4]  # type: ignore[index]
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), KeyError)
 
 
 def test_optimal_config_fits_the_budget() -> None:

@@ -41,8 +41,8 @@ def main(name: str = DOCLM) -> None:
     quantize_(model, HqqConfig(weight_quant_params=nested, solver="hqq"))  # the published solver
     report("hqq, its dict and solver", model)
 
-    # transformers: the line stays as it is, after one call where the hqq package is installed
-    register(hqq=True)
+    # transformers: the line stays as it is
+    register(hqq=True)  # needed only where the hqq package is installed
     report("transformers", load(quantization_config=transformers.HqqConfig(nbits=4, group_size=64)))
 
     # bitsandbytes: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -39,7 +39,7 @@ def quantize_calibrated(
     keeps one ``[K, K]`` matrix at a time.
     """
     by_module = {_module(choice.names[0]): choice for choice in choices}
-    made: dict[int, nn.Parameter] = {}
+    quantized_by_id: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for stage in calibration.stages:
@@ -56,16 +56,16 @@ def quantize_calibrated(
                     quantized = from_calibrated(weight, by_module[name].settings, moments.to(weight.device))
                 except ValueError as error:
                     raise ValueError(f"{full}: {error}") from None
-                made[id(weight)] = nn.Parameter(quantized, requires_grad=False)
+                quantized_by_id[id(weight)] = nn.Parameter(quantized, requires_grad=False)
                 if calibration.mode == "full":
                     module = model.get_submodule(name)
                     replaced.append((module, weight))
-                    module._parameters["weight"] = made[id(weight)]
+                    module._parameters["weight"] = quantized_by_id[id(weight)]
                 done(weight, full)
     finally:
         for module, weight in replaced:
             module._parameters["weight"] = weight
-    return made
+    return quantized_by_id
 
 
 def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Tensor:
@@ -74,7 +74,7 @@ def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Te
     total: Tensor | None = None
     count = 0
 
-    def note(_name: str, x: Tensor) -> None:
+    def add(_name: str, x: Tensor) -> None:
         nonlocal total, count
         if total is None:
             total = torch.zeros(size, size, dtype=torch.float32, device=x.device)
@@ -82,7 +82,7 @@ def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Te
         total.addmm_(x.T, x)
         count += len(x)
 
-    watch(model, [name], calibration.batches, note, stop=calibration.called_once)
+    watch(model, [name], calibration.batches, add, stop=calibration.called_once)
     assert total is not None
     return total / max(1, count)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from hqqtensor.calibration.feedback import feed_back
 from hqqtensor.calibration.weighted import solve_weighted
 from hqqtensor.config import HqqConfig
-from hqqtensor.encode import Encoded, _storage_dtype, _store
+from hqqtensor.encode import Encoded, storage_dtype, store
 from hqqtensor.packing import pack
 from hqqtensor.solvers import column_scaled
 from hqqtensor.tensor import HQQTensor
@@ -36,12 +36,12 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
         moments = rotate(rotate(moments, block).T, block)
     size = config.group_size or w.shape[1]
     scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
-    dtype, groups = config.scale_dtype or _storage_dtype(scale, zero), scale.shape[1]
+    dtype, groups = config.scale_dtype or storage_dtype(scale, zero), scale.shape[1]
 
     def kept(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
         return (
-            _store(s, dtype, config.scale_nbits, "scale", groups),
-            _store(z, dtype, config.zero_nbits, "zero_point", groups),
+            store(s, dtype, config.scale_nbits, "scale", groups),
+            store(z, dtype, config.zero_nbits, "zero_point", groups),
         )
 
     def seen(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

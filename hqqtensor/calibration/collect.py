@@ -1,4 +1,4 @@
-"""``calibrate``: one pass over the user's batches, and what it found."""
+"""``calibrate``: one pass over the user's batches, and what its layers saw there."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -60,43 +60,60 @@ def calibrate(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    kept = list(batches)
-    if not kept:
+    batches = list(batches)
+    if not batches:
         raise ValueError("calibrate needs at least one batch")
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.ndim == 2
     ]
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-    calls: dict[str, int] = {}
-    inputs: dict[str, tuple[Any, ...]] = {}
-    held: list[Tensor] = []  # keeps the last input alive, so that its address stays its own
-
-    def note(name: str, x: Tensor) -> None:
-        if name not in sums:
-            sums[name] = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device)
-            tokens[name] = calls[name] = 0
-            inputs[name] = (x.data_ptr(), x.shape, float(x[:1].sum()))
-            held[:] = [x]
-        sums[name] += x.to(torch.float32).square_().sum(0) if x.dtype != torch.float32 else x.square().sum(0)
-        tokens[name] += len(x)
-        calls[name] += 1
-
-    watch(model, names, kept, note, progress=progress)
-    if not sums:
+    statistics = _InputStatistics()
+    watch(model, names, batches, statistics.add, progress=progress)
+    if not statistics.sums:
         raise ValueError("no nn.Linear of the model was reached by the batches")
-    moments = {name: total / max(1, tokens[name]) for name, total in sums.items()}
+    moments = {name: total / max(1, statistics.tokens[name]) for name, total in statistics.sums.items()}
     for name, value in moments.items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name}: its inputs are not finite on the calibration batches")
-    stages: list[list[str]] = []
-    for name in moments:
-        if stages and inputs[name] == inputs[stages[-1][-1]]:
-            stages[-1].append(name)
-        else:
-            stages.append([name])
     dead = {name: int((value == 0).sum()) for name, value in moments.items() if bool((value == 0).any())}
     unseen = [name for name in names if name not in moments]
-    return Calibration(
-        mode, kept, moments, tokens, stages, unseen, dead, all(count <= len(kept) for count in calls.values())
-    )
+    called_once = all(count <= len(batches) for count in statistics.calls.values())
+    return Calibration(mode, batches, moments, statistics.tokens, statistics.stages(), unseen, dead, called_once)
+
+
+class _InputStatistics:
+    """Sums of squares of the inputs of modules, and which modules have their inputs in common."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # float32 [K], in the order in which modules were first called
+        self.tokens: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+        self.leaders: dict[str, set[str | None]] = {}  # modules that were called just before on the same input
+        self.last_name: str | None = None
+        self.last_rows: Tensor | None = None
+        self.last_sum: Tensor | None = None
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """Count the input ``rows [tokens, K]`` of a call of the module ``name``; see ``watch``."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(rows.shape[-1], dtype=torch.float32, device=rows.device)
+            self.tokens[name] = self.calls[name] = 0
+            self.leaders[name] = set()
+        is_shared = rows is self.last_rows
+        if not is_shared or self.last_sum is None:
+            self.last_sum = rows.to(torch.float32).square().sum(0)
+        self.sums[name] += self.last_sum
+        self.tokens[name] += len(rows)
+        self.calls[name] += 1
+        self.leaders[name].add(self.last_name if is_shared else None)
+        self.last_name, self.last_rows = name, rows
+
+    def stages(self) -> list[list[str]]:
+        """Runs of modules that had the same input in every one of their calls, in the order of calls."""
+        stages: list[list[str]] = []
+        for name, leaders in self.leaders.items():
+            previous = stages[-1][-1] if stages else None
+            if previous is not None and leaders == {previous} and self.calls[name] == self.calls[previous]:
+                stages[-1].append(name)
+            else:
+                stages.append([name])
+        return stages

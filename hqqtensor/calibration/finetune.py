@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqqtensor.calibration.inputs import run
-from hqqtensor.encode import _store
+from hqqtensor.encode import store
+from hqqtensor.forward import evaluating, run
 from hqqtensor.ops import reference
-from hqqtensor.quantize import replace_parameters
+from hqqtensor.parameters import replace_parameters
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transforms import to_inputs
 
@@ -61,9 +61,8 @@ class _Product(torch.autograd.Function):
 
 def _dense(weight: HQQTensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Float32 ``[N, K]`` as stored: not yet divided by act_pre_scale or rotated back."""
-    _, nbits, format, group_size, axis, columns = weight.settings()
-    settings = (nbits, format, group_size, axis, columns, torch.float32)
-    return reference.dequantize(weight.packed()[0], scale, zero, [], *settings)
+    packed = weight.operand()._replace(scale=scale, zero_point=zero, meta=None)
+    return reference.dequantize(packed, torch.float32)
 
 
 class _Tuned:
@@ -111,7 +110,7 @@ def _plain(values: Tensor) -> Tensor:
 
 
 def _like(values: Tensor, old: Tensor, name: str) -> Tensor:
-    stored, _ = _store(values, old.dtype, old.nbits if isinstance(old, HQQTensor) else None, name)
+    stored, _ = store(values, old.dtype, old.nbits if isinstance(old, HQQTensor) else None, name)
     return stored if isinstance(stored, Tensor) else HQQTensor._bytes(stored)
 
 
@@ -148,10 +147,7 @@ def finetune(
     if not users:
         raise ValueError("nothing to tune: the model has no quantized nn.Linear; call quantize_ first")
     left = [n for n, p in model.named_parameters() if isinstance(p, HQQTensor) and id(p) not in tuned]
-    training = model.training, dense.training
-    model.eval()
-    dense.eval()
-    try:
+    with evaluating(model), evaluating(dense):
         before = _mean_loss(model, dense, kept)
         made = _train(model, dense, kept, users, list(tuned.values()), steps, lr, seed, progress)
         replaced = {old: nn.Parameter(t.stored(), requires_grad=False) for old, t in tuned.items()}
@@ -163,9 +159,6 @@ def finetune(
         finally:
             if not after < before:
                 replace_parameters(model, old)
-    finally:
-        model.train(training[0])
-        dense.train(training[1])
     return Finetuned(before, after, after < before, list(users), left)
 
 

@@ -8,61 +8,77 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class _Enough(Exception):
-    """All inputs that were asked for have been seen; the rest of the forward pass is not needed."""
+from hqqtensor.forward import evaluating, run
 
 
+class _AllSeen(Exception):
+    """Ends a forward pass early: every watched module has had its input."""
+
+
+class _InputRows:
+    """Inputs of layers as rows ``[tokens, K]`` without padding, made once for layers called on the same input."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = mask  # bool [B, S]
+        self.last_input: Tensor | None = None  # held, so that no other input can take its address
+        self.last_version = 0
+        self.rows: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows of ``x [..., K]``: the very tensor given last time where ``x`` is the input of last time."""
+        # The version tells an input that was changed in place in between. Inference tensors have none: outside of
+        # inference mode nothing can change them.
+        version = 0 if x.is_inference() else x._version
+        if self.rows is None or not self._is_last(x) or version != self.last_version:
+            self.last_input, self.last_version = x, version
+            padded = self.mask is not None and x.ndim == 3 and self.mask.shape == x.shape[:2]
+            self.rows = x[self.mask] if padded else x.flatten(0, -2)
+        return self.rows
+
+    def _is_last(self, x: Tensor) -> bool:
+        last = self.last_input
+        return last is not None and (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) == (
+            last.data_ptr(), last.shape, last.stride(), last.dtype, last.device
+        )  # fmt: skip
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def watch(
     model: nn.Module,
     names: Iterable[str],
     batches: list[Any],
-    note: Callable[[str, Tensor], None],
+    observe: Callable[[str, Tensor], None],
     stop: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Run ``batches`` and call ``note(name, x)`` with the input x ``[tokens, K]`` of each module of ``names``.
+    """Run ``batches`` and call ``observe(name, rows)`` with the inputs ``[tokens, K]`` of each module of ``names``.
 
     Padding is left out: where a batch has an ``attention_mask`` ``[B, S]`` and an input is ``[B, S, K]``, the rows with
-    mask 0 are not given. ``stop`` ends each pass once every module has been seen. The model is in eval mode meanwhile.
+    mask 0 are not given. Modules called one right after the other on the same input (query, key and value) are given
+    the same ``rows`` object. ``stop`` ends each pass once every module has been seen. The model is in eval mode
+    meanwhile; every module gets its own mode back.
     """
     wanted = set(names)
     seen: set[str] = set()
-    mask: Tensor | None = None
+    inputs = _InputRows(None)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> None:
-        x = args[0] if args else kwargs["input"]
-        x = x.detach()
-        x = x[mask] if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2] else x.flatten(0, -2)
-        note(name, x)
+        observe(name, inputs.of((args[0] if args else kwargs["input"]).detach()))
         seen.add(name)
         if stop and seen == wanted:
-            raise _Enough
+            raise _AllSeen
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(functools.partial(hook, name=name), with_kwargs=True)
-        for name in wanted
-    ]
-    training = model.training
-    model.eval()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name in wanted:
+            module, module_hook = model.get_submodule(name), functools.partial(hook, name=name)
+            stack.callback(module.register_forward_pre_hook(module_hook, with_kwargs=True).remove)
         for done, batch in enumerate(batches, 1):
             seen.clear()
-            given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            mask = given.bool() if isinstance(given, Tensor) else None
-            with contextlib.suppress(_Enough):
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            inputs = _InputRows(mask.bool() if isinstance(mask, Tensor) else None)
+            with contextlib.suppress(_AllSeen):
                 run(model, batch)
             if progress is not None:
                 progress(done, len(batches), "calibrating")
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else one."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

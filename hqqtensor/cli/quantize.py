@@ -130,8 +130,10 @@ def search(
     model: Any, config: HqqConfig, target_bytes: int | None, text: str | None, args: argparse.Namespace
 ) -> HqqConfig:
     """``config`` with settings by layer for the target, measured on text or, without one, on random tokens."""
-    from hqqtensor.search import choose_config, measure_sensitivity, random_tokens
+    from hqqtensor.search import check_target, choose_config, measure_sensitivity, random_tokens
 
+    with from_arguments():
+        check_target(model, config, args.target_bpw, target_bytes)
     context = min(256, getattr(model.config, "max_position_embeddings", 256))
     if text is None:
         batches = random_tokens(model.config.vocab_size, context)

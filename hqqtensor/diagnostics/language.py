@@ -1,13 +1,13 @@
 """How far a quantized language model is from its original: perplexity, KL and agreement of the next token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hqqtensor.forward import evaluating
 
 _LOGITS_PER_BATCH = 4_000_000  # bounds the memory of a batch of logits to about 16 MB in float32
 
@@ -92,14 +92,3 @@ def next_token_logits(model: nn.Module, windows: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise TypeError(f"{type(model).__name__} has no language-model head: its output has no logits")
     return logits[:, :-1].flatten(0, 1).float()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block, then the mode that was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

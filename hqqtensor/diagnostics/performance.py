@@ -3,16 +3,16 @@
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hqqtensor.diagnostics.language import evaluating
 from hqqtensor.diagnostics.size import model_size
 from hqqtensor.diagnostics.table import megabytes, text_table
+from hqqtensor.forward import evaluating, run
 from hqqtensor.quantize import dequantize_
 
 
@@ -58,8 +58,9 @@ def monitor_quantization_performance(
     """
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}")
-    args, kwargs = _arguments(inputs)
-    first = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.ndim > 0), None)
+    arguments = inputs.values() if isinstance(inputs, Mapping) else inputs
+    values = arguments if isinstance(inputs, (Mapping, tuple, list)) else (inputs,)
+    first = next((v for v in values if isinstance(v, Tensor) and v.ndim > 0), None)
     if first is None:
         raise ValueError(f"inputs must hold a tensor with a batch dimension, got {type(inputs).__name__}")
     tokens = first.ndim == 2 and not first.is_floating_point()
@@ -69,13 +70,13 @@ def monitor_quantization_performance(
         dequantize_(original)
     times: dict[str, list[float]] = {"before": [], "after": []}
     with torch.no_grad(), evaluating(original), evaluating(model):
-        for run in range(runs + 1):
-            for when, one in (("before", original), ("after", model)):
+        for repeat in range(runs + 1):
+            for when, timed in (("before", original), ("after", model)):
                 started = time.perf_counter()
-                one(*args, **kwargs)
+                run(timed, inputs)
                 if first.device.type == "cuda":
                     torch.cuda.synchronize()
-                if run:
+                if repeat:
                     times[when].append(time.perf_counter() - started)
     size = model_size(model)
     before, after = (count / statistics.median(times[when]) for when in ("before", "after"))
@@ -88,9 +89,3 @@ def monitor_quantization_performance(
         after,
         "tokens" if tokens else "samples",
     )
-
-
-def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}

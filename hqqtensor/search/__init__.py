@@ -1,6 +1,6 @@
 """Mixed precision: how much each layer suffers from each setting, and the best choice within a budget."""
 
-from hqqtensor.search.choose import Choice, choose_config
+from hqqtensor.search.choose import Choice, check_target, choose_config
 from hqqtensor.search.knapsack import best_choice
 from hqqtensor.search.sensitivity import CANDIDATES, LEARNED, Sensitivity, measure_sensitivity, random_tokens
 
@@ -10,6 +10,7 @@ __all__ = [
     "Choice",
     "Sensitivity",
     "best_choice",
+    "check_target",
     "choose_config",
     "measure_sensitivity",
     "random_tokens",

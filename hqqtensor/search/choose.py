@@ -1,15 +1,19 @@
 """From sensitivities and a budget to a config with settings for each layer."""
 
 import dataclasses
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.search.knapsack import best_choice
-from hqqtensor.search.sensitivity import Sensitivity
+from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, candidate_configs, check_fits, fits
 from hqqtensor.selection import selected_weights
+from hqqtensor.stored_size import stored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,67 @@ class Choice:
     counts: dict[str, int]
 
 
+class _Target:
+    """A target for the weights ``[N, K]`` of a model, by module name, as bytes of the quantized weights."""
+
+    def __init__(
+        self, model: nn.Module, weights: dict[str, nn.Parameter], target_bpw: float | None, target_bytes: int | None
+    ) -> None:
+        if (target_bpw is None) == (target_bytes is None):
+            raise ValueError("give one of target_bpw and target_bytes")
+        if not weights:
+            raise ValueError("the model has no weights to choose settings for outside skip_modules")
+        chosen = {id(weight) for weight in weights.values()}
+        self.weights = sum(weight.numel() for weight in weights.values())
+        self.dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in chosen)
+        if target_bpw is not None:
+            if not 0 < target_bpw < math.inf:
+                raise ValueError(f"target_bpw must be over 0 and finite, got {target_bpw}")
+            self.text, self.budget = f"{target_bpw} bits", int(target_bpw * self.weights / 8)
+        else:
+            assert target_bytes is not None
+            self.text, self.budget = f"{target_bytes} bytes", int(target_bytes) - self.dense_bytes
+
+    def check(self, smallest: int, largest: int) -> None:
+        """ValueError where ``smallest`` is over the budget, naming what can be had: bytes of the quantized weights."""
+        if smallest > self.budget:
+            raise ValueError(
+                f"the budget is too small: the smallest settings take {self._describe(smallest)}, the largest "
+                f"{self._describe(largest)}, the target is {self.text}"
+            )
+
+    def _describe(self, nbytes: int) -> str:
+        return (
+            f"{8 * nbytes / self.weights:.3f} bits a weight "
+            f"({nbytes + self.dense_bytes} bytes with all that stays dense)"
+        )
+
+
+def check_target(
+    model: nn.Module,
+    config: HqqConfig | None = None,
+    target_bpw: float | None = None,
+    target_bytes: int | None = None,
+    candidates: Sequence[dict[str, Any]] = CANDIDATES,
+) -> None:
+    """ValueError for a target that no choice among ``candidates`` meets, told from shapes before anything is measured.
+
+    Arguments as of ``choose_config`` and ``measure_sensitivity``; ``model`` may be on the meta device. The message
+    gives the smallest and the largest size that can be reached. Where a candidate leaves the dtype of its scales to
+    the weight's numbers, float16 counts for the smallest size and float32 for the largest.
+    """
+    config = config or HqqConfig()
+    weights = selected_weights(model, config)
+    target = _Target(model, weights, target_bpw, target_bytes)
+    configs, smallest, largest = candidate_configs(config, candidates), 0, 0
+    for name, weight in weights.items():
+        check_fits(name, weight.shape, configs)
+        usable = [c for c in configs if fits(weight.shape, c)]
+        smallest += min(stored_bytes(weight.shape, c, torch.float16) for c in usable)
+        largest += max(stored_bytes(weight.shape, c, torch.float32) for c in usable)
+    target.check(smallest, largest)
+
+
 def choose_config(
     model: nn.Module,
     sensitivity: Sensitivity,
@@ -37,53 +102,41 @@ def choose_config(
 
     config: as given to ``measure_sensitivity``. target_bpw: bits a quantized weight, metadata counted. target_bytes: of
     the whole model, what stays dense counted. Exactly one of the two. ValueError for a budget that cannot be met (it
-    names the smallest one) or a layer that was not measured.
+    names the smallest and the largest; ``check_target`` tells before measuring) or a layer that was not measured.
     """
     config = config or HqqConfig()
-    if (target_bpw is None) == (target_bytes is None):
-        raise ValueError("give one of target_bpw and target_bytes")
     weights = selected_weights(model, config)
+    target = _Target(model, weights, target_bpw, target_bytes)
     missing = [name for name in weights if name not in sensitivity.layers]
     if missing:
         raise ValueError(f"{missing[0]}: not in the sensitivities ({len(missing)} such); measure this model")
-    numbers = sum(w.numel() for w in weights.values())
-    taken = {id(w) for w in weights.values()}
-    dense = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in taken)
-    if target_bpw is not None:
-        if not target_bpw > 0:
-            raise ValueError(f"target_bpw must be over 0, got {target_bpw}")
-        budget = int(target_bpw * numbers / 8)
-    else:
-        assert target_bytes is not None
-        budget = int(target_bytes) - dense
-    options, indices = [], []
-    for name in weights:
-        entry = sensitivity.layers[name]
-        fits = [i for i, size in enumerate(entry["bytes"]) if size is not None]
-        indices.append(fits)
-        options.append([(entry["bytes"][i], entry["loss"][i]) for i in fits])
-    least = sum(min(size for size, _ in each) for each in options)
-    if least > budget:
-        raise ValueError(
-            f"the budget is too small: the smallest settings take {8 * least / numbers:.3f} bits a weight "
-            f"({least + dense} bytes with all that stays dense), the target is "
-            + (f"{target_bpw} bits" if target_bpw is not None else f"{target_bytes} bytes")
-        )
-    chosen = [fits[k] for fits, k in zip(indices, best_choice(options, budget), strict=True)]
-    names = list(weights)
-    layers = {name: dict(sensitivity.candidates[i]) for name, i in zip(names, chosen, strict=True)}
-    sizes = [sensitivity.layers[name]["bytes"][i] for name, i in zip(names, chosen, strict=True)]
-    loss = sum(sensitivity.layers[name]["loss"][i] for name, i in zip(names, chosen, strict=True))
-    counts = Counter(_label(c) for c in layers.values())
-    # Every module that shares a weight needs its settings.
-    setting = {id(weights[name]): layer for name, layer in layers.items()}
-    tags: dict[str, dict[str, Any] | None] = {
-        name: setting[id(module.weight)]
+    layers = [sensitivity.layers[name] for name in weights]
+    usable = [[i for i, nbytes in enumerate(layer["bytes"]) if nbytes is not None] for layer in layers]
+    options = [
+        [(layer["bytes"][i], layer["loss"][i]) for i in each] for layer, each in zip(layers, usable, strict=True)
+    ]
+    sizes = [[nbytes for nbytes, _ in each] for each in options]
+    target.check(sum(map(min, sizes)), sum(map(max, sizes)))
+
+    best = best_choice(options, target.budget)
+    nbytes = sum(each[k][0] for each, k in zip(options, best, strict=True))
+    loss = sum(each[k][1] for each, k in zip(options, best, strict=True))
+    candidates = [sensitivity.candidates[each[k]] for each, k in zip(usable, best, strict=True)]
+    counts = Counter(_label(candidate) for candidate in candidates)
+    layer_config = dataclasses.replace(config, dynamic_config=_tags(model, list(weights.values()), candidates))
+    return Choice(layer_config, nbytes, 8 * nbytes / target.weights, loss, dict(sorted(counts.items())))
+
+
+def _tags(
+    model: nn.Module, weights: Sequence[nn.Parameter], candidates: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any] | None]:
+    """``dynamic_config`` with the candidate of each weight, for every module that uses it."""
+    by_id = {id(weight): dict(candidate) for weight, candidate in zip(weights, candidates, strict=True)}
+    return {
+        name: by_id[id(module.weight)]
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and id(module.weight) in setting
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and id(module.weight) in by_id
     }
-    own = dataclasses.replace(config, dynamic_config=tags)
-    return Choice(own, sum(sizes), 8 * sum(sizes) / numbers, loss, dict(sorted(counts.items())))
 
 
 def _label(candidate: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqqtensor.calibration.inputs import run
 from hqqtensor.config import HqqConfig
+from hqqtensor.forward import evaluating, run
+from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.stored import VERSION, read_sensitivities
 from hqqtensor.selection import selected_weights
 from hqqtensor.tensor import HQQTensor
@@ -38,14 +39,15 @@ LEARNED: tuple[dict[str, Any], ...] = tuple(
 
 @dataclass
 class Sensitivity:
-    """Sizes and losses by layer and setting.
+    """Sizes and losses by layer and candidate.
 
     method: "weights": squared error of the weight, relative, times the number of weights. "outputs": what quantizing
         the layer alone does to the model's outputs (mean KL of the logits in nats, or where there are none the relative
-        squared error of the last hidden states), found at one setting for each solver and carried to the others by
-        their squared errors: both grow with the square of a small change.
-    layers: by module name {"key": what it was measured on, "bytes": [...], "loss": [...]}, in the order of
-        ``candidates``; None where a setting does not fit the layer.
+        squared error of the last hidden states). It is measured with one setting for each solver. The others get it in
+        proportion to their squared errors: both grow with the square of a small change.
+    candidates: settings of ``HqqConfig``.
+    layers: by module name {"key": hash of what was measured, "bytes": [...], "loss": [...]}, one entry for each of
+        ``candidates``; None where a candidate's groups are longer than the layer.
     """
 
     method: str
@@ -78,7 +80,7 @@ def measure_sensitivity(
     model: nn.Module,
     config: HqqConfig | None = None,
     batches: list[Any] | None = None,
-    candidates: tuple[dict[str, Any], ...] = CANDIDATES,
+    candidates: Sequence[dict[str, Any]] = CANDIDATES,
     file: Path | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Sensitivity:
@@ -87,41 +89,49 @@ def measure_sensitivity(
     config: what all candidates share (solver, skip_modules, ...). batches: None to look at weights only, else
         batches (mappings, tuples or tensors) whose outputs are compared: of text, or of ``random_tokens`` where there
         is none. Their outputs are kept in memory: a few thousand tokens serve.
-    file: results are written there after each layer, and layers found there, measured on the same weights and
+    file: results are written there after each layer, and layers already in it, measured on the same weights and
         settings, are not measured again.
-    ValueError for candidates that fit no layer, outputs without logits, or a ``file`` that is damaged or of another
-    model.
+    progress: called as ``progress(done, total, name)`` after each layer.
+    ValueError for a layer that no candidate fits or a ``file`` that is damaged or of another model (both before any is
+    measured), for outputs without logits, and for outputs that are not finite.
     """
     config = config or HqqConfig()
     if config.dynamic_config:
         raise ValueError("the search chooses the settings of all layers: leave dynamic_config out, use skip_modules")
-    settings = [HqqConfig.from_dict({**_shared(config), **c}) for c in candidates]
-    method = "weights" if batches is None else "outputs"
-    found = Sensitivity(method, [dict(c) for c in candidates])
-    path = None if file is None else Path(file)
-    old = Sensitivity.load(path) if path is not None and path.exists() else None
-    if old is not None:
-        old.check_model(model, path)  # type: ignore[arg-type]
-        if old.candidates != found.candidates:  # measured with others: nothing of it can be used
-            old = None
-    before = None if batches is None else _outputs(model, batches)
-    text = "" if before is None else _fingerprint(before[0])
+    configs = candidate_configs(config, candidates)
     weights = selected_weights(model, config)
+    for name, weight in weights.items():
+        check_fits(name, weight.shape, configs)
+    path = None if file is None else Path(file)
+    earlier = {} if path is None else _earlier_layers(path, model, candidates)
+    method = "weights" if batches is None else "outputs"
+    dense_outputs = None if batches is None else _outputs(model, batches)
+    outputs_key = "" if dense_outputs is None else _fingerprint(dense_outputs[0])
+    layers: dict[str, dict[str, Any]] = {}
     for done, (name, weight) in enumerate(weights.items(), 1):
-        key = _key(weight, settings, text)
-        known = old.layers.get(name) if old is not None else None
-        if known is None or known.get("key") != key:
-            known = {"key": key, **_measure(model, name, weight, settings, batches, before)}
-        found.layers[name] = known
+        key = _key(weight, configs, outputs_key)
+        layer = earlier.get(name)
+        if layer is None or layer.get("key") != key:
+            layer = {"key": key, **_measure(model, weight, configs, batches, dense_outputs)}
+        layers[name] = layer
         if path is not None:
-            # What is still to come may lie in the old file: keep it for the next run.
-            rest = {n: v for n, v in (old.layers if old else {}).items() if n not in found.layers}
-            Sensitivity(method, found.candidates, {**found.layers, **rest}).save(path)
+            # Layers still to come may be in the file from an earlier run: they stay in it for the next one.
+            Sensitivity(method, [dict(c) for c in candidates], {**earlier, **layers}).save(path)
         if progress is not None:
             progress(done, len(weights), name)
+    result = Sensitivity(method, [dict(c) for c in candidates], layers)
     if path is not None:
-        found.save(path)
-    return found
+        result.save(path)
+    return result
+
+
+def _earlier_layers(path: Path, model: nn.Module, candidates: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The layers in the file ``path``; none where there is no file or it is of other candidates."""
+    if not path.exists():
+        return {}
+    stored = Sensitivity.load(path)
+    stored.check_model(model, path)
+    return stored.layers if stored.candidates == [dict(candidate) for candidate in candidates] else {}
 
 
 def random_tokens(vocabulary: int, length: int = 256, count: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -130,56 +140,86 @@ def random_tokens(vocabulary: int, length: int = 256, count: int = 8, seed: int 
     return [{"input_ids": torch.randint(0, vocabulary, (count, length), generator=generator)}]
 
 
-def _shared(config: HqqConfig) -> dict[str, Any]:
-    return {k: v for k, v in config.to_dict().items() if k != "dynamic_config"}
+def candidate_configs(config: HqqConfig, candidates: Sequence[dict[str, Any]]) -> list[HqqConfig]:
+    """``config`` with the settings of each candidate; ValueError for settings that HqqConfig refuses."""
+    shared = {k: v for k, v in config.to_dict().items() if k != "dynamic_config"}
+    return [HqqConfig.from_dict({**shared, **candidate}) for candidate in candidates]
+
+
+def fits(shape: Sequence[int], config: HqqConfig) -> bool:
+    """Whether a group of ``config`` is no longer than the side of a weight ``[N, K]`` that it runs along."""
+    return config.group_size is None or config.group_size <= shape[-1 if config.axis == 1 else -2]
+
+
+def check_fits(name: str, shape: Sequence[int], configs: Sequence[HqqConfig]) -> None:
+    """ValueError naming the layer ``name`` where none of ``configs`` fits its weight ``[N, K]``."""
+    if not any(fits(shape, config) for config in configs):
+        raise ValueError(f"{name}: none of the candidates' group sizes fits a weight of shape {list(shape)}")
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The setting with which a solver's effect on the outputs is measured. error: as the losses by weights."""
+
+    nbits: int
+    quantized: HQQTensor
+    error: float
 
 
 def _measure(
-    model: nn.Module, name: str, weight: nn.Parameter, settings: list[HqqConfig], batches: list[Any] | None,
-    before: tuple[list[Tensor], bool] | None,
+    model: nn.Module, weight: nn.Parameter, configs: list[HqqConfig], batches: list[Any] | None,
+    dense_outputs: tuple[list[Tensor], bool] | None,
 ) -> dict[str, Any]:  # fmt: skip
+    """The "bytes" and "loss" of a layer, see ``Sensitivity``."""
     sizes: list[int | None] = []
     losses: list[float | None] = []
     w = weight.detach().to(torch.float32)
     total = float(w.square().sum())
-    probes: dict[str, tuple[float, HQQTensor]] = {}
-    for config in settings:
-        if config.group_size is not None and config.group_size > weight.shape[-1 if config.axis == 1 else -2]:
+    probes: dict[str, _Probe] = {}
+    for config in configs:
+        if not fits(weight.shape, config):
             sizes.append(None)
             losses.append(None)
             continue
-        q = HQQTensor.from_hp(weight.detach(), config)
-        error = float((q.dequantize(torch.float32) - w).square().sum()) / total if total else 0.0
-        sizes.append(q.nbytes)
-        losses.append(error * weight.numel())
+        quantized = HQQTensor.from_hp(weight.detach(), config)
+        relative = float((quantized.dequantize(torch.float32) - w).square().sum()) / total if total else 0.0
+        error = relative * weight.numel()
+        sizes.append(quantized.nbytes)
+        losses.append(error)
         # 3 bits: far enough from the dense weight to show, not so far that all is lost.
         probe = probes.get(config.solver)
-        if error and (probe is None or abs(config.nbits - 3) < abs(probe[1].nbits - 3)):
-            probes[config.solver] = error * weight.numel(), q
-    if not any(size is not None for size in sizes):
-        raise ValueError(f"{name}: none of the candidates' group sizes fits a weight of shape {list(weight.shape)}")
-    if batches is not None and before is not None:
-        module = model.get_submodule(name)
-        factor = dict.fromkeys({config.solver for config in settings}, 0.0)
-        for solver, (error, q) in probes.items():
-            module._parameters["weight"] = nn.Parameter(q, requires_grad=False)
-            try:
-                factor[solver] = _change(before, _outputs(model, batches)) / error
-            finally:
-                module._parameters["weight"] = weight
+        if error and (probe is None or abs(config.nbits - 3) < abs(probe.nbits - 3)):
+            probes[config.solver] = _Probe(config.nbits, quantized, error)
+    if batches is not None and dense_outputs is not None:
+        change_by_error = dict.fromkeys({config.solver for config in configs}, 0.0)
+        for solver, probe in probes.items():
+            outputs = _outputs_with(model, weight, probe.quantized, batches)
+            change_by_error[solver] = _change(dense_outputs, outputs) / probe.error
         losses = [
-            None if loss is None else loss * factor[config.solver]
-            for loss, config in zip(losses, settings, strict=True)
+            None if loss is None else loss * change_by_error[config.solver]
+            for loss, config in zip(losses, configs, strict=True)
         ]
     return {"bytes": sizes, "loss": losses}
+
+
+def _outputs_with(
+    model: nn.Module, weight: nn.Parameter, quantized: HQQTensor, batches: list[Any]
+) -> tuple[list[Tensor], bool]:
+    """Outputs of ``model`` with ``quantized`` wherever it uses ``weight``; the model is left as it was."""
+    replacement = nn.Parameter(quantized, requires_grad=False)
+    try:
+        replace_parameters(model, {id(weight): replacement})
+        return _outputs(model, batches)
+    finally:
+        replace_parameters(model, {id(replacement): weight})
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batches: list[Any]) -> tuple[list[Tensor], bool]:
     """For each batch log probabilities ``[..., classes]`` and True, or the last hidden states and False; float32."""
-    training, found, has_logits = model.training, [], False
-    model.eval()
-    try:
+    outputs: list[Tensor] = []
+    has_logits = False
+    with evaluating(model):
         for batch in batches:
             out = run(model, batch)
             has_logits = hasattr(out, "logits")
@@ -187,10 +227,10 @@ def _outputs(model: nn.Module, batches: list[Any]) -> tuple[list[Tensor], bool]:
             if not isinstance(result, Tensor):
                 raise ValueError(f"{type(model).__name__} gives no logits or hidden states: measure without batches")
             result = result.detach().to(torch.float32)
-            found.append(result.log_softmax(-1) if has_logits else result)
-    finally:
-        model.train(training)
-    return found, has_logits
+            if not bool(result.isfinite().all()):
+                raise ValueError(f"{type(model).__name__}: its outputs are not finite on these batches")
+            outputs.append(result.log_softmax(-1) if has_logits else result)
+    return outputs, has_logits
 
 
 def _change(before: tuple[list[Tensor], bool], after: tuple[list[Tensor], bool]) -> float:
@@ -207,9 +247,9 @@ def _fingerprint(outputs: list[Tensor]) -> str:
     return hashlib.sha256(repr([(list(o.shape), float(o.double().sum())) for o in outputs]).encode()).hexdigest()
 
 
-def _key(weight: Tensor, settings: list[HqqConfig], text: str) -> str:
+def _key(weight: Tensor, configs: list[HqqConfig], outputs_key: str) -> str:
     """What a measurement depends on: the weight, the settings, the outputs compared."""
     w = weight.detach()
-    parts = [list(w.shape), str(w.dtype), float(w.double().sum()), float(w.double().square().sum())]
-    own = [*parts, text, [c.to_dict() for c in settings]]
-    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+    weight_key = [list(w.shape), str(w.dtype), float(w.double().sum()), float(w.double().square().sum())]
+    everything = [*weight_key, outputs_key, [c.to_dict() for c in configs]]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()

@@ -2,8 +2,10 @@
 
 from hqqtensor.solvers import column_scaled, hqq, hqq_joint, rtn
 from hqqtensor.solvers.base import Solution, Solver, get_solver, register_solver, solver_names
+from hqqtensor.solvers.codebook import Passes
 
 __all__ = [
+    "Passes",
     "Solution",
     "Solver",
     "column_scaled",

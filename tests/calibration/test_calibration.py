@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
-from hqqtensor.calibration import calibrate
+from hqqtensor.calibration import calibrate, finetune
 from hqqtensor.calibration.build import from_calibrated
 from hqqtensor.calibration.feedback import feed_back, inverse_factor
 
@@ -118,6 +119,98 @@ def test_layers_with_a_common_input_are_one_stage():
     assert calibrate(Net(), BATCHES).stages == [["a", "b"], ["out"]]
 
 
+class Attention(nn.Module):
+    """The layers of a decoder layer on hidden states ``[B, S, 64]``: q, k, v; o; gate, up; down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x, attention_mask=None):
+        x = x.clone()  # as after a norm: hidden states have other memory in every pass
+        x = x + self.o(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+        return x + self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+ATTENTION_STAGES = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+
+
+def attention_batches(padded: int | None) -> list[dict[str, torch.Tensor]]:
+    """Three batches; with a mask that hides the last ``padded`` of 16 tokens, or without one (None)."""
+    hidden_states = [correlated(64, seed).reshape(4, 16, 64) for seed in range(3)]
+    if padded is None:
+        return [{"x": x} for x in hidden_states]
+    mask = (torch.arange(16) < 16 - padded).long().expand(4, 16)
+    return [{"x": x, "attention_mask": mask} for x in hidden_states]
+
+
+@pytest.mark.parametrize("padded", [None, 0, 5])
+def test_query_key_and_value_share_a_pass_with_and_without_a_mask(padded):
+    model, batches, passes = Attention(), attention_batches(padded), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    calibration = calibrate(model, batches)
+    assert calibration.stages == ATTENTION_STAGES and calibration.called_once
+    assert len(passes) == len(batches)
+    quantize_(model, CONFIG, calibration=calibration)
+    assert len(passes) == len(batches) + len(batches) * len(ATTENTION_STAGES)
+    assert all(isinstance(layer.weight, HQQTensor) for layer in model.children())
+
+
+def test_a_mask_that_hides_nothing_changes_nothing():
+    models = [Attention(), Attention()]
+    for model, padded in zip(models, (None, 0), strict=True):
+        quantize_(model, CONFIG, calibration=calibrate(model, attention_batches(padded)))
+    for one, other in zip(*(model.children() for model in models), strict=True):
+        assert torch.equal(one.weight, other.weight)
+
+
+def test_a_llama_needs_four_passes_a_decoder_layer_with_a_mask():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(0, 64, (2, 16))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    stages = calibrate(model, [{"input_ids": ids, "attention_mask": mask}]).stages
+    of_a_layer = [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"],
+    ]  # fmt: skip
+    layers = [[f"model.layers.{i}.{name}" for name in stage] for i in range(2) for stage in of_a_layer]
+    assert stages == [*layers, ["lm_head"]]
+
+
+def test_inputs_that_only_lie_in_the_same_memory_are_not_shared():
+    class InPlace(Net):
+        def forward(self, x):
+            x = x.clone()
+            a = self.a(x)
+            return self.out(a * self.b(x.mul_(2)))
+
+    with torch.inference_mode():
+        assert calibrate(InPlace(), BATCHES).stages == [["a"], ["b"], ["out"]]
+    assert calibrate(InPlace(), BATCHES).stages == [["a"], ["b"], ["out"]]
+
+
+def test_layers_with_a_common_input_on_some_calls_only_are_not_one_stage():
+    class Often(Net):
+        def forward(self, x):
+            first = self.a(x) * self.b(x)
+            return self.out(first + (self.a if self.again == "a" else self.b)(x.neg()))
+
+    for again in ("a", "b"):
+        model = Often()
+        model.again = again
+        assert calibrate(model, BATCHES).stages == [["a"], ["b"], ["out"]]
+
+
 def test_unseen_layers_are_quantized_all_the_same():
     _, other = quantized("full")
     assert isinstance(other.unused.weight, HQQTensor)
@@ -144,6 +237,36 @@ def test_calibrate_leaves_the_model_and_its_mode_alone():
     assert model.training and not model.a._forward_pre_hooks
     expected = Net().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_every_module_gets_its_own_mode_back(stop):
+    model = Net().train()
+    model.a.eval()
+    modes = [module.training for module in model.modules()]
+    during = []
+    model.out.register_forward_hook(lambda *_: during.extend(module.training for module in model.modules()))
+
+    def interrupt(*_args):
+        if stop:
+            raise KeyboardInterrupt
+
+    def attempt(work):
+        with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+            work()
+        assert [module.training for module in model.modules()] == modes
+
+    calibration = calibrate(model, BATCHES)
+    attempt(lambda: calibrate(model, BATCHES, progress=interrupt))
+    attempt(lambda: quantize_(model, CONFIG, calibration=calibration, progress=interrupt))
+    dense = copy.deepcopy(model)
+    if not stop:
+        dequantize_(dense)
+    else:
+        quantize_(model, CONFIG)
+    attempt(lambda: finetune(model, dense, BATCHES, steps=1, progress=interrupt))
+    assert [module.training for module in dense.modules()] == modes
+    assert during and not any(during)
 
 
 def test_an_error_on_the_way_leaves_the_model_dense():

@@ -1,4 +1,6 @@
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hqqtensor import (
     monitor_quantization_performance,
     quantize_,
 )
+from hqqtensor.diagnostics.language import compare_language_models
 
 
 def model() -> nn.Sequential:
@@ -53,6 +56,41 @@ def test_performance_counts_bytes_and_times_both_models() -> None:
     assert result.bytes_saved == result.bytes_before - result.bytes_after > 0
     assert result.rate_before > 0 and result.rate_after > 0 and result.unit == "samples"
     assert m.training and "samples a second" in str(result)
+
+
+class Head(nn.Module):
+    """A language model of two layers, one of which the user holds in eval mode; ``calls`` has the modes seen."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.table, self.head, self.fail_at = nn.Embedding(8, 64), nn.Linear(64, 8), fail_at
+        self.calls: list[list[bool]] = []
+        self.train()
+        self.head.eval()
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        self.calls.append(self.modes())
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        return SimpleNamespace(logits=self.head(self.table(input_ids)))
+
+    def modes(self) -> list[bool]:
+        return [module.training for module in self.modules()]
+
+
+@pytest.mark.parametrize("fail_at", [None, 1])
+@pytest.mark.parametrize("diagnostic", [compare_language_models, monitor_quantization_performance])
+def test_every_module_gets_its_own_mode_back(diagnostic, fail_at) -> None:
+    m, original, ids = Head(fail_at), Head(), torch.randint(0, 8, (2, 7))
+    modes = m.modes()
+    assert True in modes and False in modes
+    with pytest.raises(KeyboardInterrupt) if fail_at else contextlib.nullcontext():
+        if diagnostic is compare_language_models:
+            compare_language_models(original, m, ids)
+        else:
+            monitor_quantization_performance(m, ids, original)
+    assert m.modes() == original.modes() == modes
+    assert m.calls and not any(any(call) for call in m.calls + original.calls)
 
 
 def test_performance_counts_tokens_of_integer_inputs() -> None:

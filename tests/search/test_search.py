@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -6,7 +7,17 @@ from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.diagnostics import model_size
-from hqqtensor.search import Sensitivity, choose_config, measure_sensitivity, random_tokens, sensitivity
+from hqqtensor.search import (
+    CANDIDATES,
+    LEARNED,
+    Sensitivity,
+    check_target,
+    choose_config,
+    measure_sensitivity,
+    random_tokens,
+    sensitivity,
+)
+from hqqtensor.stored_size import stored_bytes
 
 
 class Net(nn.Module):
@@ -87,7 +98,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
     real = sensitivity._measure
     monkeypatch.setattr(sensitivity, "_measure", lambda *a: measured.append(a[1]) or real(*a))
     assert measure_sensitivity(model, file=file).layers == measure_sensitivity(Net()).layers
-    assert measured[:1] == ["third"] and len(measured) == 1 + 3
+    assert measured[0] is model.third.weight and len(measured) == 1 + 3
 
 
 def test_other_weights_or_settings_are_measured_again(tmp_path):
@@ -107,6 +118,26 @@ def test_measuring_leaves_the_model_alone():
     assert model.training
     expected = Net().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_every_module_gets_its_own_mode_back(stop):
+    model = Net().train()
+    model.second.eval()
+    modes = [module.training for module in model.modules()]
+    during = []
+
+    def look(*_args):
+        during.extend(module.training for module in model.modules())
+        if stop and len(during) > len(modes):
+            raise KeyboardInterrupt
+
+    model.third.register_forward_hook(look)
+    with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+        measure_sensitivity(model, batches=BATCHES)
+    assert [module.training for module in model.modules()] == modes
+    assert during and not any(during)
+    assert not any(isinstance(p, HQQTensor) for p in model.parameters())
 
 
 def test_tied_weights_get_one_setting():
@@ -136,6 +167,97 @@ def test_bad_targets_and_files_are_refused_with_the_reason(tmp_path):
         bad.write_text(text)
         with pytest.raises(ValueError, match="no sensitivity file"):
             Sensitivity.load(bad)
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="outputs are not finite on these batches"):
+        measure_sensitivity(Net(), batches=[torch.full((1, 128), torch.inf)])
+
+
+def test_what_an_interrupted_file_holds_stays_in_it_until_it_is_used(tmp_path):
+    model, file = Net(), tmp_path / "s.json"
+    measured = measure_sensitivity(model, file=file).layers
+
+    def stop(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(model, file=file, progress=stop)
+    assert json.loads(file.read_text())["layers"] == measured
+
+
+MANY = [
+    *CANDIDATES, *LEARNED, {"nbits": 4, "group_size": 64}, {"nbits": 3, "group_size": None},
+    {"nbits": 2, "group_size": 48, "quant_scale": True, "quant_zero": False, "meta_nbits": 4},
+    {"nbits": 2, "group_size": None, "quant_scale": True, "quant_zero": True, "meta_nbits": 4},
+    {"nbits": 4, "group_size": 40, "axis": 0, "quant_scale": True, "quant_zero": True},
+    {"nbits": 4, "group_size": None, "axis": 0}, {"nbits": 4, "group_size": 32, "format": "nf4"},
+    {"nbits": 3, "group_size": 32, "format": "codebook", "codebook": "row", "scale_dtype": torch.bfloat16},
+    {"nbits": 4, "group_size": 64, "solver": "column_scaled", "scale_dtype": torch.float32},
+    {"nbits": 4, "group_size": 64, "solver": "rtn", "rotation": True},
+    {"nbits": 4, "group_size": 7, "scale_dtype": "float16"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(200, 136), (130, 128), (2, 3, 40, 72)], ids=str)
+@pytest.mark.parametrize("settings", MANY, ids=str)
+def test_sizes_are_told_without_quantizing(settings, shape):
+    config = HqqConfig(**settings)
+    if sensitivity.fits(shape, config) and not (len(shape) > 2 and config.format == "codebook"):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert stored_bytes(shape, config) == HQQTensor.from_hp(weight, config).nbytes
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"target_bpw": 1.0}, r"the smallest settings take 2\.133 bits a weight \(21360 bytes with all that stays dense"
+         r"\), the largest 8\.266 bits a weight \(59040 bytes with all that stays dense\), the target is 1\.0 bits"),
+        ({"target_bytes": 100}, r"\(21360 bytes with all .* \(59040 bytes with all .* the target is 100 bytes"),
+        ({"target_bpw": 0.0}, "target_bpw must be over 0 and finite, got 0.0"),
+        ({"target_bpw": float("inf")}, "target_bpw must be over 0 and finite, got inf"),
+        ({"target_bpw": float("nan")}, "target_bpw must be over 0 and finite, got nan"),
+        ({}, "give one of target_bpw and target_bytes"),
+        ({"target_bpw": 3.0, "candidates": [{"group_size": 512}]}, r"first: none of the candidates' group sizes fits"),
+    ],
+)  # fmt: skip
+def test_an_impossible_target_is_told_before_anything_is_measured(monkeypatch, target, message):
+    monkeypatch.setattr(HQQTensor, "from_hp", None)
+    for model in (Net(), Net().to("meta")):
+        with pytest.raises(ValueError, match=message):
+            check_target(model, **target)
+
+
+@pytest.mark.parametrize("target", [{"target_bpw": 2.2}, {"target_bytes": 21_360}, {"target_bpw": 40.0}])
+def test_a_target_that_is_not_refused_can_be_reached(target):
+    model = Net()
+    check_target(model, **target)
+    choose_config(model, measure_sensitivity(model), **target)
+
+
+def test_a_model_without_weights_to_choose_for_is_refused():
+    model = nn.ModuleDict({"lm_head": nn.Linear(64, 64)})
+    with pytest.raises(ValueError, match="no weights to choose settings for"):
+        check_target(model, target_bpw=3.0)
+
+
+def test_a_layer_that_nothing_fits_is_told_before_anything_is_measured(monkeypatch):
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(8, 128))
+    monkeypatch.setattr(HQQTensor, "from_hp", None)
+    with pytest.raises(ValueError, match=r"2: none of the candidates' group sizes fits a weight of shape \[128, 8\]"):
+        measure_sensitivity(model)
+
+
+def test_a_tied_weight_is_quantized_wherever_it_is_used_while_it_is_measured():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.third.weight = self.second.weight
+
+    model, dense = Tied(), []
+    model.third.register_forward_hook(lambda *_: dense.append(isinstance(model.third.weight, HQQTensor)))
+    measure_sensitivity(model, batches=BATCHES)
+    assert dense == [False, False, True]  # nothing, the first layer, the two that share a weight
 
 
 def test_random_tokens_are_the_same_for_a_seed():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hqqtensor.kernels.triton.encoder import TritonEncoder
 from hqqtensor.ops.backend import Backend, register_backend
 
 OPERATORS = ("linear", "batched_linear", "grouped_linear", "embedding", "dequantize")
@@ -37,37 +38,4 @@ def _lazy(op: str) -> Callable[..., Tensor]:
     return run
 
 
-LONGEST_GROUP = 4096
-"""Members of a group that the solvers still hold in registers."""
-
-
-def why_not_solved(solver: str, lp_norm: float, format: str, members: int) -> str | None:
-    """None, or why ``solve_groups`` cannot find scales for groups of so many members."""
-    if format != "int":
-        return f"format {format!r}: the Triton solvers have integers only"
-    if solver not in ("rtn", "hqq_joint"):
-        return f"solver {solver!r}: the Triton kernels have 'rtn' and 'hqq_joint'"
-    if solver == "hqq_joint" and lp_norm != 2.0:
-        return f"lp_norm {lp_norm}: the Triton solver has 2.0 only"
-    if members > LONGEST_GROUP:
-        return f"groups of {members}: the Triton solvers hold up to {LONGEST_GROUP} in registers"
-    return None
-
-
-def solve_groups(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
-    """Inverse scales and zero points, float32, of ``[N, K]``: ``[N, groups]`` (axis 1) or ``[groups, K]`` (axis 0)."""
-    from hqqtensor.kernels.triton import launch
-
-    return launch.solve(matrix, nbits, group_size, axis, solver)
-
-
-def pack_codes(
-    out: Tensor, matrix: Tensor, inverse: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int
-) -> None:
-    """Pack the nearest integer codes of ``[N, K]`` into ``out``, uint8 ``[N, row_bytes]``."""
-    from hqqtensor.kernels.triton import launch
-
-    launch.assign(out, matrix, inverse, zero_point, nbits, group_size, axis)
-
-
-register_backend(Backend("triton", {op: _lazy(op) for op in OPERATORS}, DEVICES, why_unavailable))
+register_backend(Backend("triton", {op: _lazy(op) for op in OPERATORS}, DEVICES, why_unavailable, TritonEncoder()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hqqtensor import HqqConfig
-from hqqtensor.encode import _solve
+from hqqtensor.encode import solve_matrix
 from hqqtensor.kernels.triton import launch
 from hqqtensor.ops import backend
 from hqqtensor.ops.reference import expand_groups
@@ -31,8 +31,8 @@ def error(w: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, nbits: int
 def test_rtn_is_the_plain_solver(nbits: int, N: int, K: int, size: int, axis: int) -> None:
     w = matrix(N, K, axis)
     config = HqqConfig(nbits, size, axis=axis, solver="rtn")
-    with backend("dequantize"):
-        want = _solve(w, size, config)
+    with backend("reference"):
+        want = solve_matrix(w, size, config)
     inverse, zero = launch.solve(w, nbits, size, axis, "rtn")
     torch.testing.assert_close(inverse, want.inverse_scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(zero, want.zero_point, rtol=1e-5, atol=1e-5)
@@ -42,8 +42,8 @@ def test_rtn_is_the_plain_solver(nbits: int, N: int, K: int, size: int, axis: in
 @pytest.mark.parametrize(("N", "K", "size", "axis"), SHAPES)
 def test_joint_reaches_the_plain_solvers_error(nbits: int, N: int, K: int, size: int, axis: int) -> None:
     w = matrix(N, K, axis)
-    with backend("dequantize"):
-        want = _solve(w, size, HqqConfig(nbits, size, axis=axis))
+    with backend("reference"):
+        want = solve_matrix(w, size, HqqConfig(nbits, size, axis=axis))
     inverse, zero = launch.solve(w, nbits, size, axis, "hqq_joint")
     got, plain = (
         error(w, *pair, nbits, size, axis) for pair in ((inverse, zero), (want.inverse_scale, want.zero_point))

@@ -1,0 +1,31 @@
+"""Running a user's model on batches, for calibration, search and diagnostics."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; afterwards, whatever ended it, every module has its own mode back.
+
+    The flags are set one by one: ``model.train()`` would put modules into train mode that the user holds in eval mode,
+    such as frozen batch norms, and a model's own ``train`` may do more than set flags (merge adapters, for one).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
