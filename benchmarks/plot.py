@@ -1,5 +1,6 @@
-"""Figures of the benchmarks' results, written as PNG. Needs matplotlib."""
+"""Plots of what the benchmarks measure. Needs matplotlib; file names that end in .svg or .png."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,148 +8,184 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-OURS, OURS_LIGHT, INT8, PEER, DENSE, FLOOR = "#1b6ca8", "#7fb5da", "#2a9d8f", "#b0b4b8", "#d9c8a9", "#c1121f"
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
+from benchmarks.docs import figures
+
+BLUE, TEAL, GRAY, SAND, RED, PURPLE, OCHRE = (
+    "#1b6ca8", "#2a9d8f", "#7d8590", "#b08d57", "#c1121f", "#7b2d8b", "#d18a00",
+)  # fmt: skip
+plt.rcParams.update(
+    {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "hqqtensor"}
+)
+LAYER = {
+    "4-bit bf16": ("hqqtensor, bf16", BLUE, "o-"),
+    "4-bit int8 bf16": ("hqqtensor, int8", TEAL, "o-"),
+    "llama.cpp Q4_K": ("llama.cpp Q4_K", GRAY, "s--"),
+    "ATen int4pack": ("ATen int4pack", PURPLE, "^--"),
+    "ONNX Runtime 4-bit int8": ("ONNX Runtime, int8", OCHRE, "v--"),
+}
+"""Lines of ``layer``: row, label, colour and style."""
+ERRORS = {
+    "hqq library": ("hqq {}-bit g64", GRAY, "s--"),
+    "llama.cpp Q2_K to Q4_K": ("llama.cpp Q{}_K", OCHRE, "^--"),
+    "GPTQ, on text": ("GPTQ {}-bit g64 (paper)", PURPLE, "v--"),
+    "hqqtensor, groups of 64": ("hqqtensor {}-bit g64", TEAL, "o-"),
+    "hqqtensor, groups of 20": ("hqqtensor {}-bit g20 4-bit meta", BLUE, "o-"),
+    "hqqtensor, on text": ("hqqtensor {}-bit g32 4-bit meta, full calibration", RED, "o-"),
+}
+"""Lines of ``errors``: label, method, colour and style."""
 
 
-def _save(figure: Any, path: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+def save(figure: Figure, path: str | Path, data: Any = None) -> None:
+    """Write the figure and its folder; an SVG names the ``figures.digest`` of ``data``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None, "Description": f"data {figures.digest(data)}"} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=130, metadata=metadata, facecolor="white")
     plt.close(figure)
 
 
-def _color(row: dict[str, Any]) -> str:
-    if row["kind"] != "ours":
-        return {"peer": PEER, "dense": DENSE}[row["kind"]]
-    return INT8 if row["computes in"] == "int8" else OURS if row["computes in"] == "bfloat16" else OURS_LIGHT
+def layer(run: figures.Run) -> Figure:
+    """How many times faster than the dense bf16 product each is, by the number of tokens."""
+    dense = figures.row(run, "dense bf16")["ms"]
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    ends = []
+    for name, (label, color, style) in LAYER.items():
+        points = [
+            (n, base / time)
+            for n, base, time in zip(run["tokens"], dense, figures.row(run, name)["ms"], strict=True)
+            if time is not None
+        ]
+        axes.plot(*zip(*points, strict=True), style, color=color, linewidth=2, markersize=5)
+        ends.append((points[-1], label, color))
+    axes.axhline(1, color=SAND, linewidth=1.5)
+    ends.append(((run["tokens"][-1], 1.0), "dense bf16", SAND))
+    _scales(axes, run["tokens"], "tokens (rows of x)")
+    axes.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    axes.set_ylabel("times as fast as dense bf16")
+    N, K = run["shape"]
+    where = ", ".join(run[key] for key in ("machine", "set") if key in run)
+    axes.set_title(f"One {N} x {K} layer at 4 bits (higher is better)\n{where}".rstrip(), loc="left", fontsize=11)
+    _label_ends(axes, ends)
+    return figure
 
 
-def _bars(axes: Any, labels: list[str], values: list[float], colors: list[str], form: str) -> None:
-    """Horizontal bars, the first on top, each with its value at its end."""
-    places = range(len(values))[::-1]
-    axes.barh(places, values, color=colors, height=0.75)
-    axes.set_yticks(places, labels)
-    for place, value in zip(places, values, strict=True):
-        axes.annotate(
-            form.format(value), (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5
-        )
+def errors(rows: Sequence[dict[str, Any]], model: str, unit: str) -> Figure:
+    """Error by bits a weight, a line for each kind of method."""
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    by_method = {one["method"]: one for one in rows if one["task"] == model}
+    ends = []
+    for label, (method, color, style) in ERRORS.items():
+        found = [by_method[method.format(bits)] for bits in (2, 3, 4)]
+        points = [(one["bits"], one["main"][0]) for one in found]
+        axes.plot(*zip(*points, strict=True), style, color=color, linewidth=2, markersize=5)
+        ends.append((points[-1], label, color))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("bits a weight, everything counted")
+    axes.set_ylabel(unit)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_title(f"Error of {model} by size (lower is better)", loc="left", fontsize=11)
+    _label_ends(axes, ends)
+    return figure
 
 
-def _legend(figure: Any, entries: list[tuple[str, str]]) -> None:
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for _, color in entries]
-    figure.legend(handles, [name for name, _ in entries], loc="outside lower center", ncols=len(entries), frameon=False)
+def tokens(by_machine: dict[str, figures.Run]) -> Figure:
+    """Tokens a second of whole models, a panel for each machine."""
+    figure, grid = plt.subplots(
+        1, len(by_machine), figsize=(4 + 3 * len(by_machine), 3.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (machine, run) in zip(grid.flat, by_machine.items(), strict=True):
+        labels = []
+        for one in run["rows"]:
+            name, _, activations = one["name"].split(" (")[0].partition("-bit ")
+            activations = "int8" if "int8" in activations else activations
+            labels.append(f"hqqtensor, {name} bits, {activations}" if one["kind"] == "ours" else name)
+        _bars(axes, labels, [one["tokens/s"] for one in run["rows"]], [_color(one) for one in run["rows"]], "{:.1f}")
+        axes.set_title(machine, loc="left", fontsize=11)
+        axes.set_xlabel("tokens a second")
+    figure.suptitle("Decoding with a Llama of 1B shapes (higher is better)", fontsize=11)
+    return figure
+
+
+def solvers(run: figures.Run) -> Figure:
+    """Million weights a second by solver at 4 bits, float32 weights."""
+    named = {}
+    for one in run["rows"]:
+        plain = one["solver"].startswith("plain ")
+        if one["dtype"] == "fp32" and one["bits"] == 4 and not (plain and one["format"] != "int"):
+            name = one["solver"].removeprefix("plain ") + (f", {one['format']}" if one["format"] != "int" else "")
+            named[f"{name}, torch code" if plain else name] = one["M weights/s"]
+    named = dict(sorted(named.items(), key=lambda item: -item[1]))
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(named) + 1.2), layout="constrained")
+    colors = [GRAY if "library" in n else SAND if "torch" in n else BLUE for n in named]
+    _bars(axes, list(named), list(named.values()), colors, "{:.3g}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(right=axes.get_xlim()[1] * 2)
+    axes.set_xlabel("million weights a second, packing included (log scale)")
+    axes.set_title("Quantizing to 4 bits (higher is better)", loc="left", fontsize=11)
+    return figure
 
 
 def linear(cells: list[dict[str, Any]], path: str) -> None:
-    """Milliseconds on the first shape, a panel for each M, with the time that the weight's bytes take to read."""
-    shape = cells[0]["shape"]
-    cells = [c for c in cells if c["shape"] == shape]
-    columns = min(3, len(cells))
-    lines = -(-len(cells) // columns)
-    # The main settings; the others are in the tables.
-    left_out = ("g32", "g128", "scales", "7-bit", "6-bit", "5-bit")
-    keep = [r["name"] for r in cells[0]["rows"] if r["kind"] != "ours" or not any(s in r["name"] for s in left_out)]
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(4.6 * columns, (0.2 * len(keep) + 1) * lines + 0.5),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axes, cell in zip(grid.flat, cells, strict=False):
-        rows = sorted((r for r in cell["rows"] if r["name"] in keep), key=lambda r: r["ms"])
-        _bars(axes, [r["name"] for r in rows], [r["ms"] for r in rows], [_color(r) for r in rows], "{:.2f}")
-        floors = [r["bytes"] / cell["read GB/s"] / 1e6 for r in rows]
-        axes.scatter(floors, range(len(rows))[::-1], marker="|", s=60, color=FLOOR, linewidths=1.5, zorder=3)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlim(min(floors) / 2, max(r["ms"] for r in rows) * 4)
-        axes.set_title(f"M = {cell['M']}", loc="left", fontweight="bold")
-        axes.tick_params(axis="y", labelsize=7.5, length=0)
-    for axes in list(grid.flat)[len(cells) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"{shape[0]} x {shape[1]}, milliseconds (log scale); red: the time to read the weight's bytes")
-    entries = [
-        ("ours, fp32", OURS_LIGHT),
-        ("ours, bf16", OURS),
-        ("ours, int8 activations", INT8),
-        ("peers", PEER),
-        ("dense", DENSE),
-    ]
-    _legend(figure, entries)
-    _save(figure, path)
+    """``layer`` of a result of benchmarks.cpu_linear, its first shape."""
+    save(layer(figures.from_linear({"cells": cells})), path)
 
 
 def decode(results: dict[str, Any], path: str) -> None:
-    """Tokens a second, and seconds to the first token for each length of prompt."""
-    rows = sorted(results["rows"], key=lambda r: -r["tokens/s"])
-    firsts = [key for key in rows[0] if key.startswith("first token")]
-    figure, grid = plt.subplots(
-        1, 1 + len(firsts), figsize=(5 + 3.4 * len(firsts), 0.3 * len(rows) + 1.4), layout="constrained", sharey=True
-    )
-    names = [f"{r['name']}, {r['bytes'] / 1e9:.2f} GB" for r in rows]
-    colors = [
-        PEER if r["kind"] == "llama.cpp" else DENSE if "dense" in r["name"] else INT8 if "int8" in r["name"]
-        else OURS if "bf16" in r["name"] else OURS_LIGHT
-        for r in rows
-    ]  # fmt: skip
-    titles = [f"tokens a second, after {results['decode after']}"]
-    titles += [f"first token of {key.split(', ')[1]}, seconds" for key in firsts]
-    for axes, key, title in zip(grid, ["tokens/s", *firsts], titles, strict=True):
-        _bars(axes, names, [r[key] for r in rows], colors, "{:.1f}" if key == "tokens/s" else "{:.2f}")
-        axes.set_title(title, loc="left")
-        axes.margins(x=0.15)
-        axes.tick_params(axis="y", length=0)
-    figure.suptitle("A Llama with the shapes of Llama-3.2-1B, random weights")
-    entries = [
-        ("ours, fp32", OURS_LIGHT),
-        ("ours, bf16", OURS),
-        ("ours, int8 activations", INT8),
-        ("llama.cpp", PEER),
-        ("dense", DENSE),
-    ]
-    _legend(figure, entries)
-    _save(figure, path)
+    """``tokens`` of a result of benchmarks.cpu_decode."""
+    save(tokens({"Llama of 1B shapes": figures.from_decode(results)}), path)
 
 
 def quantize(rows: list[dict[str, Any]], path: str) -> None:
-    """Weights a second by solver: 4 bits on every matrix to the left, all widths of the first matrix to the right."""
-    first = rows[0]
-    four = [r for r in rows if r["bits"] == 4 and not r["solver"].startswith("plain")]
-    widths = [r for r in rows if (r["shape"], r["dtype"]) == (first["shape"], first["dtype"])]
-    figure, grid = plt.subplots(1, 2, figsize=(10.5, 0.2 * max(len(four), len(widths)) + 1.6), layout="constrained")
+    """``solvers`` of a result of benchmarks.cpu_quantize."""
+    save(solvers(figures.from_quantize({"rows": rows})), path)
 
-    def name(row: dict[str, Any], by_width: bool) -> str:
-        where = f"{row['bits']} bits" if by_width else f"{row['shape'][0]}x{row['shape'][1]} {row['dtype']}"
-        return f"{row['solver']}, {where}"
 
-    def color(row: dict[str, Any]) -> str:
-        if row["solver"].startswith("plain"):
-            return DENSE
-        return {"hqq library": PEER, "rtn": OURS_LIGHT, "hqq": INT8}.get(row["solver"], OURS)
+def _color(one: dict[str, Any]) -> str:
+    if one["kind"] == "ours":
+        return TEAL if one["computes in"] == "int8" else BLUE
+    return SAND if one["kind"] == "dense" else GRAY
 
-    titles = ("4 bits, groups of 64", f"{first['shape'][0]}x{first['shape'][1]} {first['dtype']}, all widths")
-    for axes, chosen, title, by_width in zip(grid, (four, widths), titles, (False, True), strict=True):
-        chosen = sorted(chosen, key=lambda r: -r["M weights/s"])
-        _bars(
-            axes,
-            [name(r, by_width) for r in chosen],
-            [r["M weights/s"] for r in chosen],
-            [color(r) for r in chosen],
-            "{:.3g}",
-        )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlim(right=axes.get_xlim()[1] * 2)
-        axes.set_title(title, loc="left")
-        axes.tick_params(axis="y", labelsize=7.5, length=0)
-    for aim, label in ((1000, "aim: rtn"), (100, "aim: hqq_joint")):
-        grid[0].axvline(aim, color=FLOOR, linewidth=1, linestyle="--")
-        grid[0].annotate(label, (aim, 0), xytext=(2, 2), textcoords="offset points", color=FLOOR, fontsize=7)
-    figure.suptitle("Million weights a second, packing included (log scale)")
-    _legend(
-        figure,
-        [("rtn", OURS_LIGHT), ("hqq", INT8), ("hqq_joint", OURS), ("plain torch path", DENSE), ("hqq library", PEER)],
-    )
-    _save(figure, path)
+
+def _scales(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _bars(axes: Axes, labels: list[str], values: list[float], colors: list[str], form: str) -> None:
+    """Horizontal bars, the first on top, each with its value at its end."""
+    places = range(len(values))[::-1]
+    axes.barh(places, values, color=colors, height=0.7)
+    axes.set_yticks(places, labels)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.15)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(form.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center")
+
+
+def _label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, str]], gap: float = 18) -> None:
+    """Write each line's label to the right of the plot at its last point's height, ``gap`` pixels or more apart."""
+    axes.figure.canvas.draw()
+    heights = [axes.transData.transform(point)[1] for point, _, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: heights[i])
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(heights[i], placed[-1] + gap) if placed else heights[i])
+    # Half of what the labels were pushed up by, so that they stay around their lines.
+    shift = sum(p - heights[i] for p, i in zip(placed, order, strict=True)) / len(placed)
+    right = axes.get_xlim()[1]
+    for height, i in zip(placed, order, strict=True):
+        (x, y), label, color = ends[i]
+        level = axes.transData.inverted().transform((0, height - shift))[1]
+        axes.annotate(
+            label, (x, y), xytext=(right * 1.02, level), color=color, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.8},
+        )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.core.config import AOBaseConfig
 
 from hqqtensor.formats import get_format
 from hqqtensor.solvers import get_solver
@@ -44,7 +44,7 @@ class HqqConfig(AOBaseConfig):
     weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
     lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
     activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
-        each token and group of features (see docs/performance.md for speed and error).
+        each token and group of features (see docs/numerics.md for speed and error).
     integer_zero: zero points are integers, at the price of about 14 % more squared error.
     rotation: mix inputs by a random Hadamard rotation (``hqqtensor.transforms``): the weight is quantized rotated,
         the activations are rotated before each product.
@@ -225,7 +225,3 @@ def _from_hqq_params(params: dict[str, Any]) -> dict[str, Any]:
     if not widths <= set(META_NBITS) or len(widths) > 1:
         raise ValueError(f"scale_quant_params and zero_quant_params must have the same nbits, 8 or 4, got {parts}")
     return {**out, "meta_nbits": widths.pop()} if widths else out
-
-
-# torchao's config_from_dict looks a config's class up by name in these modules.
-ALLOWED_AO_MODULES.add("hqqtensor.config")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor import hqq_weight_only, quantize_
+from hqqtensor.cli.errors import CommandError
 from hqqtensor.cli.model_dir import import_transformers
-from hqqtensor.cli.output import CommandError, print_table
+from hqqtensor.cli.output import print_table
 from hqqtensor.diagnostics import collect_quantization_debug_info, model_size
 from hqqtensor.diagnostics.language import LanguageComparison, compare_language_models, token_windows
 from hqqtensor.diagnostics.table import megabytes

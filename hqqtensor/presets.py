@@ -79,7 +79,7 @@ def get_optimal_quant_config(
 
 def parse_size(value: int | float | str, what: str, units: dict[str, float]) -> float:
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].upper() not in units:
             raise ValueError(f"{what} must be a number with one of the units {[u for u in units if u]}, got {value!r}")
         value = float(match[1]) * units[match[2].upper()]

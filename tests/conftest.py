@@ -12,3 +12,14 @@ if os.environ.get("CI"):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")
+
+
+@pytest.fixture
+def serves_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, hqqtensor in the place of transformers' own quantizer for ``quant_method`` "hqq"."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from hqqtensor.integrations.transformers import register
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", AUTO_QUANTIZER_MAPPING["hqq"])  # put back at the end
+    register(hqq=True)

@@ -1,6 +1,6 @@
 """A Llama in transformers: prompts run eagerly, single tokens through torch.compile with a static cache.
 
-docs/performance.md says what each of the compiler's settings is worth.
+docs/dev/decoding.md says what each of the compiler's settings is worth.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality``: every method on both models; writes docs/quality.md's table and its plot.
+"""``python -m benchmarks.quality``: every method on both models; ``--json`` writes what docs/quality.md is made from.
 
 Results are kept one file each under ``--cache``; only what is not there is computed. Peers that are not installed are
 named and left out.
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import ours, peers
-from benchmarks.quality.report import write_plot, write_tables
+from benchmarks.quality import ours, peers, report
 from benchmarks.quality.run import cached, result_of
 from benchmarks.quality.task import TASKS
 
@@ -24,8 +23,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="compute what --only names again")
     parser.add_argument("--cached", action="store_true", help="compute nothing: report what the cache holds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--table", type=Path, help="file whose generated part is replaced, e.g. docs/quality.md")
-    parser.add_argument("--plot", type=Path, help="e.g. docs/plots/quality_pareto.png (needs matplotlib)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="e.g. docs/data/quality.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ours.CACHE = args.cache
@@ -49,10 +47,10 @@ def main() -> None:
                     f"{result['seconds']:.1f} s",
                     flush=True,
                 )
-    if args.table or not args.plot:
-        write_tables(results, args.table)
-    if args.plot:
-        write_plot(results, args.plot)
+    table = report.rows(results)
+    report.show(table)
+    if args.json:
+        report.write(table, args.json)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hqqtensor import HQQTensor
 from hqqtensor.cli import main as hqqtensor
+from hqqtensor.integrations.transformers import register
 
 DOCLM = str(Path(__file__).parents[2] / "tests" / "assets" / "doclm")
 
@@ -30,6 +31,7 @@ def main(directory: str | None = None) -> None:
     print(len(quantized), "quantized weights, e.g.", quantized[0])
 
     if (Path(directory) / "model.safetensors").is_file():  # flat safetensors need no conversion
+        register(hqq=True)  # needed only where the hqq package is installed
         direct = AutoModelForCausalLM.from_pretrained(directory)
         assert all(torch.equal(direct.get_parameter(n), model.get_parameter(n)) for n in quantized)
 

@@ -20,11 +20,6 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--json", action="store_true")
-
-
 def cpu_flags() -> list[str] | None:
     """Instruction sets of interest that the processor has; None where the system does not say."""
     try:
@@ -75,21 +70,22 @@ def collect() -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Print what ``collect`` finds."""
-    found = collect()
+    facts = collect()
     if args.json:
-        print_json(found)
+        print_json(facts)
         return 0
-    for name, version in found["versions"].items():
+    for name, version in facts["versions"].items():
         print(f"{name:<14}{version or 'not installed'}")
-    cpu = found["cpu"]
-    flags = "unknown" if cpu["flags"] is None else " ".join(cpu["flags"]) or "none of interest"
-    print(f"{'platform':<14}{found['platform']}")
-    print(f"{'cpu':<14}{cpu['torch_capability']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
+    processor = facts["cpu"]
+    flags = "unknown" if processor["flags"] is None else " ".join(processor["flags"]) or "none of interest"
+    threads = f"{processor['cores']} cores, {processor['torch_threads']} torch threads"
+    print(f"{'platform':<14}{facts['platform']}")
+    print(f"{'cpu':<14}{processor['torch_capability']}, {threads}")
     print(f"{'cpu flags':<14}{flags}")
-    print(f"{'cpu kernels':<14}{cpu['kernels'] or 'none: the plain path serves the CPU'}")
-    print(f"{'gpu':<14}{found['gpu'] or 'none'}")
+    print(f"{'cpu kernels':<14}{processor['kernels'] or 'none: the plain path serves the CPU'}")
+    print(f"{'gpu':<14}{facts['gpu'] or 'none'}")
     print("backends, last to first in order of preference:")
-    for backend in found["backends"]:
+    for backend in facts["backends"]:
         where = "any device" if backend["device_types"] is None else ", ".join(backend["device_types"])
         state = "available" if backend["available"] else f"not available: {backend['reason']}"
         print(f"  {backend['name']:<12}{where:<12}{state}")

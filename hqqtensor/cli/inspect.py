@@ -2,20 +2,14 @@
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
-from hqqtensor.cli.output import CommandError, print_json, print_table
+from hqqtensor.cli.errors import UsageError, from_files
+from hqqtensor.cli.output import print_json, print_table
 from hqqtensor.diagnostics.table import megabytes
 from hqqtensor.serialization import inspect_checkpoint
 
 _FIELDS = ("name", "kind", "shape", "dtype", "nbits", "group_size", "axis", "format", "nbytes")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("dir", metavar="DIR", type=Path, help="model directory or .safetensors file")
-    parser.add_argument("--json", action="store_true")
 
 
 def _row(entry: Any) -> dict[str, Any]:
@@ -28,8 +22,9 @@ def _row(entry: Any) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Read the headers and print one line a tensor."""
     if not args.dir.exists():
-        raise CommandError(f"{args.dir} does not exist")
-    report = inspect_checkpoint(args.dir)
+        raise UsageError(f"{args.dir} does not exist")
+    with from_files():
+        report = inspect_checkpoint(args.dir)
     rows = [_row(entry) for entry in report.tensors]
     quantized = [row for row in rows if row["kind"] == "hqq"]
     weights = sum(math.prod(row["shape"]) for row in quantized)

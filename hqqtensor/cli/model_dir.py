@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hqqtensor.cli.output import CommandError, UsageError
+from hqqtensor.cli.errors import CommandError, UsageError
 from hqqtensor.serialization import load_model
 
 QUANT_METHOD = "hqqtensor"
@@ -35,90 +35,122 @@ def import_transformers() -> Any:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory; CommandError where it is missing or not a JSON object."""
+    """``config.json`` of a model directory. UsageError where there is none, CommandError where it is damaged."""
     path = directory / "config.json"
     if not directory.is_dir():
-        raise CommandError(f"{directory} is not a directory")
+        raise UsageError(f"{directory} is not a directory")
     if not path.is_file():
-        raise CommandError(f"{directory} is not a model directory: it has no config.json")
+        raise UsageError(f"{directory} is not a model directory: it has no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CommandError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise CommandError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise CommandError(f"{path} does not hold a JSON object")
     return config
 
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:
-    """The ``quantization_config`` that hqqtensor wrote; None for a dense directory, CommandError for another's."""
+    """The ``quantization_config`` that hqqtensor wrote; None for a dense directory, UsageError for another's."""
     entry = read_config(directory).get("quantization_config")
     if entry is None:
         return None
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if method != QUANT_METHOD:
-        raise CommandError(f"{directory} is quantized with {method!r}, not with {QUANT_METHOD!r}")
+        raise UsageError(f"{directory} is quantized with {method!r}, not with {QUANT_METHOD!r}")
     return entry
 
 
-def model_class(directory: Path) -> Any:
-    """The transformers class that ``config.json`` names first; AutoModel, said on stderr, where there is none."""
-    transformers = import_transformers()
-    names = read_config(directory).get("architectures") or []
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
-        why = f"transformers has no class {names[0]}" if names else "config.json names no architecture"
-        print(f"hqqtensor: {directory}: {why}; using AutoModel", file=sys.stderr)
-        return transformers.AutoModel
-    return found
+def read_dense_config(directory: Path) -> dict[str, Any]:
+    """``read_config`` of a model that is to be quantized; UsageError where it is quantized already."""
+    if quantization_of(directory) is not None:
+        raise UsageError(f"{directory} is already quantized by hqqtensor")
+    return read_config(directory)
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text; UsageError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
 
 
 def open_dense(directory: Path) -> nn.Module:
-    """The dense model in its checkpoint's dtype, in eval mode; CommandError where hqqtensor quantized it."""
-    if quantization_of(directory) is not None:
-        raise CommandError(f"{directory} is already quantized by hqqtensor")
-    return model_class(directory).from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+    """The dense model in its checkpoint's dtype, in eval mode; UsageError where hqqtensor quantized it."""
+    settings = read_dense_config(directory)
+    _say_if_without_head(settings, directory)
+    cls = _class_of(settings) or import_transformers().AutoModel
+    return cls.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
 
 
 def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     """The model of a directory that ``hqqtensor quantize`` wrote, in eval mode, on the CPU.
 
-    Parameters are made on the meta device, so that the dense weights never take memory. CommandError where the
-    directory is not one of hqqtensor's, or where its file leaves a parameter without a value.
+    The model is built on the meta device, so that dense weights never take memory. UsageError where the
+    directory is not one of hqqtensor's, CommandError where its file leaves a parameter without a value.
     """
     directory = Path(directory)
     if quantization_of(directory) is None:
-        raise CommandError(f"{directory} is not quantized: its config.json has no quantization_config")
-    transformers = import_transformers()
-    from accelerate import init_empty_weights
-
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    del config.quantization_config
-    cls = model_class(directory)
-    build = cls.from_config if cls is transformers.AutoModel else cls
-    # Buffers stay real: those that are not persistent (rotary frequencies) are in no checkpoint.
-    with init_empty_weights(include_buffers=False):
-        model = build(config)
-    model.tie_weights()
+        raise UsageError(f"{directory} is not quantized: its config.json has no quantization_config")
+    _say_if_without_head(read_config(directory), directory)
+    model: Any = empty_model_of(directory)
     load_model(model, directory)
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if missing:
         raise CommandError(f"{directory} has no value for {len(missing)} parameters, e.g. {missing[0]}")
     if model.can_generate() and (directory / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+        generation_config = import_transformers().GenerationConfig
+        model.generation_config = generation_config.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 
-def empty_model(settings: Mapping[str, Any]) -> nn.Module:
-    """The model that a ``config.json`` describes, on the meta device: for its structure alone."""
+def empty_model_of(directory: Path) -> nn.Module:
+    """The model of a directory, tied as it is when it is opened, with parameters on the meta device."""
     transformers = import_transformers()
-    own = {key: value for key, value in settings.items() if key not in ("quantization_config", "model_type")}
-    names = settings.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else None
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    build = _class_of(read_config(directory)) or transformers.AutoModel.from_config
+    # Buffers are real: those that are not persistent (rotary frequencies) are in no checkpoint.
+    with init_empty_weights(include_buffers=False):
+        model = build(config)
+    model.tie_weights()
+    return model
+
+
+def empty_model(settings: Mapping[str, Any]) -> nn.Module:
+    """The model that the contents of a ``config.json`` describe, on the meta device: for its structure alone."""
+    transformers = import_transformers()
+    cls = _class_of(settings)
     if cls is None or not isinstance(settings.get("model_type"), str):
-        raise CommandError(f"config.json names no model of transformers (architectures {names})")
+        raise CommandError(
+            f"config.json names no model of transformers (architectures {settings.get('architectures')})"
+        )
+    options = {key: value for key, value in settings.items() if key not in ("quantization_config", "model_type")}
     with torch.device("meta"):
-        return cls(transformers.AutoConfig.for_model(settings["model_type"], **own))
+        return cls(transformers.AutoConfig.for_model(settings["model_type"], **options))
+
+
+def _architecture(settings: Mapping[str, Any]) -> str | None:
+    """The name of the class that a ``config.json`` names first."""
+    names = settings.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _class_of(settings: Mapping[str, Any]) -> Any:
+    """The transformers class that a ``config.json`` names first; None where there is none."""
+    name = _architecture(settings)
+    return None if name is None else getattr(import_transformers(), name, None)
+
+
+def _say_if_without_head(settings: Mapping[str, Any], directory: Path) -> None:
+    if _class_of(settings) is None:
+        name = _architecture(settings)
+        why = f"transformers has no class {name}" if name else "config.json names no architecture"
+        print(f"hqqtensor: {directory}: {why}; using AutoModel", file=sys.stderr)
 
 
 def open_tokenizer(directory: Path) -> Any:
@@ -138,6 +170,7 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
     if out == source or out in source.parents:
         raise UsageError(f"OUT_DIR {out} is or holds MODEL_DIR; choose another")
     if not out.exists():
+        _check_parent(out)
         return
     if not out.is_dir():
         raise UsageError(f"OUT_DIR {out} exists and is not a directory")
@@ -148,6 +181,15 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
             raise UsageError(f"OUT_DIR {out} is not a model directory (no config.json); --overwrite leaves it alone")
 
 
+def _check_parent(out: Path) -> None:
+    """UsageError where ``out`` cannot be created: before the work, not after it."""
+    parent = next(place for place in out.parents if place.exists())
+    if not parent.is_dir():
+        raise UsageError(f"OUT_DIR {out} cannot be created: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"OUT_DIR {out} cannot be created: {parent} is not writable")
+
+
 @contextmanager
 def written_at_once(out: Path) -> Iterator[Path]:
     """A directory beside ``out`` to write into, moved to ``out`` at the end; removed where the block raises."""
@@ -156,7 +198,7 @@ def written_at_once(out: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         new = work / "new"
-        new.mkdir()  # mkdtemp's own directory is private to the user; this one follows the umask
+        new.mkdir()  # mkdtemp's directory is private to the user; this one follows the umask
         yield new
         if out.exists():
             out.rename(work / "old")

@@ -1,4 +1,4 @@
-"""What the commands print: errors, JSON, aligned tables, progress."""
+"""What the commands print: JSON, aligned tables, progress."""
 
 import json
 import sys
@@ -9,14 +9,6 @@ from typing import Any
 from hqqtensor.diagnostics.table import text_table
 
 Progress = Callable[[int, int, str], None]
-
-
-class CommandError(Exception):
-    """The work failed; the message is shown as it is and the exit code is 1."""
-
-
-class UsageError(CommandError):
-    """The arguments are wrong; exit code 2."""
 
 
 def print_json(data: Any) -> None:

@@ -1,14 +1,43 @@
-"""What makes hqqtensor at home in other libraries. Nothing here imports one of them before the user does."""
+"""What makes hqqtensor at home in other libraries. Nothing here imports one of them before the user does.
 
-from torchao.core.config import ALLOWED_AO_MODULES
+Every change of another library goes through ``hqqtensor.integrations.patches``.
+"""
 
-from hqqtensor.integrations import accelerate, peft, torchao, transformers
+import functools
+import importlib
+
+from hqqtensor.import_hook import when_imported
+from hqqtensor.integrations import patches, versions
+
+_SET_UPS = (
+    ("torch.onnx", "onnx", "install"),
+    ("torchao.core.config", "torchao", "install_configs"),
+    ("torchao.prototype.safetensors.safetensors_utils", "torchao", "install_classes"),
+    ("torchao.prototype.safetensors.safetensors_support", "torchao", "install_flatten"),
+    ("accelerate.utils.offload", "accelerate", "install"),
+    ("peft.utils.integrations", "peft.dequantize", "install"),
+    ("peft.tuners.lora.model", "peft.lora", "install"),
+    ("transformers.utils.quantization_config", "transformers.config", "install"),
+    ("transformers.quantizers.auto", "transformers.quantizer", "install"),
+    ("transformers.core_model_loading", "transformers.offload", "install_writer"),
+    ("transformers.modeling_utils", "transformers.offload", "install_dispatch"),
+    ("transformers.modeling_utils", "transformers.model", "install"),
+    ("transformers.integrations.moe", "transformers.experts", "install"),
+)
+"""A module of another library, and the module here and the function of it that run when that has been imported."""
 
 
+@functools.cache
 def register_when_imported() -> None:
-    """Register with each library as soon as the user imports it."""
-    transformers.register_when_imported()
-    peft.register_when_imported()
-    accelerate.register_when_imported()
-    torchao.register_when_imported()
-    ALLOWED_AO_MODULES.add("hqqtensor.integrations.vllm")  # torchao imports it when it meets a config of ours
+    """Register with each library as soon as the user imports it; the second call does nothing."""
+    for module, ours, function in _SET_UPS:
+        when_imported(module, functools.partial(_set_up, module, ours, function))
+
+
+def _set_up(module: str, ours: str, function: str) -> None:
+    """Run a function of ``_SET_UPS``. Its error becomes a warning: the user's import of ``module`` is not to fail."""
+    try:
+        getattr(importlib.import_module(f"{__name__}.{ours}"), function)()
+    except Exception as error:
+        tested_with = getattr(versions, module.partition(".")[0].upper())
+        patches.failed(module, error, f"what hqqtensor.integrations.{ours} does", tested_with)

@@ -1,73 +1,68 @@
-"""accelerate: quantized weights offloaded to the disk. (Those offloaded to the cpu need nothing of their own.)
+"""accelerate: quantized weights offloaded to the disk. (Those offloaded to the cpu need no change of accelerate.)
 
-accelerate writes a weight as one array of numbers; a quantized one becomes a small safetensors file in its place, read
-back memory-mapped and checked like any other. ``import hqqtensor`` registers this as soon as accelerate is imported.
+accelerate writes a weight as one array of numbers. A quantized one becomes a small safetensors file in its place, which
+is read memory-mapped and checked like any other.
 """
 
-import functools
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hqqtensor.import_hook import when_imported
+from hqqtensor.integrations import patches
+from hqqtensor.integrations.versions import ACCELERATE
 from hqqtensor.serialization.files import open_file
 from hqqtensor.serialization.layout import build, flatten, parse_entry
 from hqqtensor.tensor import HQQTensor
 
-_KEY = "hqqtensor"
+INDEX_KEY = "hqqtensor"
+"""Where accelerate's index of offloaded weights says how a quantized one is stored."""
 
 
 def write_offloaded(weight: HQQTensor, name: str, folder: str | os.PathLike | None) -> dict[str, Any]:
-    """Write the weight to ``folder``; what accelerate's index of offloaded weights is to say of it."""
+    """Write the weight to ``folder``; returns its entry for accelerate's index. ValueError without a folder."""
     if folder is None:
         raise ValueError(f"{name} goes to the disk, which needs a folder to write it to: give offload_folder")
     tensors, entry = flatten(name, weight.detach())
     file = Path(folder, f"{name}.dat").absolute()
     save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, file)
-    own = {"file": str(file), "name": name, "entry": entry}
-    return {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape), _KEY: own}
+    stored = {"file": str(file), "name": name, "entry": entry}
+    return {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape), INDEX_KEY: stored}
 
 
-def read_offloaded(own: dict[str, str]) -> HQQTensor:
+def read_offloaded(stored: dict[str, str]) -> HQQTensor:
     """The weight that ``write_offloaded`` wrote, memory-mapped; CheckpointError where the file is damaged."""
-    with open_file(Path(own["file"])) as f:
+    with open_file(Path(stored["file"])) as f:
         tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  a safetensors handle, not a dict
-    return build(own["name"], parse_entry(own["name"], own["entry"]), tensors)
+    return build(stored["name"], parse_entry(stored["name"], stored["entry"]), tensors)
 
 
-def register_when_imported() -> None:
-    """Register as soon as the user imports accelerate; costs nothing where it is never imported."""
-    when_imported("accelerate.utils.offload", _install)
+def install() -> None:
+    """Let accelerate's writer and reader of offloaded weights call ours for quantized ones."""
+    module, reason = "accelerate.utils.offload", "offloading quantized weights to the disk"
+    patches.wrap(module, "offload_weight", _writer, reason, ACCELERATE)
+    patches.wrap(module, "load_offloaded_weight", _reader, reason, ACCELERATE)
 
 
-def _install() -> None:
-    """Wrap accelerate's writer and reader in their module and wherever they were imported from there; once."""
-    from accelerate.utils import offload
-
-    write, read = offload.offload_weight, offload.load_offloaded_weight
-    if hasattr(write, "__wrapped__"):
-        return
-
-    @functools.wraps(write)
+def _writer(write: Callable) -> Callable:
     def offload_weight(weight: Tensor, weight_name: str, offload_folder: Any, index: Any = None) -> Any:
         if not isinstance(weight, HQQTensor):
             return write(weight, weight_name, offload_folder, index)
+        patches.require("accelerate.utils.offload.")
         entry = write_offloaded(weight, weight_name, offload_folder)
         if index is not None:
             index[weight_name] = entry
         return index
 
-    @functools.wraps(read)
-    def load_offloaded_weight(weight_file: Any, weight_info: Any) -> Tensor:
-        own = weight_info.get(_KEY)
-        return read(weight_file, weight_info) if own is None else read_offloaded(own)
+    return offload_weight
 
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "accelerate":
-            for old, new in ((write, offload_weight), (read, load_offloaded_weight)):
-                if getattr(module, new.__name__, None) is old:
-                    setattr(module, new.__name__, new)
+
+def _reader(read: Callable) -> Callable:
+    def load_offloaded_weight(weight_file: Any, weight_info: Any) -> Tensor:
+        stored = weight_info.get(INDEX_KEY)
+        return read(weight_file, weight_info) if stored is None else read_offloaded(stored)
+
+    return load_offloaded_weight

@@ -1,9 +1,9 @@
-"""vLLM, through its torchao loader: a checkpoint and a ``quantization_config`` that it accepts. Not run here.
+"""vLLM, through its torchao loader: a checkpoint and a ``quantization_config`` that it accepts.
 
-vLLM makes a linear layer's weight with torchao's ``quantize_`` and the stored config, on memory that holds no numbers
-yet, then copies slices of the checkpoint's tensor subclasses into slices of it. So the config here is one that makes
-room for a packed weight and solves nothing. ``register`` is a ``vllm.general_plugins`` entry point: vLLM calls it in
-each of its processes.
+vLLM creates a linear layer's weight with torchao's ``quantize_`` and the stored config, on memory that is not
+initialised, then copies slices of the checkpoint's tensor subclasses into slices of it. So the config here creates a
+packed weight of zeros in the right geometry and solves nothing. ``register`` is a ``vllm.general_plugins`` entry point:
+vLLM calls it in each of its processes. Nothing of vLLM is changed.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from hqqtensor.quantize import show_quantized
 from hqqtensor.tensor import HQQTensor
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers that vLLM's models of the Llama kind (Llama, Mistral, Qwen, Gemma, ...) keep as one."""
+"""Layers that vLLM's models of the Llama kind (Llama, Mistral, Qwen, Gemma, ...) join into one."""
 
 
 def register() -> None:
-    """What vLLM's plugin loader calls; may be called any number of times. ``import hqqtensor`` does it all."""
+    """Import hqqtensor, which registers with torchao; vLLM's plugin loader calls this, any number of times."""
     importlib.import_module("hqqtensor")
 
 
@@ -50,7 +50,7 @@ class HqqStoredConfig(AOBaseConfig):
 
 
 @register_quantize_module_handler(HqqStoredConfig)
-def _make_room(module: nn.Module, config: HqqStoredConfig, *, parameter_name: str = "weight") -> nn.Module:
+def _create_zeros(module: nn.Module, config: HqqStoredConfig, *, parameter_name: str = "weight") -> nn.Module:
     old: Any = getattr(module, parameter_name)
     if old.ndim != 2:
         raise ValueError(
@@ -60,11 +60,11 @@ def _make_room(module: nn.Module, config: HqqStoredConfig, *, parameter_name: st
     qdata = torch.zeros(rows, row_bytes(columns, config.nbits), dtype=torch.uint8, device=old.device)
     scale = torch.zeros(rows, -(-columns // config.group_size), dtype=config.scale_dtype, device=old.device)
     zero = torch.zeros_like(scale) if get_format(config.format).has_zero_point else None
-    room = HQQTensor(
+    placeholder = HQQTensor(
         qdata, scale, config.nbits, config.group_size, 1, old.shape, old.dtype, config.format,
         activation=config.activation, zero_point=zero,
     )  # fmt: skip
-    setattr(module, parameter_name, nn.Parameter(room, requires_grad=False))
+    setattr(module, parameter_name, nn.Parameter(placeholder, requires_grad=False))
     show_quantized(module)
     return module
 
@@ -89,7 +89,7 @@ def for_vllm(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) 
     head = output()
     modules = dict(model.named_modules())
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
-    found: dict[str, HqqStoredConfig] = {}
+    configs: dict[str, HqqStoredConfig] = {}
     out: dict[str, Tensor] = {}
     dense: list[str] = []
     for name, tensor in state.items():
@@ -100,41 +100,42 @@ def for_vllm(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) 
             out[name] = tensor.dequantize(dtype)
             dense.append(name)
         elif module in linears and leaf == "weight":
-            found[module] = _stored_config(name, tensor)
+            configs[module] = _stored_config(name, tensor)
             out[name] = tensor.to(dtype)
         else:
             raise ValueError(f"{name}: is no weight of a linear layer, and vLLM's torchao loader quantizes those alone")
-    if not found:
+    if not configs:
         raise ValueError("no linear layer is quantized")
-    named = {**{name: found.get(name) for name in linears}, **_fused(linears, found)}
-    skip = sorted(name for name, config in named.items() if config is None)
-    config = {"quant_method": "torchao", "quant_type": {"default": _as_dict(named)}, "modules_to_not_convert": skip}
+    by_name = {**{name: configs.get(name) for name in linears}, **_fused(linears, configs)}
+    skip = sorted(name for name, config in by_name.items() if config is None)
+    config = {"quant_method": "torchao", "quant_type": {"default": _as_dict(by_name)}, "modules_to_not_convert": skip}
     return VllmCheckpoint(out, config, dense)
 
 
-def _as_dict(named: Mapping[str, HqqStoredConfig | None]) -> dict[str, Any]:
-    """One config where all are equal, else torchao's by module name."""
+def _as_dict(by_name: Mapping[str, HqqStoredConfig | None]) -> dict[str, Any]:
+    """One config if all are equal, else torchao's config of configs by module name."""
     from torchao.quantization import FqnToConfig
 
-    quantized = {name: config for name, config in named.items() if config is not None}
+    quantized = {name: config for name, config in by_name.items() if config is not None}
     if len(set(quantized.values())) == 1:
         return config_to_dict(next(iter(quantized.values())))
     return config_to_dict(FqnToConfig(dict(sorted(quantized.items()))))
 
 
-def _fused(linears: set[str], found: Mapping[str, HqqStoredConfig]) -> dict[str, HqqStoredConfig | None]:
+def _fused(linears: set[str], configs: Mapping[str, HqqStoredConfig]) -> dict[str, HqqStoredConfig | None]:
+    """The config of each layer that vLLM joins; ValueError if its members have different ones."""
     out: dict[str, HqqStoredConfig | None] = {}
     for parent in sorted({name.rpartition(".")[0] for name in linears}):
         for fused, members in FUSED.items():
             present = [name for leaf in members if (name := f"{parent}.{leaf}" if parent else leaf) in linears]
             if len(present) < 2:
                 continue
-            first = found.get(present[0])
+            first = configs.get(present[0])
             for other in present[1:]:
-                if found.get(other) != first:
+                if configs.get(other) != first:
                     raise ValueError(
                         f"{present[0]} and {other}: vLLM joins them, so both need the same settings, got {first} and "
-                        f"{found.get(other)}"
+                        f"{configs.get(other)}"
                     )
             out[f"{parent}.{fused}" if parent else fused] = first
     return out

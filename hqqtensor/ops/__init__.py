@@ -28,3 +28,4 @@ __all__ = [
 
 from hqqtensor.kernels import cpu as cpu
 from hqqtensor.kernels import triton as triton
+from hqqtensor.ops import batching as batching

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hqqtensor.calibration.inputs import run
 from hqqtensor.config import HqqConfig
+from hqqtensor.search.stored import VERSION, read_sensitivities
 from hqqtensor.selection import selected_weights
 from hqqtensor.tensor import HQQTensor
 
@@ -54,19 +55,23 @@ class Sensitivity:
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
         work = path.with_name(path.name + ".part")
-        work.write_text(json.dumps({"version": 1, **self.__dict__}, indent=1) + "\n", encoding="utf-8")
+        work.write_text(json.dumps({"version": VERSION, **self.__dict__}, indent=1) + "\n", encoding="utf-8")
         os.replace(work, path)
 
     @staticmethod
     def load(path: Path) -> "Sensitivity":
-        """Read ``save``'s file; ValueError where it is none."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["version"] != 1 or not isinstance(data["layers"], dict) or not isinstance(data["candidates"], list):
-                raise ValueError("unknown version or form")
-            return Sensitivity(str(data["method"]), data["candidates"], data["layers"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no sensitivity file of hqqtensor: {error}") from None
+        """Read ``save``'s file; ValueError naming the file and the entry that is wrong."""
+        return Sensitivity(**read_sensitivities(Path(path)))
+
+    def check_model(self, model: nn.Module, path: Path | str) -> None:
+        """ValueError where the file ``path``, from which this was loaded, has layers that ``model`` has not."""
+        modules = dict(model.named_modules())
+        strangers = [name for name in self.layers if getattr(modules.get(name), "weight", None) is None]
+        if strangers:
+            raise ValueError(
+                f"{path} is of another model: {strangers[0]!r} ({len(strangers)} such) is no layer of this one; "
+                "give another file"
+            )
 
 
 def measure_sensitivity(
@@ -84,7 +89,8 @@ def measure_sensitivity(
         is none. Their outputs are kept in memory: a few thousand tokens serve.
     file: results are written there after each layer, and layers found there, measured on the same weights and
         settings, are not measured again.
-    ValueError for candidates that fit no layer, or outputs without logits.
+    ValueError for candidates that fit no layer, outputs without logits, or a ``file`` that is damaged or of another
+    model.
     """
     config = config or HqqConfig()
     if config.dynamic_config:
@@ -94,6 +100,10 @@ def measure_sensitivity(
     found = Sensitivity(method, [dict(c) for c in candidates])
     path = None if file is None else Path(file)
     old = Sensitivity.load(path) if path is not None and path.exists() else None
+    if old is not None:
+        old.check_model(model, path)  # type: ignore[arg-type]
+        if old.candidates != found.candidates:  # measured with others: nothing of it can be used
+            old = None
     before = None if batches is None else _outputs(model, batches)
     text = "" if before is None else _fingerprint(before[0])
     weights = selected_weights(model, config)

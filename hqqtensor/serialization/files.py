@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.serialization.layout import CheckpointError, InputError
 
 DEFAULT_NAME = "model.safetensors"
 
@@ -32,7 +32,7 @@ def checkpoint_files(path: str | os.PathLike) -> list[Path]:
     if index != path and path.is_file():
         return [path]
     if not index.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: neither the file nor {index.name} is there")
+        raise InputError(f"no checkpoint at {path}: neither the file nor {index.name} is there")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):

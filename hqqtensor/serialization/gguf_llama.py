@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqqtensor.serialization.gguf_blocks import read_tensor
 from hqqtensor.serialization.gguf_file import GgufFile
-from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.serialization.layout import CheckpointError, InputError
 from hqqtensor.tensor import HQQTensor
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -50,7 +50,7 @@ def llama_config(file: GgufFile) -> dict[str, Any]:
         scaling = []
     if scaling or _ROPE_FREQS in file.tensors:
         what = scaling[0] if scaling else _ROPE_FREQS
-        raise CheckpointError(f"{file.path}: scales rotary frequencies ({what}); give the model's config.json")
+        raise InputError(f"{file.path}: scales rotary frequencies ({what}); give the model's config.json")
     width = _whole(file, "embedding_length")
     head_dim = _whole(file, "attention.key_length", width // heads)
     if _whole(file, "rope.dimension_count", head_dim) != head_dim:

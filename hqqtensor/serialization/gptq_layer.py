@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.packing import pack
-from hqqtensor.serialization.layout import MAX_DIM, CheckpointError
+from hqqtensor.serialization.layout import MAX_DIM, CheckpointError, InputError
 from hqqtensor.tensor import HQQTensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -88,7 +88,7 @@ def read_packed(
         if step != size and nbits + 32 / step > 16:
             if unordered == "dense":
                 return (codes - zero[:, index]) * scale[:, index]
-            raise CheckpointError(
+            raise InputError(
                 f"{name}: its inputs are grouped in an order of their own (desc_act) that groups of neighbouring "
                 "inputs cannot express; hqqtensor convert --act-order dense keeps such layers as dense weights"
             )

@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     """A file that is missing, cut short, or does not hold what it claims."""
 
 
+class InputError(CheckpointError):
+    """Nothing is damaged: another path or another argument would do, and the message says which."""
+
+
 def data_key(name: str, part: str) -> str:
     """Key of one data tensor of the parameter ``name``."""
     prefix, _, leaf = name.rpartition(".")

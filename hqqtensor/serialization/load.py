@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,8 @@ def load_model(
         if new.shape != old.shape:
             raise CheckpointError(f"{name}: the file has shape {list(new.shape)}, the model {list(old.shape)}")
         plan[name] = new
+    hidden = [n for n, (_, _, is_parameter) in places.items() if not is_parameter and n not in wanted]
+    plan |= _computed_buffers(model, [n for n in hidden if n not in plan and model.get_buffer(n).is_meta])
     ties = _ties(places)
     missing = sorted(n for n in wanted if n in places and n not in plan and not (ties[n] & plan.keys()))
     missing += sorted(n for n in wanted if n not in places)
@@ -124,6 +128,23 @@ def _install(
             table[leaf] = replaced[id(table[leaf])]
     for module in model.modules():
         show_quantized(module)
+
+
+def _computed_buffers(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Values for buffers on the meta device that no file holds, as they are not persistent; a warning without one."""
+    computed: dict[str, Tensor] = {}
+    if names and "transformers" in sys.modules:
+        from hqqtensor.integrations.transformers.buffers import computed_buffers
+
+        computed = computed_buffers(model, names)
+    left = [name for name in names if name not in computed]
+    if left:
+        warnings.warn(
+            f"load_model: {', '.join(left)} is still on the meta device: the file holds no buffers that are not "
+            "persistent. Build the model with buffers in memory: accelerate.init_empty_weights(include_buffers=False)",
+            stacklevel=3,
+        )
+    return computed
 
 
 def _ties(places: Any) -> dict[str, set[str]]:

@@ -27,14 +27,16 @@ def save_model(
     path: str | os.PathLike,
     metadata: dict[str, str] | None = None,
     max_shard_size: int | str = "5GB",
+    non_persistent_buffers: bool = True,
 ) -> None:
     """Write the model's state to ``path``, a ``.safetensors`` file or a directory (``model.safetensors`` in it).
 
     A tied weight is stored once. Over ``max_shard_size`` bytes the state goes to shards with an index file. Files
     are written under temporary names and renamed at the end, the index last. Non-persistent buffers are stored
-    too, for ``load_model`` into a model on the meta device. ValueError if a tensor is on the meta device.
+    too, for ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
+    transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device.
     """
-    units, header = collect(model)
+    units, header = collect(model, non_persistent_buffers)
     _write_units(units, {**(metadata or {}), **header}, path, max_shard_size)
 
 

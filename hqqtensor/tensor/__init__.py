@@ -88,7 +88,18 @@ class HQQTensor(TorchAOBaseTensor):
             x, weight, bias = args if len(args) == 3 else (*args, None)
             if type(x) is Tensor and type(weight) is not Tensor and weight.rank == 2 and not weight.transposed:
                 return products.linear(x, weight, bias)
-        return super().__torch_function__(func, types, args, kwargs)
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except unsupported.UnsupportedOperation as error:
+            raise error.of(func) from None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """torchao's dispatch by table, with an error that says what to do for what is not in it."""
+        implementation = HQQTensor._ATEN_OP_TABLE[HQQTensor].get(func)
+        if implementation is None:
+            raise unsupported.unsupported(func, args, kwargs or {})
+        return implementation(func, types, args, kwargs or {})
 
     @staticmethod
     @torch.compiler.disable
@@ -217,4 +228,5 @@ torch.serialization.add_safe_globals([HQQTensor])
 from hqqtensor.tensor import experts as experts  # noqa: E402
 from hqqtensor.tensor import products as products  # noqa: E402
 from hqqtensor.tensor import storage as storage  # noqa: E402
+from hqqtensor.tensor import unsupported as unsupported  # noqa: E402
 from hqqtensor.tensor import views as views  # noqa: E402

@@ -1,15 +1,14 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What transformers' expert layers do with 3-D weights ``[E, N, K]``, beside what ``products`` has.
+"""Choosing experts of a 3-D weight ``[E, N, K]`` by their numbers, as transformers' expert layers do.
 
 Its "eager" experts take ``weight[e]`` into ``F.linear`` or ``@``. "batched_mm" takes ``weight[experts]``, an expert a
 row of activations, into ``torch.bmm``, where ``products`` takes it as either operand. "grouped_mm" calls
-``F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)``, which is ``torch._grouped_mm``, on rows sorted by expert, or,
-in compiled float32 code, its own operator ``transformers::grouped_mm_fallback`` with the same operands.
+``F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)``, which is ``torch._grouped_mm``, on rows sorted by expert; see
+also ``hqqtensor.integrations.transformers.experts``.
 """
 
 import torch
 
-from hqqtensor.import_hook import when_imported
 from hqqtensor.tensor import HQQTensor
 
 aten = torch.ops.aten
@@ -25,13 +24,3 @@ def _(func, types, args, kwargs):
     by_expert = [name for name in self.__tensor_flatten__()[0] if name != "act_pre_scale"]
     data = {name: getattr(self, name)[picked[0]] for name in by_expert}
     return self.with_data(**data, shape=torch.Size([*picked[0].shape, *self.shape[1:]]))
-
-
-def _register_fallback() -> None:
-    @HQQTensor.implements([torch.ops.transformers.grouped_mm_fallback.default])
-    def _(func, types, args, kwargs):
-        x, weight, offs = args
-        return aten._grouped_mm(x, weight, offs)
-
-
-when_imported("transformers.integrations.moe", _register_fallback)

@@ -14,22 +14,6 @@ from hqqtensor.cli import main, model_dir
 DOCLM = Path(__file__).parent.parent / "assets" / "doclm"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A random Llama of two layers with doclm's tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    vocabulary = json.loads((DOCLM / "config.json").read_text())["vocab_size"]
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DOCLM / name, path / name)
-    return path
-
-
 def run(*args: object) -> int:
     return main([str(arg) for arg in args])
 
@@ -84,8 +68,6 @@ def test_wrong_arguments_exit_with_2_and_write_nothing(tiny: Path, tmp_path: Pat
 
 
 def test_failed_work_exits_with_1_and_leaves_nothing(tiny: Path, tmp_path: Path, capsys) -> None:
-    assert run("quantize", tiny, tmp_path / "out", "--layers", "no_such_layer=4/64") == 1
-    assert "no_such_layer" in capsys.readouterr().err
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     weights = load_file(broken / "model.safetensors")
@@ -93,7 +75,6 @@ def test_failed_work_exits_with_1_and_leaves_nothing(tiny: Path, tmp_path: Path,
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert run("quantize", broken, tmp_path / "out") == 1
     assert "layers.1.mlp.up_proj.weight: holds NaN" in capsys.readouterr().err
-    assert run("quantize", tmp_path / "nowhere", tmp_path / "out") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
@@ -104,7 +85,7 @@ def test_an_output_that_is_there_is_kept_unless_told(tiny: Path, tmp_path: Path,
     assert "--overwrite" in capsys.readouterr().err
     assert run("quantize", tiny, out, "--bits", 2, "--overwrite", "--json") == 0
     assert model_dir.open_quantized(out).model.layers[0].mlp.up_proj.weight.nbits == 2
-    assert run("quantize", out, tmp_path / "again") == 1
+    assert run("quantize", out, tmp_path / "again") == 2
     assert "already quantized" in capsys.readouterr().err
     assert run("quantize", tiny, tiny, "--overwrite") == 2
 
@@ -122,23 +103,40 @@ def test_inspect_lists_tensors_and_real_bits(tiny: Path, tmp_path: Path, capsys)
     assert run("inspect", tmp_path / "out", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bits_per_weight"] == 3.5 and len(report["tensors"]) == len(lines) - 3
-    assert run("inspect", tmp_path / "nothing") == 1
 
 
 def test_eval_compares_a_quantized_directory_with_its_original(tiny: Path, tmp_path: Path, capsys) -> None:
-    run("quantize", tiny, tmp_path / "out", "--bits", 8, "--json")
+    shutil.copytree(tiny, tmp_path / "tiny")
+    run("quantize", tmp_path / "tiny", tmp_path / "out", "--bits", 8, "--json")
     capsys.readouterr()
     options = ("--text", DOCLM / "valid.txt", "--context", 32, "--max-tokens", 320)
     assert run("eval", tmp_path / "out", *options, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["tokens"] == 310 and result["original"] == str(tiny.resolve())
+    assert result["tokens"] == 310 and result["original"] == str(tmp_path / "tiny")
     assert result["perplexity_after"] == pytest.approx(result["perplexity_before"], rel=0.01)
+    assert run("eval", tmp_path / "out", *options, "--original", tiny, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["perplexity_after"] == result["perplexity_after"]
     assert run("eval", tiny, *options, "--bits", 2) == 0
     text = capsys.readouterr().out
     assert "perplexity" in text and "bits a weight    2.500" in text
-    assert run("eval", tmp_path / "out", *options, "--bits", 2) == 2
-    assert run("eval", tiny, "--text", tmp_path / "none.txt") == 1
-    assert run("eval", tiny, "--text", DOCLM / "valid.txt", "--context", 4096) == 2
+
+
+def test_config_records_the_originals_name_and_no_place_of_this_machine(tiny: Path, tmp_path: Path, capsys) -> None:
+    options = ("--text", DOCLM / "valid.txt", "--context", 32, "--max-tokens", 64)
+    assert run("quantize", tiny, tmp_path / "out", "--json") == 0
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert str(tmp_path.parent) not in text and str(tiny.parent) not in text
+    entry = json.loads(text)["quantization_config"]
+    assert entry["source"] == tiny.name
+    capsys.readouterr()
+    assert run("eval", tmp_path / "out", *options) == 2
+    assert f"was {tiny.name!r}" in (err := capsys.readouterr().err) and "--original" in err
+    # What earlier versions recorded still serves.
+    config = json.loads(text)
+    config["quantization_config"]["source"] = str(tiny)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert run("eval", tmp_path / "out", *options, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["original"] == str(tiny)
 
 
 def test_env_reports_versions_and_backends(capsys) -> None:
@@ -187,3 +185,16 @@ def test_targets_that_do_not_go_together_are_usage_errors(tmp_path, capsys):
     ):
         assert main(["quantize", str(DOCLM), str(tmp_path / "out"), *extra]) == 2
         assert "--" in capsys.readouterr().err
+
+
+def test_convert_names_the_settings_that_most_weights_have(tiny: Path, tmp_path: Path) -> None:
+    """Also where the first weight has others."""
+    layers = ["layers.0.self_attn.q_proj=8/32", "layers.0.self_attn.k_proj=8/32"]
+    assert run("quantize", tiny, tmp_path / "ours", "--bits", 4, "--layers", *layers, "--json") == 0
+    assert run("convert", tmp_path / "ours", tmp_path / "hqq", "--to", "hqq", "--json") == 0
+    entry = json.loads((tmp_path / "hqq" / "config.json").read_text())["quantization_config"]
+    params = entry["quant_config"]["weight_quant_params"]
+    assert (params["nbits"], params["group_size"]) == (4, 64)
+    assert run("convert", tmp_path / "hqq", tmp_path / "back", "--json") == 0
+    entry = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
+    assert (entry["nbits"], entry["group_size"]) == (4, 64)

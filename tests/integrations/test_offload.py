@@ -15,6 +15,7 @@ from doclm_models import IDS, load, quantized, same
 from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
+from hqqtensor.integrations import patches
 from hqqtensor.serialization.layout import CheckpointError
 
 CONFIG = HqqConfig(4, 64)
@@ -121,6 +122,19 @@ def test_auto_offloads_what_has_no_room(tmp_path: Path) -> None:
 def test_the_disk_needs_a_folder() -> None:
     with pytest.raises(ValueError, match=r"model\.layers\.\d\..* goes to the disk, .* give offload_folder"):
         load(quantization_config=CONFIG, device_map=PLACES)
+
+
+def test_a_version_that_cannot_be_taught_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (patch,) = [p for p in patches.patches() if p.target == "transformers.modeling_utils.accelerate_dispatch"]
+    monkeypatch.setattr(patch, "problem", "it is gone")
+    options = {"device_map": PLACES, "offload_folder": tmp_path}
+    with pytest.raises(patches.PatchError, match=r"cannot change transformers \S+: it is gone\. Without that, loading"):
+        load(quantization_config=CONFIG, **options)
+    assert not list(tmp_path.iterdir())
+    assert len(quantized(load(quantization_config=CONFIG, device_map="cpu"))) == 35
+    load(**options)
 
 
 def test_a_tied_head_on_the_disk_is_one_weight(tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def test_importing_registers_in_either_order_without_importing_transformers() ->
         import sys, hqqtensor
         assert "transformers" not in sys.modules
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
-        assert table["hqqtensor"] is table["hqq"]
+        from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+        assert table["hqqtensor"] is not table["hqq"] is HqqHfQuantizer
         from transformers import AutoModelForCausalLM
     """
     second = """
@@ -153,7 +154,10 @@ def test_importing_registers_in_either_order_without_importing_transformers() ->
         assert "hqqtensor" not in auto.AUTO_QUANTIZER_MAPPING
         import hqqtensor.integrations.transformers as bridge
         first = auto.AUTO_QUANTIZER_MAPPING["hqqtensor"]
+        theirs = auto.AUTO_QUANTIZER_MAPPING["hqq"]
         bridge.register(); bridge.register()
+        assert first is not theirs is auto.AUTO_QUANTIZER_MAPPING["hqq"]
+        bridge.register(hqq=True); bridge.register()
         assert auto.AUTO_QUANTIZER_MAPPING["hqq"] is first
     """
     for code in (first, second):

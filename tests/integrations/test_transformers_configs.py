@@ -16,6 +16,7 @@ from hqqtensor.integrations.transformers import config as bridge
 # transformers' own HqqConfig
 
 
+@pytest.mark.usefixtures("serves_hqq")
 @pytest.mark.parametrize("installed", [True, False])
 def test_transformers_hqq_config_works_with_and_without_hqq(
     installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -31,6 +32,7 @@ def test_transformers_hqq_config_works_with_and_without_hqq(
         transformers.HqqConfig(axis=2)
 
 
+@pytest.mark.usefixtures("serves_hqq")
 @pytest.mark.parametrize("installed", [True, False])
 def test_transformers_dynamic_config_leaves_other_layers_alone(
     installed: bool, monkeypatch: pytest.MonkeyPatch
@@ -44,6 +46,7 @@ def test_transformers_dynamic_config_leaves_other_layers_alone(
     assert (layer.mlp.down_proj.weight.nbits, layer.mlp.down_proj.weight.axis) == (3, 0)
 
 
+@pytest.mark.usefixtures("serves_hqq")
 def test_transformers_skip_modules_are_left_alone() -> None:
     m = load(quantization_config=transformers.HqqConfig(skip_modules=["lm_head", "mlp.up_proj"]))
     assert len(quantized(m)) == 30 and type(m.model.layers[0].mlp.up_proj.weight) is nn.Parameter

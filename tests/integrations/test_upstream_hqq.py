@@ -14,6 +14,7 @@ from torch import nn
 
 from hqqtensor import HQQTensor
 
+pytestmark = pytest.mark.usefixtures("serves_hqq")
 EIGHT = {"nbits": 8, "group_size": 64}
 
 

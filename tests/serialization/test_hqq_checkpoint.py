@@ -230,6 +230,7 @@ def test_convert_makes_a_directory_for_from_pretrained(checkpoint: Made, dense: 
     check(model, want, dense)
 
 
+@pytest.mark.usefixtures("serves_hqq")
 @pytest.mark.parametrize("checkpoint", ["A"], indirect=True)
 def test_from_pretrained_reads_the_flat_layout_and_saves_ours(checkpoint: Made, dense: Path, tmp_path: Path) -> None:
     directory, want = checkpoint
@@ -241,6 +242,7 @@ def test_from_pretrained_reads_the_flat_layout_and_saves_ours(checkpoint: Made, 
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), want, dense)
 
 
+@pytest.mark.usefixtures("serves_hqq")
 @pytest.mark.parametrize("checkpoint", ["A"], indirect=True)
 def test_a_hostile_directory_is_refused_before_anything_changes(checkpoint: Made, dense: Path) -> None:
     directory, _ = checkpoint
@@ -299,6 +301,7 @@ def test_what_hqq_has_no_form_for_is_named(config: HqqConfig, shape: tuple[int, 
         export_layer("a.weight", HQQTensor.from_hp(torch.randn(shape), config))
 
 
+@pytest.mark.usefixtures("serves_hqq")
 def test_convert_back_and_forth_keeps_every_bit(dense: Path, tmp_path: Path) -> None:
     ours, theirs, again = (str(tmp_path / name) for name in ("ours", "theirs", "again"))
     assert main(["quantize", str(dense), ours, "--group-size", "32", "--json"]) == 0
@@ -311,7 +314,7 @@ def test_convert_back_and_forth_keeps_every_bit(dense: Path, tmp_path: Path) -> 
 
 
 def test_convert_says_what_it_cannot_read(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(dense), str(tmp_path / "out")]) == 1
+    assert main(["convert", str(dense), str(tmp_path / "out")]) == 2
     assert "holds no quantized weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -1,25 +1,26 @@
-"""Teach peft's ``dequantize_module_weight``, by which DoRA reads base weights, what an HQQTensor is."""
+"""peft's ``dequantize_module_weight``, by which DoRA reads base weights, learns what an HQQTensor is."""
 
-import functools
-import sys
+import importlib
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import nn
 
+from hqqtensor.integrations import patches
+from hqqtensor.integrations.versions import PEFT
 from hqqtensor.tensor import HQQTensor
 
 
 def install() -> None:
-    """Wrap the function in its module and wherever it was imported from there; once."""
-    original = sys.modules["peft.utils.integrations"].dequantize_module_weight
-    if hasattr(original, "__wrapped__"):
-        return
+    """Change the function in its module and wherever peft has imported it from there."""
+    importlib.import_module("peft.utils.integrations")
+    reason = "DoRA over quantized weights"
+    patches.wrap("peft.utils.integrations", "dequantize_module_weight", _for_quantized, reason, PEFT)
 
-    @functools.wraps(original)
-    def dequantize_module_weight(module: torch.nn.Module) -> Any:
+
+def _for_quantized(dequantize: Callable) -> Callable:
+    def dequantize_module_weight(module: nn.Module) -> Any:
         weight = getattr(module, "weight", None)
-        return weight.dequantize() if isinstance(weight, HQQTensor) else original(module)
+        return weight.dequantize() if isinstance(weight, HQQTensor) else dequantize(module)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("peft.") and getattr(module, "dequantize_module_weight", None) is original:
-            module.dequantize_module_weight = dequantize_module_weight  # type: ignore[attr-defined]
+    return dequantize_module_weight

@@ -1,51 +1,34 @@
 """LoRA layers over quantized weights. Merging dequantizes, adds and quantizes again; unmerging is exact."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from peft.tuners.lora import layer, model
+from peft.tuners.lora import layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hqqtensor.config import HqqConfig
+from hqqtensor.integrations import patches
+from hqqtensor.integrations.versions import PEFT
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.settings import config_of
 
 
 def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
     """``dense`` quantized with the settings that ``old`` shows and the default solver; shape and dtype of ``old``."""
-    scale, zero = old.scale, old.zero_point
-    widths = [t.nbits for t in (scale, zero) if isinstance(t, HQQTensor)]
-    plain = [t.dtype for t in (scale, zero) if t is not None and not isinstance(t, HQQTensor)]
-    whole = old.format == "int" and type(zero) is Tensor and torch.equal(zero, zero.round())
-    config = HqqConfig(
-        nbits=old.nbits,
-        group_size=old.group_size,
-        axis=old.axis,
-        format=old.format,
-        scale_dtype=plain[0] if plain else None,
-        quant_scale=isinstance(scale, HQQTensor),
-        quant_zero=isinstance(zero, HQQTensor),
-        meta_nbits=min(widths, default=8),
-        compute_dtype=old.dtype,
-        activation=old.activation,
-        codebook=old.codebook or "tensor",
-        integer_zero=whole,
-        view_as_float=old.qdata.dtype != torch.uint8,
-        rotation=old.rotation > 0,
-    )
-    new = HQQTensor.from_hp(dense.transpose(-1, -2) if old.transposed else dense, config, old.row_dims)
+    weight = dense.transpose(-1, -2) if old.transposed else dense
+    new = HQQTensor.from_hp(weight, config_of(old), old.row_dims)
     return new.transpose(-1, -2) if old.transposed else new  # type: ignore[return-value]
 
 
-class _Quantized:
+class _QuantizedBase:
     """Lets a LoRA layer merge into a dense copy of its base weight, which is then quantized again."""
 
-    _before: tuple[HQQTensor, ...] = ()
+    _weight_before_merging: tuple[nn.Parameter, ...] = ()
+    """None or one; in a tuple, as it would else become a parameter of this layer, to be saved and moved with it."""
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters; the weight before the first merge is kept for ``unmerge``."""
+        """Merge adapters; ``unmerge`` puts back the weight from before the first merge. On an error nothing changes."""
         base = self.get_base_layer()
         quantized = base.weight
         count = len(self.merged_adapters)
@@ -60,26 +43,28 @@ class _Quantized:
             raise
         base.weight = merged
         if merged is not quantized:
-            self._before = self._before or (quantized,)
+            self._weight_before_merging = self._weight_before_merging or (quantized,)
 
     def unmerge(self: Any) -> None:
-        """Put back the weight from before the merge, bit for bit; peft's own undoes the bias and its records."""
+        """Put back the weight from before the merge, bit for bit; peft undoes the bias and its records."""
         base = self.get_base_layer()
+        before = self._weight_before_merging or (base.weight,)
+        # peft subtracts the update from this dense copy, which is then dropped.
         base.weight = nn.Parameter(base.weight.dequantize(), requires_grad=False)
         super().unmerge()  # type: ignore[misc]
-        (base.weight,) = self._before or (base.weight,)
-        self._before = ()
+        (base.weight,) = before
+        self._weight_before_merging = ()
 
 
-class HqqLoraLinear(_Quantized, layer.Linear):
+class HqqLoraLinear(_QuantizedBase, layer.Linear):
     """LoRA over a quantized ``nn.Linear`` or ``Conv1D``."""
 
 
-class HqqLoraEmbedding(_Quantized, layer.Embedding):
+class HqqLoraEmbedding(_QuantizedBase, layer.Embedding):
     """LoRA over a quantized ``nn.Embedding``."""
 
 
-class _QuantizedConvolution(_Quantized):
+class _QuantizedConvolution(_QuantizedBase):
     """peft's DoRA for convolutions computes with ``base_layer.weight`` itself."""
 
     def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> Any:
@@ -101,22 +86,22 @@ class HqqLoraConv3d(_QuantizedConvolution, layer.Conv3d):
     """LoRA over a quantized ``nn.Conv3d``."""
 
 
-_OWN_KIND: tuple[tuple[type[nn.Module], Any], ...] = (
+_LORA_LAYERS: tuple[tuple[type[nn.Module], Any], ...] = (
     (nn.Embedding, HqqLoraEmbedding),
     (nn.Conv1d, HqqLoraConv1d),
     (nn.Conv2d, HqqLoraConv2d),
     (nn.Conv3d, HqqLoraConv3d),
 )
+"""The layer for each kind of module; every other kind is linear."""
 
 
-def _install() -> None:
-    """Put our layers before the one that peft takes for all torchao tensors; once."""
-    original = model.dispatch_torchao
-    if hasattr(original, "__wrapped__"):
-        return
+def install() -> None:
+    """Put our layers before the one that peft takes for all torchao tensors."""
+    patches.wrap("peft.tuners.lora.model", "dispatch_torchao", _dispatcher, "LoRA over quantized weights", PEFT)
 
-    @functools.wraps(original)
-    def dispatch(target: torch.nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+
+def _dispatcher(dispatch_torchao: Callable) -> Callable:
+    def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         name = kwargs.pop("parameter_name", None)
         if name is not None and isinstance(getattr(base, name, None), HQQTensor):
@@ -124,18 +109,15 @@ def _install() -> None:
                 f"target_parameters: {name} is quantized, and peft would add to it what it cannot hold; leave it dense "
                 "with skip_modules, or target linear layers"
             )
-        if isinstance(getattr(base, "weight", None), HQQTensor):
-            kwargs.pop("get_apply_tensor_subclass", None)
-            for kind, lora in _OWN_KIND:
-                if isinstance(base, kind):
-                    return lora(target, adapter_name, config=config, **kwargs)
-            config.fan_in_fan_out = isinstance(base, Conv1D)
-            return HqqLoraLinear(
-                target, adapter_name, config=config, is_target_conv_1d_layer=isinstance(base, Conv1D), **kwargs
-            )
-        return original(target, adapter_name, config=config, parameter_name=name, **kwargs)
+        if not isinstance(getattr(base, "weight", None), HQQTensor):
+            return dispatch_torchao(target, adapter_name, config=config, parameter_name=name, **kwargs)
+        patches.require("peft.")
+        kwargs.pop("get_apply_tensor_subclass", None)
+        for kind, lora in _LORA_LAYERS:
+            if isinstance(base, kind):
+                return lora(target, adapter_name, config=config, **kwargs)
+        is_conv1d = isinstance(base, Conv1D)
+        config.fan_in_fan_out = is_conv1d
+        return HqqLoraLinear(target, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
-    model.dispatch_torchao = dispatch
-
-
-_install()
+    return dispatch

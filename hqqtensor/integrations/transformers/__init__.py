@@ -1,32 +1,39 @@
-"""transformers: a quantizer of its own under ``quant_method`` "hqqtensor", which also serves "hqq".
+"""transformers: a quantizer under ``quant_method`` "hqqtensor", which can serve "hqq" as well.
 
-``import hqqtensor`` registers both as soon as transformers' quantizers are imported, before or after; it does not
-import transformers. ``register()`` does it at once.
+``import hqqtensor`` registers it as soon as transformers is imported, in either order; it does not import transformers.
 """
 
 from typing import Any
 
 from hqqtensor.config import HqqConfig
-from hqqtensor.import_hook import when_imported
-from hqqtensor.integrations.transformers import offload
+from hqqtensor.integrations import patches
 
 QUANT_METHOD = "hqqtensor"
 
 
-def register() -> None:
-    """Import transformers' quantizers and register with them; may be called any number of times."""
-    import transformers.quantizers.auto
-    import transformers.utils.quantization_config  # noqa: F401  both hooks have run, or run now
+def register(hqq: bool = False) -> None:
+    """Import transformers' quantizers and register with them; may be called any number of times.
 
-    _install_config()
-    _install_quantizer()
+    hqq: serve ``quant_method`` "hqq" too, in the place of transformers' own quantizer: configs of the class
+    ``transformers.HqqConfig``, and checkpoints of the hqq library. Where the hqq package is not installed, this is so
+    without asking, since transformers' own quantizer needs it. There is no way back in the same process.
+
+    ``patches.PatchError`` if this version of transformers lacks what has to be changed.
+    """
+    from hqqtensor.integrations.transformers import config, quantizer
+
+    config.install()
+    quantizer.install()
+    if hqq:
+        quantizer.serve_hqq()
+    patches.require("transformers.utils.quantization_config.", "transformers.quantizers.")
 
 
 def adopt(model: Any, config: HqqConfig) -> None:
     """Make a transformers model that ``quantize_`` changed one that ``from_pretrained`` might have given.
 
-    Then ``save_pretrained``, ``dequantize`` and ``Trainer`` know that it is quantized. ``config``: what config.json
-    is to say; the weights themselves rule. ValueError where the model holds no quantized weight.
+    Then ``dequantize`` and ``Trainer`` know that it is quantized (``save_pretrained`` needs no ``adopt``). ``config``:
+    what config.json is to say; the weights themselves rule. ValueError if the model holds no quantized weight.
     """
     from hqqtensor.integrations.transformers.quantizer import HQQTensorHfQuantizer
 
@@ -37,7 +44,7 @@ def adopt(model: Any, config: HqqConfig) -> None:
 def model_card(model: Any, base_model: str | None = None) -> str:
     """The text of a README.md for the hub: tags, how to load ``model``, what of it is quantized and how.
 
-    ``base_model``: name on the hub of the model that was quantized. ValueError where nothing is quantized.
+    ``base_model``: name on the hub of the model that was quantized. ValueError if nothing is quantized.
     """
     from hqqtensor.diagnostics import check_quantization_status
 
@@ -53,18 +60,3 @@ def model_card(model: Any, base_model: str | None = None) -> str:
     lines = ["---", *front, "---", f"# {title}", "", "```text", str(status), "```", "", "Load it with:", ""]
     code = f'import hqqtensor\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("NAME")'
     return "\n".join([*lines, "```python", code, "```", "", "`pip install hqqtensor` first.", ""])
-
-
-def register_when_imported() -> None:
-    """Register as soon as the user imports transformers; costs nothing where it is never imported."""
-    when_imported("transformers.utils.quantization_config", _install_config)
-    when_imported("transformers.quantizers.auto", _install_quantizer)
-    offload.register_when_imported()
-
-
-def _install_config() -> None:
-    import hqqtensor.integrations.transformers.config  # noqa: F401  installs itself as it is imported
-
-
-def _install_quantizer() -> None:
-    import hqqtensor.integrations.transformers.quantizer  # noqa: F401  as above

@@ -45,7 +45,7 @@ class HqqCacheLayer(DynamicLayer):
                 pack if old is None else torch.cat([old, pack], dim=2)  # type: ignore[misc]
                 for old, pack in zip(self._packed, new, strict=True)
             ]
-            # Copies: a view would keep the packed tokens' memory.
+            # Copies: views would hold the memory of the tokens that are packed now.
             recent = [states[..., count:, :].clone() for states in recent]
         self.keys, self.values = recent
         return out
@@ -56,7 +56,7 @@ class HqqCacheLayer(DynamicLayer):
         try:
             if self.axes[which]:
                 return HQQTensor.from_hp(blocks, self.settings)
-            # All blocks in one matrix: its row n belongs to group n % G, so that G blocks take turns.
+            # All G blocks in one matrix: its row n is in group n % G, so the rows of the blocks alternate.
             rows = blocks.movedim(3, 0).reshape(-1, blocks.shape[-1])
             packed = HQQTensor.from_hp(rows, replace(self.settings, axis=0))
         except ValueError as error:
@@ -67,33 +67,32 @@ class HqqCacheLayer(DynamicLayer):
         return packed.with_data(qdata=qdata, scale=scale, zero_point=zero, shape=blocks.shape)
 
     def _all(self, which: int, recent: Tensor) -> Tensor:
-        """Packed tokens, made dense where they are returned, and ``recent`` ones behind them."""
+        """Packed tokens, dequantized into the tensor that is returned, followed by the ``recent`` ones."""
         packed = self._packed[which]
         if packed is None:
             return recent
         B, H, count, D = recent.shape
-        held = self._packed_length()
-        size = (B, H, held + count, D)
+        packed_length = self._packed_length()
+        size = (B, H, packed_length + count, D)
         on_cpu = self._pool is not None and recent.device.type == "cpu"
         out = self._pool.empty(size, recent) if on_cpu else recent.new_empty(size)
-        ops.dequantize_into(out[:, :, :held].view(B, H, -1, self.block, D), packed.operand())
-        out[:, :, held:] = recent
+        ops.dequantize_into(out[:, :, :packed_length].view(B, H, -1, self.block, D), packed.operand())
+        out[:, :, packed_length:] = recent
         return out
 
     def _packed_length(self) -> int:
-        # Of the codes: to ask an HQQTensor itself for its shape goes through torch's function dispatch.
+        # The shape of the codes: asking an HQQTensor for its shape goes through torch's function dispatch.
         return 0 if self._packed[0] is None else self._packed[0].qdata.shape[2] * self.block
 
     def get_seq_length(self) -> int:
-        """Tokens held, packed and recent."""
+        """Number of tokens, packed and recent."""
         recent = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
         return self._packed_length() + recent
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held."""
-        held = [t for t in (*self._packed, self.keys, self.values) if t is not None]
-        return sum(t.nbytes for t in held)
+        """Bytes of all keys and values, packed and recent."""
+        return sum(t.nbytes for t in (*self._packed, self.keys, self.values) if t is not None)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -101,19 +100,18 @@ class HqqCacheLayer(DynamicLayer):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; of a block that is cut, the rest comes back dequantized."""
-        keep = self.get_seq_length() + tokens_to_remove
-        beyond = self._packed_length() - keep
-        if beyond <= 0 or tokens_to_remove >= 0 or not self.is_initialized:
+        """Remove the last ``-tokens_to_remove`` tokens; what is left of a block that is cut comes back dequantized."""
+        length = self.get_seq_length() + tokens_to_remove
+        if self._packed_length() <= length or tokens_to_remove >= 0 or not self.is_initialized:
             super().crop(tokens_to_remove)
             return
-        whole, rest = divmod(max(keep, 0), self.block)
+        blocks, left = divmod(max(length, 0), self.block)
         recent: list[Tensor] = []
         for which, packed in enumerate(self._packed):
             assert packed is not None
-            last = packed[:, :, whole : whole + 1].dequantize().flatten(2, 3)
-            recent.append(last[..., :rest, :].clone())
-            self._packed[which] = packed[:, :, :whole] if whole else None  # type: ignore[assignment]
+            last = packed[:, :, blocks : blocks + 1].dequantize().flatten(2, 3)
+            recent.append(last[..., :left, :].clone())
+            self._packed[which] = packed[:, :, :blocks] if blocks else None  # type: ignore[assignment]
         self.keys, self.values = recent
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -127,7 +125,7 @@ class HqqCacheLayer(DynamicLayer):
             self._select(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the elements ``indices`` of the batch."""
+        """Remove all elements of the batch but ``indices``, and put them in that order."""
         if self.get_seq_length():
             self._select(indices)
 
@@ -164,7 +162,7 @@ class HqqQuantizedCache(Cache):
                 raise ValueError(f"{name} must be 0 (over tokens) or 1 (over channels), got {axis!r}")
         if not isinstance(residual_length, int) or residual_length < 0:
             raise ValueError(f"residual_length must be 0 or more tokens, got {residual_length!r}")
-        # One pool for all layers: what one layer returned is gone, as a rule, when the next one asks.
+        # One pool for all layers: as a rule, what one layer returned is freed before the next one asks for memory.
         options = (settings, axis_key, axis_value, q_group_size, residual_length, cpu.pool())
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[HqqCacheLayer(*options) if type(x) is DynamicLayer else x for x in layers])

@@ -1,7 +1,7 @@
 """HqqConfig as transformers wants it, and the translation of transformers' own HqqConfig."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,9 @@ from transformers.utils import quantization_config as theirs
 from transformers.utils.import_utils import is_hqq_available
 
 import hqqtensor.config
+from hqqtensor.integrations import patches
 from hqqtensor.integrations.transformers import QUANT_METHOD
+from hqqtensor.integrations.versions import TRANSFORMERS
 from hqqtensor.quantize import check_without_names
 from hqqtensor.selection import tag_matches
 
@@ -55,8 +57,8 @@ def from_transformers(config: Any, model: nn.Module | None = None) -> HqqConfig:
         return HqqConfig(weight_quant_params=_whole_bits(quant), **options)
     layers: dict[str, Any] = {"*": None}
     for tag, entry in quant.items():
-        own = None if entry is None else {"weight_quant_params": _whole_bits(entry)}
-        layers |= dict.fromkeys(_names(tag, model), own)
+        settings = None if entry is None else {"weight_quant_params": _whole_bits(entry)}
+        layers |= dict.fromkeys(_names(tag, model), settings)
     return HqqConfig(dynamic_config=layers, **options)
 
 
@@ -77,20 +79,25 @@ def _linear_tag(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("model", "layers") and not part.isnumeric())
 
 
-def _install() -> None:
-    """Give our config its ``quant_method``, and let transformers' ``HqqConfig`` be made without the hqq package."""
+def install() -> None:
+    """Give our config its ``quant_method``, and check or complete two of transformers' configs."""
     hqqtensor.config.HqqConfig.quant_method = QUANT_METHOD  # type: ignore[attr-defined]
-    original = theirs.HqqConfig.__init__
-    if hasattr(original, "__wrapped__"):
-        return
+    module = "transformers.utils.quantization_config"
+    reason = "transformers.HqqConfig without the hqq package"
+    patches.wrap(module, "HqqConfig.__init__", _without_hqq, reason, TRANSFORMERS)
+    reason = "refusing settings by name in a TorchAoConfig"
+    patches.wrap(module, "TorchAoConfig.post_init", _checked, reason, TRANSFORMERS)
 
-    @functools.wraps(original)
+
+def _without_hqq(init: Callable) -> Callable:
+    """``transformers.HqqConfig.__init__`` that does not need the hqq package."""
+
     def __init__(
         self: Any, nbits: int = 4, group_size: int | None = 64, view_as_float: bool = False, axis: int | None = None,
         dynamic_config: dict[str, Any] | None = None, skip_modules: list[str] = ["lm_head"], **kwargs: Any,  # noqa: B006
     ) -> None:  # fmt: skip
         if is_hqq_available():
-            original(self, nbits, group_size, view_as_float, axis, dynamic_config, skip_modules, **kwargs)
+            init(self, nbits, group_size, view_as_float, axis, dynamic_config, skip_modules, **kwargs)
             return
         axis = 1 if axis is None else axis
         if axis not in (0, 1):
@@ -103,14 +110,12 @@ def _install() -> None:
         self.skip_modules = skip_modules
         self.post_init()
 
-    theirs.HqqConfig.__init__ = __init__  # type: ignore[method-assign]
-    theirs.TorchAoConfig.post_init = _checked(theirs.TorchAoConfig.post_init)  # type: ignore[method-assign]
+    return __init__
 
 
-def _checked(post_init: Any) -> Any:
+def _checked(post_init: Callable) -> Callable:
     """``TorchAoConfig.post_init`` that refuses what torchao could not follow, before a model is loaded."""
 
-    @functools.wraps(post_init)
     def checked(self: Any) -> None:
         post_init(self)
         by_name = getattr(self.quant_type, "fqn_to_config", None) or {"": self.quant_type}
@@ -137,6 +142,3 @@ def _hqq_params(
         "zero_quant_params": {**meta, "channel_wise": False, "group_size": None} if quant_zero else None,
         "offload_meta": offload_meta,
     }
-
-
-_install()

@@ -2,17 +2,21 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.import_utils import is_hqq_available
 
 import hqqtensor.config
+from hqqtensor.integrations import patches
 from hqqtensor.integrations.transformers import QUANT_METHOD, offload
 from hqqtensor.integrations.transformers.config import HqqConfig, from_transformers
+from hqqtensor.integrations.versions import TRANSFORMERS
 from hqqtensor.presets import bits_per_weight
 from hqqtensor.quantize import dequantize_, show_quantized
 from hqqtensor.selection import Choice, check_shapes, choose
@@ -30,7 +34,7 @@ _PARTS = r"(^|\.)_\w+_(qdata|scale|zero_point|act_pre_scale)$"
 class HQQTensorHfQuantizer(HfQuantizer):
     """Quantizes weight by weight while transformers loads them, or reads a checkpoint that is quantized already.
 
-    Serves ``quant_method`` "hqqtensor" and, in the place of transformers' own, "hqq".
+    Serves ``quant_method`` "hqqtensor" and, in the place of transformers' own, "hqq" (see ``serve_hqq``).
     """
 
     requires_calibration = False
@@ -39,11 +43,11 @@ class HQQTensorHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         self.hqq_config = None
         if isinstance(quantization_config, hqqtensor.config.HqqConfig):
-            own = HqqConfig.of(quantization_config)
+            config = HqqConfig.of(quantization_config)
         else:
             self.hqq_config = quantization_config
-            own = from_transformers(quantization_config)
-        super().__init__(own, **kwargs)
+            config = from_transformers(quantization_config)
+        super().__init__(config, **kwargs)
         self.plan: dict[str, Choice] = {}
         self.ready: dict[str, HQQTensor] = {}
         self.packed_key = ""
@@ -89,22 +93,27 @@ class HQQTensorHfQuantizer(HfQuantizer):
         from hqqtensor.integrations.transformers.load_ops import HqqLoad
 
         leaves = sorted({name.rpartition(".")[2] for name in self.ready})
-        own = [WeightConverter(rf"(?<![^.]){self._packed(leaf)}", leaf, [HqqLoad(self)]) for leaf in leaves]
+        converters = [WeightConverter(rf"(?<![^.]){self._packed(leaf)}", leaf, [HqqLoad(self)]) for leaf in leaves]
         renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
         expected = model.state_dict()
         ready: dict[str, HQQTensor] = {}
         for name, tensor in self.ready.items():
             prefix, _, leaf = name.rpartition(".")
             key = f"{prefix}{'.' if prefix else ''}{self._packed(leaf)}"
-            renamed, _ = rename_source_key(key, renamings, own, model.base_model_prefix, expected)
+            renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
             if renamed in expected:
                 if tensor.shape != expected[renamed].shape:
                     want = list(expected[renamed].shape)
                     raise CheckpointError(f"{name}: the file has shape {list(tensor.shape)}, the model {want}")
                 ready[renamed] = tensor
         self.ready = ready
-        # Ours first: at most one converter takes a key, and a model's own patterns are loose.
-        return [*own, *weight_conversions]
+        # Ours come first: at most one converter takes a key, and the patterns of a model's converters match too much.
+        return [*converters, *weight_conversions]
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """PatchError where the disk is to hold weights and this version of transformers cannot be taught to."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            offload.require()
 
     def _packed(self, leaf: str) -> str:
         return self.packed_key or f"_{leaf}_qdata"
@@ -131,7 +140,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, choice in self.plan.items():
-            # Weights that the checkpoint lacks were just initialised and are to be trained: they stay dense.
+            # Weights that the checkpoint lacks were just initialised and are to be trained: they are left dense.
             module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             if not isinstance(getattr(module, leaf), HQQTensor) and not self.missing & set(choice.names):
                 raise RuntimeError(f"{name} was loaded without being quantized")
@@ -152,8 +161,13 @@ class HQQTensorHfQuantizer(HfQuantizer):
         model.hf_quantizer = self
         self.postprocess_model(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The plain tensors and the metadata that ``save_pretrained`` writes: ``save_model``'s layout.
+
+        Nothing where it writes adapters: these are dense, and transformers finds them in the model.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
         units, header = split_state(offload.whole_state(model), {}, [])
         return {key: tensor for unit in units for key, tensor in unit.items()}, header
 
@@ -161,11 +175,17 @@ class HQQTensorHfQuantizer(HfQuantizer):
         if any(isinstance(p, HQQTensor) and p.device.type == "meta" for p in model.parameters()):
             raise ValueError("dequantize: parts of the model are offloaded; load it without offloading first")
         dequantize_(model)
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions
+        self.release(model)
         # save_pretrained leaves the dtype's name in the config.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
+
+    def release(self, model: Any) -> None:
+        """Undo ``postprocess_model`` for a model whose weights are all dense again."""
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
+        model.hqq_quantized = False
+        self.remove_quantization_config(model)
 
     def is_serializable(self) -> bool:
         """Yes, always."""
@@ -182,11 +202,43 @@ class HQQTensorHfQuantizer(HfQuantizer):
         return True
 
 
-def _install() -> None:
+def install() -> None:
     """Put the quantizer and its config into transformers' tables."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = HqqConfig
-    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = HQQTensorHfQuantizer
-    auto.AUTO_QUANTIZER_MAPPING["hqq"] = HQQTensorHfQuantizer
+    reason = "loading and saving quantized models"
+    table = "AUTO_QUANTIZATION_CONFIG_MAPPING"
+    patches.register("transformers.quantizers.auto", table, {QUANT_METHOD: HqqConfig}, reason, TRANSFORMERS)
+    entry = {QUANT_METHOD: HQQTensorHfQuantizer}
+    patches.register("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING", entry, reason, TRANSFORMERS)
+    if is_hqq_available():
+        module, reason = "transformers.quantizers.quantizer_hqq", "the warning that models of hqq are not loaded"
+        patches.wrap(module, "HqqHfQuantizer.__init__", _warns_if_it_cannot_load, reason, TRANSFORMERS)
+    else:
+        serve_hqq()
 
 
-_install()
+def serve_hqq() -> None:
+    """Take the place of transformers' own quantizer for ``quant_method`` "hqq"."""
+    reason, entry = 'serving quant_method "hqq"', {"hqq": HQQTensorHfQuantizer}
+    patches.register("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING", entry, reason, TRANSFORMERS)
+
+
+def _warns_if_it_cannot_load(init: Callable) -> Callable:
+    """``HqqHfQuantizer.__init__`` that says what follows: random weights, or an error that says not what to do."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        wanted = "get_weight_conversions" if self.pre_quantized else "get_quantize_ops"
+        loads = any(
+            getattr(type(self), name) is not getattr(HfQuantizer, name)
+            for name in (wanted, "get_load_operations", "update_weight_conversions")
+        )
+        if loads:
+            return
+        outcome = "fills a checkpoint of hqq with random weights" if self.pre_quantized else "cannot quantize with hqq"
+        warnings.warn(
+            f"transformers {transformers.__version__} {outcome}. To let hqqtensor do it, call "
+            "hqqtensor.integrations.transformers.register(hqq=True) first",
+            stacklevel=2,
+        )
+
+    return __init__

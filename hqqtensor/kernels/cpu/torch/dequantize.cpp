@@ -2,7 +2,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "dispatch/linear.h"
+#include "dispatch/scratch.h"
+#include "dispatch/threads.h"
 #include "torch/operators.h"
 
 namespace hqqtensor {
@@ -43,9 +44,9 @@ void dense_into(const Tensor& out, DType type, const PackedWeights& weights) {
   const auto places = starts(out);
   auto* const data = (char*)out.mutable_data();
   const int64_t stride = out.stride(-2);
-  over(E * N, 1, E * N * K, [&](int64_t a, int64_t b) {
+  parallel_over(E * N, 1, E * N * K, [&](int64_t a, int64_t b) {
     const Kernels& k = kernels();
-    auto* line = (float*)scratch(4 * K + 64, 1);
+    auto* line = (float*)scratch(4 * K + 64, Scratch::kernel);
     for (int64_t i = a; i < b;) {
       const int64_t e = i / N, first = i % N, last = std::min(N, first + b - i);
       char* to = data + (places[(size_t)e] + first * stride) * size_of(type);
@@ -114,8 +115,8 @@ bool embedding(Call& c) {
   Tensor out = empty(sizes, scalar);
   auto* const data = (char*)out.mutable_data();
   const auto count = (int64_t)rows.size();
-  over(count, 1, count * w.K, [&](int64_t first, int64_t last) {
-    auto* line = (float*)scratch(4 * w.K + 64, 1);
+  parallel_over(count, 1, count * w.K, [&](int64_t first, int64_t last) {
+    auto* line = (float*)scratch(4 * w.K + 64, Scratch::kernel);
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = rows[(size_t)i];
       kernels().dequantize_rows(w, row, row + 1, *type, data + i * w.K * size_of(*type), w.K, line);

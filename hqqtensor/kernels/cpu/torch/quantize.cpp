@@ -111,8 +111,8 @@ void solve_part(const Matrix& w, std::string_view solver, int nbits, const G& g,
   if (g.count == 0) return;
   const Kernels& k = kernels();
   if (solver != "hqq") {
-    const int which = solver == "rtn" ? 0 : 1;
-    solve_groups(w, g, which == 0, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
+    const Solver which = solver == "rtn" ? Solver::rtn : Solver::joint;
+    solve_groups(w, g, which == Solver::rtn, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
       k.solve_block(which, block, size, nbits, s, z);
     });
     return;
@@ -302,10 +302,10 @@ bool solve_levels(Call& c) {
   Tensor inverse = empty(scales_shape(w, group_size, axis), Scalar::float32);
   auto* s = (float*)inverse.mutable_data();
   const Kernels& k = kernels();
-  const int which = solver == "rtn" ? 0 : 1;
+  const Solver which = solver == "rtn" ? Solver::rtn : Solver::joint;
   over_parts(w, group_size, axis, by_row, [&](const auto& part) {
     const int64_t columns = part.count / w.N;
-    solve_groups(w, part, which == 0, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
+    solve_groups(w, part, which == Solver::rtn, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
       k.solve_levels(rows[by_row ? (size_t)(first / columns) : 0], which, block, size, found);
     });
   });

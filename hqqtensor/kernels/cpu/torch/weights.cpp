@@ -118,17 +118,17 @@ Values PackedWeights::read_values(const PackedArguments& a, const Tensor& t, con
   }
   v.data = part.values.data, v.stride = part.values.row_stride, v.columns = columns;
   v.type = quantized ? (full ? DType::u8 : DType::u4) : dtype_of(t.scalar()).value_or(DType::f32);
-  v.own_rows = 1;
+  v.meta_rows = 1;
   if (!quantized) return v;
   HQQ_CHECK(a.meta.size() >= used_ + 2, "meta must begin with a scale and a zero point of the uint8 scale, then those of the uint8 "
             "zero_point; got ", (int64_t)a.meta.size(), " tensors");
   int64_t zero_rows = 0;
-  part.meta_scale = read_meta(a, columns, &v.own_rows);
+  part.meta_scale = read_meta(a, columns, &v.meta_rows);
   part.meta_zero = read_meta(a, columns, &zero_rows);
-  HQQ_CHECK(zero_rows == v.own_rows, "meta must have a scale and a zero point of one shape, got ", a.meta[used_ - 2], " and ",
+  HQQ_CHECK(zero_rows == v.meta_rows, "meta must have a scale and a zero point of one shape, got ", a.meta[used_ - 2], " and ",
             a.meta[used_ - 1]);
-  v.own_scale = (const float*)part.meta_scale.data, v.own_zero = (const float*)part.meta_zero.data;
-  v.own_stride = columns;
+  v.meta_scale = (const float*)part.meta_scale.data, v.meta_zero = (const float*)part.meta_zero.data;
+  v.meta_stride = columns;
   return v;
 }
 
@@ -184,8 +184,8 @@ Weight PackedWeights::at(int64_t i) const {
   };
   const auto move_values = [&move](Values& v, const Part& part) {
     move(v.data, part.values);
-    move(v.own_scale, part.meta_scale);
-    move(v.own_zero, part.meta_zero);
+    move(v.meta_scale, part.meta_scale);
+    move(v.meta_zero, part.meta_zero);
   };
   move(w.qdata, qdata_);
   move_values(w.scale, scale_);

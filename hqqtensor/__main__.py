@@ -1,4 +1,4 @@
-"""``python -m hqqtensor.cli``."""
+"""``python -m hqqtensor``: the ``hqqtensor`` command."""
 
 import sys
 

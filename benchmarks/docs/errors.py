@@ -1,0 +1,125 @@
+"""Tables of docs/quality.md and README.md: errors of quantized models by method and bits."""
+
+from typing import Any
+
+from benchmarks.docs.figures import quality
+from benchmarks.docs.markdown import table
+
+MODELS = {"doclm": "KL", "MiniLM": "1 - cosine"}
+Found = dict[str, Any]
+
+GROUPS_20 = "hqqtensor {}-bit g20 4-bit meta"
+COLUMNS = "hqqtensor {}-bit g22 4-bit meta, columns"
+TEXT = "hqqtensor {}-bit g32 4-bit meta, full calibration"
+RANDOM = "hqqtensor {}-bit g32 4-bit meta, random tokens"
+
+
+def of(model: str, method: str) -> Found:
+    """The row of a method on a model; KeyError where there is none."""
+    for one in quality()["rows"]:
+        if one["task"] == model and one["method"] == method:
+            return one
+    raise KeyError(f"no row {method!r} of {model!r} in docs/data/quality.json")
+
+
+def ratio(model: str, method: str) -> str:
+    """Error over the hqq library's at the same nominal bits."""
+    return f"{of(model, method)['to hqq'][0]:.2f}"
+
+
+def settings() -> str:
+    """Settings by bits, without text and with it, by error over the hqq library's at the same nominal bits."""
+    out = []
+
+    def add(bits: str, code: str, needs: str, method: str) -> None:
+        size = f"{of('doclm', method)['bits']:.2f}"
+        out.append([bits, f"`{code}`", needs, size, *(ratio(model, method) for model in MODELS)])
+
+    for bits in (4, 3, 2):
+        add(str(bits), f"HqqConfig({bits}, 64)", "nothing", f"hqqtensor {bits}-bit g64")
+        if bits > 2:
+            add(str(bits), f"HqqConfig({bits}, 20, **META)", "nothing", GROUPS_20.format(bits))
+        else:
+            add(str(bits), "HqqConfig(2, 10, **LEARNED)", "nothing", "hqqtensor 2-bit g10 learned, 4-bit scales")
+        add(str(bits), f'HqqConfig({bits}, 22, solver="column_scaled", **META)', "nothing", COLUMNS.format(bits))
+        add(str(bits), f"HqqConfig({bits}, 32, **META)", "calibrated on random tokens", RANDOM.format(bits))
+        add(str(bits), f"HqqConfig({bits}, 32, **META)", "calibrated on text", TEXT.format(bits))
+    for bpw in ("4.5", "3.5", "3.0", "2.5"):
+        add("mixed", f"target_bpw={bpw}", "searched on random tokens", f"hqqtensor searched {bpw}")
+    header = ["bits", "setting", "needs", "bits a weight", "error over hqq's, doclm", "MiniLM"]
+    return table(header, out)
+
+
+def at_equal_bits() -> str:
+    """The best of each kind near 4.5, 3.5 and 2.5 bits a weight."""
+    kinds = {
+        "hqq library": "hqq {}-bit g64",
+        "round to nearest": "rtn {}-bit g64",
+        "SINQ, groups of 64 (paper)": "SINQ {}-bit g64 (paper)",
+        "llama.cpp": "llama.cpp Q{}_K",
+        "GPTQ, on text (paper)": "GPTQ {}-bit g64 (paper)",
+        "AWQ, on text (paper)": "AWQ {}-bit g64 (paper)",
+        "**hqqtensor, `HqqConfig(bits, 64)`**": "hqqtensor {}-bit g64",
+        "**hqqtensor, groups of 20, 4-bit metadata**": GROUPS_20,
+        "**hqqtensor, groups of 22, column scales**": COLUMNS,
+        "**hqqtensor, groups of 32, calibrated on text**": TEXT,
+    }
+    out = []
+    for model, unit in MODELS.items():
+        for label, method in kinds.items():
+            cells = []
+            for bits in (4, 3, 2):
+                one = of(model, method.format(bits))
+                cells.append(f"{one['main'][0]:.4f} ({one['bits']:.2f})")
+            out.append([f"{model}, {unit}", label, *cells])
+    return table(["model", "method", "4 bits", "3 bits", "2 bits"], out)
+
+
+def readme() -> str:
+    """Errors over the hqq library's, best kinds only."""
+    kinds = {
+        "hqq library, groups of 64": "hqq {}-bit g64",
+        "llama.cpp": "llama.cpp Q{}_K",
+        "GPTQ, calibrated on text (paper)": "GPTQ {}-bit g64 (paper)",
+        "**hqqtensor, `hqq_weight_only(bits, 64)`**": "hqqtensor {}-bit g64",
+        "**hqqtensor, groups of 20, 4-bit metadata**": GROUPS_20,
+        "**hqqtensor, groups of 32, calibrated on text**": TEXT,
+    }
+    out = []
+    for label, method in kinds.items():
+        cells = []
+        for bits in (4, 3, 2):
+            name = method.format(bits)
+            doclm, minilm = (ratio(model, name) for model in MODELS)
+            cells.append(f"{doclm} / {minilm} at {of('doclm', name)['bits']:.2f}")
+        out.append([label, *cells])
+    return table(["error over the hqq library's, doclm / MiniLM, at bits a weight", "4 bits", "3 bits", "2 bits"], out)
+
+
+def every_method(model: str) -> str:
+    """All that was measured on one model."""
+    out = []
+    for one in quality()["rows"]:
+        if one["task"] != model:
+            continue
+        name = f"**{one['method']}**" if one["ours"] else one["method"]
+        errors = [f"{one[f'{kind} error']:.5f}" for kind in ("weight", "output")]
+        main = "{:.5f} ({:.5f}-{:.5f})".format(*one["main"])
+        over = "" if one["to hqq"] is None else "{:.2f} ({:.2f}-{:.2f})".format(*one["to hqq"])
+        if model == "doclm":
+            last = [f"{one['perplexity']:.2f}", f"{one['rise']:+.2%}", f"{one['top1']:.1%}", f"{one['top5']:.1%}"]
+        else:
+            last = [f"{one['nearest']:.1%}", f"{one['nearest five']:.1%}"]
+        star = " *" if one["best"] else ""
+        out.append([name + star, one["data"], f"{one['bits']:.3f}", *errors, main, over, *last])
+    extra = {"doclm": ["perplexity", "rise", "top-1", "top-5"], "MiniLM": ["nearest the same", "of the nearest five"]}
+    header = [
+        "method",
+        "data",
+        "bits/weight",
+        "weight error",
+        "output error",
+        f"{MODELS[model]} (95 %)",
+        "to hqq (95 %)",
+    ]
+    return table([*header, *extra[model]], out)

@@ -1,0 +1,152 @@
+"""The two tables of docs/performance.md that sum it up: what is gained, and what falls short."""
+
+from collections.abc import Iterator
+
+from benchmarks.docs.figures import Run, fastest_peer, ratios, row, runs
+from benchmarks.docs.markdown import span, table
+from benchmarks.docs.speed import BF16, FP32, INT8
+
+Q4, Q8 = "llama.cpp Q4_0 (Q6_K embedding)", "llama.cpp Q8_0"
+FIRST = "first token, 128"
+
+
+def _gains(machine: list[Run], mine: str, tokens: range) -> str:
+    """The range of the fastest other library's time over ours, over runs and the numbers of tokens in ``tokens``."""
+    out = []
+    for run in machine:
+        for i, n in enumerate(run["tokens"]):
+            peer, time = fastest_peer(run, i), row(run, mine)["ms"][i]
+            if n in tokens and peer is not None and time is not None:
+                out.append(peer["ms"][i] / time)
+    return span(out)
+
+
+def _decode(id: str, theirs: str, names: tuple[str, ...], key: str = "tokens/s") -> list[float]:
+    """Our tokens a second over llama.cpp's, or its seconds over ours."""
+    run = runs("decode")[id]
+    faster = [row(run, name)[key] / row(run, theirs)[key] for name in names]
+    return faster if key == "tokens/s" else [1 / one for one in faster]
+
+
+def summary() -> str:
+    """How many times faster than the best of the others."""
+    linear = runs("linear")
+    layers = [[linear["zen4"]], [linear["intel"], linear["intel-ark"]]]
+    one, more = range(1, 2), range(4, 513)
+    eight = ("8-bit bf16", "8-bit int8 bf16")
+    solvers = {r["solver"]: r["M weights/s"] for r in reversed(runs("quantize")["zen4"]["rows"]) if r["bits"] == 4}
+    zen_four = [*_decode("zen4", Q4, (BF16, INT8)), *_decode("zen4-again", Q4, (BF16, INT8))]
+    first = [span(_decode(id, Q4, (BF16, INT8), FIRST)) for id in ("zen4", "intel")]
+    fastest, llama = "the fastest of the others", "llama.cpp Q4_0"
+    rows = [
+        ["one layer, 1 token, bf16 activations", fastest, *(_gains(machine, BF16, one) for machine in layers)],
+        ["one layer, 4 to 512 tokens, bf16 activations", fastest, *(_gains(machine, BF16, more) for machine in layers)],
+        ['the same, `activation="int8"`', fastest, *(_gains(machine, INT8, more) for machine in layers)],
+        ["decoding, 1B model, 4 bits", llama, span(zen_four), span(_decode("intel", Q4, (BF16, INT8)))],
+        ["decoding, 1B model, 8 bits", "llama.cpp Q8_0", *(span(_decode(id, Q8, eight)) for id in ("zen4", "intel"))],
+        ["a prompt of 128 tokens, 1B model, 4 bits", llama, *first],
+        ["quantizing, `hqq_joint`", "the hqq library", f"{solvers['hqq_joint'] / solvers['hqq library']:.0f} x", ""],
+    ]
+    return table(["4-bit weights, speed of hqqtensor", "over", "AMD Zen 4", "Intel Xeon"], rows)
+
+
+def _at(id: str, over: str, under: str, *tokens: int) -> str:
+    """Times of ``over`` divided by those of ``under``, such as "1.07 and 1.65 x"."""
+    run = runs("linear")[id]
+    found = []
+    for n in tokens:
+        value = ratios(run, over, under)[run["tokens"].index(n)]
+        if value is None:
+            raise ValueError(f"{over!r} or {under!r} was not measured at {n} tokens in run {id!r}")
+        found.append(f"{value:.2f}")
+    return " and ".join(found) + " x"
+
+
+def _bandwidth(id: str) -> str:
+    shares = [one for one in runs("linear")[id]["bandwidth"] if one["name"] == BF16]
+    return ", ".join(f"{100 * one['share']:.0f} % of {one['read_gb_s']} GB/s" for one in shares)
+
+
+def _shortfalls() -> Iterator[list[str]]:
+    small = {(r["bits"], r["group_size"]): r["times of 4-bit g64"] for r in runs("settings")["intel"]["rows"]}
+    twenty, thirty_two = (" and ".join(f"{one:.2f}" for one in small[4, size][:2]) + " x" for size in (20, 32))
+    zen_four = [*_decode("zen4", Q4, (BF16, INT8)), *_decode("zen4-again", Q4, (BF16, INT8))]
+    yield [
+        "1 token: share of the memory's read bandwidth, bf16 activations",
+        _bandwidth("zen4"),
+        _bandwidth("intel"),
+        "",
+    ]
+    yield [
+        "128 and 512 tokens, bf16 activations: our time over dense bf16's",
+        _at("zen4", BF16, "dense bf16", 128, 512),
+        _at("intel-ark", BF16, "dense bf16", 128, 512),
+        '`activation="int8"`',
+    ]
+    yield [
+        "512 tokens, bf16 activations: our time over that of Intel's auto-round-lib with int8 activations",
+        "",
+        _at("intel-ark", BF16, "auto-round-lib 4-bit int8", 512),
+        '`activation="int8"`',
+    ]
+    yield [
+        "512 tokens, int8 activations: our time over dense bf16's",
+        _at("zen4", INT8, "dense bf16", 512),
+        _at("intel-ark", INT8, "dense bf16", 512),
+        "dense weights where most work is long prompts",
+    ]
+    yield [
+        "1 token: 3 bits over 4 bits",
+        _at("zen4", "3-bit bf16", BF16, 1),
+        f"{small[3, 64][0]:.2f} to {_at('intel', '3-bit bf16', BF16, 1)}",
+        "take 3 bits to save memory, not time",
+    ]
+    yield [
+        "1 token: NF4 over integers, bf16 activations",
+        _at("zen4", "nf4 bf16", BF16, 1),
+        _at("intel", "nf4 bf16", BF16, 1),
+        '`format="int"`',
+    ]
+    yield [
+        "the same, fp32 activations",
+        _at("zen4", "nf4 fp32", FP32, 1),
+        _at("intel", "nf4 fp32", FP32, 1),
+        "bf16 activations",
+    ]
+    yield [
+        "1 and 128 tokens: `axis=0` over `axis=1`",
+        _at("zen4", "4-bit axis 0 bf16", BF16, 1, 128),
+        _at("intel", "4-bit axis 0 bf16", BF16, 1, 128),
+        "`axis=1`",
+    ]
+    yield [
+        "128 and 512 tokens, fp32 activations: `axis=0` over dense fp32",
+        _at("zen4", "4-bit axis 0 fp32", "dense fp32", 128),
+        _at("intel", "4-bit axis 0 fp32", "dense fp32", 128, 512),
+        "`axis=1` or bf16 activations",
+    ]
+    yield [
+        "128 and 512 tokens, fp32 activations: groups of 20 over dense fp32",
+        "",
+        _at("intel", "4-bit g20 4-bit scales fp32", "dense fp32", 128, 512),
+        "groups of 32 or bf16 activations",
+    ]
+    yield [
+        "1 and 16 tokens: groups of 20 with 4-bit metadata over plain groups of 64",
+        "",
+        twenty,
+        f"groups of 32: {thirty_two}",
+    ]
+    yield [
+        "AVX2, 1 and 16 tokens, bf16 activations: our time over that of llama.cpp Q4_K, which uses AVX-512",
+        _at("zen4-avx2", BF16, "llama.cpp Q4_K", 1, 16),
+        "",
+        '`activation="int8"`',
+    ]
+    slower = [1 / one for one in zen_four]
+    yield ["decoding at 4 bits: our time over llama.cpp's", span(slower), "", "[torch.compile settings](compile.md)"]
+
+
+def shortfalls() -> str:
+    """What is slower than a user may expect, and what to do instead."""
+    return table(["what", "AMD Zen 4", "Intel Xeon", "use instead"], list(_shortfalls()))

@@ -1,0 +1,152 @@
+"""``python -m benchmarks.two_builds --before DIR``: the rows of benchmarks.cpu_linear, two builds in one run.
+
+Each build runs in a process of its own, started in its own checkout with the extension built in place. Both quantize
+the same weights and then take turns, a few milliseconds each, the order changed from round to round. The table shows
+the median of the ratios of neighbouring turns, and whether the two builds gave the same bits.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SETTLE, TURN = 12e-3, 15e-3
+"""Seconds of untimed and of timed runs in a turn; see ``benchmarks.timing``."""
+
+
+def worker() -> None:
+    """Answer one line of JSON on stdout for each on stdin: "weights" makes the contenders, "turn" times one of them."""
+    import torch
+
+    from benchmarks import ours
+    from benchmarks.cpu_linear import variants
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    runs: dict[str, Any] = {}
+    inputs: dict[int, torch.Tensor] = {}
+    clock = time.perf_counter
+    bound: dict[tuple[str, int], Any] = {}
+    with torch.no_grad():
+        for line in sys.stdin:
+            ask = json.loads(line)
+            if "weights" in ask:
+                N, K = ask["weights"]
+                w = torch.randn(N, K, generator=torch.manual_seed(0)) * 0.02
+                x = torch.randn(max(ask["tokens"]), K, generator=torch.manual_seed(1))
+                inputs = {M: x[:M].contiguous() for M in ask["tokens"]}
+                runs, bound = {}, {}
+                for nbits, dtypes, options in variants(ask["bits"], ask["quick"]):
+                    runs |= {c.name: c for c in ours.contenders(w, nbits, dtypes, **options)}
+                answer: Any = list(runs)
+            else:
+                key = (ask["turn"], ask["M"])
+                if key not in bound:
+                    bound[key] = runs[key[0]].bind(inputs[key[1]])
+                run, begin = bound[key], clock()
+                y = run()
+                while clock() - begin < SETTLE:
+                    run()
+                times: list[float] = []
+                begin = clock()
+                while len(times) < 3 or clock() - begin < TURN:
+                    before = clock()
+                    run()
+                    times.append(clock() - before)
+                answer = {"seconds": statistics.median(times)}
+                if ask["hash"]:
+                    answer["hash"] = hashlib.sha256(y.float().numpy().tobytes()).hexdigest()
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+class Build:
+    """A process that runs ``worker`` in a checkout."""
+
+    def __init__(self, directory: Path) -> None:
+        env = {**os.environ, "PYTHONPATH": str(directory)}
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+        self.process = subprocess.Popen(
+            command, cwd=directory, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **question: Any) -> Any:
+        """The worker's answer; RuntimeError where it has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the worker of {self.process.args} ended with {self.process.wait()}")
+        return json.loads(answer)
+
+
+def compare(before: Build, after: Build, name: str, M: int, rounds: int) -> dict[str, Any]:
+    """Medians of both builds' turns, of their ratios, and whether the outputs are equal."""
+    ratios, seconds, same = [], {before: [], after: []}, True
+    for i in range(rounds):
+        order = (before, after) if i % 2 else (after, before)
+        answers = {build: build.ask(turn=name, M=M, hash=i == 0) for build in order}
+        if i == 0:
+            same = answers[before]["hash"] == answers[after]["hash"]
+        for build, answer in answers.items():
+            seconds[build].append(answer["seconds"])
+        ratios.append(answers[after]["seconds"] / answers[before]["seconds"])
+    ms = [1e3 * statistics.median(seconds[build]) for build in (before, after)]
+    return {
+        "name": name,
+        "M": M,
+        "before ms": ms[0],
+        "after ms": ms[1],
+        "ratio": statistics.median(ratios),
+        "same": same,
+    }
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, metavar="DIR", help="checkout of the other build")
+    parser.add_argument("--after", type=Path, default=Path(__file__).resolve().parents[1], metavar="DIR")
+    parser.add_argument("--shapes", nargs="+", default=["11008x4096"], metavar="NxK")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128], metavar="M")
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5, 4, 3, 2, 1])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--quick", action="store_true", help="fewer settings, as in benchmarks.cpu_linear")
+    parser.add_argument("--limit", type=float, default=1.03, help="rows above it are measured once more, and named")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        worker()
+        return []
+    if args.before is None:
+        parser.error("--before is needed")
+    before, after = Build(args.before.resolve()), Build(args.after.resolve())
+    rows = []
+    for shape in args.shapes:
+        weights = {"weights": [int(n) for n in shape.split("x")], "tokens": args.tokens, "bits": args.bits}
+        names = [build.ask(**weights, quick=args.quick) for build in (before, after)]
+        for M in args.tokens:
+            for name in [n for n in names[1] if n in names[0]]:
+                row = compare(before, after, name, M, args.rounds)
+                if row["ratio"] > args.limit:
+                    row = compare(before, after, name, M, 3 * args.rounds)
+                rows.append({"shape": shape, **row})
+                note = "" if row["same"] else "  other bits"
+                note += "  SLOWER" if row["ratio"] > args.limit else ""
+                times = f"{row['before ms']:9.3f} {row['after ms']:9.3f}  {row['ratio']:.3f}"
+                print(f"{shape:>12} M={M:<4} {name:<34} {times}{note}", flush=True)
+    slower = sum(row["ratio"] > args.limit for row in rows)
+    other = sum(not row["same"] for row in rows)
+    median = statistics.median(row["ratio"] for row in rows)
+    print(f"{len(rows)} rows: median ratio {median:.3f}, {slower} above {args.limit}, {other} with other bits")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

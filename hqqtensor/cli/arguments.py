@@ -1,0 +1,183 @@
+"""The arguments of every command and their help. Nothing here imports torch, so that help and errors come at once."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from hqqtensor import __version__
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    the work failed: a damaged file, a missing package, a full disk
+  2    the command cannot run as written: another command line mends it
+  130  interrupted
+
+An error is one line on stderr; HQQTENSOR_TRACEBACK=1 adds the traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, no abbreviated options, and an epilog that keeps its line breaks."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse puts before it."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+def make_parser() -> Parser:
+    """The parser of ``hqqtensor``; its result has ``command``, the name of the command."""
+    parser = Parser(
+        prog="hqqtensor",
+        description="Half-quadratic quantization of models to 1 to 8 bits.",
+        epilog=f"hqqtensor COMMAND --help tells more of each command.\n\n{EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"hqqtensor {__version__}", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (about, example, add_arguments) in _COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=_sentence(about), epilog=f"example:\n{example}")
+        add_arguments(command)
+    return parser
+
+
+def group_size(text: str) -> int | None:
+    """A number, or "none" for one group a row."""
+    return None if text.lower() == "none" else int(text)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"{what} as one JSON document on stdout")
+
+
+def _add_output(parser: argparse.ArgumentParser, place: str) -> None:
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE",
+        help="largest weight file, such as 500MB or 2GiB; more go to several files (default: 5GB)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help=f"replace the model in {place} (default: refuse)")
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model_dir", metavar="MODEL_DIR", type=Path, help="directory of a dense model: config.json and safetensors")
+    add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
+    add("--bits", type=int, default=4, metavar="N", help="bits a weight, 1 to 8 (default: 4)")
+    add(
+        "--group-size", type=group_size, default=64, metavar="N",
+        help="weights that share a scale, or 'none' for a whole row (default: 64)",
+    )  # fmt: skip
+    add("--axis", type=int, default=1, metavar="N", help="1 groups along inputs, 0 along outputs (default: 1)")
+    add("--solver", default="hqq_joint", metavar="NAME", help="hqq_joint, hqq or rtn (default: hqq_joint)")
+    add(
+        "--layers", nargs="+", default=[], metavar="TAG=BITS/GROUP",
+        help="other settings for some layers, such as self_attn.q_proj=3/32; TAG=none leaves them dense",
+    )  # fmt: skip
+    add("--skip", nargs="*", metavar="TAG", help="modules to leave dense; replaces the default (default: lm_head)")
+    add(
+        "--quant-metadata", type=int, nargs="?", const=8, metavar="BITS",
+        help="store scales and zero points in 8 bits, or in 4 (default: as floats; 8 without a number)",
+    )  # fmt: skip
+    add("--target-bpw", type=float, metavar="BITS", help="choose settings by layer for this average of bits a weight")
+    add("--target-size", metavar="SIZE", help="choose settings by layer for a model of this size, such as 4GiB")
+    add(
+        "--sensitivity", type=Path, metavar="FILE",
+        help="JSON file of measurements for --target-*: read if it exists, and written (default: none)",
+    )  # fmt: skip
+    add(
+        "--text", type=Path, metavar="FILE",
+        help="UTF-8 text to measure on for --target-* (default: random tokens)",
+    )  # fmt: skip
+    _add_output(parser, "OUT_DIR")
+    _add_json(parser, "the summary")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("src", metavar="SRC", type=Path, help="directory of a quantized model (hqq, GPTQ, AWQ, hqqtensor) or .gguf")
+    add("dst", metavar="DST", type=Path, help="directory to write; created if it is missing")
+    add(
+        "--to", choices=("hqqtensor", "hqq", "vllm"), default="hqqtensor",
+        help="who is to read DST: hqqtensor, the hqq library or vLLM (default: hqqtensor)",
+    )  # fmt: skip
+    add(
+        "--config", metavar="DIR", type=Path,
+        help="for a .gguf file: take config.json and tokenizer from here (default: from the file, no tokenizer)",
+    )  # fmt: skip
+    add(
+        "--act-order", choices=("error", "dense"), default="error",
+        help="GPTQ layers whose inputs are grouped out of order: refuse them, or store them dense (default: error)",
+    )  # fmt: skip
+    _add_output(parser, "DST")
+    _add_json(parser, "the summary")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", type=Path, help="model directory or .safetensors file")
+    _add_json(parser, "the list")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dir", metavar="DIR", type=Path, help="quantized directory, or a dense one to try settings on")
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
+    add(
+        "--original", type=Path, metavar="DIR",
+        help="for a quantized DIR: the dense model (default: the directory of the recorded name beside DIR)",
+    )  # fmt: skip
+    add("--bits", type=int, metavar="N", help="for a dense DIR: bits a weight, 1 to 8 (default: 4)")
+    add(
+        "--group-size", type=group_size, default=-1, metavar="N",
+        help="for a dense DIR: weights that share a scale, or 'none' for a whole row (default: 64)",
+    )  # fmt: skip
+    add("--context", type=int, default=256, metavar="N", help="tokens a window (default: 256)")
+    add("--max-tokens", type=int, metavar="N", help="use at most N tokens of the text (default: all)")
+    _add_json(parser, "the figures")
+
+
+def _add_env(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser, "all of it")
+
+
+_Command = tuple[str, str, Callable[[argparse.ArgumentParser], None]]
+_COMMANDS: dict[str, _Command] = {
+    "quantize": (
+        "quantize a Hugging Face model directory",
+        "  hqqtensor quantize ./llama ./llama-4bit --bits 4 --group-size 64\n"
+        "  hqqtensor quantize ./llama ./llama-3bit --target-bpw 3.25 --sensitivity llama.json",
+        _add_quantize,
+    ),
+    "convert": (
+        "read a checkpoint of hqq, GPTQ, AWQ or GGUF, or write one for hqq or vLLM",
+        "  hqqtensor convert ./llama-gptq ./llama-hqqtensor\n"
+        "  hqqtensor convert llama.gguf ./llama-hqqtensor --config ./llama",
+        _add_convert,
+    ),
+    "inspect": (
+        "list the tensors of a checkpoint: kind, shape, bits, bytes",
+        "  hqqtensor inspect ./llama-4bit",
+        _add_inspect,
+    ),
+    "eval": (
+        "compare a quantized model with its original: perplexity, KL, agreement",
+        "  hqqtensor eval ./llama-4bit --text sample.txt --original ./llama\n"
+        "  hqqtensor eval ./llama --text sample.txt --bits 3",
+        _add_eval,
+    ),
+    "env": (
+        "show versions, processor features and kernels, for bug reports",
+        "  hqqtensor env --json",
+        _add_env,
+    ),
+}
+"""By name: what the command does, an example, and the function that adds its arguments."""
