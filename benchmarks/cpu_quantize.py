@@ -37,7 +37,7 @@ def relative_error(dequantized: Tensor, w: Tensor) -> float:
 def check(w: Tensor, config: HqqConfig) -> tuple[float, float]:
     """Relative squared error of ``w``, ours and the plain path's. WrongAnswer if ours is off or depends on threads."""
     q = HQQTensor.from_hp(w, config)
-    with backend("dequantize"):
+    with backend("reference"):
         plain = relative_error(HQQTensor.from_hp(w, config).dequantize(torch.float32), w)
         error = relative_error(q.dequantize(torch.float32), w)
     if not error <= plain * SLACK:
@@ -104,7 +104,7 @@ def _rate(w: Tensor, config: HqqConfig) -> float:
 
 
 def _plain(w: Tensor, config: HqqConfig) -> HQQTensor:
-    with backend("dequantize"):
+    with backend("reference"):
         return HQQTensor.from_hp(w, config)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hqqtensor.formats import get_format
-from hqqtensor.ops import reference
+from hqqtensor.ops import PackedWeight, reference
 from hqqtensor.packing import pack, unpack
 
 BOUNDS = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -55,27 +55,27 @@ def product(device: str, nbits: int, format: str, size: int, axis: int, M: int, 
 
     q, scale, zero = weight(device, (96, K), nbits, size, axis)
     has_zero = get_format(format).has_zero_point
-    settings = ([], nbits, format, size, axis, K)
-    dense = reference.dequantize(q, scale, zero if has_zero else None, *settings, torch.float32)
+    w = PackedWeight(q, scale, zero if has_zero else None, None, nbits, format, size, axis, K)
+    dense = reference.dequantize(w, torch.float32)
     span = dense.abs()
     if has_zero:
         span = span + reference.expand_groups((scale * zero).float(), 96, K, size, axis)
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype).to(device)
-    got = launch.linear(x, q, scale, zero if has_zero else None, None, None, *settings, "float")
+    got = launch.linear(x, w, None, None, "float")
     return share(got, x, dense, span)
 
 
 def experts(device: str, nbits: int, grouped: bool) -> float:
     from hqqtensor.kernels.triton import launch
 
-    weights, settings = weight(device, (3, 96, 256), nbits, 64, 1), ([], nbits, "int", 64, 1, 256, "float")
+    w = PackedWeight(*weight(device, (3, 96, 256), nbits, 64, 1), None, nbits, "int", 64, 1, 256)
     x = torch.randn(3, 20, 256, generator=torch.Generator().manual_seed(1)).half().to(device)
     if grouped:
         ends = torch.tensor([7, 7, 52], dtype=torch.int32, device=device)
-        args = (x.flatten(0, 1), ends, *weights, None, *settings)
+        args = (x.flatten(0, 1), ends, w, None, "float")
         got, want = launch.grouped_linear(*args), reference.grouped_linear(*args)
     else:
-        args = (x, *weights, None, *settings)
+        args = (x, w, None, "float")
         got, want = launch.batched_linear(*args), reference.batched_linear(*args)
     return ((got - want).abs().max() / want.abs().max()).item() / BOUNDS[torch.float16]
 
@@ -84,13 +84,13 @@ def dense(device: str, nbits: int, axis: int, K: int, rows: bool) -> float:
     """0 where every number is the reference's to the bit, else infinity."""
     from hqqtensor.kernels.triton import launch
 
-    weights, settings = weight(device, (37, K), nbits, 8, axis), ([], nbits, "int", 8, axis, K, torch.float16)
+    args = (PackedWeight(*weight(device, (37, K), nbits, 8, axis), None, nbits, "int", 8, axis, K), torch.float16)
     if rows:
         indices = torch.tensor([[3, 36], [0, 3]], device=device)
-        got = launch.embedding(indices, *weights, *settings)
-        want = reference.embedding(indices, *weights, *settings)
+        got = launch.embedding(indices, *args)
+        want = reference.embedding(indices, *args)
     else:
-        got, want = launch.dequantize(*weights, *settings), reference.dequantize(*weights, *settings)
+        got, want = launch.dequantize(*args), reference.dequantize(*args)
     return 0.0 if torch.equal(got, want) else float("inf")
 
 
@@ -103,7 +103,7 @@ def quantized(device: str, nbits: int, axis: int, solver: str) -> float:
 
     N, K, size = 40, 136, 32
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(5)).to(device)
-    with backend("dequantize"):
+    with backend("reference"):
         plain = solve_matrix(w, size, HqqConfig(nbits, size, axis=axis, solver=solver))
     assert plain.zero_point is not None
     errors = []

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hqqtensor.ops import PackedWeight
 from hqqtensor.packing import pack
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -74,8 +75,8 @@ def ours(N: int, K: int, nbits: int, copies: int) -> list[Call]:
         q = pack(codes, nbits).cuda()
         scale = (torch.rand(N, groups, generator=generator) * 0.01 + 0.01).half().cuda()
         zero = (torch.rand(N, groups, generator=generator) * (2**nbits - 1)).half().cuda()
-        settings = ([], nbits, "int", GROUP, 1, K, "float")
-        return lambda x: launch.linear(x, q, scale, zero, None, None, *settings)
+        w = PackedWeight(q, scale, zero, None, nbits, "int", GROUP, 1, K)
+        return lambda x: launch.linear(x, w, None, None, "float")
 
     return [layer(i) for i in range(copies)]
 
@@ -90,9 +91,9 @@ def check(N: int, K: int, nbits: int, M: int) -> float:
     scale = (torch.rand(N, K // GROUP, generator=generator) * 0.01 + 0.01).half().cuda()
     zero = (torch.rand(N, K // GROUP, generator=generator) * (2**nbits - 1)).half().cuda()
     x = torch.randn(M, K, generator=generator).half().cuda()
-    settings = ([], nbits, "int", GROUP, 1, K)
-    got = launch.linear(x, q, scale, zero, None, None, *settings, "float")
-    dense = reference.dequantize(q, scale, zero, *settings, torch.float32)
+    w = PackedWeight(q, scale, zero, None, nbits, "int", GROUP, 1, K)
+    got = launch.linear(x, w, None, None, "float")
+    dense = reference.dequantize(w, torch.float32)
     span = dense.abs() + (scale * zero).float().repeat_interleave(GROUP, 1)
     error = (got.double() - x.double() @ dense.double().T).abs() / (x.double().abs() @ span.double().T)
     return error.max().item() / 2**-10

@@ -8,7 +8,10 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from hqqtensor import ops
+from hqqtensor import ops as ops  # defines the operators
+
+LINEAR, LINEAR_MANY = torch.ops.hqqtensor._linear.default, torch.ops.hqqtensor._linear_many.default
+"""Products as graphs hold them below autograd."""
 
 
 class JoinLinears(CustomGraphPass):
@@ -20,7 +23,7 @@ class JoinLinears(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         alike: defaultdict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
-        for node in graph.find_nodes(op="call_function", target=ops.linear):
+        for node in graph.find_nodes(op="call_function", target=LINEAR):
             x, *weight, act_pre_scale, meta, nbits, format, group_size, axis, K, activation = node.args
             stored = all(t is None or t.op == "placeholder" for t in weight)
             if stored and act_pre_scale is None and not meta and format != "codebook" and x.meta["val"].is_cpu:
@@ -35,7 +38,8 @@ class JoinLinears(CustomGraphPass):
 
 
 def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], settings: list[object]) -> None:
-    parts = [[n.args[i] for n in nodes if n.args[i] is not None] for i in range(1, 5)]  # qdata, scale, zero point, bias
+    # qdata, scale, zero point, bias; None where the weights have none.
+    parts = [[n.args[i] for n in nodes if n.args[i] is not None] or None for i in range(1, 5)]
     aten = torch.ops.aten
 
     def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
@@ -44,7 +48,7 @@ def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], settings: list[obje
         return node
 
     with graph.inserting_before(nodes[0]):
-        joined, start = call(ops.linear_many, x, *parts, *settings), 0
+        joined, start = call(LINEAR_MANY, x, *parts, *settings), 0
         for node in nodes:
             end = start + node.meta["val"].shape[-1]
             node.replace_all_uses_with(call(aten.slice.Tensor, joined, x.meta["val"].dim() - 1, start, end))

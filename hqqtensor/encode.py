@@ -15,6 +15,7 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.formats import Levels, get_format
 from hqqtensor.ops.backend import encoder
 from hqqtensor.ops.encoder import EncodeSettings
+from hqqtensor.ops.packed import PackedWeight
 from hqqtensor.ops.reference import dequantize, expand_groups
 from hqqtensor.packing import pack, row_bytes
 from hqqtensor.solvers import Solution, get_solver
@@ -280,4 +281,5 @@ def store(
     encoded = encode(values, HqqConfig(nbits=nbits, group_size=size, axis=0, solver=solver, scale_dtype=torch.float32))
     assert isinstance(encoded.scale, Tensor) and isinstance(encoded.zero_point, Tensor)
     meta = (encoded.scale, encoded.zero_point)
-    return encoded, dequantize(encoded.qdata, *meta, [], nbits, "int", size, 0, values.shape[-1], torch.float32)
+    packed = PackedWeight(encoded.qdata, *meta, None, nbits, "int", size, 0, values.shape[-1])
+    return encoded, dequantize(packed, torch.float32)

@@ -19,3 +19,7 @@ def serves_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", AUTO_QUANTIZER_MAPPING["hqq"])  # put back at the end
     register(hqq=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")

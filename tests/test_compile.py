@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqqtensor import HqqConfig, HQQTensor, ops
-from hqqtensor.compile import JoinLinears
+from hqqtensor import HqqConfig, HQQTensor
+from hqqtensor.compile import LINEAR_MANY, JoinLinears
 
 
 class Heads(nn.Module):
@@ -27,7 +27,7 @@ class Counted(JoinLinears):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         super().__call__(graph)
-        self.joined = [len(n.args[1]) for n in graph.find_nodes(op="call_function", target=ops.linear_many)]
+        self.joined = [len(n.args[1]) for n in graph.find_nodes(op="call_function", target=LINEAR_MANY)]
 
     def uuid(self) -> None:
         """Graphs are compiled anew."""

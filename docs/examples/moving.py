@@ -15,6 +15,7 @@ from torchao.quantization import quantize_ as torchao_quantize
 from transformers import AutoModelForCausalLM
 
 from hqqtensor import HqqConfig, HQQTensor, hqq_weight_only, quantize_
+from hqqtensor.integrations.transformers import register
 
 DOCLM = str(Path(__file__).parents[2] / "tests" / "assets" / "doclm")
 
@@ -41,6 +42,7 @@ def main(name: str = DOCLM) -> None:
     report("hqq, its dict and solver", model)
 
     # transformers: the line stays as it is
+    register(hqq=True)  # needed only where the hqq package is installed
     report("transformers", load(quantization_config=transformers.HqqConfig(nbits=4, group_size=64)))
 
     # bitsandbytes: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

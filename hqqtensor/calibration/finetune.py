@@ -64,9 +64,8 @@ class _Product(torch.autograd.Function):
 
 def _dense(weight: HQQTensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Float32 ``[N, K]`` as stored: not yet divided by act_pre_scale or rotated back."""
-    _, nbits, format, group_size, axis, columns = weight.settings()
-    settings = (nbits, format, group_size, axis, columns, torch.float32)
-    return reference.dequantize(weight.packed()[0], scale, zero, [], *settings)
+    packed = weight.operand()._replace(scale=scale, zero_point=zero, meta=None)
+    return reference.dequantize(packed, torch.float32)
 
 
 class _Tuned:

@@ -3,14 +3,13 @@
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqqtensor import HqqConfig
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.errors import UsageError, from_arguments, from_files, writing
 from hqqtensor.cli.output import print_json
@@ -24,6 +23,7 @@ from hqqtensor.serialization.hqq_export import to_flat
 from hqqtensor.serialization.load import read_checkpoint
 from hqqtensor.serialization.save import save_state
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.settings import common_config
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,24 +98,15 @@ def hqqtensor_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, An
     entry = entry if isinstance(entry, dict) else {}
     if entry.get("quant_method") == model_dir.QUANT_METHOD:
         return dict(entry)
-    nbits, group_size, axis, format = most_common_settings(weights)
     skip = entry.get("skip_modules") or entry.get("modules_to_not_convert") or ["lm_head"]
-    config = HqqConfig(nbits, group_size, axis, format, skip_modules=skip)
+    config = replace(common_config(weights.values()), compute_dtype=None, skip_modules=skip)
     return {"quant_method": model_dir.QUANT_METHOD, **config.to_dict()}
 
 
 def hqq_config(weights: Mapping[str, HQQTensor]) -> dict[str, Any]:
     """What transformers writes for an hqq model, with the settings that most of the weights have."""
-    nbits, group_size, axis, _ = most_common_settings(weights)
-    weight = {"nbits": nbits, "group_size": group_size, "axis": axis, "channel_wise": True,
+    config = common_config(weights.values())
+    weight = {"nbits": config.nbits, "group_size": config.group_size, "axis": config.axis, "channel_wise": True,
               "optimize": True, "round_zero": False, "view_as_float": False}  # fmt: skip
-    config = {"weight_quant_params": weight, "scale_quant_params": None, "zero_quant_params": None}
-    return {"quant_method": "hqq", "quant_config": {**config, "offload_meta": False}, "skip_modules": ["lm_head"]}
-
-
-def most_common_settings(weights: Mapping[str, HQQTensor]) -> tuple[int, int, int, str]:
-    """(nbits, group_size, axis, format) of most weights, each number of a tensor counted."""
-    counts: Counter[tuple[int, int, int, str]] = Counter()
-    for tensor in weights.values():
-        counts[tensor.nbits, tensor.group_size, tensor.axis, tensor.format] += tensor.numel()
-    return counts.most_common(1)[0][0]
+    params = {"weight_quant_params": weight, "scale_quant_params": None, "zero_quant_params": None}
+    return {"quant_method": "hqq", "quant_config": {**params, "offload_meta": False}, "skip_modules": ["lm_head"]}

@@ -1,19 +1,23 @@
-"""``hqqtensor env``: versions, processor features and kernels, for bug reports."""
+"""``hqqtensor env``: versions, processor features, kernels and changes of other libraries, for bug reports."""
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
+import warnings
 from typing import Any
 
 import torch
 
 import hqqtensor
 from hqqtensor.cli.output import print_json
+from hqqtensor.integrations import changed_modules, patches
 from hqqtensor.kernels import cpu
 from hqqtensor.ops.backend import describe_backends
+from hqqtensor.registration import without_torchao_notes
 
-_PACKAGES = ("torch", "torchao", "safetensors", "transformers")
+_PACKAGES = ("torch", "torchao", "safetensors", "transformers", "accelerate", "peft")
 _FLAGS = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vnni", "avx_vnni",
     "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
@@ -36,6 +40,19 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def collect_patches() -> list[dict[str, Any]]:
+    """What hqqtensor changes in the libraries that are installed here, which are imported for that."""
+    with warnings.catch_warnings(), without_torchao_notes():
+        warnings.simplefilter("ignore")  # a patch that fails says so in its ``problem``
+        for module in changed_modules():
+            try:
+                importlib.import_module(module)
+            except Exception:  # not installed, or broken: then nothing in it is changed
+                continue
+    names = ("library", "version", "tested_with", "target", "reason", "problem")
+    return [{name: getattr(patch, name) for name in names} for patch in patches.patches()]
 
 
 def collect() -> dict[str, Any]:
@@ -65,6 +82,7 @@ def collect() -> dict[str, Any]:
             }
             for status in describe_backends()
         ],
+        "patches": collect_patches(),
     }
 
 
@@ -89,4 +107,18 @@ def run(args: argparse.Namespace) -> int:
         where = "any device" if backend["device_types"] is None else ", ".join(backend["device_types"])
         state = "available" if backend["available"] else f"not available: {backend['reason']}"
         print(f"  {backend['name']:<12}{where:<12}{state}")
+    print_patches(facts["patches"])
     return 0
+
+
+def print_patches(facts: list[dict[str, Any]]) -> None:
+    """A line for each library that hqqtensor changes, and one for each change that could not be made."""
+    print("changes of other libraries:")
+    libraries = dict.fromkeys((fact["library"], fact["version"], fact["tested_with"]) for fact in facts)
+    for library, version, tested_with in libraries:
+        changes = [fact for fact in facts if fact["library"] == library]
+        problems = [fact for fact in changes if fact["problem"] is not None]
+        done = f"{len(changes) - len(problems)} of {len(changes)} in place"
+        print(f"  {library:<14}{version}, tested with {tested_with}: {done}")
+        for fact in problems:
+            print(f"    {fact['target']}: {fact['problem']}; without it {fact['reason']} does not work")

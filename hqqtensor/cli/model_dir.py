@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,11 @@ from torch import nn
 
 from hqqtensor.cli.errors import CommandError, UsageError
 from hqqtensor.serialization import load_model
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 QUANT_METHOD = "hqqtensor"
 _COMPANIONS = (
@@ -165,8 +171,12 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
-    """UsageError where ``out`` must not be written: in use, not a model directory, or holding ``source``."""
+    """UsageError where ``out`` must not be written: in use, not a model directory, or holding ``source``.
+
+    What a run that was killed while it replaced ``out`` left behind is put in order first, see ``written_at_once``.
+    """
     out, source = out.resolve(), source.resolve()
+    _settle_killed(out)
     if out == source or out in source.parents:
         raise UsageError(f"OUT_DIR {out} is or holds MODEL_DIR; choose another")
     if not out.exists():
@@ -192,21 +202,92 @@ def _check_parent(out: Path) -> None:
 
 @contextmanager
 def written_at_once(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` to write into, moved to ``out`` at the end; removed where the block raises."""
+    """A directory beside ``out`` to write into, which replaces ``out`` at the end; removed where the block raises.
+
+    Whatever stops this, an exception or an interrupt, the old or the new model is whole in its place. Only a process
+    that is killed between two renames leaves none there: the next run with this ``out`` puts the old one back. Plain
+    renames of directories work alike on every file system, which cannot be said of an exchange in one step.
+    """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new = work / "new"
-        new.mkdir()  # mkdtemp's directory is private to the user; this one follows the umask
-        yield new
-        if out.exists():
-            out.rename(work / "old")
+    _settle_killed(out)
+    work = Path(tempfile.mkdtemp(prefix=_work_prefix(out), dir=out.parent))
+    with _locked(work):
         try:
+            new = work / "new"
+            new.mkdir()  # mkdtemp's own directory is private to the user; this one follows the umask
+            yield new
+            if out.exists():
+                out.rename(work / "old")
             new.rename(out)
-        except OSError:
-            if (work / "old").exists():
-                (work / "old").rename(out)
-            raise
+        finally:
+            _settle(work, out)
+
+
+def _work_prefix(out: Path) -> str:
+    return f".{out.name}.hqqtensor-"
+
+
+def _settle(work: Path, out: Path) -> str:
+    """Remove ``work``, after putting the old model back where none is in its place. Returns what was done, in words.
+
+    The directories say how far the work had come, so that this can follow whatever stopped it, be it this function:
+
+        new     old     out
+        there   -       any     not finished, or nothing was there before: remove
+        there   there   -       stopped between the two renames: put back, remove
+        there   there   there   the same, and someone has written to ``out`` since: leave both models alone
+        -       any     any     finished: remove
+    """
+    new, old, done = work / "new", work / "old", "removed"
+    if new.exists() and old.exists():
+        if out.exists():
+            print(f"hqqtensor: {out}: the model that an interrupted run was to replace is in {old}", file=sys.stderr)
+            return ""
+        old.rename(out)
+        done = "put the model that was here back and removed"
+    shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def _settle_killed(out: Path) -> None:
+    """Settle what runs that were killed left beside ``out``; says so on stderr."""
+    name = re.compile(re.escape(_work_prefix(out)) + r"[a-z0-9_]+")  # as mkdtemp makes them
+    try:
+        left = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+    except OSError:  # no such directory yet
+        return
+    for work in left:
+        with _locked(work) as is_ours:
+            between = (work / "new").exists() and (work / "old").exists()
+            # Without locks, a run that is alive may be writing there: then only what has no model in place is touched.
+            settle = is_ours or (is_ours is None and between and not out.exists())
+            if settle and (done := _settle(work, out)):
+                print(f"hqqtensor: {out}: {done} what an interrupted run left in {work.name}", file=sys.stderr)
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[bool | None]:
+    """Hold the lock of a directory that a run writes into. Yields False where another run has it, None without locks.
+
+    The lock goes with its process, however that ends.
+    """
+    if fcntl is None:
+        yield None
+        return
+    try:
+        handle = os.open(work, os.O_RDONLY)
+    except FileNotFoundError:  # another run has settled it
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours: bool | None = True
+        except BlockingIOError:
+            is_ours = False
+        except OSError:  # the file system has none
+            is_ours = None
+        yield is_ours
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.close(handle)

@@ -1,5 +1,6 @@
 """The interface of a number format and the registry of formats."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -34,13 +35,24 @@ class Format(Protocol):
 
 
 _FORMATS: dict[str, Format] = {}
+_observers: list[Callable[[Format], None]] = []
 
 
 def register_format(fmt: Format) -> None:
     """Add ``fmt`` under its name; a name that is taken raises ValueError."""
     if fmt.name in _FORMATS:
         raise ValueError(f"format {fmt.name!r} is already registered")
+    for observer in _observers:  # one that refuses the format raises before it is added
+        observer(fmt)
     _FORMATS[fmt.name] = fmt
+
+
+def observe_formats(observer: Callable[[Format], None]) -> None:
+    """Call ``observer(format)`` for every format, those registered so far and those to come: compiled kernels keep
+    tables of their own."""
+    for fmt in _FORMATS.values():
+        observer(fmt)
+    _observers.append(observer)
 
 
 def get_format(name: str) -> Format:

@@ -34,6 +34,11 @@ def register_when_imported() -> None:
         when_imported(module, functools.partial(_set_up, module, ours, function))
 
 
+def changed_modules() -> list[str]:
+    """The modules of other libraries after whose import something is changed in them."""
+    return sorted({module for module, _, _ in _SET_UPS})
+
+
 def _set_up(module: str, ours: str, function: str) -> None:
     """Run a function of ``_SET_UPS``. Its error becomes a warning: the user's import of ``module`` is not to fail."""
     try:

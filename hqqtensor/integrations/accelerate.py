@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hqqtensor.integrations import patches
 from hqqtensor.integrations.versions import ACCELERATE
-from hqqtensor.serialization.files import open_file
+from hqqtensor.serialization.files import read_tensors, write_tensors
 from hqqtensor.serialization.layout import build, flatten, parse_entry
 from hqqtensor.tensor import HQQTensor
 
@@ -28,15 +27,14 @@ def write_offloaded(weight: HQQTensor, name: str, folder: str | os.PathLike | No
         raise ValueError(f"{name} goes to the disk, which needs a folder to write it to: give offload_folder")
     tensors, entry = flatten(name, weight.detach())
     file = Path(folder, f"{name}.dat").absolute()
-    save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, file)
+    write_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, file, None, shown=file)
     stored = {"file": str(file), "name": name, "entry": entry}
     return {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape), INDEX_KEY: stored}
 
 
 def read_offloaded(stored: dict[str, str]) -> HQQTensor:
     """The weight that ``write_offloaded`` wrote, memory-mapped; CheckpointError where the file is damaged."""
-    with open_file(Path(stored["file"])) as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  a safetensors handle, not a dict
+    tensors, _ = read_tensors(Path(stored["file"]))
     return build(stored["name"], parse_entry(stored["name"], stored["entry"]), tensors)
 
 

@@ -1,7 +1,7 @@
-"""Operators on packed weights: definitions, the plain reference, and the choice of backend."""
+"""Operators on packed weights: definitions, gradients, the plain reference, and the choice of backend."""
 
 from hqqtensor.ops.backend import backend, register_backend, set_backend
-from hqqtensor.ops.definitions import (
+from hqqtensor.ops.calls import (
     batched_linear,
     dequantize,
     dequantize_into,
@@ -10,8 +10,10 @@ from hqqtensor.ops.definitions import (
     linear,
     linear_many,
 )
+from hqqtensor.ops.packed import PackedWeight
 
 __all__ = [
+    "PackedWeight",
     "backend",
     "batched_linear",
     "dequantize",
@@ -27,8 +29,3 @@ __all__ = [
 from hqqtensor.kernels import cpu as cpu
 from hqqtensor.kernels import triton as triton
 from hqqtensor.ops import batching as batching
-
-if cpu.why_unavailable() is not None:
-    from hqqtensor.ops import gradients
-
-    gradients.register()

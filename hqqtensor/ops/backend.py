@@ -1,27 +1,39 @@
 """The registry of backends and the choice among them.
 
 A backend runs the ops on some kinds of device. ``auto`` takes the first available one, in order of
-registration from the last, that serves the tensor's device; ``dequantize``, the plain reference, serves all.
+registration from the last, that serves the call; ``reference``, the plain path, serves all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from hqqtensor.ops.encoder import Encoder
+from hqqtensor.ops.packed import PackedWeight
+
+ALIASES = {"dequantize": "reference"}
+"""Former names of backends, which are still understood."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Kernels by op name ("linear", "batched_linear", "embedding", "dequantize"), and where they run.
+    """Kernels by op name ("linear", "batched_linear", "grouped_linear", "embedding", "dequantize"), and where they run.
 
-    ``device_types`` None means every device. ``why_unavailable`` gives None, or the reason why it cannot run.
+    A kernel takes the arguments of ``hqqtensor.ops``'s function of that name, none left out, and gives its result, or
+    NotImplemented for a format or a dtype that it does not serve. ``device_types`` None means every device.
+    ``why_unavailable`` gives None, or the reason why the backend cannot run.
     ``encoder``: quantizes weights on those devices, where the backend can.
     """
 
     name: str
-    kernels: Mapping[str, Callable]
+    kernels: Mapping[str, Callable[..., Any]]
     device_types: tuple[str, ...] | None = None
     why_unavailable: Callable[[], str | None] = field(default=lambda: None)
     encoder: Encoder | None = None
@@ -37,31 +49,53 @@ class BackendStatus:
     device_types: tuple[str, ...] | None
 
 
+class _Choice:
+    """What a ``backend`` block chose. Tasks that start in the block copy its context, so a choice may outlive the
+    block: it holds until the last context that has it is gone."""
+
+    __slots__ = ("__weakref__", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 _BACKENDS: dict[str, Backend] = {}
 _default = "auto"
-_local: ContextVar[str | None] = ContextVar("hqqtensor_backend", default=None)
+_local: ContextVar[_Choice | None] = ContextVar("hqqtensor_backend", default=None)
+_lock = threading.RLock()  # a choice may be freed by a garbage collection within a locked line
+_choices = 0  # that some context holds
+_observers: list[Callable[[bool], None]] = []
 
 
-_observers: list[Callable[[str, str | None], None]] = []
-
-
-def observe_choice(observer: Callable[[str, str | None], None]) -> None:
-    """Call ``observer(process's choice, this thread's own choice)`` now and after each change: kernels that are called
-    without a look at this registry keep their own copy."""
+def observe_choice(observer: Callable[[bool], None]) -> None:
+    """Call ``observer(automatic)`` now and after each change. automatic: whether every call on a CPU, in any thread or
+    task, may go to the compiled kernels without asking this registry."""
     _observers.append(observer)
-    observer(_default, _local.get())
+    _tell_observers()
 
 
 def _tell_observers() -> None:
-    for observer in _observers:
-        observer(_default, _local.get())
+    with _lock:
+        compiled_first = _default == "cpu" or (_default == "auto" and _first("cpu") == "cpu")
+        for observer in _observers:
+            observer(compiled_first and _choices == 0)
+
+
+def _first(device_type: str) -> str | None:
+    """The backend that ``auto`` tries first on a device."""
+    return next((b.name for b in reversed(_BACKENDS.values()) if _runs_on(b, device_type)), None)
+
+
+def _runs_on(b: Backend, device_type: str) -> bool:
+    return (b.device_types is None or device_type in b.device_types) and b.why_unavailable() is None
 
 
 def register_backend(new: Backend) -> None:
     """Add a backend; a name that is taken, or "auto", raises ValueError."""
-    if new.name in _BACKENDS or new.name == "auto":
+    if new.name in _BACKENDS or new.name == "auto" or new.name in ALIASES:
         raise ValueError(f"backend {new.name!r} is already registered")
     _BACKENDS[new.name] = new
+    _tell_observers()
 
 
 def describe_backends() -> list[BackendStatus]:
@@ -73,49 +107,69 @@ def describe_backends() -> list[BackendStatus]:
 def set_backend(name: str) -> None:
     """Choose the backend of the process; one that is unknown or cannot run here raises with the reason."""
     global _default
-    _check(name)
-    _default = name
+    _default = _checked(name)
     _tell_observers()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the backend within a ``with`` block, for this thread; raises like ``set_backend``."""
-    _check(name)
-    token = _local.set(name)
-    _tell_observers()
+    """Choose the backend within a ``with`` block, for this thread or asyncio task and for tasks started in the block;
+    raises like ``set_backend``."""
+    choice = _Choice(_checked(name))
+    _count(1)
+    weakref.finalize(choice, _count, -1).atexit = False
+    token = _local.set(choice)
+    del choice  # the context alone holds it
     try:
         yield
     finally:
         _local.reset(token)
+
+
+def _count(change: int) -> None:
+    global _choices
+    with _lock:
+        _choices += change
         _tell_observers()
 
 
-def kernel(op: str, device_type: str) -> Callable:
-    """The chosen backend's kernel of ``op`` for a device; raises RuntimeError where it has none."""
-    name = _local.get() or _default
-    if name != "auto":
-        chosen = _BACKENDS[name]
-        if chosen.device_types is not None and device_type not in chosen.device_types:
-            raise RuntimeError(f"backend {name!r} runs on {list(chosen.device_types)}, not on {device_type!r}")
-        if op not in chosen.kernels:
-            raise RuntimeError(f"backend {name!r} has no kernel for {op!r}")
-        return chosen.kernels[op]
-    for candidate in reversed(_BACKENDS.values()):
-        serves = candidate.device_types is None or device_type in candidate.device_types
-        if serves and op in candidate.kernels and candidate.why_unavailable() is None:
-            return candidate.kernels[op]
-    raise RuntimeError(f"no backend has a kernel for {op!r} on {device_type!r}")
+def chosen() -> str:
+    """The backend chosen here: "auto" or a name."""
+    choice = _local.get()
+    return _default if choice is None else choice.name
+
+
+def run(op: str, device_type: str, args: Sequence[Any]) -> Tensor:
+    """The result of the chosen backend's kernel of ``op``; RuntimeError where it has none for these arguments."""
+    for candidate in candidates(op, device_type):
+        out = candidate.kernels[op](*args)
+        if out is not NotImplemented:
+            return out
+    weight = next(a for a in args if isinstance(a, PackedWeight))
+    dtype = args[-1] if isinstance(args[-1], torch.dtype) else args[0].dtype
+    about = f"format {weight.format!r} of {weight.nbits} bits and {dtype}"
+    raise RuntimeError(f"backend {chosen()!r} has no kernel for {op!r} with {about}")
+
+
+def candidates(op: str, device_type: str) -> list[Backend]:
+    """The backends to try for ``op`` on a device, the chosen one alone or all; RuntimeError if there is none."""
+    name = chosen()
+    if name == "auto":
+        found = [b for b in reversed(_BACKENDS.values()) if op in b.kernels and _runs_on(b, device_type)]
+        if not found:
+            raise RuntimeError(f"no backend has a kernel for {op!r} on {device_type!r}")
+        return found
+    only = _BACKENDS[name]
+    if only.device_types is not None and device_type not in only.device_types:
+        raise RuntimeError(f"backend {name!r} runs on {list(only.device_types)}, not on {device_type!r}")
+    if op not in only.kernels:
+        raise RuntimeError(f"backend {name!r} has no kernel for {op!r}")
+    return [only]
 
 
 def serves(name: str, device_type: str) -> bool:
     """Whether the backend ``name`` can run here, serves the device and is not ruled out by another choice."""
-    known = _BACKENDS[name]
-    return (
-        (_local.get() or _default) in ("auto", name)
-        and known.why_unavailable() is None
-        and (known.device_types is None or device_type in known.device_types)
-    )
+    return chosen() in ("auto", name) and _runs_on(_BACKENDS[name], device_type)
 
 
 def encoder(device_type: str) -> Encoder | None:
@@ -124,11 +178,14 @@ def encoder(device_type: str) -> Encoder | None:
     return next((candidate.encoder for candidate in candidates), None)
 
 
-def _check(name: str) -> None:
+def _checked(name: str) -> str:
+    """The backend's name, where ``name`` may be an alias."""
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name == "auto":
-        return
+        return name
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {['auto', *_BACKENDS]}, got {name!r}")
     reason = _BACKENDS[name].why_unavailable()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    return name

@@ -1,20 +1,29 @@
 """The torch.library operators and their fake kernels.
 
-``hqqtensor::linear`` and the others have C++ kernels for CPU tensors where the extension is built. Everywhere else, and
-where those kernels do not serve (a backend chosen by hand, another format), ``hqqtensor::registry_linear`` asks the
-backend registry when it runs, so a compiled graph follows ``set_backend`` as eager code does.
+``hqqtensor::linear`` and the others have C++ kernels for CPU tensors where the compiled library is there. Everywhere
+else, and where those kernels do not serve (a backend chosen by hand, another format), ``hqqtensor::registry_linear``
+asks the backend registry when it runs, so a compiled graph follows ``set_backend`` as eager code does.
+
+A product has two operators. ``hqqtensor::linear`` is the public one: it has a gradient (``ops.gradients``), written in
+Python, which costs microseconds at every call. ``hqqtensor::_linear`` computes the same without one. Eager code without
+gradients calls it directly, and it is what graphs hold below autograd.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hqqtensor.ops import checks
 from hqqtensor.ops import reference as reference  # registers the plain backend
-from hqqtensor.ops.backend import kernel
+from hqqtensor.ops.backend import run as run_backend
+from hqqtensor.ops.packed import PackedWeight, flat, structured
 
 _WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero_point"
-_SETTINGS = "Tensor[] meta, int nbits, str format, int group_size, int axis, int in_features"
+# Optional lists: AOTInductor hands an empty list over as None.
+_SETTINGS = "Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features"
 SCHEMAS = {
     # Weights [..., N, K] of dtype from packed rows [..., N, row_bytes].
     "dequantize": f"({_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
@@ -29,91 +38,162 @@ SCHEMAS = {
     # Rows `indices` (any shape, int) of packed weights [N, K]: [*indices.shape, K] of dtype.
     "embedding": f"(Tensor indices, {_WEIGHT}, {_SETTINGS}, ScalarType dtype) -> Tensor",
 }
-"""Arguments of each operator. qdata, scale and zero_point as in ``HQQTensor``, and settings.
+"""Arguments of each operator; those of the weight are explained in ``PackedWeight``.
 
-A uint8 scale is itself quantized along its rows, in 8 bits or, where its rows have ``meta_bytes(columns, 4)`` bytes, in
-4 (``hqqtensor.packing.pack_meta``): ``meta`` then begins with its own scale and zero point, in which row r uses row
-r % rows; those of a uint8 zero point, in 8 or 4 bits as well, follow. ``activation`` is "float" or "int8" (see
-``HqqConfig``).
+activation: "float", as exact as float32 sums (16-bit inputs: finer than they are); "high", the same but for float32
+inputs, which may be rounded to 16-bit integers (``torch.set_float32_matmul_precision``); "int8" (see ``HqqConfig``).
 """
+PRODUCTS = ("linear", "batched_linear", "grouped_linear")
 
 LIBRARY = torch.library.Library("hqqtensor", "DEF")
+OPS = torch.ops.hqqtensor
+
+_RESULTS: dict[str, Callable[..., Tensor]] = {
+    "dequantize": lambda w, dtype: w.qdata.new_empty(*w.qdata.shape[:-1], w.in_features, dtype=dtype),
+    "linear": lambda x, w, *rest: x.new_empty(*x.shape[:-1], w.qdata.shape[-2]),
+    "batched_linear": lambda x, w, *rest: x.new_empty(*x.shape[:-1], w.qdata.shape[-2]),
+    "grouped_linear": lambda x, offsets, w, *rest: x.new_empty(x.shape[0], w.qdata.shape[-2]),
+    "embedding": lambda indices, w, dtype: w.qdata.new_empty(*indices.shape, w.in_features, dtype=dtype),
+}
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hqqtensor::{name}", fake, lib=LIBRARY)
+
+
+class _LastError(threading.local):
+    text = "unknown error"
+
+
+_last_error = _LastError()
+
+
+def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, whose errors the compiled kernels can ask for: what they call hands no text of an error back."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except Exception as error:
+            plain = type(error) is RuntimeError
+            _last_error.text = str(error) if plain else f"{type(error).__name__}: {error}"
+            raise
+
+    return call
+
+
+LIBRARY.define("_last_error() -> str")
+LIBRARY.impl("_last_error", lambda: _last_error.text, "CompositeExplicitAutograd")
 
 
 def _from_registry(op: str) -> Callable[..., Tensor]:
-    def run(*args: object) -> Tensor:
-        return kernel(op, args[0].device.type)(*args)  # type: ignore[attr-defined]
+    check = getattr(checks, op)
+
+    def run(*args: Any) -> Tensor:
+        ours = structured(op, args)
+        check(*ours)
+        return run_backend(op, args[0].device.type, ours)
+
+    return _remembered(run)
+
+
+def _fake(op: str) -> Callable[..., Tensor]:
+    check, result = getattr(checks, op), _RESULTS[op]
+
+    def run(*args: Any) -> Tensor:
+        ours = structured(op, args)
+        check(*ours)
+        return result(*ours)
 
     return run
 
 
-def _fake_dequantize(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
-    return qdata.new_empty(*qdata.shape[:-1], in_features, dtype=dtype)
-
-
-def _fake_linear(x, qdata, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], qdata.shape[-2])
-
-
-def _fake_grouped(x, offsets, qdata, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], qdata.shape[-2])
-
-
-def _fake_embedding(indices, qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features, dtype):  # type: ignore[no-untyped-def]
-    return qdata.new_empty(*indices.shape, in_features, dtype=dtype)
-
-
-_FAKES: dict[str, Callable[..., Tensor]] = {
-    "dequantize": _fake_dequantize,
-    "linear": _fake_linear,
-    "batched_linear": _fake_linear,
-    "grouped_linear": _fake_grouped,
-    "embedding": _fake_embedding,
-}
 for _op, _schema in SCHEMAS.items():
-    for _name in (_op, f"registry_{_op}"):
-        LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(_name, _from_registry(_op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"hqqtensor::{_name}", _FAKES[_op], lib=LIBRARY)
+    for _name in (_op, f"registry_{_op}", *([f"_{_op}"] if _op in PRODUCTS else [])):
+        _define(_name, _schema, _from_registry(_op), _fake(_op))
+    # What the compiled kernels give when they are asked by name, None where they do not serve.
+    LIBRARY.define(f"_cpu_{_op}{_schema}?")
 
 
-def _into(out: Tensor, *args: object) -> None:
-    out.copy_(dequantize(*args, out.dtype))
+def _into(*args: Any) -> None:
+    out, w = structured("dequantize_into", args)
+    checks.dequantize_into(out, w)
+    out.copy_(OPS.registry_dequantize(*w, out.dtype))
+
+
+def _fake_into(*args: Any) -> None:
+    checks.dequantize_into(*structured("dequantize_into", args))
 
 
 # dequantize, written into out [..., N, K] of any floating dtype, whose last dimension has stride 1 (the others any). No
 # backend needs a kernel of its own for it: the compiled ones for the CPU have one, the others' results are copied.
 for _name in ("dequantize_into", "registry_dequantize_into"):
-    LIBRARY.define(f"{_name}(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(_name, _into, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hqqtensor::{_name}", lambda *args: None, lib=LIBRARY)
+    _define(_name, f"(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", _remembered(_into), _fake_into)
 
 # x [..., K] times the transposes of several weights packed alike, [N_i, K], beside each other: [..., sum of N_i]. No
-# zero_point where the format has none, a bias for every weight or for none.
-LIBRARY.define(
-    "linear_many(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, Tensor[] bias, int nbits, str format, "
-    "int group_size, int axis, int in_features, str activation) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+# zero_point where the format has none, a bias for every weight or for none. meta: that of the first weight, of the
+# second, and so on in one list, each as in PackedWeight.
+_MANY = (
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[]? zero_point, Tensor[]? bias, int nbits, str format, "
+    "int group_size, int axis, int in_features, str activation, Tensor[]? meta=None) -> Tensor"
 )
+Many = tuple[Tensor, list[PackedWeight], list[Tensor | None], str]
 
 
-def _one_by_one(x, qdata, scale, zero_point, bias, *settings):  # type: ignore[no-untyped-def]
-    zeros, biases = zero_point or [None] * len(qdata), bias or [None] * len(qdata)
-    weights = zip(qdata, scale, zeros, biases, strict=True)
-    return torch.cat([linear(x, q, s, z, b, None, [], *settings) for q, s, z, b in weights], -1)
+def split_many(
+    x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor] | None,
+    bias: Sequence[Tensor] | None, nbits: int, format: str, group_size: int, axis: int, in_features: int,
+    activation: str, meta: Sequence[Tensor] | None = None,
+) -> Many:  # fmt: skip
+    """The input, the weights, a bias or None for each, and the activation of ``linear_many``'s arguments."""
+    count = len(qdata)
+    if not count or len(scale) != count or any(t and len(t) != count for t in (zero_point, bias)):
+        raise RuntimeError(
+            f"linear_many: {count} weights have {len(scale)} scales, {len(zero_point or ())} zero points and "
+            f"{len(bias or ())} biases"
+        )
+    none: list[Tensor | None] = [None] * count
+    weights, left = [], list(meta or ())
+    for i, (q, s, z) in enumerate(zip(qdata, scale, zero_point or none, strict=True)):
+        own = 2 * (s.dtype == torch.uint8) + 2 * (z is not None and z.dtype == torch.uint8)
+        if i == count - 1:
+            own = max(own, len(left))  # what is left over is an error
+        weights.append(PackedWeight(q, s, z, left[:own], nbits, format, group_size, axis, in_features))
+        left = left[own:]
+    return x, weights, list(bias or none), activation
 
 
-def _fake_many(x, qdata, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], sum(q.shape[-2] for q in qdata))
+def join_many(
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str
+) -> tuple[Any, ...]:
+    """The reverse of ``split_many``: the arguments of the schema."""
+    first = weights[0]
+    zeros = None if first.zero_point is None else [w.zero_point for w in weights]
+    meta = [t for w in weights for t in w.meta or ()]
+    bias = None if biases[0] is None else list(biases)
+    lists = ([w.qdata for w in weights], [w.scale for w in weights], zeros, bias)
+    return (x, *lists, *first[4:], activation, meta or None)
 
 
-LIBRARY.impl("linear_many", _one_by_one, "CompositeExplicitAutograd")
-torch.library.register_fake("hqqtensor::linear_many", _fake_many, lib=LIBRARY)
+def _one_by_one(*args: Any) -> Tensor:
+    x, weights, biases, activation = split_many(*args)
+    checks.linear_many(x, weights, biases, activation)
+    each = zip(weights, biases, strict=True)
+    return torch.cat([OPS.registry_linear(*flat("linear", (x, w, b, None, activation))) for w, b in each], -1)
 
-dequantize = torch.ops.hqqtensor.dequantize.default
-dequantize_into = torch.ops.hqqtensor.dequantize_into.default
-linear = torch.ops.hqqtensor.linear.default
-linear_many = torch.ops.hqqtensor.linear_many.default
-batched_linear = torch.ops.hqqtensor.batched_linear.default
-grouped_linear = torch.ops.hqqtensor.grouped_linear.default
-embedding = torch.ops.hqqtensor.embedding.default
+
+def _fake_many(*args: Any) -> Tensor:
+    x, weights, biases, activation = split_many(*args)
+    checks.linear_many(x, weights, biases, activation)
+    return x.new_empty(*x.shape[:-1], sum(w.qdata.shape[-2] for w in weights))
+
+
+for _name in ("linear_many", "registry_linear_many", "_linear_many"):
+    _define(_name, _MANY, _remembered(_one_by_one), _fake_many)
+
+# Autograd passes over what has no gradient of its own: torch's fallback, which warns of that, costs at each call.
+for _op in (*PRODUCTS, "linear_many"):
+    for _name in (f"_{_op}", f"registry_{_op}"):
+        LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")

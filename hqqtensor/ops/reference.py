@@ -1,12 +1,11 @@
 """The plain path: unpack, dequantize in float32, and let torch multiply. Every kernel is tested against it."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.ops.backend import Backend, register_backend
+from hqqtensor.ops.packed import PackedWeight
 from hqqtensor.packing import unpack, unpack_meta
 
 
@@ -25,11 +24,9 @@ def expand_groups(values: Tensor, out_features: int, in_features: int, group_siz
     return values.repeat(*([1] * (values.ndim - 2)), repeats, 1)[..., :out_features, :]
 
 
-def plain_meta(
-    scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], group_size: int, axis: int, in_features: int
-) -> tuple[Tensor, Tensor | None]:
+def plain_meta(w: PackedWeight) -> tuple[Tensor, Tensor | None]:
     """``scale`` and ``zero_point`` in float32; those that are uint8 are read through their own scales in ``meta``."""
-    rest, columns = list(meta), -(-in_features // group_size) if axis == 1 else in_features
+    rest, columns = list(w.meta or ()), -(-w.in_features // w.group_size) if w.axis == 1 else w.in_features
 
     def plain(values: Tensor) -> Tensor:
         if values.dtype != torch.uint8:
@@ -37,24 +34,17 @@ def plain_meta(
         own = [expand_groups(rest.pop(0).to(torch.float32), values.shape[-2], columns, 0, 0) for _ in range(2)]
         return (unpack_meta(values, columns).to(torch.float32) - own[1]) * own[0]
 
-    return plain(scale), None if zero_point is None else plain(zero_point)
+    return plain(w.scale), None if w.zero_point is None else plain(w.zero_point)
 
 
-def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str,
-    group_size: int, axis: int, in_features: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    codes = unpack(qdata, nbits, in_features)
-    size = (codes.shape[-2], in_features, group_size, axis)
-    scale, zero_point = plain_meta(scale, zero_point, meta, group_size, axis, in_features)
-    fmt = get_format(format)
+def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
+    codes = unpack(w.qdata, w.nbits, w.in_features)
+    size = (codes.shape[-2], w.in_features, w.group_size, w.axis)
+    scale, zero_point = plain_meta(w)
+    fmt = get_format(w.format)
     if zero_point is not None and fmt.has_zero_point:
         zero_point = expand_groups(zero_point, *size)
-    return fmt.decode(codes, expand_groups(scale, *size), zero_point, nbits).to(dtype)
-
-
-Settings = tuple[int, str, int, int, int]
-"""nbits, format, group_size, axis, in_features."""
+    return fmt.decode(codes, expand_groups(scale, *size), zero_point, w.nbits).to(dtype)
 
 
 def activation_group(group_size: int, axis: int, in_features: int) -> int:
@@ -71,108 +61,94 @@ def int8_activations(x: Tensor, size: int) -> Tensor:
     return ((runs * inverse).round() * (top / 127)).flatten(-2)[..., :K]
 
 
-def _int8_product(x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], settings: Settings) -> Tensor:
+def _int8_product(x: Tensor, w: PackedWeight) -> Tensor:
     """``x [M, K]`` times the transpose of one packed weight, activations as 8-bit integers; float32 ``[M, N]``.
 
     With groups along out_features the scale of each column belongs to the activations before they are rounded.
     """
-    nbits, format, group_size, axis, K = settings
-    qdata, scale, zero = w
-    assert qdata is not None and scale is not None
-    size, x = activation_group(group_size, axis, K), x.to(torch.float32)
-    if axis == 1:
-        dense = dequantize(qdata, scale, zero, meta, *settings, torch.float32)
-        return int8_activations(x, size) @ dense.t()
-    scale, zero = plain_meta(scale, zero, meta, group_size, axis, K)
-    out, one = x.new_empty(x.shape[0], qdata.shape[0]), scale.new_ones(())
-    for g in range(scale.shape[0]):
-        own = zero if zero is None or get_format(format).learned else zero[g]
-        codes = get_format(format).decode(unpack(qdata[g :: scale.shape[0]], nbits, K), one, own, nbits)
-        out[:, g :: scale.shape[0]] = int8_activations(x * scale[g], size) @ codes.t()
+    size, x = activation_group(w.group_size, w.axis, w.in_features), x.to(torch.float32)
+    if w.axis == 1:
+        return int8_activations(x, size) @ dequantize(w, torch.float32).t()
+    fmt = get_format(w.format)
+    scale, zero = plain_meta(w)
+    groups, one = scale.shape[0], scale.new_ones(())
+    out = x.new_empty(x.shape[0], w.qdata.shape[0])
+    for g in range(groups):
+        own = zero if zero is None or fmt.learned else zero[g]
+        codes = fmt.decode(unpack(w.qdata[g::groups], w.nbits, w.in_features), one, own, w.nbits)
+        out[:, g::groups] = int8_activations(x * scale[g], size) @ codes.t()
     return out
 
 
-def _product(
-    x: Tensor, w: Sequence[Tensor | None], meta: Sequence[Tensor], act_pre_scale: Tensor | None, settings: Settings,
-    activation: str,
-) -> Tensor:  # fmt: skip
+def _product(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str) -> Tensor:
     """``x [..., K]`` times the transpose of one packed weight: ``[..., N]`` in x's dtype."""
     if act_pre_scale is not None:
         x = x * act_pre_scale.to(x.dtype)
     if activation == "int8":
-        return _int8_product(x.reshape(-1, x.shape[-1]), w, meta, settings).to(x.dtype).reshape(*x.shape[:-1], -1)
-    return x @ dequantize(w[0], w[1], w[2], meta, *settings, x.dtype).t()  # type: ignore[arg-type]
+        out = _int8_product(x.reshape(-1, x.shape[-1]), w)
+        return out.to(x.dtype).reshape(*x.shape[:-1], w.qdata.shape[0])
+    return x @ dequantize(w, x.dtype).t()
 
 
-def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    act_pre_scale: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int,
-    in_features: int, activation: str,
-) -> Tensor:  # fmt: skip
-    settings = (nbits, format, group_size, axis, in_features)
-    y = _product(x, (qdata, scale, zero_point), meta, act_pre_scale, settings, activation)
+def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, activation: str) -> Tensor:
+    y = _product(x, w, act_pre_scale, activation)
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def _expert(index: int, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [t if t is None or t.ndim < 3 else t[index] for t in tensors]
+def _expert(w: PackedWeight, index: int) -> PackedWeight:
+    """One weight of a stack; a codebook without a leading dimension is one for all."""
+    zero = w.zero_point if w.zero_point is None or w.zero_point.ndim < 3 else w.zero_point[index]
+    meta = [t[index] for t in w.meta or ()]
+    return w._replace(qdata=w.qdata[index], scale=w.scale[index], zero_point=zero, meta=meta)
 
 
-def batched_linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
-    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
-) -> Tensor:  # fmt: skip
+def batched_linear(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str) -> Tensor:
     S = x.shape[1]
     ends = torch.arange(1, x.shape[0] + 1) * S
-    rest = (act_pre_scale, meta, nbits, format, group_size, axis, in_features, activation)
-    return grouped_linear(x.flatten(0, 1), ends, qdata, scale, zero_point, *rest).unflatten(0, (-1, S))  # type: ignore[arg-type]
+    return grouped_linear(x.flatten(0, 1), ends, w, act_pre_scale, activation).unflatten(0, (-1, S))
 
 
 def grouped_linear(
-    x: Tensor, offsets: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
-    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
-) -> Tensor:  # fmt: skip
-    settings = (nbits, format, group_size, axis, in_features)
-    out = x.new_zeros(x.shape[0], qdata.shape[-2])
+    x: Tensor, offsets: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str
+) -> Tensor:
+    out = x.new_zeros(x.shape[0], w.qdata.shape[-2])
     first = 0
     for expert, last in enumerate(offsets.tolist()):
+        if last < first or last > x.shape[0]:
+            raise RuntimeError(
+                f"grouped_linear: offsets must rise from 0 to at most {x.shape[0]}, got {last} after {first}"
+            )
         if last > first:
-            w, own = _expert(expert, (qdata, scale, zero_point)), _expert(expert, meta)
-            out[first:last] = _product(x[first:last], w, own, act_pre_scale, settings, activation)  # type: ignore[arg-type]
-        first = max(first, last)
+            out[first:last] = _product(x[first:last], _expert(w, expert), act_pre_scale, activation)
+        first = last
     return out
 
 
-def embedding(
-    indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int,
-    format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    rows, fmt = indices.reshape(-1), get_format(format)
-    scale, zero_point = plain_meta(scale, zero_point, meta, group_size, axis, in_features)
-    own = rows if axis == 1 else rows % scale.shape[-2]
-    size = (rows.numel(), in_features, group_size, axis)
+def embedding(indices: Tensor, w: PackedWeight, dtype: torch.dtype) -> Tensor:
+    rows, fmt = indices.reshape(-1).long(), get_format(w.format)
+    N, K = w.qdata.shape[0], w.in_features
+    if rows.numel() and rows.device.type == "cpu" and not 0 <= (bad := _farthest(rows, N)) < N:
+        raise RuntimeError(f"embedding: index {bad} is not in 0 to {N - 1}")
+    scale, zero_point = plain_meta(w)
+    own = rows if w.axis == 1 else rows % scale.shape[-2]
 
     def pick(t: Tensor) -> Tensor:
-        return expand_groups(t[own], *size) if axis == 1 else t[own]
+        return expand_groups(t[own], rows.numel(), K, w.group_size, w.axis) if w.axis == 1 else t[own]
 
     if zero_point is not None and fmt.has_zero_point:
         zero_point = pick(zero_point)
     elif zero_point is not None and zero_point.numel() > zero_point.shape[-1]:  # a codebook for each row
         zero_point = zero_point[rows]
-    codes = unpack(qdata[rows], nbits, in_features)
-    out = fmt.decode(codes, pick(scale), zero_point, nbits).to(dtype)
-    return out.reshape(*indices.shape, in_features)
+    codes = unpack(w.qdata[rows], w.nbits, K)
+    out = fmt.decode(codes, pick(scale), zero_point, w.nbits).to(dtype)
+    return out.reshape(*indices.shape, K)
 
 
-register_backend(
-    Backend(
-        "dequantize",
-        {
-            "linear": linear,
-            "batched_linear": batched_linear,
-            "grouped_linear": grouped_linear,
-            "embedding": embedding,
-            "dequantize": dequantize,
-        },
-    )
-)
+def _farthest(rows: Tensor, N: int) -> int:
+    """An index outside of 0 to N - 1 if there is one."""
+    low, high = (int(t) for t in rows.aminmax())
+    return low if low < 0 else high
+
+
+_KERNELS = (linear, batched_linear, grouped_linear, embedding, dequantize)
+register_backend(Backend("reference", {function.__name__: function for function in _KERNELS}))

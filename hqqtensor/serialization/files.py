@@ -1,13 +1,18 @@
 """The files of a checkpoint: one safetensors file, or shards with an index."""
 
-import json
+import contextlib
+import errno
 import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from hqqtensor.serialization.layout import CheckpointError, InputError
+from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
 
 DEFAULT_NAME = "model.safetensors"
 
@@ -22,22 +27,35 @@ def checkpoint_files(path: str | os.PathLike) -> list[Path]:
 
     In a directory: ``model.safetensors``, whole or sharded, else the only safetensors file there, whatever its name.
     """
-    path = Path(path)
+    with readable(path):
+        return _checkpoint_files(Path(path))
+
+
+@contextlib.contextmanager
+def readable(path: str | os.PathLike) -> Iterator[None]:
+    """Make an error of the file system (a name that is too long, a directory that is shut) a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
+        present = sorted(path.glob("*.safetensors"))
         path = path / DEFAULT_NAME
-        if len(found) == 1 and not index_path(path).is_file() and "-of-" not in found[0].name:
-            return found
+        if len(present) == 1 and not index_path(path).is_file() and "-of-" not in present[0].name:
+            return present
     index = path if path.name.endswith(".index.json") else index_path(path)
     if index != path and path.is_file():
         return [path]
     if not index.is_file():
         raise InputError(f"no checkpoint at {path}: neither the file nor {index.name} is there")
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
+        names = sorted(set(read_json(index.read_bytes(), f"{index}: the index")["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index}: is no index of a sharded checkpoint") from None
-    if any(not isinstance(n, str) or Path(n).name != n for n in names):
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{index}: shard names must be plain file names")
     files = [index.parent / name for name in names]
     for file in files:
@@ -52,3 +70,31 @@ def open_file(path: Path) -> Any:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_tensors(
+    path: Path, wanted: Callable[[str], bool] = lambda key: True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The ``wanted`` tensors of one file by key, memory-mapped, and its metadata."""
+    with open_file(path) as f:
+        tensors: dict[str, Tensor] = {}
+        for key in filter(wanted, f.keys()):
+            try:
+                tensors[key] = f.get_tensor(key)
+            except Exception as error:  # a type that this torch or safetensors does not have
+                raise CheckpointError(f"{path}: {key!r} cannot be read ({error})") from None
+        return tensors, f.metadata() or {}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None, shown: Path) -> None:
+    """Write one safetensors file; OSError names ``shown``, which ``path`` may stand in for until it is whole."""
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))  # of a full disk, say: safetensors has it in its text alone
+        if code is None:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(shown)) from error
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(shown)) from error

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtensor.serialization.layout import MAX_DIM, CheckpointError
+from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.tensor.validate import MAX_EXTENT
 
 BLOCKS = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
@@ -31,8 +32,19 @@ _OTHERS = {
 _NAMES = _OTHERS | {number: name for name, (number, _, _) in BLOCKS.items()}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MOST = 2**20
-"""Bound on the number of tensors and of metadata entries."""
+_LENGTH = struct.Struct("<Q")
+_MOST = 2**16
+"""Bound on the number of tensors, metadata entries and arrays, and on the bytes of a name."""
+_LONGEST = 2**20
+"""Bytes of the longest text that is read."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An array of ``count`` values, or a text of so many bytes, in the metadata. Nothing here needs one, and as Python
+    objects it would take many times the file."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Metadata (arrays as lists) and tensors by name."""
+    """Metadata (arrays and long texts as ``Unread``) and tensors by name."""
 
     path: Path
     metadata: dict[str, Any]
@@ -72,7 +84,7 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
 
 class _Header:
     def __init__(self, path: Path, view: mmap.mmap) -> None:
-        self.path, self.view, self.at = path, view, 0
+        self.path, self.view, self.at, self.arrays = path, view, 0, 0
 
     def read(self) -> GgufFile:
         if self._take(4) != b"GGUF":
@@ -96,12 +108,12 @@ class _Header:
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8 or alignment > _MOST:
             raise ValueError(f"bad general.alignment {alignment!r}")
         start = -(-self.at // alignment) * alignment
-        found: dict[str, GgufTensor] = {}
+        placed: dict[str, GgufTensor] = {}
         for name, shape, number, offset in infos:
-            if name in found:
+            if name in placed:
                 raise ValueError(f"tensor {name!r} is there twice")
-            found[name] = self._place(name, shape, number, start, offset, alignment)
-        return GgufFile(self.path, metadata, found)
+            placed[name] = self._place(name, shape, number, start, offset, alignment)
+        return GgufFile(self.path, metadata, placed)
 
     def _place(
         self, name: str, shape: tuple[int, ...], number: int, start: int, offset: int, alignment: int
@@ -111,7 +123,7 @@ class _Header:
             raise ValueError(f"tensor {name!r} is of type {kind}; {', '.join(BLOCKS)} are read")
         _, block, size = BLOCKS[kind]
         count = math.prod(shape)
-        if not shape or not all(0 < extent < MAX_DIM for extent in shape) or shape[-1] % block:
+        if not shape or not all(0 < extent < MAX_EXTENT for extent in shape) or shape[-1] % block:
             raise ValueError(f"tensor {name!r} of type {kind} has shape {list(shape)}")
         first, nbytes = start + offset, count // block * size
         if offset % alignment or first + nbytes > len(self.view):
@@ -125,30 +137,65 @@ class _Header:
         shape = tuple(self._number("Q") for _ in range(rank))[::-1]
         return name, shape, self._number("I"), self._number("Q")
 
-    def _value(self, kind: int, depth: int = 0) -> Any:
+    def _value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
-            return self._text()
-        if kind != _ARRAY or depth > 2:
+            length = self._number("Q")
+            if length <= _LONGEST:
+                return self._decoded(length)
+            self._skip(length)
+            return Unread(length)
+        if kind != _ARRAY:
             raise ValueError(f"metadata of unknown type {kind}")
-        inner, count = self._number("I"), self._number("Q")
-        # Each entry takes a byte at the least, so a count over the bytes that are left ends before it is believed.
-        if count > len(self.view) - self.at:
+        return self._array(0)
+
+    def _array(self, depth: int) -> Unread:
+        """Step over an array, each length held against the bytes that are left."""
+        kind, count = self._number("I"), self._number("Q")
+        self.arrays += 1
+        if self.arrays > _MOST:  # arrays of arrays: no model has them
+            raise ValueError(f"has over {_MOST} arrays")
+        if count > len(self.view) - self.at:  # each takes a byte at the least
             raise ValueError(f"an array claims {count} entries")
-        if inner in _SCALARS:
-            code = _SCALARS[inner]
-            return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(f"<{code}"))))
-        return [self._value(inner, depth + 1) for _ in range(count)]
+        if kind in _SCALARS:
+            self._skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
+        elif kind == _STRING:
+            self._skip_texts(count)
+        elif kind == _ARRAY and depth < 2:
+            for _ in range(count):
+                self._array(depth + 1)
+        else:
+            raise ValueError(f"metadata of unknown type {kind}")
+        return Unread(count)
+
+    def _skip_texts(self, count: int) -> None:
+        """Read the lengths alone; a vocabulary has hundreds of thousands, so the loop does as little as it can."""
+        unpack, view, at = _LENGTH.unpack_from, self.view, self.at
+        try:
+            for _ in range(count):
+                at += 8 + unpack(view, at)[0]
+        except (struct.error, OverflowError):
+            at = len(view) + 1
+        self._skip(at - self.at)
 
     def _text(self) -> str:
-        return self._take(self._number("Q")).decode("utf-8", errors="replace")
+        length = self._number("Q")
+        if _MOST < length <= len(self.view) - self.at:
+            raise ValueError(f"a name has {length} bytes")
+        return self._decoded(length)
+
+    def _decoded(self, length: int) -> str:
+        return self._take(length).decode("utf-8", errors="replace")
 
     def _number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
 
     def _take(self, count: int) -> bytes:
+        self._skip(count)
+        return self.view[self.at - count : self.at]
+
+    def _skip(self, count: int) -> None:
         if count > len(self.view) - self.at:
             raise ValueError("is cut short")
         self.at += count
-        return self.view[self.at - count : self.at]

@@ -1,6 +1,5 @@
 """Checkpoints of GPTQ and AWQ: which files are such, their settings, and all of their weights as HQQTensors."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from hqqtensor.serialization.gptq_layer import PackedSettings, read_packed
-from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.serialization.layout import CheckpointError, read_json
+from hqqtensor.tensor.validate import is_whole
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _WIDTHS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,)}
@@ -49,13 +49,13 @@ def from_packed(tensors: Mapping[str, Tensor], directory: Path, act_order: str =
 
 def read_settings(directory: Path) -> PackedSettings:
     """The settings of a GPTQ or AWQ model directory; CheckpointError for those that are missing or not read."""
-    found = _settings_file(directory)
-    if found is None:
+    file_and_content = _settings_file(directory)
+    if file_and_content is None:
         raise CheckpointError(
             f"{directory}: its tensors are GPTQ's or AWQ's, but no config.json, quantize_config.json or "
             "quant_config.json says in how many bits and groups"
         )
-    file, config = found
+    file, config = file_and_content
 
     def need(ok: bool, what: str) -> None:
         if not ok:
@@ -78,8 +78,8 @@ def read_settings(directory: Path) -> PackedSettings:
     )
     version = "awq" if awq else form
     bits, size = _first(config, "bits", "w_bit"), _first(config, "group_size", "q_group_size")
-    need(_whole(bits) and bits in _WIDTHS[version], f"bits must be one of {list(_WIDTHS[version])}, got {bits!r}")
-    need(_whole(size) and (size == -1 or size > 0), f"group_size must be -1 or positive, got {size!r}")
+    need(is_whole(bits) and bits in _WIDTHS[version], f"bits must be one of {list(_WIDTHS[version])}, got {bits!r}")
+    need(is_whole(size) and (size == -1 or size > 0), f"group_size must be -1 or positive, got {size!r}")
     return PackedSettings(version, bits, None if size == -1 else size)
 
 
@@ -88,11 +88,10 @@ def _settings_file(directory: Path) -> tuple[Path, dict[str, Any]] | None:
         file = directory / name
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            config = content.get("quantization_config") if name == "config.json" else content
-        except (ValueError, AttributeError):
-            raise CheckpointError(f"{file}: is no JSON object") from None
+        content = read_json(file.read_bytes(), f"{file}: the file")
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file}: is no JSON object")
+        config = content.get("quantization_config") if name == "config.json" else content
         if isinstance(config, dict):
             return file, config
     return None
@@ -100,7 +99,3 @@ def _settings_file(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _first(config: Mapping[str, Any], *keys: str) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), None)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

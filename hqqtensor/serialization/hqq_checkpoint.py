@@ -7,13 +7,12 @@ the older {W_q, meta, bias}. Pickles are read with ``weights_only=True`` alone; 
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqqtensor.serialization.files import open_file
+from hqqtensor.serialization.files import read_tensors, readable
 from hqqtensor.serialization.hqq_layer import LAYER_KEYS, read_layer
 from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.tensor import HQQTensor
@@ -26,15 +25,16 @@ _QUANTIZED = ("zero_", "scale_", "meta_")
 def pickle_file(path: str | os.PathLike) -> Path | None:
     """The ``.pt`` file of an hqq checkpoint given as file or directory; None where it is none."""
     path = Path(path)
-    path = path / PICKLE_NAME if path.is_dir() else path
-    return path if path.suffix == ".pt" and path.is_file() else None
+    with readable(path):
+        path = path / PICKLE_NAME if path.is_dir() else path
+        return path if path.suffix == ".pt" and path.is_file() else None
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """All parameters and buffers by name; CheckpointError for a file that is damaged, or holds code."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises anything: struct.error, IndexError, TypeError
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path}: not a file of tensors and plain values ({first})") from None
     if not isinstance(loaded, dict):
@@ -68,9 +68,7 @@ def read_layers(files: Iterable[str | os.PathLike]) -> dict[str, HQQTensor]:
     """The quantized weights alone of flat safetensors files, {name: weight}."""
     flat: dict[str, Tensor] = {}
     for file in map(Path, files):
-        with open_file(file) as f:
-            keys = f.keys()
-            flat |= {key: f.get_tensor(key) for key in keys if key.rpartition(".")[2] in LAYER_KEYS}
+        flat |= read_tensors(file, lambda key: key.rpartition(".")[2] in LAYER_KEYS)[0]
     return {name: t for name, t in from_flat(flat).items() if isinstance(t, HQQTensor)}
 
 

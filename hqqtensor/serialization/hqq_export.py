@@ -29,14 +29,17 @@ def to_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_layer(name: str, tensor: HQQTensor) -> dict[str, Tensor]:
     """The entries of one layer, less its bias, encoded as hqq's ``state_dict`` does."""
     rows, columns = tensor.shape[-2:]
-    size, bits, numel = tensor.group_size, tensor.nbits, rows * columns
+    bits, numel = tensor.nbits, rows * columns
+    # With axis 0 the scale says how many groups there are: a slice of rows keeps all, each with fewer members.
+    groups = -(-columns // tensor.group_size) if tensor.axis else tensor.scale.shape[-2]
+    size = tensor.group_size if tensor.axis else rows // groups
     packing = WIDTHS.get(bits)
     reason = ""
     if tensor.ndim != 2 or tensor.transposed or tensor.format != "int" or tensor.act_pre_scale is not None:
         reason = "it is no plain 2-D weight of integer codes"
     elif packing is None:
         reason = f"it has {bits} bits, hqq has {sorted(b for b in WIDTHS if b != 1.58)}"
-    elif (columns if tensor.axis else rows) % size:
+    elif groups * size != (columns if tensor.axis else rows) or numel == 0:
         reason = f"group_size {size} does not divide its {columns if tensor.axis else rows} weights"
     if reason or packing is None:
         raise ValueError(f"{name}: cannot be kept in hqq's layout: {reason}")
@@ -47,11 +50,11 @@ def export_layer(name: str, tensor: HQQTensor) -> dict[str, Tensor]:
     if packing != "3bit_32" and shape[0] % per_word:
         raise ValueError(f"{name}: cannot be kept in hqq's layout: {shape[0]} grouped rows in slabs of {per_word}")
     codes = unpack(qdata.contiguous(), bits, columns).reshape(shape)
-    groups = (-1, 1) if tensor.axis else (1, -1)
+    one_each = (-1, 1) if tensor.axis else (1, -1)
     entries = {
         "W_q": _pack(codes, packing),
-        "scale": scale.reshape(groups).contiguous(),
-        "zero": zero.reshape(groups).contiguous(),
+        "scale": scale.reshape(one_each).contiguous(),
+        "zero": zero.reshape(one_each).contiguous(),
         "shape": torch.tensor([rows, columns]),
     }
     whole = {"nbits": bits, "group_size": size, "axis": tensor.axis}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.packing import pack
-from hqqtensor.serialization.layout import MAX_DIM, CheckpointError
+from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.validate import MAX_EXTENT, MAX_NUMEL
 
 LAYER_KEYS = frozenset(
     (
@@ -65,7 +66,7 @@ class _Layer:
         if self.packing != WIDTHS[self.nbits]:
             raise _Bad(f"packing {self.packing!r} does not go with {self.nbits} bits, {WIDTHS[self.nbits]!r} does")
         shape = _ints(self._get("shape"))
-        if len(shape) != 2 or not all(0 < s < MAX_DIM for s in shape) or shape[0] * shape[1] >= 2**62:
+        if len(shape) != 2 or not all(0 < s < MAX_EXTENT for s in shape) or shape[0] * shape[1] >= MAX_NUMEL:
             raise _Bad(f"bad shape {shape}")
         self.rows, self.columns = shape
         self.numel = self.rows * self.columns
@@ -108,7 +109,7 @@ class _Layer:
 
     def _scales(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, one a group; quantized ones as hqq reads them, in its compute dtype."""
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         stacked = self.entries.get("zero_scale")
         for place, part in enumerate(("zero", "scale")):
             plain = not _flag(self.entries.get(f"quant_{part}"))
@@ -117,17 +118,17 @@ class _Layer:
                 if not isinstance(stacked, Tensor) or stacked.ndim < 1 or stacked.shape[0] != 2:
                     raise _Bad("zero_scale must be two tensors in one")
                 self.entries[key] = stacked[place]
-            value = self._tensor(key)
-            found[part] = value if plain else self._read_quantized(part, value)
-            if found[part].dtype not in SCALE_DTYPES or found[part].numel() not in (1, self.groups):
-                shown = f"{list(found[part].shape)} {found[part].dtype}"
+            stored = self._tensor(key)
+            values[part] = stored if plain else self._read_quantized(part, stored)
+            if values[part].dtype not in SCALE_DTYPES or values[part].numel() not in (1, self.groups):
+                shown = f"{list(values[part].shape)} {values[part].dtype}"
                 raise _Bad(f"{part} should be {self.groups} numbers of {list(_DTYPES)}, got {shown}")
-            if not bool(found[part].isfinite().all()):
+            if not bool(values[part].isfinite().all()):
                 raise _Bad(f"{part} holds NaN or Inf")
-            found[part] = found[part].reshape(-1).expand(self.groups)
-        if found["zero"].dtype != found["scale"].dtype:
-            found = {part: value.to(torch.float32) for part, value in found.items()}
-        return found["scale"], found["zero"]
+            values[part] = values[part].reshape(-1).expand(self.groups)
+        if values["zero"].dtype != values["scale"].dtype:
+            values = {part: t.to(torch.float32) for part, t in values.items()}
+        return values["scale"], values["zero"]
 
     def _read_quantized(self, part: str, packed: Tensor) -> Tensor:
         meta = self.entries.get(f"meta_{part}")
@@ -141,11 +142,11 @@ class _Layer:
             raise _Bad(f"{part} in groups of {size} does not fit {self.groups} groups")
         rows, columns = shape if axis or size is None else shape[::-1]
         codes = _unpack(packed, packing, (rows, columns), False)
-        own = [meta.get(key) for key in ("zero", "scale")]
+        parts = [meta.get(key) for key in ("zero", "scale")]
         want = (1, rows if axis else columns)
-        if not all(isinstance(t, Tensor) and t.is_floating_point() and t.numel() in want for t in own):
+        if not all(isinstance(t, Tensor) and t.is_floating_point() and t.numel() in want for t in parts):
             raise _Bad(f"the scale and zero of meta_{part} must be {want[1]} numbers")
-        zero, scale = (t.reshape(1 if t.numel() == 1 else -1, 1) if axis else t.reshape(1, -1) for t in own)  # type: ignore[union-attr]
+        zero, scale = (t.reshape(1 if t.numel() == 1 else -1, 1) if axis else t.reshape(1, -1) for t in parts)  # type: ignore[union-attr]
         assert self.dtype is not None
         return (codes.to(self.dtype) - zero.to(self.dtype)) * scale.to(self.dtype)
 

@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.header import read_header
 from hqqtensor.serialization.layout import keys_of, parse_entry
-from hqqtensor.serialization.load import stored_names
 
 _ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -36,10 +37,10 @@ class CheckpointInfo:
 def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
     """Read the headers of a checkpoint (file, index or directory); CheckpointError where they are damaged."""
     sizes: dict[str, tuple[list[int], str, int]] = {}
-    header: dict[str, str] = {}
+    headers: dict[Path, dict[str, str]] = {}
     for file in checkpoint_files(path):
         with open_file(file) as f:
-            header |= f.metadata() or {}
+            headers[file] = f.metadata() or {}
             for key in f.keys():  # noqa: SIM118
                 part = f.get_slice(key)
                 count = 1
@@ -47,14 +48,13 @@ def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
                     count *= extent
                 sizes[key] = list(part.get_shape()), part.get_dtype(), count * _ITEM.get(part.get_dtype(), 1)
     out: list[TensorInfo] = []
-    for name in stored_names(header):
-        if '"HQQTensor"' in header.get(name, ""):
-            entry = parse_entry(name, header[name])
-            data = entry["_data"]
-            sizes.pop(name, None)  # the guard that save_model writes lies under the weight's own name
-            nbytes = sum(sizes.pop(key, ([], "", 0))[2] for key in keys_of(name, entry))
-            settings = tuple(data[k] for k in ("nbits", "group_size", "axis", "format"))
-            out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes))  # type: ignore[call-arg]
+    for name, text in read_header(headers).entries.items():
+        entry = parse_entry(name, text)
+        data = entry["_data"]
+        sizes.pop(name, None)  # the guard that save_model writes lies under the weight's own name
+        nbytes = sum(sizes.pop(key, ([], "", 0))[2] for key in keys_of(name, entry))
+        settings = tuple(data[k] for k in ("nbits", "group_size", "axis", "format"))
+        out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes))  # type: ignore[call-arg]
     out += [TensorInfo(n, "dense", s, d, None, None, None, None, b) for n, (s, d, b) in sizes.items()]
     out.sort(key=lambda t: t.name)
     return CheckpointInfo(out, sum(t.nbytes for t in out))

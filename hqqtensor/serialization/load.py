@@ -1,6 +1,5 @@
 """load_model: a checkpoint into a model, memory-mapped, checked before anything changes."""
 
-import json
 import os
 import sys
 import warnings
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor.quantize import show_quantized
-from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.files import checkpoint_files, read_tensors
 from hqqtensor.serialization.gguf_file import open_gguf
 from hqqtensor.serialization.gguf_llama import from_llama
 from hqqtensor.serialization.gptq_checkpoint import from_packed, is_packed
+from hqqtensor.serialization.header import read_header
 from hqqtensor.serialization.hqq_checkpoint import from_flat, is_flat, pickle_file, read_pickle
 from hqqtensor.serialization.layout import CheckpointError, build, keys_of, parse_entry
 from hqqtensor.tensor import HQQTensor
@@ -39,26 +39,22 @@ def read_files(
 ) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """``read_checkpoint`` for the files of one checkpoint."""
     tensors: dict[str, Tensor] = {}
-    header: dict[str, str] = {}
+    headers: dict[Path, dict[str, str]] = {}
     for file in map(Path, files):
-        with open_file(file) as f:
-            header |= f.metadata() or {}
-            for key in f.keys():  # noqa: SIM118  a safetensors handle, not a dict
-                tensors[key] = f.get_tensor(key)
+        some, headers[file] = read_tensors(file)
+        tensors |= some
     if is_flat(tensors):
         return from_flat(tensors), {}, set()
     if is_packed(tensors):
         return from_packed(tensors, Path(files[0]).parent, act_order), {}, set()
-    own = _own_header(header)
+    header = read_header(headers)
     state: dict[str, Tensor] = {}
-    for name in stored_names(header):
-        text = header.get(name, "")
-        if '"HQQTensor"' in text:
-            entry = parse_entry(name, text)
-            state[name] = build(name, entry, tensors)
-            for key in keys_of(name, entry):
-                tensors.pop(key, None)
-    return {**tensors, **state}, own["aliases"], set(own["non_persistent_buffers"])
+    for name, text in header.entries.items():
+        entry = parse_entry(name, text)
+        state[name] = build(name, entry, tensors)
+        for key in keys_of(name, entry):
+            tensors.pop(key, None)
+    return {**tensors, **state}, header.aliases, header.hidden
 
 
 def load_model(
@@ -71,7 +67,9 @@ def load_model(
     Quantized weights, and all that is on the meta device, are put in place as they lie in the memory-mapped file;
     other tensors are copied into the model's own. Returns (missing, unexpected) names; with ``strict`` either
     raises RuntimeError. CheckpointError (a ValueError) for a file that is missing, cut short, or does not hold
-    what it claims or what the model needs. Nothing changes on an error.
+    what it claims or what the model needs. Nothing changes on an error: what can fail (a device that is missing or
+    full, a tensor that cannot be written) is tried before the first weight is. Only an interrupt (Ctrl-C) while dense
+    weights are copied leaves some of them old and some new.
     """
     state, aliases, extra = read_checkpoint(path)
     places: dict[str, tuple[nn.Module, str, bool]] = {}
@@ -99,35 +97,55 @@ def load_model(
     unexpected = sorted(n for n in state if n not in taken and n not in extra)
     if strict and (missing or unexpected):
         raise RuntimeError(f"load_model: missing {missing}, unexpected {unexpected} in {os.fspath(path)}")
-    _install(model, places, plan, source, torch.device(device))
-    return missing, unexpected
-
-
-def _install(
-    model: nn.Module, places: Any, plan: dict[str, Tensor], source: dict[str, str], device: torch.device
-) -> None:
-    made: dict[tuple[str, bool], Tensor] = {}
-    replaced: dict[int, Tensor] = {}
-    for name, new in plan.items():
-        module, leaf, is_parameter = places[name]
-        old = getattr(module, leaf)
-        if isinstance(new, HQQTensor) or isinstance(old, HQQTensor) or old.device.type == "meta":
-            key = (source[name], is_parameter)
-            if key not in made:
-                moved = new.to(device)
-                made[key] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
-                if is_parameter and not isinstance(new, HQQTensor) and new.is_floating_point():
-                    made[key].requires_grad_(old.requires_grad)
-            replaced[id(old)] = made[key]
-        else:
-            with torch.no_grad():
-                old.copy_(new)
+    replaced, copies = _prepare(places, plan, source, torch.device(device))
+    with torch.no_grad():
+        for old, new in copies:
+            old.copy_(new)
     for module, leaf, is_parameter in places.values():
-        table = module._parameters if is_parameter else module._buffers
+        table: Any = module._parameters if is_parameter else module._buffers
         if id(table[leaf]) in replaced:
             table[leaf] = replaced[id(table[leaf])]
     for module in model.modules():
         show_quantized(module)
+    return missing, unexpected
+
+
+def _prepare(
+    places: Any, plan: dict[str, Tensor], source: dict[str, str], device: torch.device
+) -> tuple[dict[int, Tensor], list[tuple[Tensor, Tensor]]]:
+    """What replaces a tensor of the model, by its id, and what is copied into one: (model's, file's). All that can
+    fail of either fails here, where the model is not yet changed."""
+    moved: dict[tuple[str, bool], Tensor] = {}
+    replaced: dict[int, Tensor] = {}
+    copies: list[tuple[Tensor, Tensor]] = []
+    for name, new in plan.items():
+        module, leaf, is_parameter = places[name]
+        old = getattr(module, leaf)
+        if not (isinstance(new, HQQTensor) or isinstance(old, HQQTensor) or old.device.type == "meta"):
+            _try_copy(name, old, new)
+            copies.append((old, new))
+            continue
+        key = (source[name], is_parameter)
+        if key not in moved:
+            tensor = new.to(device)
+            if is_parameter:
+                trains = not isinstance(new, HQQTensor) and new.is_floating_point() and old.requires_grad
+                tensor = nn.Parameter(tensor, requires_grad=trains)
+            moved[key] = tensor
+        replaced[id(old)] = moved[key]
+    return replaced, copies
+
+
+@torch.no_grad()
+def _try_copy(name: str, old: Tensor, new: Tensor) -> None:
+    """Raise, naming the tensor, where ``old.copy_(new)`` would: a copy of no numbers meets the same checks."""
+    try:
+        if any(step == 0 and extent > 1 for step, extent in zip(old.stride(), old.shape, strict=True)):
+            raise RuntimeError("several of its elements share memory")
+        none = [t[:0] if t.ndim else t.reshape(1)[:0] for t in (old, new)]
+        none[0].copy_(none[1])
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise RuntimeError(f"{name}: the model's tensor cannot be written: {error}") from error
 
 
 def _computed_buffers(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
@@ -152,24 +170,3 @@ def _ties(places: Any) -> dict[str, set[str]]:
     for name, (module, leaf, _) in places.items():
         groups.setdefault(id(getattr(module, leaf)), set()).add(name)
     return {name: groups[id(getattr(m, leaf))] for name, (m, leaf, _) in places.items()}
-
-
-def stored_names(header: dict[str, str]) -> list[str]:
-    try:
-        names = json.loads(header.get("tensor_names", "[]"))
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise CheckpointError("tensor_names in the metadata is no list of names")
-    return names
-
-
-def _own_header(header: dict[str, str]) -> dict[str, Any]:
-    try:
-        own = json.loads(header.get("hqqtensor", '{"aliases": {}, "non_persistent_buffers": []}'))
-        ok = isinstance(own["aliases"], dict) and isinstance(own["non_persistent_buffers"], list)
-    except (ValueError, KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise CheckpointError("the hqqtensor entry of the metadata is damaged")
-    return own

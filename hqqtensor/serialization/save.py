@@ -1,5 +1,6 @@
 """save_model: a model, quantized or not, to safetensors, whole or not at all."""
 
+import bisect
 import json
 import os
 import tempfile
@@ -7,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hqqtensor.presets import parse_size
-from hqqtensor.serialization.files import DEFAULT_NAME, checkpoint_files, index_path
-from hqqtensor.serialization.layout import CheckpointError, flatten, torchao_entry
+from hqqtensor.serialization.files import DEFAULT_NAME, write_tensors
+from hqqtensor.serialization.header import file_metadata
+from hqqtensor.serialization.layout import flatten, torchao_entry
+from hqqtensor.serialization.publish import publish
 from hqqtensor.tensor import HQQTensor
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,10 +33,11 @@ def save_model(
 ) -> None:
     """Write the model's state to ``path``, a ``.safetensors`` file or a directory (``model.safetensors`` in it).
 
-    A tied weight is stored once. Over ``max_shard_size`` bytes the state goes to shards with an index file. Files
-    are written under temporary names and renamed at the end, the index last. Non-persistent buffers are stored
-    too, for ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
-    transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device.
+    A tied weight is stored once. Over ``max_shard_size`` bytes the state goes to shards with an index file. A save
+    that is cut short leaves the checkpoint that was there, see ``publish``. Non-persistent buffers are stored too, for
+    ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
+    transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device or could not be loaded
+    again (NaN in its scales); OSError naming the file where it cannot be written (a full disk).
     """
     units, header = collect(model, non_persistent_buffers)
     _write_units(units, {**(metadata or {}), **header}, path, max_shard_size)
@@ -66,7 +69,12 @@ def _write_units(
             size = 0
         shards[-1].update(tensors)
         size += nbytes
-    _write(path, shards, header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        written = [Path(scratch, f"{place}.safetensors") for place in range(len(shards))]
+        for file, tensors in zip(written, shards, strict=True):
+            write_tensors(tensors, file, header, shown=path)
+        publish(path, written, [list(tensors) for tensors in shards], sum(t.nbytes for s in shards for t in s.values()))
 
 
 def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
@@ -84,6 +92,7 @@ def split_state(
     units: list[dict[str, Tensor]] = []
     entries: dict[str, str] = {}
     seen: dict[object, str] = {}
+    memory: dict[int, list[tuple[int, int]]] = {}
     guarded = False
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -93,62 +102,39 @@ def split_state(
         first = seen.setdefault(_identity(tensor), name)
         if first != name:
             aliases[name] = first
-        elif isinstance(tensor, HQQTensor):
-            parts, entry = flatten(name, tensor)
+            continue
+        parts, entries[name] = {name: tensor}, json.dumps({"_type": "Tensor"})
+        if isinstance(tensor, HQQTensor):
+            parts, entries[name] = flatten(name, tensor)
             if torchao:
-                entry = torchao_entry(tensor)
+                entries[name] = torchao_entry(tensor)
             elif not guarded and name.rpartition(".")[2][0].islower():
                 parts[name], guarded = GUARD, True
-            units.append({k: v.detach().contiguous().cpu() for k, v in parts.items()})
-            entries[name] = entry
-        else:
-            units.append({name: _own(tensor.detach())})
-            entries[name] = json.dumps({"_type": "Tensor"})
-    header = {
-        "format": "pt",
-        **entries,
-        "tensor_names": json.dumps(list(entries)),
-        "hqqtensor": json.dumps({"version": 1, "aliases": aliases, "non_persistent_buffers": extra}),
-    }
-    return units, header
+        units.append({key: _separate(part, memory) for key, part in parts.items()})
+    return units, file_metadata(entries, aliases, extra)
 
 
 def _identity(tensor: Tensor) -> object:
-    plain = tensor.qdata if isinstance(tensor, HQQTensor) else tensor
-    if plain.numel() == 0:
+    """Equal for tensors that are one and the same: all of their data and settings."""
+    if isinstance(tensor, HQQTensor):
+        names, attributes = tensor.__tensor_flatten__()
+        return tuple(_identity(getattr(tensor, name)) for name in names), tuple(attributes.values())
+    if tensor.numel() == 0:
         return id(tensor)
-    return type(tensor) is HQQTensor, plain.device, plain.data_ptr(), plain.shape, plain.stride(), plain.dtype
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """safetensors refuses tensors that share memory; part of a larger storage is copied out."""
-    tensor = tensor.contiguous().cpu()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _separate(tensor: Tensor, memory: dict[int, list[tuple[int, int]]]) -> Tensor:
+    """``tensor`` contiguous on the CPU, copied where an earlier one has some of its memory: safetensors refuses that.
 
-
-def _write(path: Path, shards: list[dict[str, Tensor]], header: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = len(shards)
-    names = [path.name] if count == 1 else [f"{path.stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    try:
-        stale = {p.name for p in checkpoint_files(path)} - set(names)
-    except CheckpointError:
-        stale = set()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        for name, tensors in zip(names, shards, strict=True):
-            save_file(tensors, os.path.join(scratch, name), metadata=header)
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
-            "weight_map": {key: name for name, s in zip(names, shards, strict=True) for key in s},
-        }
-        for name in names:
-            os.replace(os.path.join(scratch, name), path.parent / name)
-        if count > 1:
-            written = Path(scratch, "index.json")
-            written.write_text(json.dumps(index, indent=1))
-            os.replace(written, index_path(path))
-            path.unlink(missing_ok=True)
-        else:
-            index_path(path).unlink(missing_ok=True)
-    for name in stale:
-        (path.parent / name).unlink(missing_ok=True)
+    ``memory``: of each storage the ranges that are taken, in order.
+    """
+    tensor = tensor.detach().contiguous().cpu()
+    ranges = memory.setdefault(tensor.untyped_storage().data_ptr(), [])
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    place = bisect.bisect(ranges, (first, last))
+    overlaps = (place > 0 and ranges[place - 1][1] > first) or (place < len(ranges) and ranges[place][0] < last)
+    if overlaps and tensor.numel():
+        return tensor.clone()
+    ranges.insert(place, (first, last))
+    return tensor

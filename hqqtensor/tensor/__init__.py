@@ -1,6 +1,7 @@
 """HQQTensor: packed codes, scales and zero points that behave as the weight they stand for."""
 
 import hashlib
+import inspect
 import math
 from typing import Any
 
@@ -11,7 +12,9 @@ from torchao.utils import TorchAOBaseTensor
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, check_weight, encode
+from hqqtensor.ops import PackedWeight
 from hqqtensor.packing import pack, pack_meta, row_bytes, unpack, unpack_meta
+from hqqtensor.tensor.validate import check
 from hqqtensor.transforms import prepare, rotate
 
 
@@ -21,8 +24,9 @@ class HQQTensor(TorchAOBaseTensor):
     Tensor data:
         qdata: packed codes, uint8 ``[..., N, row_bytes]`` (layout in ``hqqtensor.packing``), or the same bytes
             viewed as a floating dtype.
-        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0; a
-            plain floating tensor, or an HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
+        scale: ``[..., N, ceil(K / group_size)]`` for axis 1, ``[..., ceil(N / group_size), K]`` for axis 0 (or more
+            groups: row n belongs to group n % groups, and a slice of rows keeps all); a plain floating tensor, or an
+            HQQTensor of 8 or 4 bits whose qdata is laid out by ``packing.pack_meta``.
         zero_point (optional): for the format "int" as ``scale``, in units of codes; for "codebook" the entries,
             ``[..., N or 1, 2**nbits]``, ascending; other formats have none.
         act_pre_scale (optional): ``[K]``, multiplied into the activations; the signs of a rotation are in it.
@@ -35,6 +39,8 @@ class HQQTensor(TorchAOBaseTensor):
         row_dims: how many trailing dimensions of ``shape`` lie in a stored row: 1, or for the weight of a convolution
             ``[N, C, *kernel]`` all but the first, K = C times the kernel's elements.
         rotation: inputs that a Hadamard matrix mixes with one another (``hqqtensor.transforms``), 0 for none.
+
+    The constructor raises ValueError where data and attributes do not fit (``hqqtensor.tensor.validate``).
     """
 
     tensor_data_names = ["qdata", "scale"]
@@ -57,6 +63,8 @@ class HQQTensor(TorchAOBaseTensor):
         if isinstance(qdata, HQQTensor):
             # accelerate makes a parameter anew by its type: HQQTensor(q, requires_grad=...), as nn.Parameter(t, ...).
             return torch.nn.Parameter(qdata, requires_grad)  # type: ignore[return-value]
+        attributes = (nbits, group_size, axis, shape, dtype, format, transposed, activation, row_dims, rotation)
+        check(qdata, scale, zero_point, act_pre_scale, *attributes)
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
@@ -129,8 +137,8 @@ class HQQTensor(TorchAOBaseTensor):
     @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
         meta = [HQQTensor.meta_from_encoded(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
-        own = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
-        return HQQTensor(e.qdata, meta[0], *own, zero_point=meta[1])  # type: ignore[arg-type]
+        attributes = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
+        return HQQTensor(e.qdata, meta[0], *attributes, zero_point=meta[1])  # type: ignore[arg-type]
 
     @staticmethod
     def meta_from_encoded(e: Encoded) -> "HQQTensor":
@@ -150,17 +158,27 @@ class HQQTensor(TorchAOBaseTensor):
         names, _ = self.__tensor_flatten__()
         return sum(getattr(self, name).nbytes for name in names)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``qdata``, ``scale`` and ``zero_point`` as the ops take them: plain tensors, quantized ones as uint8."""
+    def operand(self) -> PackedWeight:
+        """What the operators take of this weight: plain tensors, quantized scales and zero points as uint8."""
         qdata = self.qdata if self.qdata.dtype == torch.uint8 else self.qdata.view(torch.uint8)
-        scale, zero = self.scale, self.zero_point
-        if not self.nested:
-            return qdata, scale, zero
-        if isinstance(scale, HQQTensor):
-            scale = scale.qdata
-        if isinstance(zero, HQQTensor):
-            zero = zero.qdata
-        return qdata, scale, zero
+        scale: Tensor | None = self.scale
+        zero, meta = self.zero_point, None
+        if self.nested:
+            meta = [
+                t for level in (scale, zero) if isinstance(level, HQQTensor) for t in (level.scale, level.zero_point)
+            ]
+            scale, zero = (t.qdata if isinstance(t, HQQTensor) else t for t in (scale, zero))
+        settings = (self.nbits, self.format, self.group_size, self.axis, self.in_features)
+        return tuple.__new__(PackedWeight, (qdata, scale, zero, meta, *settings))  # half the time of PackedWeight(...)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``qdata``, ``scale`` and ``zero_point`` as the ops take them."""
+        return self.operand()[:3]
+
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
+        """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
+        packed = self.operand()
+        return list(packed.meta or ()), *packed[4:]
 
     @property
     def codebook(self) -> str | None:
@@ -169,21 +187,13 @@ class HQQTensor(TorchAOBaseTensor):
             return None
         return "tensor" if self.zero_point.shape[-2] == 1 else "row"  # type: ignore[union-attr]
 
-    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
-        """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        meta: list[Tensor] = []
-        for t in (self.scale, self.zero_point) if self.nested else ():
-            if isinstance(t, HQQTensor):
-                meta += [t.scale, t.zero_point]  # type: ignore[list-item]
-        return meta, self.nbits, self.format, self.group_size, self.axis, self.in_features
-
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
-        qdata, *meta = self.packed()
-        if qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see meta_from_encoded
-            qdata = pack(unpack_meta(qdata, self.in_features), self.nbits)
-        w = ops.dequantize(qdata, *meta, *self.settings(), torch.float32 if self.rotation else dtype)
+        packed = self.operand()
+        if packed.qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see meta_from_encoded
+            packed = packed._replace(qdata=pack(unpack_meta(packed.qdata, self.in_features), self.nbits))
+        w = ops.dequantize(packed, torch.float32 if self.rotation else dtype)
         if self.rotation:
             w = rotate(w, self.rotation).to(dtype)
         if self.act_pre_scale is not None:
@@ -226,6 +236,30 @@ class HQQTensor(TorchAOBaseTensor):
         return f"HQQTensor({list(self.shape)}, {self.describe()}, dtype={dtype}, device={self.device}{flag})"
 
 
+_DEFAULTS = {
+    name: None if parameter.default is parameter.empty else parameter.default
+    for name, parameter in inspect.signature(HQQTensor.__init__).parameters.items()
+}
+"""What stored tensors had before an attribute was introduced."""
+
+
+def _set_state(self: HQQTensor, state: Any) -> None:
+    """Take over the attributes that ``torch.load`` and pickle read, checked; what follows from them is computed anew.
+
+    ``state``: by name, as ``torch.save`` stored them; shape and dtype are those of ``self``, which torch made already.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"a stored HQQTensor has its attributes by name, got {type(state).__name__}")
+    stored = {**_DEFAULTS, **state, "shape": self.shape, "dtype": self.dtype}
+    data = [*self.tensor_data_names, *self.optional_tensor_data_names]
+    parts: dict[str, Any] = {name: stored[name] for name in [*data, *self.tensor_attribute_names]}
+    check(*parts.values())
+    HQQTensor.__init__(self, **parts)
+    others = state.keys() - parts.keys() - self.__dict__.keys()  # whatever code outside has put there
+    self.__dict__.update({name: state[name] for name in others})
+
+
+HQQTensor.__setstate__ = _set_state  # after the class: torchao's base class puts its own into every subclass
 torch.serialization.add_safe_globals([HQQTensor])
 
 # Registers what torch functions do with an HQQTensor.

@@ -13,10 +13,11 @@ implements = HQQTensor.implements
 implements_torch_function = HQQTensor.implements_torch_function
 
 
+_is_autocast = torch._C._is_any_autocast_enabled
+
+
 def _activations(x: Tensor) -> Tensor:
     """Autocast does not know our ops; do for their input what it would do for a dense linear."""
-    if not torch._C._is_any_autocast_enabled():  # the question that costs least first
-        return x
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -24,7 +25,8 @@ def _activations(x: Tensor) -> Tensor:
 
 def _inputs(x: Tensor, weight: HQQTensor) -> tuple[Tensor, Tensor | None]:
     """The activations for the operators, and the scale that they are to multiply them with."""
-    x = _activations(x)
+    if _is_autocast():
+        x = _activations(x)
     if weight.rotation:
         return to_inputs(x, weight.act_pre_scale, weight.rotation), None
     return x, weight.act_pre_scale
@@ -34,12 +36,11 @@ def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
     """``x [..., K]`` times the transpose of a weight ``[N, K]`` that is not transposed, plus ``bias``."""
     if isinstance(x, HQQTensor):
         x = x.dequantize()
-    if x.shape[-1] != weight.in_features:
-        raise RuntimeError(
-            f"linear: input of shape {list(x.shape)} does not fit a weight with {weight.in_features} in_features"
-        )
-    x, act = _inputs(x, weight)
-    return ops.linear(x, *weight.packed(), bias, act, *weight.settings(), weight.activation)
+    # As `_inputs`, without the calls: decoding comes here hundreds of times for a token.
+    act = weight.act_pre_scale
+    if weight.rotation or _is_autocast():
+        x, act = _inputs(x, weight)
+    return ops.linear(x, weight.operand(), bias, act, weight.activation)
 
 
 def _matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
             return linear(x, weight, None)
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
             x, act = _inputs(x, weight)
-            return ops.batched_linear(x, *weight.packed(), act, *weight.settings(), weight.activation)
+            return ops.batched_linear(x, weight.operand(), act, weight.activation)
     first = isinstance(x, HQQTensor) and x.row_dims == 1 and not x.transposed and not isinstance(weight, HQQTensor)
     if first and x.ndim == weight.ndim == 3:
         # A product of the transposes: the kernels take weights as the second operand.
@@ -86,8 +87,7 @@ def _(func, types, args, kwargs):
                 "grouped_mm: needs x [S, K], offs and a transposed 3-D HQQTensor [E, K, N], and no bias"
             )
         x, act = _inputs(x, weight)
-        settings = (*weight.settings(), weight.activation)
-        out = ops.grouped_linear(x, offs, *weight.packed(), act, *settings)
+        out = ops.grouped_linear(x, offs, weight.operand(), act, weight.activation)
         return out if out_dtype is None else out.to(out_dtype)
 
     return call(*args, **(kwargs or {}))
@@ -134,9 +134,7 @@ def _(func, types, args, kwargs):
         weight, indices = args[0], args[1]
     if not isinstance(weight, HQQTensor) or weight.ndim != 2 or weight.transposed:
         raise NotImplementedError("embedding: needs a 2-D HQQTensor weight that is not transposed")
-    out = ops.embedding(
-        indices, *weight.packed(), *weight.settings(), torch.float32 if weight.rotation else weight.dtype
-    )
+    out = ops.embedding(indices, weight.operand(), torch.float32 if weight.rotation else weight.dtype)
     if weight.rotation:
         out = rotate(out, weight.rotation).to(weight.dtype)
     return out if weight.act_pre_scale is None else out * weight.act_pre_scale.to(out.dtype)

@@ -35,12 +35,16 @@ def config_of(weight: HQQTensor) -> HqqConfig:
 
 
 def common_config(weights: Iterable[HQQTensor]) -> HqqConfig:
-    """``config_of`` a weight with the settings that most numbers are stored in; ValueError if there is no weight."""
-    numbers: Counter[str] = Counter()
-    first: dict[str, HQQTensor] = {}
+    """``config_of`` the first weight with the bits, group size, axis and format that most numbers are stored in.
+
+    ValueError if there is no weight.
+    """
+    numbers: Counter[tuple[int, int, int, str]] = Counter()
+    first: dict[tuple[int, int, int, str], HQQTensor] = {}
     for weight in weights:
-        numbers[weight.describe()] += weight.numel()
-        first.setdefault(weight.describe(), weight)
+        settings = (weight.nbits, weight.group_size, weight.axis, weight.format)
+        numbers[settings] += weight.numel()
+        first.setdefault(settings, weight)
     if not first:
         raise ValueError("there is no quantized weight to take settings from")
     return config_of(first[numbers.most_common(1)[0][0]])

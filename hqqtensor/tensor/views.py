@@ -30,8 +30,9 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
-def _beside(self: HQQTensor, rows: bool) -> list[str]:
-    """What is cut along with qdata where rows (or columns) are: entries of a codebook are each row's or everyone's."""
+def _sliced_with(self: HQQTensor, rows: bool) -> list[str]:
+    """Names of the data to slice together with ``qdata`` by row, or by column. A codebook is sliced by row only if
+    every row has its own entries."""
     if self.codebook is not None:
         return ["scale", "zero_point"] if rows and self.codebook == "row" else ["scale"]
     return ["scale"] if self.zero_point is None else ["scale", "zero_point"]
@@ -44,6 +45,8 @@ def _stored(self: HQQTensor) -> list[str]:
 
 def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
     """The view ``[start, end)`` of one dimension; raises NotImplementedError where that is no view."""
+    if start == end:  # nothing can be cut off anywhere
+        start = end = 0
     shape = list(self.shape)
     shape[dim] = end - start
     lead = self.ndim - 1 - self.row_dims
@@ -52,22 +55,18 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
         return self.with_data()
     if stored > lead and self.row_dims > 1:
         raise NotImplementedError("slice: the weight of a convolution can be cut along its first dimension only")
-    act = self.act_pre_scale
-
-    def meta(t: Tensor, on: int, first: int, last: int) -> Tensor:
-        return aten.slice.Tensor(t, on, first, last)
-
+    act, piece = self.act_pre_scale, aten.slice.Tensor
     if stored < lead:
-        data = {n: meta(getattr(self, n), stored, start, end) for n in _stored(self)}
+        data = {n: piece(getattr(self, n), stored, start, end) for n in _stored(self)}
     elif stored == lead:
         groups = self.scale.shape[-2]
         if self.axis == 0 and start % groups:
             raise NotImplementedError(
                 f"slice: with axis=0 rows can be cut at multiples of the {groups} groups, got {start}:{end}"
             )
-        data = {"qdata": aten.slice.Tensor(self.qdata, stored, start, end)}
+        data = {"qdata": piece(self.qdata, stored, start, end)}
         if self.axis == 1:
-            data |= {n: meta(getattr(self, n), stored, start, end) for n in _beside(self, rows=True)}
+            data |= {n: piece(getattr(self, n), stored, start, end) for n in _sliced_with(self, rows=True)}
     else:
         K, size = self.in_features, self.group_size
         first, last = byte_offset(start, K, self.nbits), byte_offset(end, K, self.nbits)
@@ -81,9 +80,9 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
         item = self.qdata.element_size()
         if first % item or last % item:
             raise NotImplementedError(f"slice: {start}:{end} is no whole number of {self.qdata.dtype} in qdata")
-        data = {"qdata": aten.slice.Tensor(self.qdata, stored, first // item, last // item)}
+        data = {"qdata": piece(self.qdata, stored, first // item, last // item)}
         low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
-        data |= {n: meta(getattr(self, n), stored, low, high) for n in _beside(self, rows=False)}
+        data |= {n: piece(getattr(self, n), stored, low, high) for n in _sliced_with(self, rows=False)}
         if self.rotation and (start % self.rotation or end % self.rotation):
             raise NotImplementedError(
                 f"slice: in_features are rotated in blocks of {self.rotation} and can be cut between them, "
@@ -110,9 +109,11 @@ def _(func, types, args, kwargs):
     dim = dim % self.ndim
     length = self.shape[dim]
     if func is aten.chunk.default:
-        sizes = -(-length // sizes)
+        sizes = -(-length // sizes) if length else [0] * sizes
     if isinstance(sizes, int):
-        sizes = [min(sizes, length - first) for first in range(0, length, sizes)]
+        sizes = [min(sizes, length - first) for first in range(0, length, sizes)] if length else [0]
+    if sum(sizes) != length:
+        raise ValueError(f"split: sizes {list(sizes)} do not add up to the {length} of dimension {dim}")
     out, first = [], 0
     for size in sizes:
         out.append(_cut(self, dim, first, first + size))
@@ -136,34 +137,18 @@ def _(func, types, args, kwargs):
     tensors, dim = fill_defaults(args, 2, [0])
     if not all(isinstance(t, HQQTensor) for t in tensors):
         raise NotImplementedError("cat: all tensors must be HQQTensors; dequantize() the quantized ones first")
+    dim = dim % tensors[0].ndim
+    _check_alike(tensors, dim)
+    tensors = [t for t in tensors if t.shape[dim]] or tensors[:1]  # empty ones add nothing
     head = tensors[0]
-    dim = dim % head.ndim
-    for t in tensors[1:]:
-        same = all(
-            getattr(t, n) == getattr(head, n)
-            for n in (
-                "nbits",
-                "group_size",
-                "axis",
-                "dtype",
-                "format",
-                "transposed",
-                "activation",
-                "row_dims",
-                "rotation",
-            )
-        )
-        if not same or (head.row_dims > 1 and t.shape[1:] != head.shape[1:]):
-            raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
-        if t.act_pre_scale is not None or head.act_pre_scale is not None:
-            raise NotImplementedError("cat: tensors with act_pre_scale cannot be joined")
     lead = head.ndim - 1 - head.row_dims
     stored = dim if dim < lead or not head.transposed else 2 * lead + 1 - dim
     if stored > lead and head.row_dims > 1:
         raise NotImplementedError("cat: weights of convolutions can be joined along their first dimension only")
     if stored == lead + 1:
         sizes = [t.in_features for t in tensors[:-1]]
-        bad = [size for size in sizes if size % BLOCK or (head.axis and size % head.group_size)]
+        steps = (BLOCK, head.group_size if head.axis else 1, head.rotation or 1)
+        bad = [size for size in sizes if any(size % step for step in steps)]
         if bad:
             raise NotImplementedError(f"cat: in_features must be multiples of {BLOCK} and the group size, got {bad}")
     data = {"qdata": torch.cat([t.qdata for t in tensors], stored)}
@@ -171,16 +156,42 @@ def _(func, types, args, kwargs):
         parts = [getattr(t, name) for t in tensors]
         if name == "zero_point" and head.format == "codebook" and stored >= lead:
             data[name] = _join_codebooks(tensors, stored == lead and head.axis == 1)
-            continue
-        if stored == lead and head.axis == 0:
-            if not all(torch.equal(parts[0], p) for p in parts[1:]):
-                raise NotImplementedError("cat: with axis=0 rows can be joined only where they share their scales")
-            data[name] = parts[0]
+        elif stored == lead and head.axis == 0:
+            data[name] = _shared(tensors, parts)
         else:
             data[name] = torch.cat(parts, stored)
     shape = list(head.shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
-    return head.with_data(**data, shape=torch.Size(shape))
+    size = max(t.group_size for t in tensors)
+    if stored == lead and head.axis == 0:  # more rows share a scale than in each of the joined weights
+        size = max(size, -(-shape[dim] // head.scale.shape[-2]))
+    return head.with_data(**data, shape=torch.Size(shape), group_size=size)
+
+
+def _check_alike(tensors: list[HQQTensor], dim: int) -> None:
+    """Raise where weights differ in more than the dimension along which they are to be joined."""
+    head = tensors[0]
+    names = {"nbits", "group_size", "axis", "dtype", "format", "transposed", "activation", "row_dims", "rotation"}
+    if head.axis == 0:
+        names.remove("group_size")  # row n belongs to group n % groups, and the scale has the number of groups
+    for t in tensors[1:]:
+        alike = all(getattr(t, n) == getattr(head, n) for n in names)
+        fits = t.ndim == head.ndim and all(t.shape[d] == head.shape[d] for d in range(head.ndim) if d != dim)
+        if not alike or not fits:
+            raise ValueError(f"cat: tensors must be quantized alike, got {head!r} and {t!r}")
+        if t.act_pre_scale is not None or head.act_pre_scale is not None:
+            raise NotImplementedError("cat: tensors with act_pre_scale cannot be joined")
+
+
+def _shared(tensors: list[HQQTensor], parts: list[Tensor]) -> Tensor:
+    """The scales (or zero points) of rows that are joined with axis 0; raises where rows would change their group."""
+    if not all(torch.equal(parts[0], part) for part in parts[1:]):
+        raise NotImplementedError("cat: with axis=0 rows can be joined only where they share their scales")
+    groups = parts[0].shape[-2]
+    bad = [t.out_features for t in tensors[:-1] if t.out_features % groups]
+    if bad:
+        raise NotImplementedError(f"cat: with axis=0 rows can be joined at multiples of the {groups} groups, got {bad}")
+    return parts[0]
 
 
 def _join_codebooks(tensors: list[HQQTensor], rows: bool) -> Tensor:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.cli import main, model_dir
+from hqqtensor.integrations import patches
 
 DOCLM = Path(__file__).parent.parent / "assets" / "doclm"
 
@@ -143,9 +144,23 @@ def test_env_reports_versions_and_backends(capsys) -> None:
     assert run("env", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
-    assert {b["name"] for b in found["backends"]} >= {"dequantize", "cpu"}
+    assert {b["name"] for b in found["backends"]} >= {"reference", "cpu"}
+    libraries = {patch["library"] for patch in found["patches"]}
+    assert {"torchao", "transformers"} <= libraries and all(patch["problem"] is None for patch in found["patches"])
+    assert {"library", "version", "tested_with", "target", "reason", "problem"} == set(found["patches"][0])
     assert run("env") == 0
-    assert "cpu kernels" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "cpu kernels" in text and "transformers  5." in text and "in place" in text
+
+
+def test_env_names_a_change_that_could_not_be_made(monkeypatch, capsys) -> None:
+    gone = patches.Patch("torchao", "torchao.gone", "saving", "0.1", "torchao has no attribute 'gone'")
+    monkeypatch.setitem(patches._patches, ("torchao", "gone", "saving"), gone)
+    assert run("env", "--json") == 0
+    assert "torchao has no attribute 'gone'" in [p["problem"] for p in json.loads(capsys.readouterr().out)["patches"]]
+    assert run("env") == 0
+    line = "    torchao.gone: torchao has no attribute 'gone'; without it saving does not work"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_help_and_no_command(capsys) -> None:

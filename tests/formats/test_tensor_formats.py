@@ -44,7 +44,7 @@ every_format = pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
 @pytest.fixture(autouse=True)
 def plain_path():
     """What the tensor does is compared to the last bit; tests of kernels are further down."""
-    with backend("dequantize"):
+    with backend("reference"):
         yield
 
 

@@ -38,13 +38,13 @@ def config(kind: tuple[str, int, str], group_size: int | None, extent: int, **ot
 def both(w: torch.Tensor, settings_: HqqConfig) -> tuple[HQQTensor, HQQTensor]:
     with backend("cpu"):
         fast = HQQTensor.from_hp(w, settings_)
-    with backend("dequantize"):
+    with backend("reference"):
         return fast, HQQTensor.from_hp(w, settings_)
 
 
 def group_errors(q: HQQTensor, w: torch.Tensor) -> torch.Tensor:
     """Squared errors of the groups, of the shape of the scales."""
-    with backend("dequantize"):
+    with backend("reference"):
         error = (q.dequantize(torch.float32) - w.float()).square()
     out = torch.zeros(q.scale.shape)
     if q.axis == 1:
@@ -202,6 +202,7 @@ def test_levels_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="levels of 2 rows for 3"):
         cpu.solve_levels(w, Levels.between(torch.eye(2)), 16, 1, "rtn", "codebook")
     with pytest.raises(RuntimeError, match="levels must be up to 16"):
-        cpu._C.solve_levels(w, 16, 1, "rtn", (fp8.levels(8).values, fp8.levels(8).thresholds, fp8.codes, -1, 0.0))
-    with pytest.raises(RuntimeError, match="no kernel for solver hqq"):
+        levels = (fp8.levels(8).values, fp8.levels(8).thresholds, fp8.codes, -1, 0.0)
+        torch.ops.hqqtensor._solve_levels(w, *levels, 16, 1, "rtn")
+    with pytest.raises(RuntimeError, match="no kernel for solver 'hqq'"):
         cpu.solve_levels(w, fp8.levels(8), 16, 1, "hqq", "fp8")

@@ -1,7 +1,6 @@
 """The C++ kernels on scales and zero points of 8 and 4 bits against the plain path, within bounds that follow from the
 dtypes, on every instruction set here (``test_cpu.py`` runs this file for each)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from hqqtensor import backend, ops
 from hqqtensor.formats import get_format
 from hqqtensor.kernels import cpu
-from hqqtensor.ops import reference
+from hqqtensor.ops import PackedWeight, reference
 from hqqtensor.packing import meta_bytes, pack, pack_meta
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
@@ -24,39 +23,33 @@ KINDS = [torch.float16, torch.bfloat16, torch.float32, 8, 4]
 """Of scales or zero points: a dtype, or the bits of codes."""
 
 
-@dataclass
-class Packed:
-    """A weight ``[*stack, N, K]`` as the operators take it."""
+def dense_of(w: PackedWeight) -> Tensor:
+    return reference.dequantize(w, torch.float32)
 
-    tensors: list[Any]  # qdata, scale, zero_point
-    settings: tuple[Any, ...]
 
-    def dense(self) -> Tensor:
-        return reference.dequantize(*self.tensors, *self.settings, torch.float32)
+def scale_of(w: PackedWeight) -> Tensor | None:
+    """That of each weight, of axis 0."""
+    N = w.qdata.shape[-2]
+    plain = reference.plain_meta(w)[0]
+    return reference.expand_groups(plain, N, w.in_features, w.group_size, 0) if w.axis == 0 else None
 
-    def scale(self) -> Tensor | None:
-        """That of each weight, of axis 0."""
-        meta, _, _, group_size, axis, K = self.settings
-        scale, _ = reference.plain_meta(self.tensors[1], self.tensors[2], meta, group_size, axis, K)
-        return reference.expand_groups(scale, *self.dense().shape[-2:], group_size, 0) if axis == 0 else None
 
-    def span(self) -> Tensor:
-        """Bounds of what is summed: zero points are taken out after the sum, tables are integers between their ends."""
-        meta, nbits, format, group_size, axis, K = self.settings
-        dense = self.dense().abs()
-        scale, zero = reference.plain_meta(self.tensors[1], self.tensors[2], meta, group_size, axis, K)
-        if format == "int":
-            shift = scale * zero
-        else:
-            table = zero if format == "codebook" else get_format(format).levels(nbits).values
-            shift = scale * table.abs().max()
-        return 2 * (dense + reference.expand_groups(shift.abs(), *dense.shape[-2:], group_size, axis))
+def span_of(w: PackedWeight) -> Tensor:
+    """Bounds of what is summed: zero points are taken out after the sum, tables are integers between their ends."""
+    dense = dense_of(w).abs()
+    scale, zero = reference.plain_meta(w)
+    if w.format == "int":
+        shift = scale * zero
+    else:
+        table = zero if w.format == "codebook" else get_format(w.format).levels(w.nbits).values
+        shift = scale * table.abs().max()
+    return 2 * (dense + reference.expand_groups(shift.abs(), *dense.shape[-2:], w.group_size, w.axis))
 
 
 def packed(
     shape: tuple[int, ...], format: tuple[str, int], group_size: int, axis: int, scale: Any, zero: Any,
     own_rows: int = 1, wide: bool = False,
-) -> Packed:  # fmt: skip
+) -> PackedWeight:  # fmt: skip
     """Random codes, scales and zero points. ``wide``: rows of codes of scales have other bytes behind them."""
     name, nbits = format
     *stack, N, K = shape
@@ -79,7 +72,7 @@ def packed(
     tensors = [qdata, values(scale, 0.1, 1.1), values(zero, 0.0, 2.0**nbits - 1) if name == "int" else None]
     if name == "codebook":
         tensors[2] = torch.randn(*stack, 1, 2**nbits, generator=generator).sort().values
-    return Packed(tensors, (meta, nbits, name, size, axis, K))
+    return PackedWeight(*tensors, meta, nbits, name, size, axis, K)
 
 
 weights = {
@@ -101,9 +94,9 @@ def test_linear_equals_the_dense_product(N, K, M, dtype, **kwargs) -> None:
     w = packed((N, K), **kwargs)
     x = torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
     with backend("cpu"):
-        got = ops.linear(x, *w.tensors, None, None, *w.settings, "float")
-    size = size_of_sums(x, w.span(), w.scale())
-    worst = ((got.double() - x.double() @ w.dense().double().T).abs() / size).max().item()
+        got = ops.linear(x, w)
+    size = size_of_sums(x, span_of(w), scale_of(w))
+    worst = ((got.double() - x.double() @ dense_of(w).double().T).abs() / size).max().item()
     assert worst <= (BOUNDS if kwargs["format"][0] == "int" else TABLE_BOUNDS)[dtype], worst
 
 
@@ -113,9 +106,9 @@ def test_int8_activations_equal_the_plain_path(N, K, M, dtype, **kwargs) -> None
     w = packed((N, K), **kwargs)
     x = torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
     with backend("auto"):
-        got = ops.linear(x, *w.tensors, None, None, *w.settings, "int8")
-    want = reference.linear(x, *w.tensors, None, None, *w.settings, "int8")
-    size = x.float().abs() @ w.span().T
+        got = ops.linear(x, w, activation="int8")
+    want = reference.linear(x, w, None, None, "int8")
+    size = x.float().abs() @ span_of(w).T
     worst = ((got.float() - want.float()).abs() / size).max().item()
     bound = 2**-19 if kwargs["format"][0] == "int" else 2**-12
     assert worst <= bound + {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype], worst
@@ -126,10 +119,10 @@ def test_int8_activations_equal_the_plain_path(N, K, M, dtype, **kwargs) -> None
 def test_dequantize_and_embedding_equal_the_plain_path_to_the_last_bit(N, K, dtype, **kwargs) -> None:
     w = packed((N, K), **kwargs)
     index = torch.randint(0, N, (2, 3), generator=torch.manual_seed(0))
-    want = w.dense().to(dtype)
+    want = dense_of(w).to(dtype)
     with backend("cpu"):
-        assert torch.equal(ops.dequantize(*w.tensors, *w.settings, dtype), want)
-        assert torch.equal(ops.embedding(index, *w.tensors, *w.settings, dtype), want[index])
+        assert torch.equal(ops.dequantize(w, dtype), want)
+        assert torch.equal(ops.embedding(index, w, dtype), want[index])
 
 
 @settings(deadline=None, max_examples=60)
@@ -138,7 +131,7 @@ def test_dequantize_and_embedding_equal_the_plain_path_to_the_last_bit(N, K, dty
 )
 def test_experts_their_gradients_and_stacks_equal_the_plain_path(N, K, counts, **kwargs) -> None:
     w = packed((3, N, K), **kwargs)
-    dense, span = w.dense(), w.span()
+    dense, span = dense_of(w), span_of(w)
     bound = TABLE_BOUNDS[torch.float32]
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     expert = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
@@ -147,9 +140,9 @@ def test_experts_their_gradients_and_stacks_equal_the_plain_path(N, K, counts, *
     batch = torch.randn(3, 4, K, generator=generator, requires_grad=True)
     room = torch.zeros(3, N + 2, K + 1)
     with backend("cpu"):
-        ops.dequantize_into(room[:, 1:-1, :K], *w.tensors, *w.settings)
-        grouped = ops.grouped_linear(runs, ends, *w.tensors, None, *w.settings, "float")
-        batched = ops.batched_linear(batch, *w.tensors, None, *w.settings, "float")
+        ops.dequantize_into(room[:, 1:-1, :K], w)
+        grouped = ops.grouped_linear(runs, ends, w)
+        batched = ops.batched_linear(batch, w)
     assert torch.equal(room[:, 1:-1, :K], dense)
     for x, got, own in ((runs, grouped, expert), (batch, batched, torch.arange(3))):
         rows, answers = (t if t.ndim == 3 else t.unsqueeze(1) for t in (x.detach(), got.detach()))
@@ -161,43 +154,44 @@ def test_experts_their_gradients_and_stacks_equal_the_plain_path(N, K, counts, *
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("name", ["scale", "zero_point"])
 @pytest.mark.parametrize("kind", [8, 4])
-def test_rows_of_the_wrong_size_are_refused(axis: int, which: int, kind: int) -> None:
+def test_rows_of_the_wrong_size_are_refused(axis: int, name: str, kind: int) -> None:
     w = packed((48, 300), ("int", 4), 4, axis, kind, kind)
     columns = 75 if axis == 1 else 300
-    good = w.tensors[which]
+    good = getattr(w, name)
     assert good.shape[-1] == meta_bytes(columns, kind)
     x, index = torch.randn(2, 300), torch.tensor([0])
     expected = (
-        rf"{('scale', 'zero_point')[which - 1]} has shape .* x {columns} bytes, or {meta_bytes(columns, 4)} where"
+        rf"{name} must be floating-point \[.*{columns}\], or uint8 \[.*{columns}\] or \[.*{meta_bytes(columns, 4)}\]"
     )
-    for bad in (good[:, :-1], torch.cat([good, good[:, :1]], -1), good[:-1] if which == 2 or axis == 1 else good[0]):
-        w.tensors[which] = bad
+    short = good[:-1] if name == "zero_point" or axis == 1 else good[0]
+    for bad in (good[:, :-1], torch.cat([good, good[:, :1]], -1), short):
+        wrong = w._replace(**{name: bad})
+        stack = wrong._replace(
+            **{n: getattr(wrong, n).unsqueeze(0) for n in ("qdata", "scale", "zero_point")},
+            meta=[m.unsqueeze(0) for m in w.meta],
+        )
         for call in (
-            lambda: ops.linear(x, *w.tensors, None, None, *w.settings, "float"),
-            lambda: ops.embedding(index, *w.tensors, *w.settings, torch.float32),
+            lambda wrong=wrong: ops.linear(x, wrong),
+            lambda wrong=wrong: ops.embedding(index, wrong, torch.float32),
+            lambda stack=stack: ops.dequantize(stack, torch.float32),
         ):
             with backend("cpu"), pytest.raises(RuntimeError, match=expected):
                 call()
-        if bad.ndim == 2:
-            stack = [t.unsqueeze(0) for t in w.tensors]
-            meta = [m.unsqueeze(0) for m in w.settings[0]]
-            fits = "zero_point .* does not fit scale|" if bad.shape[0] != good.shape[0] else ""
-            with backend("cpu"), pytest.raises(RuntimeError, match=fits + expected):
-                ops.dequantize(*stack, meta, *w.settings[1:], torch.float32)
 
 
 def test_scales_of_scales_must_fit_and_be_there() -> None:
     w = packed((16, 256), ("int", 4), 16, 1, 4, 8)
-    meta, *rest = w.settings
-    x = torch.randn(1, 256)
+    meta, x = w.meta, torch.randn(1, 256)
     for bad, message in (
-        ([], "need their own scale"),
-        (meta[:2], "need their own scale"),
-        ([m[:, :8] for m in meta], r"meta must be two tensors \[rows, 16\]"),
-        ([meta[0], meta[1].repeat(2, 1), *meta[2:]], r"meta must be two tensors \[rows, 16\]"),
-        ([m[:0] for m in meta], r"meta must be two tensors \[rows, 16\]"),
+        ([], "meta must begin with"),
+        (meta[:2], "meta must begin with"),
+        ([*meta, meta[0]], "meta must have 4 tensors"),
+        ([m[:, :8] for m in meta], r"meta\[0\] must be floating-point \[1, 16\]"),
+        ([m.int() for m in meta], r"meta\[0\] must be floating-point \[1, 16\]"),
+        ([meta[0], meta[1].repeat(2, 1), *meta[2:]], "a scale and a zero point of one shape"),
+        ([m[:0] for m in meta], r"meta\[0\] must be floating-point \[1, 16\] or with more rows"),
     ):
         with backend("cpu"), pytest.raises(RuntimeError, match=message):
-            ops.linear(x, *w.tensors, None, None, bad, *rest, "float")
+            ops.linear(x, w._replace(meta=bad))

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cp
 def both(w: torch.Tensor, config: HqqConfig) -> tuple[HQQTensor, HQQTensor]:
     with backend("cpu"):
         fast = HQQTensor.from_hp(w, config)
-    with backend("dequantize"):
+    with backend("reference"):
         return fast, HQQTensor.from_hp(w, config)
 
 

@@ -324,3 +324,12 @@ def test_save_model_of_a_small_model_reads_back(tmp_path: Path) -> None:
     save_model(model, tmp_path)
     assert "0.weight" in load_file(tmp_path / "model.safetensors")  # the guard
     load_model(model, tmp_path)
+
+
+def test_a_slice_of_rows_keeps_its_groups_when_exported() -> None:
+    """With axis 0: half of the rows are in as many groups, each with half the members."""
+    tensor = HQQTensor.from_hp(torch.randn(64, 96), hqq_weight_only(4, 32, axis=0, scale_dtype=torch.float32))
+    half = tensor[:32]
+    assert torch.equal(read_layer("x", export_layer("x", half)).dequantize(), tensor.dequantize()[:32])
+    with pytest.raises(ValueError, match="does not divide"):
+        export_layer("x", tensor[:33])

@@ -76,9 +76,7 @@ class HqqCacheLayer(DynamicLayer):
         size = (B, H, packed_length + count, D)
         on_cpu = self._pool is not None and recent.device.type == "cpu"
         out = self._pool.empty(size, recent) if on_cpu else recent.new_empty(size)
-        ops.dequantize_into(
-            out[:, :, :packed_length].view(B, H, -1, self.block, D), *packed.packed(), *packed.settings()
-        )
+        ops.dequantize_into(out[:, :, :packed_length].view(B, H, -1, self.block, D), packed.operand())
         out[:, :, packed_length:] = recent
         return out
 

@@ -1,27 +1,46 @@
 """C++ kernels for CPUs: AMX, AVX-512 (VNNI), AVX2 or portable code, chosen when first used (HQQTENSOR_CPU forces one).
 
-Importing this module puts the compiled kernels behind the operators for CPU tensors. Without the extension those run
-through the plain path.
+Importing this module loads the compiled library, which puts its kernels behind the operators for CPU tensors. Without
+it those run through the plain path. The library uses torch's stable ABI and no symbol of Python, so one build serves
+every Python and every torch from ``OLDEST_TORCH`` on.
 """
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqqtensor.formats import Levels, TableFormat, format_names, get_format
+from hqqtensor.formats import Format, Levels, TableFormat, get_format, observe_formats
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
 from hqqtensor.ops.encoder import EncodeSettings
+from hqqtensor.ops.packed import LAYOUTS, flat
 from hqqtensor.solvers import Passes, Solution
 
-_missing: str | None = None
-_C: Any
-try:
-    from hqqtensor.kernels.cpu import _C  # type: ignore[no-redef]
-except ImportError as error:
-    _missing = f"the compiled extension is not there ({error}); install with --no-build-isolation and a C++ compiler"
+OLDEST_TORCH = (2, 11)
+LIBRARY = Path(__file__).parent / "libhqqtensor_cpu.so"
+OPS = torch.ops.hqqtensor
+
+
+def _load() -> str | None:
+    """Load the library; the reason if it cannot be."""
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if version < OLDEST_TORCH:
+        return (
+            f"the compiled kernels need torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the compiled library is not there ({error}); install with --no-build-isolation and a C++ compiler"
+    return None
+
+
+_missing = _load()
+if _missing is not None:
     warnings.warn(f"hqqtensor runs through its plain path, many times slower: {_missing}", stacklevel=2)
 
 
@@ -34,7 +53,7 @@ def instruction_set() -> str:
     """The one in use: "amx", "avx512", "avx2" or "portable". RuntimeError for a HQQTENSOR_CPU that cannot be."""
     if _missing is not None:
         raise RuntimeError(_missing)
-    return _C.instruction_set()
+    return OPS._instruction_set()
 
 
 def solves(solver: str, lp_norm: float, format: str) -> bool:
@@ -61,26 +80,26 @@ def _with_codes(levels: Levels, format: str) -> tuple[Tensor, Tensor, Tensor, in
 
 def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
     """Inverse scales and zero points, float32, of ``[N, K]``: ``[N, groups]`` (axis 1) or ``[groups, K]`` (axis 0)."""
-    return _C.solve(matrix, nbits, group_size, axis, solver)
+    return OPS._solve(matrix, nbits, group_size, axis, solver)
 
 
 def assign(
     out: Tensor, matrix: Tensor, inverse: Tensor, zero_point: Tensor, nbits: int, group_size: int, axis: int
 ) -> None:
     """Pack the nearest integer codes of ``[N, K]`` into ``out``, uint8 ``[N, row_bytes]``; scales as from ``solve``."""
-    _C.assign(out, matrix, inverse, zero_point, nbits, group_size, axis)
+    OPS._assign(out, matrix, inverse, zero_point, nbits, group_size, axis)
 
 
 def solve_levels(matrix: Tensor, levels: Levels, group_size: int, axis: int, solver: str, format: str) -> Tensor:
     """Inverse scales as from ``solve`` for a format without zero points; ``levels`` may have a row for each of N."""
-    return _C.solve_levels(matrix, group_size, axis, solver, _with_codes(levels, format))
+    return OPS._solve_levels(matrix, *_with_codes(levels, format), group_size, axis, solver)
 
 
 def assign_levels(
     out: Tensor, matrix: Tensor, inverse: Tensor, levels: Levels, nbits: int, group_size: int, axis: int, format: str
 ) -> None:
     """Like ``assign``, for a format without zero points."""
-    _C.assign_levels(out, matrix, inverse, _with_codes(levels, format), nbits, group_size, axis)
+    OPS._assign_levels(out, matrix, inverse, *_with_codes(levels, format), nbits, group_size, axis)
 
 
 class LloydPasses:
@@ -93,29 +112,58 @@ class LloydPasses:
         return inverse.reciprocal_().unsqueeze(-1)
 
     def step(self, w: Tensor, s: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        error, better, top, bottom = _C.lloyd(w, s.squeeze(-1), _with_codes(levels, "codebook"))
+        error, better, top, bottom = OPS._lloyd(w, s.squeeze(-1), *_with_codes(levels, "codebook"))
         return error, better.unsqueeze(-1), top, bottom
 
 
 def empty_packed(*sizes: int) -> Tensor:
-    """Room for packed codes, uint8 on the CPU; in huge pages where the system gives them on request: to read packed
-    weights is then up to 1.4 x as fast."""
-    return torch.empty(sizes, dtype=torch.uint8) if _missing is not None else _C.empty_packed(sizes)
+    """Uninitialized memory for packed codes, uint8 on the CPU; in huge pages where the system gives them on request: to
+    read packed weights is then up to 1.4 x as fast."""
+    return torch.empty(sizes, dtype=torch.uint8) if _missing is not None else OPS._empty_packed(sizes)
 
 
-def pool() -> Any:
-    """An owner of memory for large tensors that are made and dropped over and over; None without the extension.
+class Pool:
+    """Memory for large tensors that are made and dropped over and over; see ``pool``.
 
-    ``pool().empty(sizes, like)`` is ``like.new_empty(sizes)`` on the CPU. Memory is used again only when no tensor uses
-    it any more, so what was returned is its holder's own. At most two pieces wait for their next use.
+    Memory is used again only when no tensor uses it any more, so what was returned is its holder's own. At most two
+    pieces wait for their next use. A copy (pickle, deepcopy) is a pool of its own with nothing in it yet.
     """
-    return None if _missing is not None else _C.Pool()
+
+    def __init__(self) -> None:
+        self._id: int = OPS._pool_new()
+        self._delete = OPS._pool_delete.default  # when the process ends, modules may be gone before this object
+
+    def empty(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
+        """``like.new_empty(sizes)`` on the CPU."""
+        return OPS._pool_empty(self._id, sizes, like.dtype)
+
+    def __del__(self) -> None:
+        self._delete(self._id)
+
+    def __reduce__(self) -> tuple[Callable[[], "Pool | None"], tuple[()]]:
+        return pool, ()
 
 
-def _follow(process: str, thread: str | None) -> None:
-    codes = {"auto": 0, "cpu": 1}
-    _C.set_process_choice(codes.get(process, 2))
-    _C.set_thread_choice(-1 if thread is None else codes.get(thread, 2))
+def pool() -> Pool | None:
+    """A new pool; None without the compiled library."""
+    return None if _missing is not None else Pool()
+
+
+def _by_name(op: str) -> Callable[..., Any]:
+    """The compiled kernel of an operator, for the registry."""
+    kernel = getattr(OPS, f"_cpu_{op}").default
+
+    def run(*args: Any) -> Any:
+        out = kernel(*flat(op, args))
+        return NotImplemented if out is None else out
+
+    return run
+
+
+def _learn(fmt: Format) -> None:
+    """Tell the kernels what the codes of a format stand for."""
+    if isinstance(fmt, TableFormat):
+        OPS._set_table(fmt.name, fmt.widths[0], fmt.table.to("cpu", torch.float32).contiguous())
 
 
 class _Encoder:
@@ -154,10 +202,8 @@ class _Encoder:
         return empty_packed(*sizes)
 
 
-# No kernels by name: the operators call the compiled ones without asking the registry.
-register_backend(Backend("cpu", {}, ("cpu",), why_unavailable, _Encoder()))
+_OPERATORS = [op for op in LAYOUTS if op != "dequantize_into"]
+register_backend(Backend("cpu", {op: _by_name(op) for op in _OPERATORS}, ("cpu",), why_unavailable, _Encoder()))
 if _missing is None:
-    observe_choice(_follow)
-    for _format in (get_format(name) for name in format_names()):
-        if isinstance(_format, TableFormat):
-            _C.set_table(_format.name, _format.widths[0], _format.table)
+    observe_choice(OPS._set_choice_is_automatic)
+    observe_formats(_learn)

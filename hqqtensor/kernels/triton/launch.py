@@ -1,6 +1,5 @@
-"""The operators' CUDA, HIP and XPU implementations: from the arguments of the op schemas to kernel launches."""
+"""The operators' CUDA, HIP and XPU implementations: from packed weights to kernel launches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,6 +28,7 @@ from hqqtensor.kernels.triton.linear import linear_kernel
 from hqqtensor.kernels.triton.solve import assign_kernel, solve_kernel
 from hqqtensor.kernels.triton.words import Decoder
 from hqqtensor.ops import reference
+from hqqtensor.ops.packed import PackedWeight
 from hqqtensor.packing import PLANES, meta_bits, row_bytes
 
 MINIFLOATS = {"fp4": 1, "fp6": 2, "fp8": 3}
@@ -47,63 +47,43 @@ class _Weight:
     experts: int
 
 
-def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    act_pre_scale: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int,
-    in_features: int, activation: str,
-) -> Tensor:  # fmt: skip
-    """x ``[..., K]`` times the transpose of packed weights ``[N, K]``, plus bias: ``[..., N]`` in x's dtype."""
-    if activation != "float":
-        args = (x, qdata, scale, zero_point, bias, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
-        return reference.linear(*args, activation)
-    weight = _weight(qdata.unsqueeze(0), scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    out = _product(x.reshape(1, -1, in_features), weight, bias, act_pre_scale)
+def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, activation: str) -> Tensor:
+    """x ``[..., K]`` times the transpose of a packed weight ``[N, K]``, plus bias: ``[..., N]`` in x's dtype."""
+    if activation == "int8":
+        return reference.linear(x, w, bias, act_pre_scale, activation)
+    weight = _weight(w._replace(qdata=w.qdata.unsqueeze(0)))
+    out = _product(x.reshape(1, -1, w.in_features), weight, bias, act_pre_scale)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def batched_linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
-    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
-) -> Tensor:  # fmt: skip
+def batched_linear(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str) -> Tensor:
     """x ``[E, M, K]`` times the transpose of each of E packed weights ``[E, N, K]``: ``[E, M, N]``."""
-    if activation != "float":
-        args = (x, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
-        return reference.batched_linear(*args, activation)
-    weight = _weight(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    return _product(x, weight, None, act_pre_scale)
+    if activation == "int8":
+        return reference.batched_linear(x, w, act_pre_scale, activation)
+    return _product(x, _weight(w), None, act_pre_scale)
 
 
 def grouped_linear(
-    x: Tensor, offsets: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, act_pre_scale: Tensor | None,
-    meta: Sequence[Tensor], nbits: int, format: str, group_size: int, axis: int, in_features: int, activation: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor, offsets: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str
+) -> Tensor:
     """Rows of x ``[S, K]`` in runs, run e (up to offsets[e]) times the transpose of weight e of ``[E, N, K]``:
     ``[S, N]``; rows from offsets[-1] on are zero. Nothing waits for the offsets to reach the host."""
-    if activation != "float":
-        args = (x, offsets, qdata, scale, zero_point, act_pre_scale, meta, nbits, format, group_size, axis, in_features)
-        return reference.grouped_linear(*args, activation)
-    weight = _weight(qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    return _product(x.unsqueeze(0), weight, None, act_pre_scale, offsets).squeeze(0)
+    if activation == "int8":
+        return reference.grouped_linear(x, offsets, w, act_pre_scale, activation)
+    return _product(x.unsqueeze(0), _weight(w), None, act_pre_scale, offsets).squeeze(0)
 
 
-def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str,
-    group_size: int, axis: int, in_features: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Dense weights ``[..., N, K]`` of ``dtype`` from packed rows ``[..., N, row_bytes]``."""
-    flat = qdata.reshape(-1, *qdata.shape[-2:])
-    weight = _weight(flat, scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    return _dense(weight, None, dtype).reshape(*qdata.shape[:-1], in_features)
+    weight = _weight(w._replace(qdata=w.qdata.reshape(-1, *w.qdata.shape[-2:])))
+    return _dense(weight, None, dtype).reshape(*w.qdata.shape[:-1], w.in_features)
 
 
-def embedding(
-    indices: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int,
-    format: str, group_size: int, axis: int, in_features: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def embedding(indices: Tensor, w: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Rows ``indices`` (any shape, int) of packed weights ``[N, K]``; one outside 0 .. N - 1 gives a row of NaN, for an
     error would have to wait for the device."""
-    weight = _weight(qdata.unsqueeze(0), scale, zero_point, meta, nbits, format, group_size, axis, in_features)
-    return _dense(weight, indices.reshape(-1).contiguous(), dtype).reshape(*indices.shape, in_features)
+    weight = _weight(w._replace(qdata=w.qdata.unsqueeze(0)))
+    return _dense(weight, indices.reshape(-1).contiguous(), dtype).reshape(*indices.shape, w.in_features)
 
 
 def solve(matrix: Tensor, nbits: int, group_size: int, axis: int, solver: str) -> tuple[Tensor, Tensor]:
@@ -146,10 +126,8 @@ def assign(
     )  # fmt: skip
 
 
-def _weight(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, meta: Sequence[Tensor], nbits: int, format: str,
-    group_size: int, axis: int, in_features: int,
-) -> _Weight:  # fmt: skip
+def _weight(w: PackedWeight) -> _Weight:
+    qdata, scale, zero_point, meta, nbits, format, group_size, axis, in_features = w
     if qdata.shape[-1] != row_bytes(in_features, nbits):
         raise ValueError(
             f"packed rows of {in_features} codes of {nbits} bits take {row_bytes(in_features, nbits)} bytes, "
@@ -170,7 +148,7 @@ def _weight(
     if zero_point is not None:
         tensors["zero"] = zero_point.contiguous()
     columns = -(-in_features // group_size) if axis == 1 else in_features
-    bits, rows, pairs = {}, {}, iter(meta)
+    bits, rows, pairs = {}, {}, iter(meta or ())
     for name, values in (("scale", scale), ("zero", zero_point)):
         bits[name] = 0 if values is None else _bits(values, columns)
         own = [next(pairs).contiguous() for _ in range(2)] if bits[name] else [none, none]

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hqqtensor.kernels.triton as kernels
 from hqqtensor.ops import set_backend
-from hqqtensor.ops.backend import _BACKENDS, describe_backends, kernel
+from hqqtensor.ops.backend import _BACKENDS, candidates, describe_backends
 from hqqtensor.packing import meta_bytes, row_bytes
 
 NO_DEVICE = not (torch.cuda.is_available() or torch.xpu.is_available())
@@ -43,10 +43,9 @@ def test_it_is_registered_for_gpus_and_says_why_it_cannot_run() -> None:
 
 def test_on_a_gpu_every_operator_goes_to_triton(monkeypatch) -> None:
     monkeypatch.setitem(_BACKENDS, "triton", replace(_BACKENDS["triton"], why_unavailable=lambda: None))
-    ours = _BACKENDS["triton"].kernels
     for op in kernels.OPERATORS:
-        assert kernel(op, "cuda") is ours[op] and kernel(op, "xpu") is ours[op]
-        assert kernel(op, "meta") is not ours[op]
+        assert candidates(op, "cuda")[0].name == candidates(op, "xpu")[0].name == "triton"
+        assert "triton" not in [b.name for b in candidates(op, "meta")]
 
 
 def test_the_registrys_operators_are_those_of_the_schemas() -> None:

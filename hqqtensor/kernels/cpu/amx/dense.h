@@ -2,42 +2,37 @@
 // multiplied part by part with all tokens, sums in float32. Whatever integers cannot stand for: every format, group size and
 // axis.
 #pragma once
-#include "amx/tiles.h"
 #include "amx/lookup.h"
+#include "amx/tiles.h"
+#include "dispatch/targets.h"
+#include "generic/unrolled.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
-
-using hqqtensor::DenseTokens;
 
 // Which part of the weight meets which part of the activations, number i of `count`; what is left out is too small to tell.
 // Neighbours share a part, which is loaded once.
-struct Parts21 {
+struct Splits21 {
   static constexpr int W = 2, X = 1, count = 2;
   static constexpr int w(int i) { return 1 - i; }
   static constexpr int x(int) { return 0; }
 };
-struct Parts22 {
+struct Splits22 {
   static constexpr int W = 2, X = 2, count = 3;
   static constexpr int w(int i) { return i == 2; }
   static constexpr int x(int i) { return i == 0; }
 };
-struct Parts33Small {  // of at most 2^-8 of the product each: these sums round next to nothing
+struct Splits33Small {  // of at most 2^-8 of the product each: these sums round next to nothing
   static constexpr int W = 3, X = 3, count = 5;
   static constexpr int w(int i) { return i < 2 ? 0 : i < 4 ? 1 : 2; }
   static constexpr int x(int i) { return i == 0 ? 2 : i < 3 ? 1 : 0; }
 };
-struct Parts33Large {
+struct Splits33Large {
   static constexpr int W = 3, X = 3, count = 1;
   static constexpr int w(int) { return 0; }
   static constexpr int x(int) { return 0; }
 };
-
-template <int COUNT, class F>
-inline __attribute__((always_inline)) void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, COUNT>());
-}
 
 // R x T tiles of the result, rows of the weight x tokens, in registers 0 to 3.
 template <int R, int T>
@@ -61,23 +56,23 @@ struct Block {
   }
 
   // sums += product, R x T tiles `row` floats apart.
-  template <int PARTS>
+  template <int SPLITS>
   static void multiply(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t count, float* sums, int64_t row,
                        bool first) {
     const auto each = [&](auto f) __attribute__((always_inline)) {
       unrolled<R * T>([&](auto c) { f(c, sums + c / T * row + c % T * 256); });
     };
-    if (PARTS < 3 && !first)
+    if (SPLITS < 3 && !first)
       each([](auto c, float* sum) { tile_load<c>(sum); });
     else
       each([](auto c, float*) { tile_zero<c>(); });
-    if constexpr (PARTS == 1) steps<Parts21>(a, a_tile, b, b_tile, count);
-    if constexpr (PARTS == 2) steps<Parts22>(a, a_tile, b, b_tile, count);
-    if constexpr (PARTS == 3) {
-      steps<Parts33Small>(a, a_tile, b, b_tile, count);
-      steps<Parts33Large>(a, a_tile, b, b_tile, count);
+    if constexpr (SPLITS == 1) steps<Splits21>(a, a_tile, b, b_tile, count);
+    if constexpr (SPLITS == 2) steps<Splits22>(a, a_tile, b, b_tile, count);
+    if constexpr (SPLITS == 3) {
+      steps<Splits33Small>(a, a_tile, b, b_tile, count);
+      steps<Splits33Large>(a, a_tile, b, b_tile, count);
     }
-    if (PARTS < 3 || first) return each([](auto c, float* sum) { tile_store<c>(sum); });
+    if (SPLITS < 3 || first) return each([](auto c, float* sum) { tile_store<c>(sum); });
     // Rounding adds up where sums are long: these are of no more than a slice.
     alignas(64) float more[256];
     each([&](auto c, float* sum) {
@@ -88,11 +83,11 @@ struct Block {
 };
 
 using Multiply = void (*)(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
-template <int PARTS>
+template <int SPLITS>
 Multiply pick_multiply(int64_t rows, int64_t tokens) {
-  static constexpr Multiply one[] = {Block<1, 1>::multiply<PARTS>, Block<2, 1>::multiply<PARTS>, Block<3, 1>::multiply<PARTS>,
-                                     Block<4, 1>::multiply<PARTS>};
-  static constexpr Multiply two[] = {Block<1, 2>::multiply<PARTS>, Block<2, 2>::multiply<PARTS>};
+  static constexpr Multiply one[] = {Block<1, 1>::multiply<SPLITS>, Block<2, 1>::multiply<SPLITS>, Block<3, 1>::multiply<SPLITS>,
+                                     Block<4, 1>::multiply<SPLITS>};
+  static constexpr Multiply two[] = {Block<1, 2>::multiply<SPLITS>, Block<2, 2>::multiply<SPLITS>};
   return (tokens == 1 ? one : two)[rows - 1];
 }
 
@@ -116,11 +111,11 @@ struct RowBlock {
 
 constexpr int64_t kDenseRows = 128;  // of a panel: with its sums and the tokens of a slice it stays in the second level
 
-int64_t amx_scratch(const Problem& p, int parts) {
-  return kDenseRows * (kSlice / 2 * (parts == 3 ? 3 : 2) + token_tiles(p.M) * 16);
+int64_t amx_scratch(const Problem& p, int splits) {
+  return kDenseRows * (kSlice / 2 * (splits == 3 ? 3 : 2) + token_tiles(p.M) * 16);
 }
-int64_t linear_dense_amx_scratch(const Problem& p) {
-  return amx_scratch(p, 3) + hqqtensor::kernels_avx512()->linear_dense_scratch(p);
+int64_t linear_dense_scratch(const Problem& p) {
+  return amx_scratch(p, 3) + kernels_avx512()->linear_dense_scratch(p);
 }
 
 // To nearest even. Not the instruction for it, which makes the smallest numbers zero.
@@ -142,13 +137,13 @@ inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* i
     if (i < count && _mm512_mask_cmp_ps_mask(there, f_abs(row), f_set(__builtin_inff()), _CMP_NLT_UQ)) bad |= 1u << i;
     v[i] = _mm512_castps_si512(row);
   }
-  turn(v);
+  transpose16x16(v);
   for (int64_t r = 0, run; r < count; r += run) {  // neighbours at a time
     for (run = 1; r + run < count && index[r + run] == index[r] + run;) ++run;
     const __mmask16 some = (__mmask16)((1u << run) - 1);
     const Floats bias = p.bias ? _mm512_maskz_loadu_ps(some, p.bias + index[r]) : f_zero();
-    char* out = (char*)p.y + (m * p.y_stride + index[r]) * hqqtensor::size_of(p.x_type);
-    for (int64_t t = 0; t < tokens; ++t, out += p.y_stride * hqqtensor::size_of(p.x_type)) {
+    char* out = (char*)p.y + (m * p.y_stride + index[r]) * size_of(p.x_type);
+    for (int64_t t = 0; t < tokens; ++t, out += p.y_stride * size_of(p.x_type)) {
       const Floats y = f_add(_mm512_castsi512_ps(_mm512_maskz_compress_epi32((__mmask16)(some << r), v[t])), bias);
       if (p.x_type == DType::f32)
         _mm512_mask_storeu_ps(out, some, y);
@@ -160,17 +155,17 @@ inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* i
   return bad;
 }
 
-template <int PARTS>
-void dense_rows(const Problem& p, const DenseTokens& x, int64_t first, int64_t last, float* scratch) {
-  constexpr int W = PARTS == 3 ? 3 : 2;
+template <int SPLITS>
+void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
+  constexpr int W = SPLITS == 3 ? 3 : 2;
   const Weight& w = p.w;
-  const int64_t tiles = token_tiles(p.M), all_steps = tile_steps(w.K), b_tile = all_steps * PARTS * kTileBytes;
+  const int64_t tiles = token_tiles(p.M), all_steps = tile_steps(w.K), b_tile = all_steps * SPLITS * kTileBytes;
   constexpr int64_t a_tile = kSlice / kTileColumns * W * kTileBytes;
   char* panel = (char*)scratch;
   float* sums = scratch + kDenseRows * kSlice / 2 * W;
   const auto put = pick_row<W>(w);
   SliceValues values;
-  constexpr Tiles::Shape whole{kTileRows, 64};
+  constexpr Tiles::Shape whole{kAmxTileRows, 64};
   const Tiles::Shape shapes[8] = {whole, whole, whole, whole, whole, whole, whole, whole};
   RowBlock block(w, first);
   for (int64_t n = first, end; n < last; n = end) {
@@ -191,7 +186,7 @@ void dense_rows(const Problem& p, const DenseTokens& x, int64_t first, int64_t l
         } else if (end + r < block.end) {
           const int64_t row = block.row(end + r);
           soon = w.qdata + row * w.row_stride;
-          if (w.axis == 1) fetch_values(w.scale, row), fetch_values(w.zero, row);
+          if (w.axis == 1) prefetch_values(w.scale, row), prefetch_values(w.zero, row);
         }
         if (soon)
           for (int64_t i = 0; i < kSlice / 8 * w.nbits; i += 64) prefetch(soon + i);
@@ -207,10 +202,10 @@ void dense_rows(const Problem& p, const DenseTokens& x, int64_t first, int64_t l
       }
       for (int64_t t = 0, tokens; t < tiles; t += tokens) {
         tokens = tiles - t < 2 ? 1 : 2;
-        const char* b = (const char*)x.packed + t * b_tile + k / kTileColumns * PARTS * kTileBytes;
+        const char* b = (const char*)x.packed + t * b_tile + k / kTileColumns * SPLITS * kTileBytes;
         for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
           rows = row_tiles - r < most ? row_tiles - r : most;
-          pick_multiply<PARTS>(rows, tokens)(panel + r * a_tile, a_tile, b, b_tile, steps, sums + (r * tiles + t) * 256,
+          pick_multiply<SPLITS>(rows, tokens)(panel + r * a_tile, a_tile, b, b_tile, steps, sums + (r * tiles + t) * 256,
                                              tiles * 256, k == 0);
         }
       }
@@ -222,15 +217,17 @@ void dense_rows(const Problem& p, const DenseTokens& x, int64_t first, int64_t l
       // Inf times the part of a number that is zero is NaN: only vectors say what such rows are.
       for (; bad; bad &= bad - 1) {
         const int64_t row = index[16 * r + __builtin_ctz(bad)];
-        hqqtensor::kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p, PARTS));
+        kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p, SPLITS));
       }
     }
   }
 }
 
-void linear_dense_amx(const Problem& p, const DenseTokens& x, int64_t first, int64_t last, float* scratch) {
-  if (!x.packed) return hqqtensor::kernels_avx512()->linear_dense(p, x, first, last, scratch);
-  (x.parts == 1 ? dense_rows<1> : x.parts == 2 ? dense_rows<2> : dense_rows<3>)(p, x, first, last, scratch);
+void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
+  if (!x.packed) return kernels_avx512()->linear_dense(p, x, first, last, scratch);
+  (x.splits == 1 ? dense_rows<1> : x.splits == 2 ? dense_rows<2> : dense_rows<3>)(p, x, first, last, scratch);
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

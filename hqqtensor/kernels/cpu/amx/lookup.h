@@ -1,8 +1,12 @@
 // Rows of up to 5 bits whose groups fill tiles, as parts of bfloat16 (see amx/splits.h): what the codes of a group stand for is
 // split once, into a table of 32 words for each part, and codes look their words up.
 #pragma once
+#include <array>
+
 #include "amx/splits.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 // What codes 0, 2, 4, ... and 1, 3, 5, ... stand for before scaling.
@@ -25,12 +29,12 @@ struct TableEntries {
   Floats operator()(int odd, Floats) const { return numbers[odd]; }
 };
 
-inline bool looks_up(const Weight& w) {
+inline bool can_look_up(const Weight& w) {
   return w.axis == 1 && w.nbits <= 5 && (w.groups == 1 || w.group_size % kTileColumns == 0);
 }
 
-// As put_row.
-template <int PARTS, class Entries>
+// As write_row.
+template <int SPLITS, class Entries>
 void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues&, char* out) {
   static constexpr auto order = [] {  // lanes of the first 32 columns at even places, of the second at odd ones
     std::array<uint8_t, 64> places{};
@@ -45,24 +49,26 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
   if (w.zero.data) load_few(w.zero, n, first, count, zeros);
   const Entries entries(w, n);
   const __m512i places = _mm512_loadu_si512(order.data());
-  __m512i parts[PARTS], both{};
+  __m512i splits[SPLITS], both{};
   int64_t end = first * size - k;  // of the group at hand
-  for (int64_t i = 0, g = 0; i < depth; i += kTileColumns, out += PARTS * kTileBytes) {
+  for (int64_t i = 0, g = 0; i < depth; i += kTileColumns, out += SPLITS * kTileBytes) {
     if (i >= end) {
       const Floats s = f_set(scales[g]), z = f_set(w.zero.data ? zeros[g] : 0.0f);
-      split<PARTS>(f_mul(entries(0, z), s), f_mul(entries(1, z), s), parts);
+      split<SPLITS>(f_mul(entries(0, z), s), f_mul(entries(1, z), s), splits);
       ++g, end += size;
     }
     both = i % 64 ? _mm512_srli_epi16(both, 8) : _mm512_permutexvar_epi8(places, _mm512_load_si512(codes + i));
-    for (int part = 0; part < PARTS; ++part)
-      _mm512_store_si512(out + part * kTileBytes, _mm512_permutexvar_epi16(both, parts[part]));
+    for (int part = 0; part < SPLITS; ++part)
+      _mm512_store_si512(out + part * kTileBytes, _mm512_permutexvar_epi16(both, splits[part]));
   }
 }
 
-template <int PARTS>
+template <int SPLITS>
 auto pick_row(const Weight& w) {
-  if (looks_up(w)) return w.table.values ? look_up_row<PARTS, TableEntries> : look_up_row<PARTS, IntegerEntries>;
-  return !w.table.values ? put_row<PARTS, Integers> : w.nbits <= 4 ? put_row<PARTS, Entries16> : put_row<PARTS, Entries>;
+  if (can_look_up(w)) return w.table.values ? look_up_row<SPLITS, TableEntries> : look_up_row<SPLITS, IntegerEntries>;
+  return !w.table.values ? write_row<SPLITS, Integers> : w.nbits <= 4 ? write_row<SPLITS, Entries16> : write_row<SPLITS, Entries>;
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

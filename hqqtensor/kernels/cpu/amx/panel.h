@@ -3,23 +3,28 @@
 // by vectors whose lanes are tokens.
 //
 //   packed rows -> panel [2 halves][chunks][digits of a code][16 rows][64 codes]
-//   digits of a tile of tokens [chunks][digits][16 quads][tokens][4]     (Digits::apart)
+//   digits of a tile of tokens [chunks][digits][16 quads][tokens][4]     (QuantizedActivations::apart)
 #pragma once
+#include <algorithm>
+
 #include "amx/tiles.h"
 #include "avx512/transpose.h"
+#include "dispatch/targets.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
-constexpr int64_t kAmxTokens = 16;   // from here on: a tile of fewer takes as long
+constexpr int64_t kMinRowsForAmx = 16;   // from here on: a tile of fewer takes as long
 constexpr int64_t kPanelChunks = 8;  // of 64 columns at a time: 16 KiB for each digit of a code
 
 // True where groups are chunks, or long enough parts of them: a product costs the same for 8 columns as for 64.
 inline bool amx_serves(const Weight& w) {
-  return w.axis == 0 || (hqqtensor::chunk_groups(w) && (w.groups == 1 || w.group_size >= 32));
+  return w.axis == 0 || (chunk_groups(w) && (w.groups == 1 || w.group_size >= 32));
 }
 
 // Columns whose products are one sum of integers.
-struct AmxRun {
+struct AmxSegment {
   int64_t chunk, chunks;  // from the panel's first; 2: a group of 128, whose chunks have the same step
   int64_t byte;           // of a chunk, where the run begins
   int64_t group, step;    // what it is scaled by
@@ -27,13 +32,13 @@ struct AmxRun {
 // Groups within a chunk.
 inline int64_t chunk_parts(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size < 64 ? 64 / w.group_size : 1; }
 
-int64_t amx_runs(const Weight& w, int64_t first, int64_t chunks, AmxRun* out) {
-  const int64_t parts = chunk_parts(w), each = hqqtensor::step_per_group(w) && w.group_size == 128 ? 2 : 1;
+int64_t amx_segments(const Weight& w, int64_t first, int64_t chunks, AmxSegment* out) {
+  const int64_t parts = chunk_parts(w), each = step_per_group(w) && w.group_size == 128 ? 2 : 1;
   int64_t count = 0;
   for (int64_t c = 0; c < chunks; c += each)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t column = 64 * (first + c), group = w.axis == 1 && w.groups > 1 ? column / w.group_size + part : 0;
-      out[count++] = {c, std::min(each, chunks - c), 64 / parts * part, group, hqqtensor::step_index(w, first + c)};
+      out[count++] = {c, std::min(each, chunks - c), 64 / parts * part, group, step_index(w, first + c)};
     }
   return count;
 }
@@ -47,14 +52,14 @@ struct AmxTile {
   int64_t scale_stride;
   const float* step;  // [entries][16]
   float* sums;        // [16 rows][16 tokens]
-  int32_t* room;      // [2][3][16][16]
+  int32_t* level_sums;      // [2][3][16][16]
 };
 
 // Sums of row r: its levels put together.
 template <int L, bool SEVEN>
-inline __attribute__((always_inline)) __m512 tile_sum(const int32_t* room, int r) {
+inline __attribute__((always_inline)) __m512 tile_sum(const int32_t* level_sums, int r) {
   constexpr int shift = SEVEN ? 7 : 8;
-  const auto level = [&](int l) __attribute__((always_inline)) { return _mm512_load_si512(room + l * 256 + r * 16); };
+  const auto level = [&](int l) __attribute__((always_inline)) { return _mm512_load_si512(level_sums + l * 256 + r * 16); };
   __m512i low = level(L - 1);
   if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(level(L - 2), shift));
   if constexpr (L < 3) return _mm512_cvtepi32_ps(low);
@@ -77,37 +82,37 @@ inline __attribute__((always_inline)) void chunk_dots(const uint8_t* codes, cons
 }
 
 template <int L, int I = 0>
-inline __attribute__((always_inline)) void each_level(int32_t* room) {
-  if (room)
-    tile_store<I>(room + I * 256, 64);
+inline __attribute__((always_inline)) void each_level(int32_t* level_sums) {
+  if (level_sums)
+    tile_store<I>(level_sums + I * 256, 64);
   else
     tile_zero<I>();
-  if constexpr (I + 1 < L) each_level<L, I + 1>(room);
+  if constexpr (I + 1 < L) each_level<L, I + 1>(level_sums);
 }
 
 template <int D, int W>
-void amx_tile(const AmxRun* runs, int64_t count, const AmxTile& t) {
+void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
   constexpr int L = D > W ? D : W;
   __m512 acc[16];
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) acc[r] = _mm512_load_ps(t.sums + 16 * r);
-  const auto room = [&](int64_t i) { return t.room + i % 2 * (3 * 256); };
+  const auto level_sums = [&](int64_t i) { return t.level_sums + i % 2 * (3 * 256); };
   const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
-    const AmxRun& run = runs[i];
+    const AmxSegment& segment = segments[i];
     each_level<L>(nullptr);
-    const uint8_t* codes = t.panel + run.chunk * W * 1024 + run.byte;
-    const int8_t* x = t.x + (run.chunk * D * 16 + run.byte / 4) * t.tokens * 4;
-    for (int64_t c = 0; c < run.chunks; ++c, codes += W * 1024, x += D * t.tokens * 64) chunk_dots<D, W>(codes, x, t.tokens);
-    each_level<L>(room(i));
+    const uint8_t* codes = t.panel + segment.chunk * W * 1024 + segment.byte;
+    const int8_t* x = t.x + (segment.chunk * D * 16 + segment.byte / 4) * t.tokens * 4;
+    for (int64_t c = 0; c < segment.chunks; ++c, codes += W * 1024, x += D * t.tokens * 64) chunk_dots<D, W>(codes, x, t.tokens);
+    each_level<L>(level_sums(i));
   };
   multiply(0);
   for (int64_t i = 0; i < count; ++i) {
     if (i + 1 < count) multiply(i + 1);  // while the sums of this one are on their way through memory
-    const float* scale = t.scale + runs[i].group;
-    const __m512 step = _mm512_load_ps(t.step + 16 * runs[i].step);
+    const float* scale = t.scale + segments[i].group;
+    const __m512 step = _mm512_load_ps(t.step + 16 * segments[i].step);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r)
-      acc[r] = _mm512_fmadd_ps(tile_sum<L, (W > 1)>(room(i), r), _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
+      acc[r] = _mm512_fmadd_ps(tile_sum<L, (W > 1)>(level_sums(i), r), _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) _mm512_store_ps(t.sums + 16 * r, acc[r]);
@@ -115,15 +120,15 @@ void amx_tile(const AmxRun* runs, int64_t count, const AmxTile& t) {
 
 // What a tile of tokens has for its lanes: [entries][16] steps, [groups][16] sums of x. Lanes of tokens that are none hold
 // numbers of no meaning.
-void turn_tokens(const float* from, int64_t stride, int64_t tokens, int64_t count, float* to) {
+void transpose_per_token(const float* from, int64_t stride, int64_t tokens, int64_t count, float* to) {
   const uint8_t* rows[16];
   for (int64_t t = 0; t < 16; ++t) rows[t] = (const uint8_t*)(from + (t < tokens ? t : 0) * stride);
-  for (int64_t i = 0; i < count; i += 4) turn16(rows, 4 * i, (__m512i*)(to + 16 * i));
+  for (int64_t i = 0; i < count; i += 4) transpose16(rows, 4 * i, (__m512i*)(to + 16 * i));
 }
 
 // Sums of 32 rows begin with what takes zero points out: shift [32][width] times the sums of x [groups][16].
 void begin_sums(const float* shift, int64_t width, const float* sums_x, int64_t groups, float* sums) {
-  for (int64_t r = 0; r < kTurnedRows; r += 8, sums += 8 * 16) {
+  for (int64_t r = 0; r < kPanelRows; r += 8, sums += 8 * 16) {
     __m512 acc[8] = {};
     for (int64_t g = 0; g < groups; ++g) {
       const __m512 x = _mm512_load_ps(sums_x + 16 * g);
@@ -145,7 +150,7 @@ void unpack_panel(const Weight& w, const uint8_t* const* rows, int64_t first, in
       if (w.table.count == 0) return _mm512_store_si512(to, codes);
       for (int i = 0; i < W; ++i) _mm512_store_si512(to + 1024 * i, lookup(codes, w.table.digits[i]));
     };
-    for (int64_t r = 0; r < kTurnedRows; ++r)
+    for (int64_t r = 0; r < kPanelRows; ++r)
       for (int64_t c = 0; c < chunks; c += 2) {
         const int64_t column = 64 * (first + c);
         const uint8_t* from = rows[r] + column / 8 * NB;
@@ -166,7 +171,7 @@ void unpack_panel(const Weight& w, const uint8_t* const* rows, int64_t first, in
 // group: a chunk may have parts beyond it.
 void load_scales(const Weight& w, const int64_t* rows, int digits, int64_t width, float* scale, float* shift) {
   const Floats unit = f_set(code_unit(w, digits)), offset = f_set(w.table.offset * w.table.unit);
-  for (int64_t r = 0; r < kTurnedRows; ++r, scale += width, shift += width) {
+  for (int64_t r = 0; r < kPanelRows; ++r, scale += width, shift += width) {
     load_values(w.scale, rows[r], 0, w.groups, scale);
     if (w.zero.data) load_values(w.zero, rows[r], 0, w.groups, shift);
     for (int64_t g = w.groups; g < width; ++g) scale[g] = shift[g] = 0;
@@ -179,63 +184,63 @@ void load_scales(const Weight& w, const int64_t* rows, int digits, int64_t width
 }
 
 // The scratch memory of a call, in floats.
-struct AmxRoom {
-  int64_t panel, room, width, tiles, entries, groups, sums;
+struct AmxScratch {
+  int64_t panel, level_sums, width, tiles, entries, groups, sums;
 
-  AmxRoom(const Weight& w, int64_t M)
-      : panel(2 * kPanelChunks * 3 * 1024 / 4), room(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)), tiles((M + 15) / 16),
-        entries(hqqtensor::step_entries(w)), groups(w.axis == 1 ? padded(w.groups) : 0), sums(tiles * kTurnedRows * 16) {}
+  AmxScratch(const Weight& w, int64_t M)
+      : panel(2 * kPanelChunks * 3 * 1024 / 4), level_sums(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)), tiles((M + 15) / 16),
+        entries(steps_per_row(w)), groups(w.axis == 1 ? padded(w.groups) : 0), sums(tiles * kPanelRows * 16) {}
   int64_t floats() const {
-    return panel + room + 2 * kTurnedRows * width + tiles * 16 * (entries + groups) + 2 * sums + 128;
+    return panel + level_sums + 2 * kPanelRows * width + tiles * 16 * (entries + groups) + 2 * sums + 128;
   }
 };
 
 template <int D, int W>
-void run_amx(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
-  const AmxRoom size(w, p.M);
+  const AmxScratch size(w, p.M);
   const auto take = [&](int64_t floats) {
     float* at = scratch;
     scratch += (floats + 15) / 16 * 16;
     return at;
   };
   uint8_t* panel = (uint8_t*)take(size.panel);
-  int32_t* room = (int32_t*)take(size.room);
+  int32_t* level_sums = (int32_t*)take(size.level_sums);
   float *steps = take(size.tiles * 16 * size.entries), *sums_x = take(size.tiles * 16 * size.groups), *sums = take(size.sums);
-  float *scale = take(kTurnedRows * size.width), *shift = take(kTurnedRows * size.width), *result = take(size.sums);
+  float *scale = take(kPanelRows * size.width), *shift = take(kPanelRows * size.width), *result = take(size.sums);
   for (int64_t m = 0; m < p.M; m += 16) {
-    turn_tokens(d.step + m * size.entries, size.entries, p.M - m, size.entries, steps + m * size.entries);
-    if (w.axis == 1) turn_tokens(d.sum + m * size.groups, size.groups, p.M - m, size.groups, sums_x + m * size.groups);
+    transpose_per_token(d.step + m * size.entries, size.entries, p.M - m, size.entries, steps + m * size.entries);
+    if (w.axis == 1) transpose_per_token(d.sum + m * size.groups, size.groups, p.M - m, size.groups, sums_x + m * size.groups);
   }
   if (w.axis == 0)
-    for (int64_t r = 0; r < kTurnedRows; ++r) scale[r * size.width] = 1;
+    for (int64_t r = 0; r < kPanelRows; ++r) scale[r * size.width] = 1;
   const uint8_t k_bytes = (uint8_t)(64 / chunk_parts(w)), quads = (uint8_t)(16 / chunk_parts(w));
-  AmxRun runs[2 * kPanelChunks];
+  AmxSegment segments[2 * kPanelChunks];
   const auto tiles = [&](int64_t tokens) {
     const Tiles::Shape codes{16, k_bytes}, x{quads, (uint16_t)(4 * tokens)}, sum{16, (uint16_t)(4 * tokens)};
     return Tiles({sum, sum, sum, codes, codes, x, x, x});
   };
-  for (int64_t n = first; n < last; n += kTurnedRows * step) {
-    const PanelRows<kTurnedRows> rows(w, n, step, last);
+  for (int64_t n = first; n < last; n += kPanelRows * step) {
+    const PanelRows<kPanelRows> rows(w, n, step, last);
     if (w.axis == 1) load_scales(w, rows.index, d.count, size.width, scale, shift);
     if (w.axis == 0)
       __builtin_memset(sums, 0, sizeof(float) * (size_t)size.sums);
     else
       for (int64_t m = 0; m < p.M; m += 16)
-        begin_sums(shift, size.width, sums_x + m * size.groups, w.groups, sums + m * kTurnedRows);
+        begin_sums(shift, size.width, sums_x + m * size.groups, w.groups, sums + m * kPanelRows);
     for (int64_t c = 0; c < d.chunks; c += kPanelChunks) {
       const int64_t chunks = d.chunks - c < kPanelChunks ? d.chunks - c : kPanelChunks, next = 64 * (c + kPanelChunks);
       unpack_panel<W>(w, rows.data, c, chunks, panel);
-      const int64_t count = amx_runs(w, c, chunks, runs);
+      const int64_t count = amx_segments(w, c, chunks, segments);
       const int64_t bytes = (next < w.K && w.K - next < 64 * kPanelChunks ? w.K - next : 64 * chunks) / 8 * w.nbits;
-      Ahead ahead{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kTurnedRows};
+      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kPanelRows};
       const auto multiply = [&](int64_t m, int64_t tokens) {
         for (int64_t half = 0; half < 2; ++half) {
-          amx_tile<D, W>(runs, count,
+          amx_tile<D, W>(segments, count,
                          {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64, tokens,
                           scale + half * 16 * size.width, size.width, steps + m * size.entries,
-                          sums + (m * kTurnedRows + half * 256), room});
-          ahead.fetch(ahead.count / (2 * size.tiles) + 1);
+                          sums + (m * kPanelRows + half * 256), level_sums});
+          prefetcher.run(prefetcher.count / (2 * size.tiles) + 1);
         }
       };
       const int64_t whole = p.M / 16 * 16;
@@ -250,21 +255,45 @@ void run_amx(const Problem& p, const Digits& d, int64_t first, int64_t last, int
     }
     for (int64_t m = 0; m < p.M; m += 16)
       for (int64_t half = 0; half < 2; ++half)
-        turn_floats(sums + m * kTurnedRows + half * 256, 16, result + m * kTurnedRows + half * 16);
-    store_turned(p, d, result, n, rows.count, step);
+        transpose_floats(sums + m * kPanelRows + half * 256, 16, result + m * kPanelRows + half * 16);
+    store_panel(p, d, result, n, rows.count, step);
   }
 }
 
 template <int D>
-void run_amx_digits(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  if (p.w.table.count > 1) return run_amx<D, D == 1 ? 2 : D>(p, d, first, last, step, scratch);
-  run_amx<D, 1>(p, d, first, last, step, scratch);
+void run_amx_panel_digits(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+  if (p.w.table.count > 1) return run_amx_panel<D, D == 1 ? 2 : D>(p, d, first, last, step, scratch);
+  run_amx_panel<D, 1>(p, d, first, last, step, scratch);
 }
 
-void linear_amx(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  if (d.count == 1) return run_amx_digits<1>(p, d, first, last, step, scratch);
-  if (d.count == 2) return run_amx_digits<2>(p, d, first, last, step, scratch);
-  run_amx_digits<3>(p, d, first, last, step, scratch);
+void linear_amx(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+  if (d.count == 1) return run_amx_panel_digits<1>(p, d, first, last, step, scratch);
+  if (d.count == 2) return run_amx_panel_digits<2>(p, d, first, last, step, scratch);
+  run_amx_panel_digits<3>(p, d, first, last, step, scratch);
+}
+
+void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+  (d.layout == Layout::tiles_by_digit ? linear_amx : kernels_avx512()->linear_panel)(p, d, first, last, step, scratch);
+}
+
+int64_t linear_panel_scratch(const Problem& p) {
+  return std::max(AmxScratch(p.w, p.M).floats(), kernels_avx512()->linear_panel_scratch(p));
+}
+
+// Measured: M from which bf16 splits are faster than integers.
+int64_t max_rows_for_integers(const Weight& w, int digits) {
+  if (digits == 1 || (w.axis == 1 && amx_serves(w))) return INT64_MAX;
+  if (w.axis == 0) return w.group_size < 64 ? 8 : digits == 3 ? 32 : 16;
+  return digits == 3 ? 96 : 48;
+}
+
+PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
+  PanelShape shape = kernels_avx512()->panel_shape(w, M, digits);
+  if (amx_serves(w) && M >= kMinRowsForAmx) shape.tile = 16, shape.layout = Layout::tiles_by_digit;
+  shape.max_rows_for_integers = max_rows_for_integers(w, digits);
+  return shape;
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -1,8 +1,11 @@
 // Numbers as parts of bfloat16 for amx/dense.h: hi + lo, hi + mid + lo. A tile has 32 columns of 16 rows, or of 16 tokens; a
 // lane of 32 bits is column i, then i + 16.
 #pragma once
+#include "amx/target.h"
 #include "generic/rows.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 constexpr int64_t kTileColumns = 32, kTileBytes = 1024;
@@ -10,17 +13,17 @@ constexpr int64_t kSlice = 256;  // columns made dense at a time: whole blocks o
 
 // Parts are rounded to nearest but the last, which is cut off: three parts of float32 are exact, two keep 2^-15 of each
 // number at worst. What is not finite stays so in a part at least.
-template <int PARTS>
+template <int SPLITS>
 inline __attribute__((always_inline)) void split(Floats a, Floats b, __m512i* out) {
   const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32((int)0xffff0000);
-  for (int part = 0; part + 1 < PARTS; ++part) {
+  for (int part = 0; part + 1 < SPLITS; ++part) {
     const __m512i low = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), half), top);
     const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), top);
     out[part] = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
     a = _mm512_sub_ps(a, _mm512_castsi512_ps(low));
     b = _mm512_sub_ps(b, _mm512_castsi512_ps(high));
   }
-  out[PARTS - 1] = _mm512_ternarylogic_epi32(top, _mm512_castps_si512(b), _mm512_srli_epi32(_mm512_castps_si512(a), 16), 0xCA);
+  out[SPLITS - 1] = _mm512_ternarylogic_epi32(top, _mm512_castps_si512(b), _mm512_srli_epi32(_mm512_castps_si512(a), 16), 0xCA);
 }
 
 // What 16 codes stand for before scaling.
@@ -47,7 +50,7 @@ struct Entries {
 // load_values for a few at a time; up to 15 more are written, since numbers written under a mask are slow to read back.
 inline void load_few(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
   if (v.quantized()) return load_values(v, row, first, count, out);
-  const char* data = at(v.row(row), v.type, first);
+  const char* data = element(v.row(row), v.type, first);
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 some = (__mmask16)(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
     if (v.type == DType::f32) {
@@ -85,15 +88,15 @@ struct SliceValues {
   }
 };
 
-// `count` columns from whole vectors of codes into tiles, PARTS of each.
-template <int PARTS, class Numbers, class Scale, class Zero>
-inline __attribute__((always_inline)) void put_columns(const Numbers& numbers, const uint8_t* codes, int64_t count,
+// `count` columns from whole vectors of codes into tiles, SPLITS of each.
+template <int SPLITS, class Numbers, class Scale, class Zero>
+inline __attribute__((always_inline)) void write_columns(const Numbers& numbers, const uint8_t* codes, int64_t count,
                                                        Scale scale, Zero zero, char* out) {
-  for (int64_t i = 0; i < count; i += kTileColumns, out += PARTS * kTileBytes) {
-    __m512i parts[PARTS];
-    split<PARTS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
-                 parts);
-    for (int part = 0; part < PARTS; ++part) _mm512_store_si512(out + part * kTileBytes, parts[part]);
+  for (int64_t i = 0; i < count; i += kTileColumns, out += SPLITS * kTileBytes) {
+    __m512i splits[SPLITS];
+    split<SPLITS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
+                 splits);
+    for (int part = 0; part < SPLITS; ++part) _mm512_store_si512(out + part * kTileBytes, splits[part]);
   }
 }
 
@@ -106,8 +109,8 @@ inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, u
 }
 
 // Columns [k, k + depth) of row n into its row of tiles; k a multiple of kSlice, depth no more.
-template <int PARTS, class Numbers>
-void put_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, char* out) {
+template <int SPLITS, class Numbers>
+void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, char* out) {
   alignas(64) uint8_t codes[kSlice + 128];
   unpack_slice(w, n, k, depth, codes);
   const Numbers numbers(w, n);
@@ -120,21 +123,21 @@ void put_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceVa
       for (int64_t g = 0, i = 0; i < depth; ++g) {
         const Floats s = f_set(scales[g]), z = f_set(zeros[g]);
         const int64_t end = (first + g + 1) * size - k < depth ? (first + g + 1) * size - k : depth;
-        put_columns<PARTS>(numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
-                           out + i / kTileColumns * PARTS * kTileBytes);
+        write_columns<SPLITS>(numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
+                           out + i / kTileColumns * SPLITS * kTileBytes);
         i = end;
       }
       return;
     }
-    return put_columns<PARTS>(numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
+    return write_columns<SPLITS>(numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
                               [&](int64_t i) { return values.pick(zeros, i); }, out);
   }
-  put_columns<PARTS>(numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
+  write_columns<SPLITS>(numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
                      [&](int64_t i) { return f_load(values.zero + i); }, out);
 }
 
 // 16 x 16 numbers of 32 bits, rows to columns.
-inline void turn(__m512i* r) {
+inline void transpose16x16(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -165,7 +168,7 @@ inline __m512 load_columns(const float* x, int64_t left) {
 }
 
 // Tokens of small numbers only lose parts, since tiles know none below 2^-126; NaN and Inf would spread.
-inline bool splits(const float* x, int64_t K) {
+inline bool can_split(const float* x, int64_t K) {
   __m512i top = _mm512_setzero_si512();
   for (int64_t k = 0; k < K; k += 16)
     top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
@@ -173,39 +176,41 @@ inline bool splits(const float* x, int64_t K) {
   return bits == 0 || (bits >= least && bits < 0x7f800000);
 }
 
-// A tile of up to 16 tokens, zeros for those it lacks: [K / 32][PARTS] tiles of [16 lanes][16 tokens].
-template <int PARTS>
+// A tile of up to 16 tokens, zeros for those it lacks: [K / 32][SPLITS] tiles of [16 lanes][16 tokens].
+template <int SPLITS>
 void pack_tile(const float* x, int64_t stride, int64_t tokens, int64_t K, char* out) {
-  for (int64_t k = 0; k < K; k += kTileColumns, out += PARTS * kTileBytes) {
-    __m512i parts[PARTS][16], both[PARTS];
+  for (int64_t k = 0; k < K; k += kTileColumns, out += SPLITS * kTileBytes) {
+    __m512i splits[SPLITS][16], both[SPLITS];
     for (int64_t t = 0; t < 16; ++t) {
       const float* from = x + t * stride + k;
       if (t < tokens)
-        split<PARTS>(load_columns(from, K - k), load_columns(from + 16, K - k - 16), both);
+        split<SPLITS>(load_columns(from, K - k), load_columns(from + 16, K - k - 16), both);
       else
         for (auto& b : both) b = _mm512_setzero_si512();
-      for (int part = 0; part < PARTS; ++part) parts[part][t] = both[part];
+      for (int part = 0; part < SPLITS; ++part) splits[part][t] = both[part];
     }
-    for (int part = 0; part < PARTS; ++part) {
-      turn(parts[part]);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(out + part * kTileBytes + 64 * i, parts[part][i]);
+    for (int part = 0; part < SPLITS; ++part) {
+      transpose16x16(splits[part]);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(out + part * kTileBytes + 64 * i, splits[part][i]);
     }
   }
 }
 
 inline int64_t tile_steps(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 inline int64_t token_tiles(int64_t M) { return (M + 15) / 16; }
-int64_t packed_parts_size(int64_t M, int64_t K, int parts) { return token_tiles(M) * tile_steps(K) * parts * kTileBytes / 4; }
+int64_t packed_activations_size(int64_t M, int64_t K, int splits) { return token_tiles(M) * tile_steps(K) * splits * kTileBytes / 4; }
 
-bool pack_parts(const hqqtensor::DenseTokens& x, int64_t first, int64_t last, int64_t K, float* out) {
+bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; ++m)
-    if (!splits(x.x + m * x.stride, K)) return false;
+    if (!can_split(x.x + m * x.stride, K)) return false;
   for (int64_t m = first; m < last; m += 16) {
-    const auto run = x.parts == 1 ? pack_tile<1> : x.parts == 2 ? pack_tile<2> : pack_tile<3>;
+    const auto run = x.splits == 1 ? pack_tile<1> : x.splits == 2 ? pack_tile<2> : pack_tile<3>;
     run(x.x + m * x.stride, x.stride, last - m < 16 ? last - m : 16, K,
-        (char*)out + m / 16 * tile_steps(K) * x.parts * kTileBytes);
+        (char*)out + m / 16 * tile_steps(K) * x.splits * kTileBytes);
   }
   return true;
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -1,13 +1,15 @@
 // AMX: matrices in eight tile registers of up to 16 rows of 64 bytes, and products that add to a third of 16 x 16 numbers
 // of 32 bits. Here the left one always has rows of the weight, the right one tokens: lanes of a result are tokens.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
 
+#include "amx/target.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
-constexpr int kTileRows = 16;
+constexpr int kAmxTileRows = 16;
 
 // Shapes of the eight tiles while in scope; with them the registers are lost. Nothing that another function may do to tiles,
 // torch's own kernels say, holds between two scopes. (Not the compiler's intrinsics, here and below: they take numbers of tiles
@@ -60,3 +62,5 @@ inline void tile_multiply() {
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

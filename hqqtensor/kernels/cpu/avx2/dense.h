@@ -2,15 +2,19 @@
 // column, in L1, and are multiplied with all tokens. Exact activations of several tokens and more, and whatever integers
 // cannot stand for: every format, group size and axis.
 #pragma once
+#include <utility>
+
 #include "avx2/transpose.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 constexpr int64_t kDenseDepth = 128, kDenseQuads = kDenseDepth / 4;  // columns at a time: what is made of them stays in L1
 constexpr int64_t kDenseTokens = 6;  // of a tile: 12 of 16 registers hold its sums
 
 // Tokens [first, last), `first` a multiple of kDenseTokens, as [K][tokens of the tile], tiles M K / kDenseTokens apart.
-bool pack_tokens(const hqqtensor::DenseTokens& x, int64_t first, int64_t last, int64_t K, float* out) {
+bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; m += kDenseTokens) {
     const int64_t tokens = last - m < kDenseTokens ? last - m : kDenseTokens;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -21,9 +25,9 @@ bool pack_tokens(const hqqtensor::DenseTokens& x, int64_t first, int64_t last, i
   }
   return true;
 }
-int64_t packed_size(int64_t M, int64_t K, int) { return M * K; }
+int64_t packed_activations_size(int64_t M, int64_t K, int) { return M * K; }
 
-// out[T][8 V of kTurnedRows] += V / 2 pairs of the panel, [kDenseDepth][kPairRows] each, times x [depth][T]. The
+// out[T][8 V of kPanelRows] += V / 2 pairs of the panel, [kDenseDepth][kPairRows] each, times x [depth][T]. The
 // accumulators are arguments by value: an array of them would be kept in memory.
 template <int V, int T, int... I, class... Acc>
 inline __attribute__((always_inline)) void dense_steps(const float* w, const float* x, int64_t depth, float* out,
@@ -31,12 +35,12 @@ inline __attribute__((always_inline)) void dense_steps(const float* w, const flo
   constexpr int64_t pair = kDenseDepth * kPairRows;
   for (const float* end = w + depth * kPairRows; w != end; w += kPairRows, x += T) {
     ((acc = _mm256_fmadd_ps(_mm256_load_ps(w + I % V / 2 * pair + 8 * (I % 2)), _mm256_broadcast_ss(x + I / V), acc)), ...);
-    (stay(acc), ...);
+    (keep_in_register(acc), ...);
   }
   const auto put = [](float* to, __m256 sum) __attribute__((always_inline)) {
     _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), sum));
   };
-  (put(out + I / V * kTurnedRows + 8 * (I % V), acc), ...);
+  (put(out + I / V * kPanelRows + 8 * (I % V), acc), ...);
 }
 
 template <int V, int T, int... I>
@@ -108,7 +112,7 @@ inline __attribute__((always_inline)) void dense_quad(const __m256i* codes, cons
   put(3, _mm256_srli_epi32(a, 24), _mm256_srli_epi32(b, 24));
 }
 
-// Scale and shift of a panel: axis 1 [groups][kTurnedRows], axis 0 (all rows of one group) [columns].
+// Scale and shift of a panel: axis 1 [groups][kPanelRows], axis 0 (all rows of one group) [columns].
 struct DenseValues {
   const float *scale, *shift;
 };
@@ -128,7 +132,7 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
   const int64_t size = w.groups == 1 ? w.K + 4 : w.group_size;
   int64_t group = k / size, left = size - k % size;
   while (codes != end) {
-    const float *scale = values.scale + group * kTurnedRows, *shift = values.shift + group * kTurnedRows;
+    const float *scale = values.scale + group * kPanelRows, *shift = values.shift + group * kPanelRows;
     const __m256 s[] = {_mm256_load_ps(scale), _mm256_load_ps(scale + 8)}, z[] = {_mm256_load_ps(shift), _mm256_load_ps(shift + 8)};
     const int64_t here = end - codes, whole = left / 4 * 2 < here ? left / 4 * 2 : here;
     for (const __m256i* stop = codes + whole; codes != stop; codes += 2, out += 4 * kPairRows)
@@ -139,7 +143,7 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
     } else if (left < 4 && codes != end) {  // a quad with columns of several groups
       int64_t of[4];
       for (int64_t& o : of) {
-        o = (group < w.groups ? group : w.groups - 1) * kTurnedRows;
+        o = (group < w.groups ? group : w.groups - 1) * kPanelRows;
         if (--left == 0) ++group, left = size;
       }
       dense_quad(codes, numbers, [&](int c, int v) { return _mm256_load_ps(values.scale + of[c] + 8 * v); },
@@ -162,10 +166,10 @@ void dense_panel(const Weight& w, const int64_t* rows, const __m256i* codes, Den
   }
 }
 
-int64_t dense_values(const Weight& w) { return w.axis == 1 ? kTurnedRows * padded(w.groups) : padded(w.K); }
+int64_t dense_values(const Weight& w) { return w.axis == 1 ? kPanelRows * padded(w.groups) : padded(w.K); }
 
 int64_t linear_dense_scratch(const Problem& p) {
-  return kDenseDepth * kTurnedRows * 5 / 4 + 2 * dense_values(p.w) + 16 * padded(p.w.groups) + p.M * kTurnedRows + 128;
+  return kDenseDepth * kPanelRows * 5 / 4 + 2 * dense_values(p.w) + 16 * padded(p.w.groups) + p.M * kPanelRows + 128;
 }
 
 // Row `place` in the order that panels take rows in: as they lie (axis 1), or group after group (axis 0).
@@ -183,14 +187,14 @@ struct RowOrder {
   }
 };
 
-void linear_dense(const Problem& p, const hqqtensor::DenseTokens& x, int64_t first, int64_t last, float* scratch) {
+void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.w;
   __m256i* codes = (__m256i*)scratch;
-  float *panel = scratch + kDenseDepth * kTurnedRows / 4, *scale = panel + kDenseDepth * kTurnedRows;
+  float *panel = scratch + kDenseDepth * kPanelRows / 4, *scale = panel + kDenseDepth * kPanelRows;
   float *shift = scale + dense_values(w), *lines = shift + dense_values(w), *sums = lines + 16 * padded(w.groups);
   const RowOrder order{w.N, w.axis == 0 ? w.groups : 1};
   for (int64_t n = first, end; n < last; n = end) {
-    end = n + kTurnedRows < last ? n + kTurnedRows : last;
+    end = n + kPanelRows < last ? n + kPanelRows : last;
     if (w.axis == 0) {
       const int64_t g = order.group(n), stop = order.begin(g + 1);
       end = stop < end ? stop : end;
@@ -202,32 +206,34 @@ void linear_dense(const Problem& p, const hqqtensor::DenseTokens& x, int64_t fir
       }
     }
     const int64_t pairs = (end - n + kPairRows - 1) / kPairRows;
-    int64_t index[kTurnedRows];
-    const uint8_t *rows[kTurnedRows], *after[kTurnedRows];
+    int64_t index[kPanelRows];
+    const uint8_t *rows[kPanelRows], *after[kPanelRows];
     for (int64_t r = 0; r < pairs * kPairRows; ++r) {
       index[r] = order.row(n + r < end ? n + r : n);
       rows[r] = w.qdata + index[r] * w.row_stride;
       after[r] = w.qdata + order.row(end + r < last ? end + r : n) * w.row_stride;
     }
-    if (w.axis == 1) turned_values(w, index, pairs, 1, 0, lines, scale, shift);
-    __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kTurnedRows));
+    if (w.axis == 1) transpose_scales(w, index, pairs, 1, 0, lines, scale, shift);
+    __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
     for (int64_t k = 0; k < w.K; k += kDenseDepth) {
       const int64_t depth = w.K - k < kDenseDepth ? w.K - k : kDenseDepth, next = k + kDenseDepth;
-      turn_codes<false>(w, rows, pairs, k, depth, kDenseQuads, codes);
+      transpose_codes<false>(w, rows, pairs, k, depth, kDenseQuads, codes);
       dense_panel(w, index, codes, {scale, shift}, k, depth, pairs, panel);
       const int64_t bytes = (next < w.K && w.K - next < kDenseDepth ? w.K - next : depth) / 8 * w.nbits;
-      Ahead ahead{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
-      const int64_t lines_each = ahead.lines() / ((p.M + kDenseTokens - 1) / kDenseTokens) + 1;
+      Prefetcher prefetcher{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
+      const int64_t lines_each = prefetcher.lines() / ((p.M + kDenseTokens - 1) / kDenseTokens) + 1;
       for (int64_t m = 0; m < p.M; m += kDenseTokens) {
         const int64_t tokens = p.M - m < kDenseTokens ? p.M - m : kDenseTokens;
         for (int64_t i = 0, taken; i < pairs; i += taken)
           pick_dense(pairs - i, tokens, &taken)(panel + i * kDenseDepth * kPairRows, x.packed + m * w.K + k * tokens, depth,
-                                                sums + m * kTurnedRows + i * kPairRows);
-        ahead.fetch(lines_each);
+                                                sums + m * kPanelRows + i * kPairRows);
+        prefetcher.run(lines_each);
       }
     }
-    store_turned(p, sums, index, end - n);
+    store_panel(p, sums, index, end - n);
   }
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

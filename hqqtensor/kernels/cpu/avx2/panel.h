@@ -6,21 +6,28 @@
 //     widened before they could saturate.
 // Activations of 24 bits would need twice the work of float32: linear_dense has them.
 #pragma once
-#include "generic/activations.h"
-#include "avx2/transpose.h"
+#include <utility>
 
+#include "avx2/transpose.h"
+#include "generic/activations.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns turned at a time
 constexpr int kTileTokens = 6;  // 12 of 16 registers hold their sums
 
-inline bool wide_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
+inline bool int16_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
 
-hqqtensor::PanelShape panel_shape(const Weight& w, int64_t, int digits) {
-  const bool wide = wide_panel(w, digits);
-  const bool dear = hqqtensor::dear(w, digits);
-  if (digits == 3) return {0, false, false, 3, dear ? 3 : INT64_MAX};
-  return {kTileTokens, wide, false, digits == 2 ? 2 : 1, dear ? 6 : INT64_MAX};
+PanelShape panel_shape(const Weight& w, int64_t, int digits) {
+  const bool costly = costly_as_integers(w, digits);
+  if (digits == 3)
+    return {.layout = Layout::rows, .tile = 0, .max_rows_for_gemv = 3, .max_rows_for_integers = costly ? 3 : INT64_MAX};
+  return {.layout = int16_panel(w, digits) ? Layout::tiles_int16 : Layout::tiles,
+          .tile = kTileTokens,
+          .max_rows_for_gemv = digits == 2 ? 2 : 1,
+          .max_rows_for_integers = costly ? 6 : INT64_MAX};
 }
 
 struct Segment {
@@ -34,8 +41,8 @@ struct IntegerTile {
   const int8_t* x;               // [quads][T][4] integers of 8 or 16 bits, from where the panel begins
   const float* step[kTileTokens];  // steps of a token
   const float* sum[kTileTokens];   // its sums of groups
-  float* out;                    // [T][kTurnedRows]
-  const float *scale, *shift;    // [groups][kTurnedRows]; no shift for axis 0
+  float* out;                    // [T][kPanelRows]
+  const float *scale, *shift;    // [groups][kPanelRows]; no shift for axis 0
 };
 
 // What a token has of two vectors of the panel.
@@ -135,10 +142,10 @@ template <bool WIDE, bool SHIFT, int... t>
 inline __attribute__((always_inline)) void add_segment(const IntegerTile& tile, const Segment& s, const Sums* total,
                                                        std::integer_sequence<int, t...>) {
   float* const out = tile.out;
-  const float *scale = tile.scale + s.group * kTurnedRows, *shift = SHIFT ? tile.shift + s.group * kTurnedRows : nullptr;
+  const float *scale = tile.scale + s.group * kPanelRows, *shift = SHIFT ? tile.shift + s.group * kPanelRows : nullptr;
   const auto add = [&](int token, const Sums& sums) __attribute__((always_inline)) {
     const float step = tile.step[token][s.step], x = SHIFT ? tile.sum[token][s.group] : 0;
-    float* to = out + token * kTurnedRows;
+    float* to = out + token * kPanelRows;
     if constexpr (WIDE) {  // of rows 0, 1, 4, 5 and of rows 2, 3, 6, 7: two sums each
       add_scaled<SHIFT>(_mm256_hadd_epi32(sums.a, sums.b), step, scale, x, shift, to);
     } else {
@@ -195,7 +202,7 @@ inline int table_middle(const Weight& w) { return w.axis == 1 && w.table.count >
 
 inline int64_t longest_segment(const Weight& w, int digits) {
   if (digits == 2 && w.table.count > 1) return w.axis == 1 ? 32 : 16;
-  return hqqtensor::step_per_group(w) && w.group_size == 128 ? 128 : 64;
+  return step_per_group(w) && w.group_size == 128 ? 128 : 64;
 }
 
 // The segments of all panels, from columns 0, kPanelDepth, ... on: those of panel i are [starts[i], starts[i + 1]).
@@ -213,7 +220,7 @@ void panel_segments(const Weight& w, int64_t longest, Segment* out, int64_t* sta
         stop = (group + 1) * w.group_size < stop ? (group + 1) * w.group_size : stop;
       }
       stop = stop < end ? stop : end;
-      out[count++] = {(at_k - k) / 4, (stop - k + 3) / 4, group, hqqtensor::step_index(w, at_k / 64), opens};
+      out[count++] = {(at_k - k) / 4, (stop - k + 3) / 4, group, step_index(w, at_k / 64), opens};
       at_k = stop;
     }
   }
@@ -238,17 +245,17 @@ struct TableBytes {
 // Columns [k, k + depth) as a panel of add_quads: WIDE [4 vectors][kPanelQuads][2], else [2 pairs][kPanelQuads][2].
 void integer_columns(const Weight& w, const uint8_t* const* rows, int64_t pairs, int64_t k, int64_t depth, bool wide,
                      __m256i* panel) {
-  if (wide && w.table.count == 0) return turn_codes<true>(w, rows, pairs, k, depth, kPanelQuads, panel);
-  if (!wide) turn_codes<false>(w, rows, pairs, k, depth, kPanelQuads, panel);
+  if (wide && w.table.count == 0) return transpose_codes<true>(w, rows, pairs, k, depth, kPanelQuads, panel);
+  if (!wide) transpose_codes<false>(w, rows, pairs, k, depth, kPanelQuads, panel);
   if (w.table.count == 0) return;
   const TableBytes table(w.table, table_middle(w));
   if (!wide) {
     for (int64_t i = 0; i < pairs * kPanelQuads * 2; ++i) panel[i] = _mm256_shuffle_epi8(table.low, panel[i]);
     return;
   }
-  __m256i codes[kTurnedPairs * 32 * 2];
+  __m256i codes[kPanelPairs * 32 * 2];
   for (int64_t b = 0; b < depth; b += 128) {
-    turn_codes<false>(w, rows, pairs, k + b, depth - b < 128 ? depth - b : 128, 32, codes);
+    transpose_codes<false>(w, rows, pairs, k + b, depth - b < 128 ? depth - b : 128, 32, codes);
     for (int64_t v = 0; v < 2 * pairs; ++v) {
       const __m256i* from = codes + v / 2 * 64 + v % 2;
       __m256i* to = panel + 2 * (v * kPanelQuads + b / 4);
@@ -265,61 +272,64 @@ int64_t panel_groups(const Weight& w) { return w.axis == 1 ? w.groups : 1; }
 
 int64_t linear_panel_scratch(const Problem& p) {
   const int64_t values = padded(panel_groups(p.w));
-  return kPanelQuads * 4 * 16 + (2 * kTurnedRows + 16) * values + (p.M + 1) * kTurnedRows +
+  return kPanelQuads * 4 * 16 + (2 * kPanelRows + 16) * values + (p.M + 1) * kPanelRows +
          ((p.w.K + 3) / 4 + 1) * (int64_t)sizeof(Segment) / 4 + (p.w.K / kPanelDepth + 2) * 2 + 128;
 }
 
-void linear_panel(const Problem& p, const Digits& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
   const int64_t width = padded(w.groups), values = padded(panel_groups(w));
   __m256i* panel = (__m256i*)scratch;
-  float *scale = scratch + kPanelQuads * 4 * 16, *shift = scale + kTurnedRows * values;
-  float *lines = shift + kTurnedRows * values, *sums = lines + 16 * values;
-  Segment* all_segments = (Segment*)(sums + (p.M + 1) * kTurnedRows);
+  float *scale = scratch + kPanelQuads * 4 * 16, *shift = scale + kPanelRows * values;
+  float *lines = shift + kPanelRows * values, *sums = lines + 16 * values;
+  Segment* all_segments = (Segment*)(sums + (p.M + 1) * kPanelRows);
   int64_t* starts = (int64_t*)(all_segments + (w.K + 3) / 4 + 1);
   panel_segments(w, longest_segment(w, d.count), all_segments, starts);
   const int top = w.table.count ? 31 : (1 << w.nbits) - 1;
+  const bool wide = d.layout == Layout::tiles_int16;
   const int64_t bytes_each = d.bytes() * 4;  // of 4 activations
   const float unit = w.table.values ? w.table.unit : 1;
   if (w.axis == 0)  // whose steps have the table's unit already, times what digits left out would be
-    for (int64_t r = 0; r < kTurnedRows; ++r) scale[r] = unit / code_unit(w, d.count);
-  for (int64_t n = first; n < last; n += kTurnedRows * step) {
-    const PanelRows<kTurnedRows> rows(w, n, step, last);
-    const int64_t pairs = (rows.count + kPairRows - 1) / kPairRows, pieces = d.wide ? (rows.count + 7) / 8 : pairs;
-    if (w.axis == 1) turned_values(w, rows.index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale, shift);
-    __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kTurnedRows));
+    for (int64_t r = 0; r < kPanelRows; ++r) scale[r] = unit / code_unit(w, d.count);
+  for (int64_t n = first; n < last; n += kPanelRows * step) {
+    const PanelRows<kPanelRows> rows(w, n, step, last);
+    const int64_t pairs = (rows.count + kPairRows - 1) / kPairRows, pieces = wide ? (rows.count + 7) / 8 : pairs;
+    if (w.axis == 1) transpose_scales(w, rows.index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale, shift);
+    __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
       const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth, next = k + kPanelDepth;
-      integer_columns(w, rows.data, pairs, k, depth, d.wide, panel);
+      integer_columns(w, rows.data, pairs, k, depth, wide, panel);
       const Segment* segments = all_segments + starts[k / kPanelDepth];
       const int64_t parts = starts[k / kPanelDepth + 1] - starts[k / kPanelDepth];
       const int64_t bytes = (next < w.K && w.K - next < kPanelDepth ? w.K - next : depth) / 8 * w.nbits;
-      Ahead ahead{next < w.K ? rows.data : rows.after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
-      const int64_t lines_each = ahead.lines() / ((p.M + d.tile - 1) / d.tile * pieces) + 1;
+      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
+      const int64_t lines_each = prefetcher.lines() / ((p.M + d.tile - 1) / d.tile * pieces) + 1;
       for (int64_t m = 0; m < p.M; m += d.tile) {
         const int64_t tokens = p.M - m < d.tile ? p.M - m : d.tile;
         IntegerTile tile;
         tile.x = d.digits + m * d.chunks * d.bytes() * 64 + k / 4 * tokens * bytes_each;
         for (int64_t t = 0; t < tokens; ++t) {
-          tile.step[t] = d.step + (m + t) * d.entries;
+          tile.step[t] = d.step + (m + t) * d.steps_per_row;
           tile.sum[t] = d.sum + (m + t) * width;
         }
-        const IntegerRun run = pick_integer(d.wide, top, tokens);
+        const IntegerRun run = pick_integer(wide, top, tokens);
         for (int64_t i = 0; i < pieces; ++i) {
-          const int64_t row = i * (d.wide ? 8 : kPairRows);
-          tile.out = sums + m * kTurnedRows + row;
+          const int64_t row = i * (wide ? 8 : kPairRows);
+          tile.out = sums + m * kPanelRows + row;
           tile.scale = scale + row;
           tile.shift = w.axis == 1 ? shift + row : nullptr;
           run(tile, segments, parts, panel + i * 2 * kPanelQuads);
-          ahead.fetch(lines_each);
+          prefetcher.run(lines_each);
         }
       }
     }
     if (w.axis == 0)
       for (int64_t m = 0; m < p.M; ++m)
-        for (int64_t r = 0; r < rows.count; ++r) sums[m * kTurnedRows + r] -= d.sum[m];
-    store_turned(p, sums, rows.index, rows.count);
+        for (int64_t r = 0; r < rows.count; ++r) sums[m * kPanelRows + r] -= d.sum[m];
+    store_panel(p, sums, rows.index, rows.count);
   }
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

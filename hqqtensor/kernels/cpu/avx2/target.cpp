@@ -1,29 +1,42 @@
-// Built for avx2 whatever the compiler's default: only dispatch/select.cpp may call in here, after asking the processor.
-// Headers of the standard library come before the pragma: their inline functions must stay runnable anywhere.
-#include <cstdint>
-#include <cmath>
-#include <type_traits>
-#include <utility>
+// Compiled for AVX2 whatever the compiler's default is: only dispatch/select.cpp may call in here, after has_avx2().
+#include "avx2/target.h"
 
-#include "dispatch/kernels.h"
+#include "dispatch/targets.h"
 #if defined(__x86_64__)
-#include <immintrin.h>
-#pragma GCC target("avx2,fma,f16c,bmi2,popcnt")
-#include "avx2/vec.h"
-// Order matters: the headers below are written in terms of the vectors above.
+#include <cpuid.h>
+
 #include "avx2/dense.h"
 #include "avx2/panel.h"
 #include "generic/table.h"
 
 namespace hqqtensor {
+
+bool has_avx2() {
+  unsigned a, b, c, d;  // clang's __builtin_cpu_supports does not know F16C
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
 const Kernels* kernels_avx2() {
-  static const Kernels table =
-      HQQTENSOR_TABLE("avx2", linear_panel, panel_shape, linear_panel_scratch, pack_tokens, kDenseTokens, packed_size);
+  static constexpr Kernels table = [] {
+    Kernels k = generic_kernels("avx2");
+    k.linear_panel = linear_panel;
+    k.panel_shape = panel_shape;
+    k.linear_panel_scratch = linear_panel_scratch;
+    k.linear_dense = linear_dense;
+    k.linear_dense_scratch = linear_dense_scratch;
+    k.pack_activations = pack_activations;
+    k.pack_row_multiple = kDenseTokens;
+    k.packed_activations_size = packed_activations_size;
+    return k;
+  }();
   return &table;
 }
+
 }  // namespace hqqtensor
 #else
 namespace hqqtensor {
+bool has_avx2() { return false; }
 const Kernels* kernels_avx2() { return nullptr; }
 }  // namespace hqqtensor
 #endif

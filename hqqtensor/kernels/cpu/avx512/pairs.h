@@ -11,9 +11,13 @@
 // Zen 4 multiplies, and also rotates, shuffles by 3 operands and selects, in one pair of its pipes, and shifts and converts
 // in the other: a block of 4 bits and 16-bit activations costs it 5 cycles.
 #pragma once
+#include "avx512/codes.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
+#define HQQTENSOR_HAS_PAIRS
 inline __m512i quarters(int a, int b, int c, int d) {
   return _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a);
 }
@@ -69,7 +73,7 @@ struct Pairs {
 
   // Sums of the products of a block, see `dot`.
   template <int D, int DW>
-  static __m512i dot(const Codes* c, const Tokens* t) {
+  static __m512i dot(const Codes* c, const ChunkDigits* t) {
     constexpr int W = DW ? DW : 1;
     __m512i a = _mm512_setzero_si512();
     for (int level = 0; level < (D > W ? D : W); ++level) {
@@ -92,16 +96,16 @@ struct Pairs {
   }
   // Each quad of codes has one: `index` says which. Their sums get the steps of both halves.
   template <int D, int DW>
-  static void add_quads(Acc& acc, const Codes* c, const Tokens* t, const float* scale, const uint8_t* index, const float* step) {
+  static void add_quads(Acc& acc, const Codes* c, const ChunkDigits* t, const float* scale, const uint8_t* index, const float* step) {
     constexpr int W = DW ? DW : 1;
     const __m512 scales = _mm512_loadu_ps(scale);
-    const auto own = [&](int i) {
+    const auto scales_of = [&](int i) {
       return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(index + 16 * i))), scales);
     };
     double both;
     __builtin_memcpy(&both, step, sizeof both);
-    const __m512 first = _mm512_mul_ps(_mm512_cvtepi32_ps(::dot<D, DW>(c, t[0])), own(0));
-    acc.v = _mm512_fmadd_ps(scaled(first, ::dot<D, DW>(c + W, t[1]), own(1)), _mm512_castpd_ps(_mm512_set1_pd(both)), acc.v);
+    const __m512 first = _mm512_mul_ps(_mm512_cvtepi32_ps(hqqtensor::dot<D, DW>(c, t[0])), scales_of(0));
+    acc.v = _mm512_fmadd_ps(scaled(first, hqqtensor::dot<D, DW>(c + W, t[1]), scales_of(1)), _mm512_castpd_ps(_mm512_set1_pd(both)), acc.v);
   }
   static void finish(Acc& acc) { acc.v = _mm512_mul_ps(acc.v, lane_factors()); }
 };
@@ -114,3 +118,5 @@ inline void pair_digits(int8_t* low, int8_t* high) {
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

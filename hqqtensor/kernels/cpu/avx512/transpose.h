@@ -1,13 +1,16 @@
 // What panels of 32 rows have in common, AVX-512: matrices of 16 x 16 dwords turned, lines fetched ahead, results stored.
 #pragma once
+#include "avx512/target.h"
 #include "generic/rows.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
-constexpr int64_t kTurnedRows = 32;
+constexpr int64_t kPanelRows = 32;
 
 // 16 bytes of each of 16 rows: out[i] holds bytes 4 i .. 4 i + 3 of row l in lane l.
-inline __attribute__((always_inline)) void turn16(const uint8_t* const* rows, int64_t offset, __m512i* out) {
+inline __attribute__((always_inline)) void transpose16(const uint8_t* const* rows, int64_t offset, __m512i* out) {
   const auto load = [&](int r) __attribute__((always_inline)) { return _mm_loadu_si128((const __m128i*)(rows[r] + offset)); };
   const auto four = [&](int i) __attribute__((always_inline)) {
     const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i)), load(i + 4), 1);
@@ -23,33 +26,33 @@ inline __attribute__((always_inline)) void turn16(const uint8_t* const* rows, in
   out[3] = _mm512_unpackhi_epi64(b1, b3);
 }
 
-// in[16][16] with rows in_stride apart to out[i][l] = in[l][i], rows of kTurnedRows.
-inline void turn_floats(const float* in, int64_t in_stride, float* out) {
+// in[16][16] with rows in_stride apart to out[i][l] = in[l][i], rows of kPanelRows.
+inline void transpose_floats(const float* in, int64_t in_stride, float* out) {
   const uint8_t* rows[16];
   __m512i t[4];
   for (int r = 0; r < 16; ++r) rows[r] = (const uint8_t*)(in + r * in_stride);
   for (int q = 0; q < 4; ++q) {
-    turn16(rows, 16 * q, t);
-    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + (4 * q + i) * kTurnedRows, t[i]);
+    transpose16(rows, 16 * q, t);
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + (4 * q + i) * kPanelRows, t[i]);
   }
 }
 
 // Lines of packed codes that will be turned next, fetched a few at a time while products keep the processor busy.
-struct Ahead {
+struct Prefetcher {
   const uint8_t* const* rows;
   int64_t offset;  // of the first line in each row
   int64_t next, count;
 
-  void fetch(int64_t lines) {
+  void run(int64_t lines) {
     for (const int64_t end = next + lines < count ? next + lines : count; next < end; ++next)
-      prefetch(rows[next % kTurnedRows] + offset + next / kTurnedRows * 64);
+      prefetch(rows[next % kPanelRows] + offset + next / kPanelRows * 64);
   }
 };
 
 // Results of 32 rows from n on for all tokens: sums, less what zero points of axis 0 add, plus bias.
-void store_turned(const Problem& p, const Digits& d, float* sums, int64_t n, int64_t count, int64_t step) {
-  const int64_t size = hqqtensor::size_of(p.x_type);
-  for (int64_t m = 0; m < p.M; ++m, sums += kTurnedRows) {
+void store_panel(const Problem& p, const QuantizedActivations& d, float* sums, int64_t n, int64_t count, int64_t step) {
+  const int64_t size = size_of(p.x_type);
+  for (int64_t m = 0; m < p.M; ++m, sums += kPanelRows) {
     if (p.w.axis == 0)
       for (int64_t r = 0; r < count; ++r) sums[r] -= d.sum[m];
     if (p.bias)
@@ -63,3 +66,5 @@ void store_turned(const Problem& p, const Digits& d, float* sums, int64_t n, int
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

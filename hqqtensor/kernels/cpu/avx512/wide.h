@@ -18,11 +18,19 @@
 // Four rows take turns at every instruction, and digits are summed apart: a chain of dependent products is as long as a step
 // has vectors. The lowest of three digits has its own sum of floats: codes left in place would not fit 32 bits with it.
 #pragma once
-#include "generic/each_row.h"
+#include <array>
+#include <cstddef>
+#include <utility>
 
+#include "avx512/pairs.h"
+#include "generic/unrolled.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
-static_assert(kMaxTokens == 1);
+#define HQQTENSOR_HAS_WIDE
+static_assert(kGemvTokens == 1);
 
 template <int NB>
 struct Wide {
@@ -61,7 +69,7 @@ struct Wide {
     return _mm512_load_si512(lanes.v);
   }
 
-  // Digits of a step as `make_digits` left them, chunk by chunk, in this order.
+  // Digits of a step as `quantize_chunks` left them, chunk by chunk, in this order.
   static void order(int8_t* x, int count) {
     static constexpr std::array<Lanes, vectors> from = [] {
       std::array<Lanes, vectors> all{};
@@ -102,29 +110,29 @@ struct Wide {
 
   template <int V>
   static Codes codes(Codes c) {
-    constexpr int turn = NB >= 3 ? V % 2 : V % 4;
-    if constexpr (turn > 0 && NB >= 3) c = _mm512_shuffle_epi32(c, _MM_PERM_CDAB);
-    if constexpr (turn == 1 && NB < 3) c = _mm512_shuffle_epi32(c, _MM_PERM_ADCB);
-    if constexpr (turn == 2) c = _mm512_shuffle_epi32(c, _MM_PERM_BADC);
-    if constexpr (turn == 3) c = _mm512_shuffle_epi32(c, _MM_PERM_CBAD);
+    constexpr int rotation = NB >= 3 ? V % 2 : V % 4;
+    if constexpr (rotation > 0 && NB >= 3) c = _mm512_shuffle_epi32(c, _MM_PERM_CDAB);
+    if constexpr (rotation == 1 && NB < 3) c = _mm512_shuffle_epi32(c, _MM_PERM_ADCB);
+    if constexpr (rotation == 2) c = _mm512_shuffle_epi32(c, _MM_PERM_BADC);
+    if constexpr (rotation == 3) c = _mm512_shuffle_epi32(c, _MM_PERM_CBAD);
     constexpr int down = NB == 1 && V < 4 ? 1 : 0;
     const auto mask = [](int l) { return (uint32_t)((1 << NB) - 1) * 0x01010101u << (place(l) - down); };
     return _mm512_and_si512(c, by_lane(mask));
   }
 
-  // Sums of the codes of kRows rows times digit d, in a[d]; all of a step.
+  // Sums of the codes of kGemvRows rows times digit d, in a[d]; all of a step.
   template <int D, size_t... V>
-  static void dots(const uint8_t* const* rows, int64_t at, const int8_t* x, __m512i (*a)[kRows], std::index_sequence<V...>) {
-    Codes bytes[kRows];
+  static void dots(const uint8_t* const* rows, int64_t at, const int8_t* x, __m512i (*a)[kGemvRows], std::index_sequence<V...>) {
+    Codes bytes[kGemvRows];
     const auto vector = [&]<int I>(std::integral_constant<int, I>) __attribute__((always_inline)) {
-      Codes c[kRows];
-      each_row([&](auto r) __attribute__((always_inline)) {
+      Codes c[kGemvRows];
+      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
         if constexpr (I % vectors_of_load == 0) bytes[r] = load<I>(rows[r] + at);
         c[r] = codes<I>(bytes[r]);
       });
       for (int d = 0; d < D; ++d) {
         const __m512i t = _mm512_load_si512(x + (I * D + d) * 64);
-        each_row([&](auto r) __attribute__((always_inline)) {
+        unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
           if (NB == 1 && I == 4) a[d][r] = _mm512_add_epi32(a[d][r], a[d][r]);
           a[d][r] = _mm512_dpbusd_epi32(a[d][r], c[r], t);
         });
@@ -139,25 +147,25 @@ struct Wide {
     return _mm512_permutexvar_ps(by_lane([](int l) { return l / lanes * 2 + quad(0, l) / 16; }), _mm512_loadu_ps(s));
   }
 
-  // The first `count` blocks of kRows rows, whole steps. fetch(b): called for each block.
-  template <int D, class Fetch>
+  // The first `count` blocks of kGemvRows rows, whole steps. prefetch_block(b): called for each block.
+  template <int D, class Prefetch>
   static void run(const uint8_t* const* rows, const int8_t* x, const float* const* scale, int64_t count, Acc* out,
-                  Fetch fetch) {
-    __m512 acc[kRows], last[kRows];
-    each_row([&](auto r) { acc[r] = last[r] = _mm512_setzero_ps(); });
+                  Prefetch prefetch_block) {
+    __m512 acc[kGemvRows], last[kGemvRows];
+    unrolled<kGemvRows>([&](auto r) { acc[r] = last[r] = _mm512_setzero_ps(); });
     for (int64_t b = 0; b < count; b += blocks) {
-      for (int i = 0; i < blocks; ++i) fetch(b + i);
-      __m512i a[D][kRows];
-      for (int d = 0; d < D; ++d) each_row([&](auto r) { a[d][r] = _mm512_setzero_si512(); });
+      for (int i = 0; i < blocks; ++i) prefetch_block(b + i);
+      __m512i a[D][kGemvRows];
+      for (int d = 0; d < D; ++d) unrolled<kGemvRows>([&](auto r) { a[d][r] = _mm512_setzero_si512(); });
       dots<D>(rows, b * 16 * NB, x + b * D * 128, a, std::make_index_sequence<vectors>());
-      each_row([&](auto r) __attribute__((always_inline)) {
+      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
         const __m512 s = scales(scale[r] + 2 * b);
         acc[r] = scaled(acc[r], D == 1 ? a[0][r] : _mm512_add_epi32(_mm512_slli_epi32(a[0][r], 8), a[D > 1][r]), s);
         if constexpr (D == 3) last[r] = scaled(last[r], a[2][r], s);
       });
     }
     const __m512 factor = _mm512_castsi512_ps(by_lane([](int l) { return (127 - place(l)) << 23; }));
-    each_row([&](auto r) {
+    unrolled<kGemvRows>([&](auto r) {
       if constexpr (D == 3) acc[r] = _mm512_fmadd_ps(acc[r], _mm512_set1_ps(256), last[r]);
       out[r].v = _mm512_mul_ps(acc[r], factor);
     });
@@ -165,3 +173,5 @@ struct Wide {
 };
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

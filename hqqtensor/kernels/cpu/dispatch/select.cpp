@@ -1,57 +1,41 @@
-// Which instruction set to use, decided once.
+// Chooses the instruction set, once.
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
-#include "dispatch/kernels.h"
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "dispatch/targets.h"
 
 namespace hqqtensor {
 namespace {
 
-// Tiles of bytes and bfloat16 and permutations of bytes (CPUID 7); the system gives a process the registers when asked.
-bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned tiles = 1u << 24 | 1u << 25 | 1u << 22, permutations = 1u << 1;
-  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles || (c & permutations) == 0) return false;
-  return syscall(SYS_arch_prctl, request, tile_data) == 0;
-#else
-  return false;
-#endif
-}
+struct Target {
+  const char* name;
+  bool (*available)();
+  const Kernels* (*kernels)();
+};
 
-bool has(const std::string& name) {
-  if (name == "portable") return true;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                    __builtin_cpu_supports("bmi2");
-  if (name == "avx2") return avx2;
-  if (name == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-  if (name == "amx") return has("avx512") && has_amx();
-#endif
-  return false;
+#define HQQTENSOR_ENTRY(name) {#name, has_##name, kernels_##name},
+constexpr Target kTargets[] = {HQQTENSOR_TARGETS(HQQTENSOR_ENTRY)};
+#undef HQQTENSOR_ENTRY
+
+// "a, b or c"
+std::string all_names() {
+  std::string names;
+  for (size_t i = 0; i < std::size(kTargets); ++i)
+    names += std::string(i == 0 ? "" : i + 1 < std::size(kTargets) ? ", " : " or ") + kTargets[i].name;
+  return names;
 }
 
 const Kernels* choose() {
-  const char* forced = std::getenv("HQQTENSOR_CPU");
+  const char* const forced = std::getenv("HQQTENSOR_CPU");
   const std::string name = forced ? forced : "";
-  if (!name.empty() && name != "amx" && name != "avx512" && name != "avx2" && name != "portable")
-    throw std::runtime_error("HQQTENSOR_CPU must be amx, avx512, avx2 or portable, got '" + name + "'");
-  if (!name.empty() && !has(name)) throw std::runtime_error("HQQTENSOR_CPU=" + name + ", but this processor lacks it");
-  if (name == "amx" || (name.empty() && has("amx"))) return kernels_amx();
-  if (name == "avx512" || (name.empty() && has("avx512"))) return kernels_avx512();
-  if (name == "avx2" || (name.empty() && has("avx2"))) return kernels_avx2();
-  return kernels_portable();
+  for (const Target& target : kTargets) {
+    if (!name.empty() && name != target.name) continue;
+    if (target.available()) return target.kernels();
+    if (!name.empty()) throw std::runtime_error("HQQTENSOR_CPU=" + name + ", but this processor lacks it");
+  }
+  throw std::runtime_error("HQQTENSOR_CPU must be " + all_names() + ", got '" + name + "'");
 }
 
 }  // namespace

@@ -1,7 +1,12 @@
 // Nearest codes of rows of weights, packed.
 #pragma once
-#include "generic/levels.h"
+#include <type_traits>
 
+#include "generic/levels.h"
+#include "generic/rows.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 // Codes of one block of `count` (a multiple of 8, up to 128) into the plane of P bits that holds their bits from LOW on.
@@ -104,7 +109,7 @@ void assign_with(const Find& find, const float* w, const float* inverse, const f
 }
 
 // Nearest codes of a row of weights, packed. axis 1: a scale for each group; axis 0: one for each column.
-void assign_row(const hqqtensor::Levels* levels, const float* w, const float* inverse, const float* zero, int64_t K, int nbits,
+void assign_row(const Levels* levels, const float* w, const float* inverse, const float* zero, int64_t K, int nbits,
                 int64_t group_size, int axis, uint8_t* out) {
   if (levels == nullptr)
     return assign_with(IntegerCodes{f_set((float)((1 << nbits) - 1))}, w, inverse, zero, K, nbits, group_size, axis, out);
@@ -115,3 +120,5 @@ void assign_row(const hqqtensor::Levels* levels, const float* w, const float* in
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

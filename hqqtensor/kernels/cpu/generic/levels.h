@@ -1,21 +1,25 @@
 // The nearest of a format's levels: by thresholds (Search, in vec_*.h), or by rounding as a floating-point unit does.
 #pragma once
-#include "generic/rows.h"
+#include <cstdint>
 
+#include "generic/vec_api.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 // Floating-point numbers of few bits: the nearest, ties to even; what is beyond the largest becomes the largest.
 class Minifloat {
  public:
-  explicit Minifloat(const hqqtensor::Levels& l)
+  explicit Minifloat(const Levels& l)
       : first_(f_set(l.first)), last_(f_set(l.last)), least_(f_set(l.least)),
-        room_(f_set(1.5f * (float)(1 << (23 - l.mantissa)))), mantissa_(l.mantissa), sign_((uint32_t)l.sign), smallest_(l.least) {}
+        shifter_(f_set(1.5f * (float)(1 << (23 - l.mantissa)))), mantissa_(l.mantissa), sign_((uint32_t)l.sign), smallest_(l.least) {}
 
   // Adding 1.5 * 2^(23 - mantissa) times x's own power of two leaves room for as many bits as the format has.
   Floats value(Floats x) const {
     const Floats inside = f_min(f_max(x, first_), last_);
-    const Floats room = f_mul(f_max(f_power(inside), least_), room_);
-    return f_sub(f_add(inside, room), room);
+    const Floats shifter = f_mul(f_max(f_power(inside), least_), shifter_);
+    return f_sub(f_add(inside, shifter), shifter);
   }
 
   // Sign, exponent, mantissa; zero has no sign.
@@ -41,7 +45,7 @@ class Minifloat {
     __builtin_memcpy(&bits, &f, 4);
     return bits;
   }
-  Floats first_, last_, least_, room_;
+  Floats first_, last_, least_, shifter_;
   int mantissa_;
   uint32_t sign_;
   float smallest_;
@@ -49,7 +53,7 @@ class Minifloat {
 
 // f with whatever finds the nearest of these levels.
 template <class F>
-inline void with_levels(const hqqtensor::Levels& l, F f) {
+inline void with_levels(const Levels& l, F f) {
   if (l.mantissa >= 0)
     f(Minifloat(l));
   else
@@ -57,3 +61,5 @@ inline void with_levels(const hqqtensor::Levels& l, F f) {
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -8,38 +8,33 @@
 #pragma once
 #include "generic/row_meta.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 struct Tile {
-  const uint8_t* rows[kRows];
-  const int8_t* x[kMaxTokens];
-  const float* scale[kRows][kMaxTokens];
-  Floats start[kRows][kMaxTokens];  // what is added to the lanes of a result
+  const uint8_t* rows[kGemvRows];
+  const int8_t* x[kGemvTokens];
+  const float* scale[kGemvRows][kGemvTokens];
+  Floats start[kGemvRows][kGemvTokens];  // what is added to the lanes of a result
   const uint8_t* table;
-  const uint8_t* lines;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
-  int64_t ahead;         // else bytes to the same place in the next tile
-  float out[kMaxTokens][kRows];
+  const uint8_t* prefetch_from;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
+  int64_t prefetch_distance;         // else bytes to the same place in the next tile
+  float out[kGemvTokens][kGemvRows];
   const Quads* quads;
-  const float* step[kMaxTokens];  // where quads have scales, of each chunk
+  const float* step[kGemvTokens];  // where quads have scales, of each chunk
 };
-
-// Where the instruction set does not have them together.
-template <int T>
-inline void acc_sums(const Acc (*a)[T], const Floats (*start)[kMaxTokens], float (*out)[kRows]) {
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < T; ++t) out[t][r] = acc_sum(a[r][t], start[r][t]);
-}
 
 // DW: digits of a table.
 template <int NB, int D, int DW, int T, ScaleOf BY>
 void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
   const int64_t blocks = K / 128, tail = K % 128;
-  Acc acc[kRows][T] = {};
+  Acc acc[kGemvRows][T] = {};
   constexpr int W = DW ? DW : 1;
   const auto half = [&](int64_t chunk, const Codes (*codes)[2 * W]) __attribute__((always_inline)) {
     for (int t = 0; t < T; ++t) {
-      const Tokens x = load_tokens<D>(tile.x[t] + chunk * D * 64);
-      for (int r = 0; r < kRows; ++r) {
+      const ChunkDigits x = load_chunk_digits<D>(tile.x[t] + chunk * D * 64);
+      for (int r = 0; r < kGemvRows; ++r) {
         const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? chunk * per_chunk : chunk);
         if constexpr (BY == ScaleOf::quads) {
           add_chunk_quads<NB, D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->chunk_first(chunk),
@@ -57,25 +52,25 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
     else
       for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
   };
-  const auto fetch = [&](int64_t b) __attribute__((always_inline)) {
-    if (tile.lines) {
-      for (int i = 0; i < kRows * NB / 4; ++i) prefetch(tile.lines + (b * (kRows * NB / 4) + i) * 64);
+  const auto prefetch_block = [&](int64_t b) __attribute__((always_inline)) {
+    if (tile.prefetch_from) {
+      for (int i = 0; i < kGemvRows * NB / 4; ++i) prefetch(tile.prefetch_from + (b * (kGemvRows * NB / 4) + i) * 64);
     } else if (NB >= 4 || (b * 16 * NB & 63) < 16 * NB) {  // once for each line
-      for (int r = 0; r < kRows; ++r)
-        for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.ahead + 16 * i);
+      for (int r = 0; r < kGemvRows; ++r)
+        for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.prefetch_distance + 16 * i);
     }
   };
   constexpr bool wide = Wide<NB>::serve && DW == 0 && BY == ScaleOf::chunk, pairs = Pairs<NB>::serve && !wide;
   int64_t done = 0;
   if constexpr (wide) {
     done = blocks / Wide<NB>::blocks * Wide<NB>::blocks;
-    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], fetch);
+    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], prefetch_block);
   }
-  Codes codes[kRows][2 * W];
+  Codes codes[kGemvRows][2 * W];
   for (int64_t b = done; b < blocks; ++b) {
-    fetch(b);
+    prefetch_block(b);
     if constexpr (pairs) {
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kGemvRows; ++r) {
         const uint8_t* p = tile.rows[r] + b * 16 * NB;
         Codes first, second;
         Pairs<NB>::template decode<codes_in_place(D, DW > 0)>(p, first, second);
@@ -84,14 +79,14 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
       }
       for (int t = 0; t < T; ++t) {
         const int8_t* at = tile.x[t] + b * D * 128;
-        const Tokens x[2] = {load_tokens<D>(at), load_tokens<D>(at + D * 64)};
+        const ChunkDigits x[2] = {load_chunk_digits<D>(at), load_chunk_digits<D>(at + D * 64)};
         if constexpr (BY == ScaleOf::quads) {
-          for (int r = 0; r < kRows; ++r)
+          for (int r = 0; r < kGemvRows; ++r)
             Pairs<NB>::template add_quads<D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->first[b],
                                                  tile.quads->index + 32 * b, tile.step[t] + 2 * b);
           continue;
         }
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kGemvRows; ++r) {
           const typename Pairs<NB>::Sums sum = Pairs<NB>::template dot<D, DW>(codes[r], x);
           const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? 2 * b * per_chunk : 2 * b);
           if constexpr (BY == ScaleOf::lanes)
@@ -101,23 +96,23 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
         }
       }
     } else {
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kGemvRows; ++r) {
         const uint8_t* p = tile.rows[r] + b * 16 * NB;
         numbers(decode<NB, 0>(p), codes[r]);
       }
       half(2 * b, codes);
-      for (int r = 0; r < kRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
+      for (int r = 0; r < kGemvRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
       half(2 * b + 1, codes);
     }
   }
   if constexpr (pairs && codes_in_place(D, DW > 0))
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kGemvRows; ++r)
       for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
   if (tail) {
-    uint8_t unpacked[kRows][128];
-    for (int r = 0; r < kRows; ++r) unpack_tail(tile.rows[r] + blocks * 16 * NB, NB, (tail + 7) / 8 * 8, unpacked[r]);
+    uint8_t unpacked[kGemvRows][128];
+    for (int r = 0; r < kGemvRows; ++r) unpack_tail(tile.rows[r] + blocks * 16 * NB, NB, (tail + 7) / 8 * 8, unpacked[r]);
     for (int h = 0; h < (tail > 64 ? 2 : 1); ++h) {
-      for (int r = 0; r < kRows; ++r) numbers(load_codes(unpacked[r] + 64 * h), codes[r]);
+      for (int r = 0; r < kGemvRows; ++r) numbers(load_codes(unpacked[r] + 64 * h), codes[r]);
       half(2 * blocks + h, codes);
     }
   }
@@ -134,7 +129,7 @@ RunTile pick_scales(ScaleOf by) {
 
 template <int NB, int D, int DW>
 RunTile pick_shape(ScaleOf by, int64_t tokens) {
-  if constexpr (kMaxTokens > 1)
+  if constexpr (kGemvTokens > 1)
     if (tokens > 1) return pick_scales<NB, D, DW, 2>(by);
   return pick_scales<NB, D, DW, 1>(by);
 }
@@ -168,62 +163,62 @@ inline void store(const Problem& p, int64_t m, int64_t n, int64_t step, int64_t 
     for (int64_t r = 0; r < rows; ++r) ((float*)p.y)[at + r * step] = v[r];
     return;
   }
-  uint16_t bits[kRows];
+  uint16_t bits[kGemvRows];
   from_float(v, rows, p.x_type, bits);
   for (int64_t r = 0; r < rows; ++r) ((uint16_t*)p.y)[at + r * step] = bits[r];
 }
 
 // Floats of one row's entries.
-inline int64_t row_entries(const Weight& w, int64_t entries) {
-  const int64_t most = padded(hqqtensor::quad_rows(w) ? w.groups : (w.K + 63) / 64);
+inline int64_t scales_per_row(const Weight& w, int64_t entries) {
+  const int64_t most = padded(quad_rows(w) ? w.groups : (w.K + 63) / 64);
   return entries > most ? entries : most;
 }
 
 int64_t linear_rows_scratch(const Problem& p, int64_t entries) {
-  return 2 * kRows * padded(p.w.axis == 1 ? p.w.groups : 1) + kRows * kMaxTokens * row_entries(p.w, entries) +
+  return 2 * kGemvRows * padded(p.w.axis == 1 ? p.w.groups : 1) + kGemvRows * kGemvTokens * scales_per_row(p.w, entries) +
          Quads::bytes(p.w) / 4 + 64;
 }
 
-// How far apart the rows of a tile lie, of `count` to do. Those that are scaled by the same numbers (of Values::own_rows)
+// How far apart the rows of a tile lie, of `count` to do. Those that are scaled by the same numbers (of Values::meta_rows)
 // come together, since with one after the other these come from the second level of cache each time. Rows of a kilobyte and
 // more are read faster as several streams (docs/performance.md).
 inline int64_t rows_apart(const Weight& w, int64_t count) {
   constexpr int64_t most = 32;
-  const int64_t own = w.scale.quantized() ? w.scale.own_rows : 1, fit = count / kRows < most ? count / kRows : most;
-  return kRows > 2 && w.row_stride >= 1024 && fit > own ? fit / own * own : own;
+  const int64_t own = w.scale.quantized() ? w.scale.meta_rows : 1, fit = count / kGemvRows < most ? count / kGemvRows : most;
+  return kGemvRows > 2 && w.row_stride >= 1024 && fit > own ? fit / own * own : own;
 }
 
-void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t last, float* scratch) {
+void linear_rows(const Problem& p, const QuantizedActivations* digits, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.w;
-  const Digits& d = *digits;
-  const int64_t width = padded(w.axis == 1 ? w.groups : 1), entries = row_entries(w, d.entries);
+  const QuantizedActivations& d = *digits;
+  const int64_t width = padded(w.axis == 1 ? w.groups : 1), entries = scales_per_row(w, d.steps_per_row);
   const ScaleOf by = scale_of(w);
   const RowMeta meta{w,
                      d,
-                     hqqtensor::step_per_group(w),
+                     step_per_group(w),
                      !wide_serves(w, d) && pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
                      by == ScaleOf::quads,
                      code_unit(w, d.count),
                      scratch};
-  float* both = scratch + 2 * kRows * width;
-  __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.entries));
+  float* both = scratch + 2 * kGemvRows * width;
+  __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.steps_per_row));
   const int64_t per_chunk = by == ScaleOf::lanes ? 64 / w.group_size : 1;
   const LaneScales lanes(by == ScaleOf::lanes ? w.group_size : 64);
-  const Quads quads(w, pairs_serve(w, d), (char*)(both + kRows * kMaxTokens * entries));
-  const RunTile one = pick_tile(w, d.count, by, 1), several = pick_tile(w, d.count, by, kMaxTokens);
+  const Quads quads(w, pairs_serve(w, d), (char*)(both + kGemvRows * kGemvTokens * entries));
+  const RunTile one = pick_tile(w, d.count, by, 1), several = pick_tile(w, d.count, by, kGemvTokens);
   Tile tile;
   tile.table = &w.table.digits[0][0];
   tile.quads = &quads;
-  float* out[kRows][kMaxTokens];
-  for (int64_t i = 0; i < kRows * kMaxTokens; ++i) out[i / kMaxTokens][i % kMaxTokens] = both + i * entries;
+  float* out[kGemvRows][kGemvTokens];
+  for (int64_t i = 0; i < kGemvRows * kGemvTokens; ++i) out[i / kGemvTokens][i % kGemvTokens] = both + i * entries;
   // Bytes of a row's scales and zero points, which are fetched while the tile before is multiplied.
   const int64_t scale_bytes = w.axis == 1 ? w.scale.row_bytes() : 0;
   const int64_t zero_bytes = w.axis == 1 && w.zero.data ? w.zero.row_bytes() : 0;
-  const auto run = [&](int64_t n, int64_t step, int64_t end, int64_t next, const Digits& own) {
-    tile.ahead = (next - n) * w.row_stride;
-    tile.lines = step == 1 ? w.qdata + (next + kRows) * w.row_stride : nullptr;
-    int64_t rows = 0, numbers[kRows];
-    for (int64_t r = 0; r < kRows; ++r) {  // a short last tile computes its first row again
+  const auto run = [&](int64_t n, int64_t step, int64_t end, int64_t next, const QuantizedActivations& own) {
+    tile.prefetch_distance = (next - n) * w.row_stride;
+    tile.prefetch_from = step == 1 ? w.qdata + (next + kGemvRows) * w.row_stride : nullptr;
+    int64_t rows = 0, numbers[kGemvRows];
+    for (int64_t r = 0; r < kGemvRows; ++r) {  // a short last tile computes its first row again
       const bool there = n + r * step < end;
       numbers[r] = there ? n + r * step : n;
       tile.rows[r] = w.qdata + numbers[r] * w.row_stride;
@@ -232,16 +227,16 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
       for (int64_t i = 0; i < scale_bytes; i += 64) prefetch(w.scale.row(next + r * step) + i);
       for (int64_t i = 0; i < zero_bytes; i += 64) prefetch(w.zero.row(next + r * step) + i);
     }
-    for (int64_t m = 0; m < p.M; m += kMaxTokens) {
-      const int64_t tokens = p.M - m < kMaxTokens ? p.M - m : kMaxTokens;
-      for (int64_t t = 0; t < kMaxTokens; ++t) {
+    for (int64_t m = 0; m < p.M; m += kGemvTokens) {
+      const int64_t tokens = p.M - m < kGemvTokens ? p.M - m : kGemvTokens;
+      for (int64_t t = 0; t < kGemvTokens; ++t) {
         const int64_t token = t < tokens ? m + t : m;
         tile.x[t] = own.digits + token * own.chunks * own.count * 64;
-        tile.step[t] = own.step + token * own.entries;
+        tile.step[t] = own.step + token * own.steps_per_row;
       }
-      for (int64_t r = 0; r < kRows; ++r)
-        for (int64_t t = 0; t < kMaxTokens; ++t) {
-          tile.scale[r][t] = w.axis == 0 ? own.step + (t < tokens ? m + t : m) * own.entries : out[r][t < tokens ? t : 0];
+      for (int64_t r = 0; r < kGemvRows; ++r)
+        for (int64_t t = 0; t < kGemvTokens; ++t) {
+          tile.scale[r][t] = w.axis == 0 ? own.step + (t < tokens ? m + t : m) * own.steps_per_row : out[r][t < tokens ? t : 0];
           tile.start[r][t] = f_zero();
         }
       if (w.axis == 1) meta.run(numbers, m, tokens, out, tile.start);
@@ -257,16 +252,18 @@ void linear_rows(const Problem& p, const Digits* digits, int64_t first, int64_t 
     const int64_t apart = rows_apart(w, last - first);
     int64_t n = first;
     if (apart > 1)
-      for (; n + kRows * apart <= last; n += kRows * apart)
-        for (int64_t i = 0; i < apart; ++i) run(n + i, apart, last, i + 1 < apart ? n + i + 1 : n + kRows * apart, d);
-    for (; n < last; n += kRows) run(n, 1, last, n + kRows, d);
+      for (; n + kGemvRows * apart <= last; n += kGemvRows * apart)
+        for (int64_t i = 0; i < apart; ++i) run(n + i, apart, last, i + 1 < apart ? n + i + 1 : n + kGemvRows * apart, d);
+    for (; n < last; n += kGemvRows) run(n, 1, last, n + kGemvRows, d);
     return;
   }
   // A tile of rows of one group, then one of the next group: so each row follows one read before in memory.
-  const int64_t below = kRows * w.groups;
+  const int64_t below = kGemvRows * w.groups;
   for (int64_t n = 0; n < w.N; n += below)
     for (int64_t g = first; g < last && n + g < w.N; ++g)
       run(n + g, w.groups, w.N, g + 1 < last ? n + g + 1 : n + below < w.N ? n + below + first : last, digits[g - first]);
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

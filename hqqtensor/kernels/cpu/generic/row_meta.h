@@ -1,8 +1,10 @@
 // What linear_rows makes of scales and zero points, row by row, before it multiplies.
 #pragma once
 #include "generic/activations.h"
-#include "generic/each_row.h"
+#include "generic/unrolled.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 // Which scale each quad of codes takes, counted from the first of its chunk, or of its block where Pairs serve.
@@ -11,11 +13,11 @@ struct Quads {
   const int32_t* first;  // [blocks, then the chunks after them]: group of the first code
   const uint8_t* index;  // [blocks][2][16] in the order of Pairs, then [chunks][16]
 
-  static int64_t bytes(const Weight& w) { return hqqtensor::quad_rows(w) ? (w.K / 64 + 3) * 20 : 0; }
-  Quads(const Weight& w, bool pairs, char* room) : blocks(pairs ? w.K / 128 : 0) {
+  static int64_t bytes(const Weight& w) { return quad_rows(w) ? (w.K / 64 + 3) * 20 : 0; }
+  Quads(const Weight& w, bool pairs, char* scratch) : blocks(pairs ? w.K / 128 : 0) {
     if (bytes(w) == 0) return;
     const int64_t size = w.group_size;
-    int32_t* from = (int32_t*)room;
+    int32_t* from = (int32_t*)scratch;
     uint8_t* to = (uint8_t*)(from + w.K / 64 + 3);
     first = from, index = to;
     const auto own = [&](int64_t column) { return (uint8_t)(column / size - *from); };
@@ -38,13 +40,13 @@ struct Quads {
 // scale * zero * sum into the lanes of start[r][t].
 struct RowMeta {
   const Weight& w;
-  const Digits& d;
+  const QuantizedActivations& d;
   bool by_group, in_place, quads;
   float unit;
-  float* scratch;  // 2 kRows rows of values, padded with zeros
+  float* scratch;  // 2 kGemvRows rows of values, padded with zeros
 
-  using Out = float* [kMaxTokens];
-  using Start = Floats[kMaxTokens];
+  using Out = float* [kGemvTokens];
+  using Start = Floats[kGemvTokens];
 
   // What is stored of a scale: nothing, the scale times the step of its group, or the scale.
   enum class Store { none, by_group, quads };
@@ -56,12 +58,12 @@ struct RowMeta {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
     const int64_t width = padded(w.groups);
     for (int64_t t = 0; t < tokens; ++t) {
-      const float *step = d.step + (token + t) * d.entries, *sums = d.sum + (token + t) * width;
-      Floats total[kRows];
-      float* to[kRows];
-      each_row([&](auto r) __attribute__((always_inline)) { total[r] = start[r][t], to[r] = out[r][t]; });
+      const float *step = d.step + (token + t) * d.steps_per_row, *sums = d.sum + (token + t) * width;
+      Floats total[kGemvRows];
+      float* to[kGemvRows];
+      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) { total[r] = start[r][t], to[r] = out[r][t]; });
       for (int64_t g = first; g < last; g += kFloats)
-        each_row([&](auto r) __attribute__((always_inline)) {
+        unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
           const Floats a = load_as<T>(s[r], g - first);
           const Floats product = f_mul(a, TABLE ? offset : load_as<T>(z[r], g - first));
           const Floats scaled = TABLE ? f_mul(a, units) : a;
@@ -69,7 +71,7 @@ struct RowMeta {
           if constexpr (STORE == Store::by_group) f_store(to[r] + g, f_mul(scaled, f_load(step + g)));
           total[r] = f_fnma(product, f_load(sums + g), total[r]);
         });
-      each_row([&](auto r) __attribute__((always_inline)) { start[r][t] = total[r]; });
+      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) { start[r][t] = total[r]; });
     }
   }
   template <DType T>
@@ -86,16 +88,16 @@ struct RowMeta {
   // Straight from memory: the values of a row are used once for each token.
   template <DType T>
   void direct(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
-    const int64_t whole = w.groups / kFloats * kFloats, size = hqqtensor::size_of(T), left = (w.groups - whole) * size;
-    const char *s[kRows], *z[kRows];
-    for (int r = 0; r < kRows; ++r) {
+    const int64_t whole = w.groups / kFloats * kFloats, size = size_of(T), left = (w.groups - whole) * size;
+    const char *s[kGemvRows], *z[kGemvRows];
+    for (int r = 0; r < kGemvRows; ++r) {
       s[r] = w.scale.row(rows[r]);
       z[r] = w.zero.data ? w.zero.row(rows[r]) : s[r];
     }
     blocks<T>(s, z, 0, whole, token, tokens, out, start);
     if (left == 0) return;
-    char last[kRows][2][4 * kFloats] = {};  // what lies behind a row may not be read
-    for (int r = 0; r < kRows; ++r) {
+    char last[kGemvRows][2][4 * kFloats] = {};  // what lies behind a row may not be read
+    for (int r = 0; r < kGemvRows; ++r) {
       __builtin_memcpy(last[r][0], s[r] + whole * size, (size_t)left);
       __builtin_memcpy(last[r][1], z[r] + whole * size, (size_t)left);
       s[r] = last[r][0];
@@ -110,7 +112,7 @@ struct RowMeta {
              float* const* out, Floats* start) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
     const int64_t width = padded(w.groups), byte = block / 2, s_byte = S ? byte : first, z_byte = Z ? byte : first;
-    Floats total[kMaxTokens];
+    Floats total[kGemvTokens];
     for (int64_t t = 0; t < tokens; ++t) total[t] = start[t];
     const auto step = [&](int64_t i, auto last) __attribute__((always_inline)) {
       constexpr bool LAST = decltype(last)::value;
@@ -122,7 +124,7 @@ struct RowMeta {
         if (quads)
           f_store(out[t] + g, scaled);
         else if (by_group)
-          f_store(out[t] + g, f_mul(scaled, f_load(d.step + (token + t) * d.entries + g)));
+          f_store(out[t] + g, f_mul(scaled, f_load(d.step + (token + t) * d.steps_per_row + g)));
         total[t] = f_fnma(product, f_load(d.sum + (token + t) * width + g), total[t]);
       }
     };
@@ -135,7 +137,7 @@ struct RowMeta {
   template <bool TABLE>
   void from_codes(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
     const bool s4 = w.scale.type == DType::u4, z4 = !TABLE && w.zero.type == DType::u4;
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kGemvRows; ++r) {
       const CodeRow s(w.scale, rows[r]), z(TABLE ? w.scale : w.zero, rows[r]);
       if (!s4 && !z4) {
         codes<0, 0, TABLE>(s, z, 0, 0, w.groups, token, tokens, out[r], start[r]);
@@ -159,15 +161,15 @@ struct RowMeta {
   }
 
   void run(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kGemvRows; ++r)
       for (int64_t t = 0; t < tokens; ++t) start[r][t] = f_zero();
     if (w.scale.quantized() && w.table.values) {
       from_codes<true>(rows, token, tokens, out, start);
     } else if (w.scale.quantized() && w.zero.quantized()) {
       from_codes<false>(rows, token, tokens, out, start);
     } else if (w.scale.quantized() || (w.zero.data && w.zero.type != w.scale.type)) {
-      const char *s[kRows], *z[kRows];
-      for (int r = 0; r < kRows; ++r) {
+      const char *s[kGemvRows], *z[kGemvRows];
+      for (int r = 0; r < kGemvRows; ++r) {
         float *scale = scratch + 2 * r * padded(w.groups), *zero = scale + padded(w.groups);
         load_values(w.scale, rows[r], 0, w.groups, scale);
         if (w.zero.data) load_values(w.zero, rows[r], 0, w.groups, zero);
@@ -183,7 +185,7 @@ struct RowMeta {
       direct<DType::f32>(rows, token, tokens, out, start);
     }
     if (quads || (by_group && w.group_size <= 64)) return;
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kGemvRows; ++r) {
       if (by_group)
         for (int64_t t = 0; t < tokens; ++t) halve(out[r][t]);
       else
@@ -210,9 +212,11 @@ struct RowMeta {
       const int64_t first = group * per, end = first + per < d.chunks ? first + per : d.chunks;
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t c = first; c < end; c += kFloats)
-          f_store(out[t] + c, f_mul(v, f_load(d.step + (token + t) * d.entries + c)));
+          f_store(out[t] + c, f_mul(v, f_load(d.step + (token + t) * d.steps_per_row + c)));
     }
   }
 };
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -1,18 +1,16 @@
 // Rows: conversion of number types, unpacking, dense rows.
 #pragma once
-#include "dispatch/kernels.h"
+#include <cstdint>
+#include <type_traits>
 
+#include "dispatch/kernels.h"
+#include "generic/vec_api.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
-using hqqtensor::Digits;
-using hqqtensor::DType;
-using hqqtensor::padded;
-using hqqtensor::Problem;
-using hqqtensor::Table;
-using hqqtensor::Values;
-using hqqtensor::Weight;
-
-inline const char* at(const void* p, DType type, int64_t index) { return (const char*)p + index * hqqtensor::size_of(type); }
+inline const char* element(const void* p, DType type, int64_t index) { return (const char*)p + index * size_of(type); }
 
 void to_float(const void* from, DType type, int64_t count, float* out) {
   const uint16_t* h = (const uint16_t*)from;
@@ -117,9 +115,9 @@ inline void scale_codes(const uint8_t* codes, const float* scale, const float* z
 // Columns [first, first + count) of one row of scales or zero points.
 inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
   const char* data = v.row(row);
-  if (!v.quantized()) return to_float(at(data, v.type, first), v.type, count, out);
-  const int64_t own = row % v.own_rows * v.own_stride + first;
-  const float *scale = v.own_scale + own, *zero = v.own_zero + own;
+  if (!v.quantized()) return to_float(element(data, v.type, first), v.type, count, out);
+  const int64_t meta = row % v.meta_rows * v.meta_stride + first;
+  const float *scale = v.meta_scale + meta, *zero = v.meta_zero + meta;
   if (v.type == DType::u8) return scale_codes<0>((const uint8_t*)data + first, scale, zero, count, out);
   for (int64_t done = 0; done < count;) {
     const int64_t column = first + done, block = column / 128 * 128, left = v.columns - block;
@@ -138,8 +136,8 @@ struct CodeRow {
   const float *scale, *zero;
 
   CodeRow(const Values& v, int64_t row)
-      : codes((const uint8_t*)v.row(row)), scale(v.own_scale + row % v.own_rows * v.own_stride),
-        zero(v.own_zero + (scale - v.own_scale)) {}
+      : codes((const uint8_t*)v.row(row)), scale(v.meta_scale + row % v.meta_rows * v.meta_stride),
+        zero(v.meta_zero + (scale - v.meta_scale)) {}
   // Some columns, whose codes are those bytes or their nibbles PART; no more than n where LAST, zeros behind.
   template <int PART, bool LAST>
   Floats load(int64_t byte, int64_t column, int64_t n) const {
@@ -149,7 +147,7 @@ struct CodeRow {
   }
 };
 
-inline void fetch_values(const Values& v, int64_t row) {
+inline void prefetch_values(const Values& v, int64_t row) {
   if (!v.data) return;
   const char* p = v.row(row);
   for (int64_t i = 0; i < v.row_bytes(); i += 64) prefetch(p + i);
@@ -180,11 +178,11 @@ struct PanelRows {
   }
 };
 
-constexpr int64_t kStretch = 1024;  // codes unpacked at a time: they stay in L1
+constexpr int64_t kUnpackedCodes = 1024;  // codes unpacked at a time: they stay in L1
 
 // Dense numbers of `count` codes. `scale` and `zero`: functions of the place that give a vector, or one number.
 template <class Scale, class Zero>
-inline void spread(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float* out, Scale scale,
+inline void dequantize_codes(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float* out, Scale scale,
                    Zero zero) {
   uint8_t padded_codes[kFloats] = {};
   for (int64_t i = 0; i < count; i += kFloats) {
@@ -207,15 +205,15 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
   const uint8_t* row = w.qdata + n * w.row_stride;
   const float* table = w.table.values ? w.table.values + n * w.table.stride : nullptr;
   const int64_t blocks = w.K / 128, values_row = w.axis == 1 ? n : n % w.groups;
-  uint8_t codes[kStretch + 64];
-  float scale[kStretch + kFloats], zero[kStretch + kFloats];
+  uint8_t codes[kUnpackedCodes + 64];
+  float scale[kUnpackedCodes + kFloats], zero[kUnpackedCodes + kFloats];
   const auto load = [&](int64_t first, int64_t count) {
     load_values(w.scale, values_row, first, count, scale);
     if (w.zero.data) load_values(w.zero, values_row, first, count, zero);
   };
   int64_t group = -1, group_end = 0, cached = 0, cached_end = 0;
-  for (int64_t first = 0; first < w.K; first += kStretch) {
-    const int64_t count = w.K - first < kStretch ? w.K - first : kStretch;
+  for (int64_t first = 0; first < w.K; first += kUnpackedCodes) {
+    const int64_t count = w.K - first < kUnpackedCodes ? w.K - first : kUnpackedCodes;
     const int64_t whole = (first + count) / 128 > blocks ? blocks : (first + count) / 128;
     with_nbits(w.nbits, [&](auto nb) {
       unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes);
@@ -224,7 +222,7 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
       unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
     if (w.axis == 0) {
       load(first, count);
-      spread(w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
+      dequantize_codes(w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
              [&](int64_t i) { return f_load(zero + i); });
       continue;
     }
@@ -234,16 +232,18 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
         group_end = w.groups == 1 ? w.K : (group + 1) * w.group_size;
         if (group >= cached_end) {
           cached = group;
-          cached_end = group + kStretch < w.groups ? group + kStretch : w.groups;
+          cached_end = group + kUnpackedCodes < w.groups ? group + kUnpackedCodes : w.groups;
           load(cached, cached_end - cached);
         }
       }
       const int64_t end = group_end < first + count ? group_end : first + count;
       const Floats s = f_set(scale[group - cached]), z = f_set(w.zero.data ? zero[group - cached] : 0.0f);
-      spread(w, table, codes + (k - first), end - k, out + k, [&](int64_t) { return s; }, [&](int64_t) { return z; });
+      dequantize_codes(w, table, codes + (k - first), end - k, out + k, [&](int64_t) { return s; }, [&](int64_t) { return z; });
       k = end;
     }
   }
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -2,8 +2,14 @@
 // a group's divisions cost what one division costs. Weights lie as [size][kFloats]: a block of groups of one size fits
 // the first-level cache for all its iterations. What is computed is described in hqqtensor/solvers/.
 #pragma once
-#include "generic/rows.h"
+#include <cmath>
+#include <cstdint>
 
+#include "dispatch/kernels.h"
+#include "generic/vec_api.h"
+
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 inline Floats clamp_round(Floats v, Floats last) { return f_min(f_max(f_round(v), f_zero()), last); }
@@ -171,9 +177,9 @@ void solve_joint(float* w, int64_t size, int nbits, float* inverse, float* zero)
   f_store(inverse, f_div(f_set(1), f_load(scale)));
 }
 
-// kFloats groups of `size` weights, w[j * kFloats + i] the j-th of group i (overwritten). solver: 0 rtn, 1 joint.
-void solve_block(int solver, float* w, int64_t size, int nbits, float* inverse, float* zero) {
-  if (solver == 0)
+// kFloats groups of `size` weights, w[j * kFloats + i] the j-th of group i (overwritten).
+void solve_block(Solver solver, float* w, int64_t size, int nbits, float* inverse, float* zero) {
+  if (solver == Solver::rtn)
     solve_rtn(w, size, nbits, inverse, zero);
   else
     solve_joint(w, size, nbits, inverse, zero);
@@ -226,3 +232,5 @@ void hqq_block(const float* w, int64_t size, int64_t count, int nbits, int round
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -1,13 +1,17 @@
 // Scales of groups whose codes stand for fixed levels, many groups at a time as in generic/solve.h. What is computed is described in
 // hqqtensor/solvers/scale_only.py.
 #pragma once
+#include <type_traits>
+
 #include "generic/levels.h"
 #include "generic/solve.h"
 
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
 namespace {
 
 // The smallest scale, in size, with which no weight lies beyond the outermost levels; with the levels mirrored if `sign` < 0.
-inline Floats reaching_scale(const Range& r, const hqqtensor::Levels& l, float sign) {
+inline Floats reaching_scale(const Range& r, const Levels& l, float sign) {
   const Floats low = sign < 0 ? f_sub(f_zero(), r.high) : r.low, high = sign < 0 ? f_sub(f_zero(), r.low) : r.high;
   const Floats below = l.first < 0 ? f_div(low, f_set(l.first)) : f_zero();
   const Floats above = l.last > 0 ? f_div(high, f_set(l.last)) : f_zero();
@@ -49,7 +53,7 @@ struct Scales {
     }
   }
 
-  Floats search(const hqqtensor::Levels& l, const Range& range) const {
+  Floats search(const Levels& l, const Range& range) const {
     Floats error = f_set(3e38f), best = f_set(1);
     for (float sign = 1; sign >= (l.symmetric ? 1.0f : -1.0f); sign -= 2) {
       Floats reach = reaching_scale(range, l, sign);
@@ -63,9 +67,9 @@ struct Scales {
 };
 
 // kFloats groups of `size` weights, w[j * kFloats + i] the j-th of group i (overwritten); infinite where all are zero.
-void solve_levels(const hqqtensor::Levels& l, int solver, float* w, int64_t size, float* inverse) {
+void solve_levels(const Levels& l, Solver solver, float* w, int64_t size, float* inverse) {
   Range range = range_of(w, size);
-  if (solver == 0) return f_store(inverse, f_div(f_set(1), reaching_scale(range, l, 1)));
+  if (solver == Solver::rtn) return f_store(inverse, f_div(f_set(1), reaching_scale(range, l, 1)));
   const Floats largest = f_max(f_abs(range.low), f_abs(range.high)), nothing = f_sub(f_zero(), largest);
   const Floats unit = f_pick(nothing, largest, f_set(1));
   for (int64_t j = 0; j < size; ++j) f_store(w + j * kFloats, f_div(f_load(w + j * kFloats), unit));
@@ -77,7 +81,7 @@ void solve_levels(const hqqtensor::Levels& l, int solver, float* w, int64_t size
   });
 }
 
-void lloyd_block(const hqqtensor::Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error,
+void lloyd_block(const Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error,
                  double* top, double* bottom) {
   const Search nearest(l);
   Floats better;
@@ -107,3 +111,5 @@ void lloyd_block(const hqqtensor::Levels& l, const float* w, int64_t size, int64
 }
 
 }  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -1,4 +1,5 @@
-// The table of this instruction set's functions. Included last by each */target.cpp.
+// The part of an instruction set's table that generic code fills. target.cpp adds the rest: linear_dense, and linear_panel
+// where the set has panels.
 #pragma once
 #include "generic/assign.h"
 #include "generic/linear_rows.h"
@@ -6,9 +7,40 @@
 #include "generic/solve.h"
 #include "generic/solve_levels.h"
 
-#define HQQTENSOR_TABLE(name, linear_panel, panel_shape, linear_panel_scratch, pack_tokens, pack_step, packed_size)     \
-  {                                                                                                                     \
-    name, prepare, prepare_axis0, linear_rows, linear_rows_scratch, linear_panel, panel_shape, linear_panel_scratch,    \
-        linear_dense, linear_dense_scratch, pack_tokens, pack_step, 12, packed_size, dequantize_row, dequantize_rows,   \
-        kFloats, extremes, solve_block, hqq_block, solve_levels, lloyd_block, assign_row, to_float, from_float          \
-  }
+HQQTENSOR_BEGIN_TARGET
+namespace hqqtensor {
+namespace {
+
+constexpr Kernels generic_kernels(const char* name) {
+  return {
+      .name = name,
+      .quantize_activations = quantize_activations,
+      .quantize_activations_axis0 = quantize_activations_axis0,
+      .linear_rows = linear_rows,
+      .linear_rows_scratch = linear_rows_scratch,
+      .linear_panel = nullptr,
+      .panel_shape = nullptr,
+      .linear_panel_scratch = nullptr,
+      .linear_dense = nullptr,
+      .linear_dense_scratch = nullptr,
+      .dense_row_multiple = 12,
+      .pack_activations = nullptr,
+      .pack_row_multiple = 1,
+      .packed_activations_size = nullptr,
+      .dequantize_row = dequantize_row,
+      .dequantize_rows = dequantize_rows,
+      .to_float = to_float,
+      .from_float = from_float,
+      .lanes = kFloats,
+      .extremes = extremes,
+      .solve_block = solve_block,
+      .hqq_block = hqq_block,
+      .solve_levels = solve_levels,
+      .lloyd_block = lloyd_block,
+      .assign_row = assign_row,
+  };
+}
+
+}  // namespace
+}  // namespace hqqtensor
+HQQTENSOR_END_TARGET

@@ -1,15 +1,21 @@
-#include <cmath>
-#include <type_traits>
-#include <utility>
+#include "portable/target.h"
 
-#include "portable/vec.h"
-// Order matters: the headers below are written in terms of the vectors above.
+#include "dispatch/targets.h"
 #include "generic/linear_dense.h"
 #include "generic/table.h"
 
 namespace hqqtensor {
+
+bool has_portable() { return true; }
+
 const Kernels* kernels_portable() {
-  static const Kernels table = HQQTENSOR_TABLE("portable", nullptr, nullptr, nullptr, nullptr, 1, nullptr);
+  static constexpr Kernels table = [] {
+    Kernels k = generic_kernels("portable");
+    k.linear_dense = linear_dense;
+    k.linear_dense_scratch = linear_dense_scratch;
+    return k;
+  }();
   return &table;
 }
+
 }  // namespace hqqtensor

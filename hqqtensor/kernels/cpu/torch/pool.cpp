@@ -1,22 +1,40 @@
 #include "torch/pool.h"
 
 #include <algorithm>
+#include <map>
 
 #include "dispatch/pages.h"
+#include "torch/operators.h"
 
 namespace hqqtensor {
 namespace {
 
 constexpr size_t kKept = 2;  // pieces: the keys and the values of a layer
 
-}  // namespace
+// Pools by the number that Python holds.
+struct Pools {
+  std::mutex lock;
+  std::map<int64_t, std::shared_ptr<Pool>> by_id;
+  int64_t next = 1;
+};
 
-Pool::~Pool() {
-  for (const Piece& piece : free_) release(piece.data, piece.bytes);
+Pools& pools() {
+  static auto* const all = new Pools();  // outlives all tensors: these may be freed when the process ends
+  return *all;
 }
 
-at::Tensor Pool::empty(at::IntArrayRef sizes, const at::Tensor& like) {
-  const size_t bytes = (size_t)c10::multiply_integers(sizes) * like.element_size();
+}  // namespace
+
+Pool::Pool() { free_.reserve(kKept + 1); }  // so that give_back cannot fail
+
+Pool::~Pool() {
+  for (const Piece& piece : free_) hqqtensor::release(piece.data, piece.bytes);
+}
+
+Tensor Pool::empty(Sizes sizes, Scalar scalar, int64_t item_size) {
+  const int64_t count = checked_product(sizes);
+  HQQ_CHECK(count <= INT64_MAX / item_size, "a tensor of ", count, " numbers is too large");
+  const auto bytes = (size_t)(count * item_size);
   Piece piece{nullptr, bytes + bytes / 8 + 64};  // a growing tensor fits for a while
   {
     const std::lock_guard<std::mutex> hold(lock_);
@@ -29,8 +47,11 @@ at::Tensor Pool::empty(at::IntArrayRef sizes, const at::Tensor& like) {
     }
   }
   if (piece.data == nullptr) piece.data = allocate(piece.bytes);
-  const auto done = [pool = shared_from_this(), piece](void*) { pool->give_back(piece); };
-  return at::from_blob(piece.data, sizes, done, at::TensorOptions().dtype(like.scalar_type()));
+  const auto done = [](void*, void* context) {
+    const std::unique_ptr<Lease> lease((Lease*)context);
+    lease->pool->give_back(lease->piece);
+  };
+  return from_blob(piece.data, sizes, scalar, done, new Lease{shared_from_this(), piece});
 }
 
 void Pool::give_back(Piece piece) {
@@ -38,8 +59,58 @@ void Pool::give_back(Piece piece) {
   free_.push_back(piece);
   if (free_.size() <= kKept) return;
   const auto smallest = std::min_element(free_.begin(), free_.end(), [](const Piece& a, const Piece& b) { return a.bytes < b.bytes; });
-  release(smallest->data, smallest->bytes);
+  hqqtensor::release(smallest->data, smallest->bytes);
   free_.erase(smallest);
+}
+
+bool pool_new(Call& c) {
+  Pools& all = pools();
+  const std::lock_guard<std::mutex> hold(all.lock);
+  all.by_id.emplace(all.next, std::make_shared<Pool>());
+  c.give(all.next++);
+  return true;
+}
+
+bool pool_delete(Call& c) {
+  const int64_t id = c.integer();
+  std::shared_ptr<Pool> last;  // freed without the lock
+  Pools& all = pools();
+  const std::lock_guard<std::mutex> hold(all.lock);
+  const auto found = all.by_id.find(id);
+  if (found == all.by_id.end()) return true;
+  last = std::move(found->second);
+  all.by_id.erase(found);
+  return true;
+}
+
+bool pool_empty(Call& c) {
+  const int64_t id = c.integer();
+  const auto sizes = c.integers();
+  const auto code = (int32_t)c.integer();
+  std::shared_ptr<Pool> pool;
+  {
+    Pools& all = pools();
+    const std::lock_guard<std::mutex> hold(all.lock);
+    const auto found = all.by_id.find(id);
+    HQQ_CHECK(found != all.by_id.end(), "there is no pool ", id);
+    pool = found->second;
+  }
+  const Scalar scalar = scalar_of(code);
+  HQQ_CHECK(scalar != Scalar::other, "a pool has no tensors of this dtype");
+  c.give(pool->empty(sizes, scalar, (int64_t)aoti_torch_dtype_element_size(code)));
+  return true;
+}
+
+bool empty_packed(Call& c) {
+  const auto sizes = c.integers();
+  const auto bytes = (size_t)checked_product(sizes);
+  if (bytes < kHugePage) {
+    c.give(empty(sizes, Scalar::uint8));
+    return true;
+  }
+  const auto done = [](void* data, void* bytes) { hqqtensor::release(data, (size_t)bytes); };
+  c.give(from_blob(allocate(bytes), sizes, Scalar::uint8, done, (void*)bytes));
+  return true;
 }
 
 }  // namespace hqqtensor

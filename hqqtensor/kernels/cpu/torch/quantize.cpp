@@ -1,35 +1,35 @@
 // Solving and packing whole matrices for Python: groups gathered into lanes, threads shared out.
-#include "torch/quantize.h"
-
-#include <ATen/Parallel.h>
-
+#include <algorithm>
+#include <array>
+#include <cmath>
 #include <functional>
 #include <vector>
 
 #include "dispatch/kernels.h"
+#include "dispatch/threads.h"
+#include "torch/operators.h"
 
 namespace hqqtensor {
 namespace {
 
-DType dtype_of(const at::Tensor& t) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16,
-              "weights must be float32, float16 or bfloat16, got ", t.scalar_type());
-  return t.scalar_type() == at::kFloat ? DType::f32 : t.scalar_type() == at::kHalf ? DType::f16 : DType::bf16;
-}
-
 struct Matrix {
-  at::Tensor keep;
+  Matrices memory;
   const char* data;
   DType type;
-  int64_t N, K, stride;
+  int64_t N, K, stride;  // stride in numbers
 
-  explicit Matrix(const at::Tensor& w) {
-    TORCH_CHECK(w.dim() == 2 && w.device().is_cpu(), "expected a matrix on the CPU, got ", w.sizes(), " on ", w.device());
-    keep = w.stride(1) == 1 || w.size(1) == 1 ? w : w.contiguous();
-    data = (const char*)keep.const_data_ptr();
-    type = dtype_of(keep);
-    N = w.size(0), K = w.size(1), stride = keep.stride(0);
+  explicit Matrix(const Tensor& w) {
+    const auto found = dtype_of(w.scalar());
+    HQQ_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) >= 1 && found && w.is_cpu(),
+              "weights must be float32, float16 or bfloat16 [N, K] on the CPU, got ", w, " on ", w.device());
+    memory = matrices_of(w);
+    data = memory.data, type = *found;
+    N = w.size(0), K = w.size(1), stride = memory.row_stride / size_of(type);
   }
+  // A contiguous tensor of any shape as a matrix of this one.
+  Matrix(const Tensor& t, int64_t rows, int64_t columns)
+      : data((const char*)t.data()), type(*dtype_of(t.scalar())), N(rows), K(columns), stride(columns) {}
+
   const char* at(int64_t row, int64_t column) const {
     return data + (row * stride + column) * (type == DType::f32 ? 4 : 2);
   }
@@ -56,10 +56,11 @@ struct Groups {
 template <class G>
 void solve_groups(const Matrix& w, const G& g, bool by_range, float* inverse, float* zero, const SolveBlock& solve) {
   const int64_t count = g.count, size = g.size, step = g.step;
-  const auto &start = g.start, &index = g.index;
+  const auto& start = g.start;
+  const auto& index = g.index;
   const Kernels& k = kernels();
   const int64_t lanes = k.lanes, groups = kPiece * lanes, item = size_of(w.type);
-  at::parallel_for(0, (count + groups - 1) / groups, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, (count + groups - 1) / groups, 1, [&](int64_t first, int64_t last) {
     std::vector<float> block((size_t)(std::max<int64_t>(size, 2) * lanes)), line((size_t)std::max(size, lanes)), s((size_t)lanes), z((size_t)lanes);
     for (int64_t i = first * groups; i < std::min(last * groups, count); i += lanes) {
       const int64_t real = g.real(i);
@@ -107,12 +108,12 @@ int rounds_needed(const std::vector<double>& totals, int64_t weights) {
 }
 
 template <class G>
-void solve_part(const Matrix& w, const std::string& solver, int nbits, const G& g, float* inverse, float* zero) {
+void solve_part(const Matrix& w, std::string_view solver, int nbits, const G& g, float* inverse, float* zero) {
   if (g.count == 0) return;
   const Kernels& k = kernels();
   if (solver != "hqq") {
-    const int which = solver == "rtn" ? 0 : 1;
-    solve_groups(w, g, which == 0, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
+    const Solver which = solver == "rtn" ? Solver::rtn : Solver::joint;
+    solve_groups(w, g, which == Solver::rtn, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
       k.solve_block(which, block, size, nbits, s, z);
     });
     return;
@@ -132,7 +133,7 @@ void solve_part(const Matrix& w, const std::string& solver, int nbits, const G& 
 template <class Run>
 void over_parts(const Matrix& w, int64_t group_size, int64_t axis, bool by_row, const Run& run) {
   const int64_t lanes = kernels().lanes, item = size_of(w.type), extent = axis == 1 ? w.K : w.N;
-  const int64_t groups = (extent + group_size - 1) / group_size;
+  const int64_t groups = (extent - 1) / group_size + 1;
   const auto filled = [&](int64_t count) { return (count + lanes - 1) / lanes * lanes; };
   if (axis == 0) {
     // Lanes are neighbouring columns of one row of groups. Groups 0 .. rest - 1 have a number more.
@@ -158,63 +159,87 @@ void over_parts(const Matrix& w, int64_t group_size, int64_t axis, bool by_row, 
   if (rest) part(full, 1, rest);
 }
 
-at::Tensor scales_like(const Matrix& w, int64_t group_size, int64_t axis) {
-  const int64_t groups = ((axis == 1 ? w.K : w.N) + group_size - 1) / group_size;
-  const auto options = at::TensorOptions().dtype(at::kFloat);
-  return axis == 1 ? at::empty({w.N, groups}, options) : at::empty({groups, w.K}, options);
+std::vector<int64_t> scales_shape(const Matrix& w, int64_t group_size, int64_t axis) {
+  const int64_t groups = ((axis == 1 ? w.K : w.N) - 1) / group_size + 1;
+  return axis == 1 ? std::vector<int64_t>{w.N, groups} : std::vector<int64_t>{groups, w.K};
 }
 
+// A tensor as contiguous float32.
+Tensor plain_floats(const Tensor& t) {
+  return t.scalar() == Scalar::float32 && t.is_contiguous() ? t.borrow() : converted(t, Scalar::float32);
+}
+
+// What codes stand for at scale 1, as an operator takes it: values and thresholds, floating-point [L] and [L - 1] or a row of
+// them for every row of the weight; the code of each level, uint8 [L]; for floating-point formats the bits of the mantissa
+// (else -1, and L <= 16) and the smallest number with a leading one.
+struct LevelArguments {
+  Tensor values, thresholds, codes;
+  int64_t mantissa;
+  double least;
+
+  explicit LevelArguments(Call& c)
+      : values(c.tensor()), thresholds(c.tensor()), codes(c.tensor()), mantissa(c.integer()), least(c.real()) {
+    const int64_t count = values.dim() >= 1 ? values.size(-1) : 0, rows = count ? values.numel() / count : 0;
+    HQQ_CHECK(count >= 2 && rows >= 1 && is_floating(values.scalar()) && is_floating(thresholds.scalar()) && thresholds.dim() >= 1 &&
+                  thresholds.size(-1) == count - 1 && thresholds.numel() == rows * (count - 1) && codes.scalar() == Scalar::uint8 &&
+                  codes.dim() == 1 && codes.size(0) == count && codes.is_contiguous(),
+              "levels must be floating-point with as many uint8 codes and one threshold fewer, got ", values, ", ", codes, " and ",
+              thresholds);
+    HQQ_CHECK(mantissa >= 0 ? rows == 1 && mantissa <= 8 && least > 0 : count <= 16,
+              "levels must be up to 16, or those of a floating-point format, got ", values);
+  }
+};
+
 // Levels of each row, or of all.
-std::vector<Levels> levels_of(const LevelTensors& l) {
-  const auto& [values, thresholds, codes, mantissa, least] = l;
-  const int64_t count = values.size(-1);
-  const at::Tensor v = values.reshape({-1, count}).to(at::kFloat).contiguous();
-  const at::Tensor t = thresholds.reshape({-1, count - 1}).to(at::kFloat).contiguous(), c = codes.contiguous();
-  TORCH_CHECK(count >= 2 && v.size(0) == t.size(0) && c.scalar_type() == at::kByte && c.dim() == 1 && c.size(0) == count,
-              "levels must have as many codes and one threshold fewer, got ", values.sizes(), ", ", codes.sizes(), " and ",
-              thresholds.sizes());
-  TORCH_CHECK(mantissa >= 0 ? v.size(0) == 1 && mantissa <= 8 && least > 0 : count <= 16,
-              "levels must be up to 16, or those of a floating-point format, got ", values.sizes());
-  std::vector<Levels> out((size_t)v.size(0));
-  for (int64_t row = 0; row < v.size(0); ++row) {
-    const float *from = v.const_data_ptr<float>() + row * count, *between = t.const_data_ptr<float>() + row * (count - 1);
-    Levels& to = out[(size_t)row];
+std::vector<Levels> levels_of(const LevelArguments& l) {
+  const int64_t count = l.values.size(-1);
+  const Tensor values = plain_floats(l.values), thresholds = plain_floats(l.thresholds);
+  const auto *from = (const float*)values.data(), *between = (const float*)thresholds.data();
+  const auto* codes = (const uint8_t*)l.codes.data();
+  std::vector<Levels> out((size_t)(l.values.numel() / count));
+  for (Levels& to : out) {
     to.symmetric = true;
     for (int64_t i = 0; i < count; ++i) to.symmetric &= from[i] == -from[count - 1 - i];
     to.first = from[0], to.last = from[count - 1];
-    to.mantissa = (int)mantissa, to.least = (float)least;
-    to.sign = c.const_data_ptr<uint8_t>()[0] & ~c.const_data_ptr<uint8_t>()[count - 1];  // lowest and highest differ by it
-    if (mantissa >= 0) continue;
-    for (int64_t i = 0; i < 16; ++i) {
+    to.mantissa = (int)l.mantissa, to.least = (float)l.least;
+    to.sign = codes[0] & ~codes[count - 1];  // lowest and highest differ by it
+    for (int64_t i = 0; l.mantissa < 0 && i < 16; ++i) {
       to.values[i] = from[std::min(i, count - 1)];
-      to.codes[i] = c.const_data_ptr<uint8_t>()[std::min(i, count - 1)];
+      to.codes[i] = codes[std::min(i, count - 1)];
     }
-    for (int64_t i = 0; i < 32; ++i) to.thresholds[i] = i < count - 1 ? between[i] : INFINITY;
+    for (int64_t i = 0; l.mantissa < 0 && i < 32; ++i) to.thresholds[i] = i < count - 1 ? between[i] : INFINITY;
+    from += count, between += count - 1;
   }
   return out;
 }
 
 void check_geometry(int64_t nbits, int64_t group_size, int64_t axis) {
-  TORCH_CHECK(nbits >= 1 && nbits <= 8 && group_size >= 1 && (axis == 0 || axis == 1), "bad geometry");
+  HQQ_CHECK(nbits >= 1 && nbits <= 8, "nbits must be 1 to 8, got ", nbits);
+  HQQ_CHECK(group_size >= 1, "group_size must be 1 or more, got ", group_size);
+  HQQ_CHECK(axis == 0 || axis == 1, "axis must be 0 or 1, got ", axis);
 }
 
-// Nearest codes, packed; without levels the integers with zero points.
-void assign_rows(const at::Tensor& out, const at::Tensor& weight, const at::Tensor& inverse, const at::Tensor* zero_point,
+Tensor checked_scales(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
+  HQQ_CHECK(is_floating(t.scalar()) && t.sizes() == shape, name, " must be floating-point ", shape, ", got ", t);
+  return plain_floats(t);
+}
+
+// Nearest codes, packed into out; without levels the integers with zero points.
+void assign_rows(const Tensor& out, const Tensor& weight, const Tensor& inverse, const Tensor& zero_point,
                  const std::vector<Levels>& levels, int64_t nbits, int64_t group_size, int64_t axis) {
   check_geometry(nbits, group_size, axis);
   const Matrix w(weight);
-  const int64_t extent = axis == 1 ? w.K : w.N, groups = (extent + group_size - 1) / group_size;
-  const at::Tensor s = inverse.to(at::kFloat).contiguous(), z = zero_point ? zero_point->to(at::kFloat).contiguous() : s;
-  const std::vector<int64_t> shape = axis == 1 ? std::vector<int64_t>{w.N, groups} : std::vector<int64_t>{groups, w.K};
-  TORCH_CHECK(s.sizes() == shape && z.sizes() == shape, "scales must be ", at::IntArrayRef(shape), ", got ", s.sizes(),
-              " and ", z.sizes());
-  TORCH_CHECK(levels.size() <= 1 || (int64_t)levels.size() == w.N, "levels of ", levels.size(), " rows for ", w.N);
+  const auto shape = scales_shape(w, group_size, axis);
+  const Tensor s = checked_scales(inverse, "the inverse scale", shape);
+  const Tensor z = zero_point ? checked_scales(zero_point, "zero_point", shape) : s.borrow();
+  HQQ_CHECK(levels.size() <= 1 || (int64_t)levels.size() == w.N, "levels of ", (int64_t)levels.size(), " rows for ", w.N);
   const int64_t bytes = (w.K + 7) / 8 * nbits;
-  TORCH_CHECK(out.scalar_type() == at::kByte && out.is_contiguous() && out.device().is_cpu() && out.dim() == 2 &&
-              out.size(0) == w.N && out.size(1) == bytes, "out must be contiguous uint8 ", w.N, " x ", bytes);
-  uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  const float *sp = s.const_data_ptr<float>(), *zp = z.const_data_ptr<float>();
-  at::parallel_for(0, w.N, std::max<int64_t>(1, 65536 / w.K), [&](int64_t a, int64_t b) {
+  HQQ_CHECK(out.scalar() == Scalar::uint8 && out.is_cpu() && out.dim() == 2 && out.size(0) == w.N && out.size(1) == bytes &&
+                out.is_contiguous(),
+            "out must be contiguous uint8 [", w.N, ", ", bytes, "] on the CPU, got ", out);
+  auto* to = (uint8_t*)out.mutable_data();
+  const auto *sp = (const float*)s.data(), *zp = (const float*)z.data();
+  parallel_for(0, w.N, std::max<int64_t>(1, 65536 / w.K), [&](int64_t a, int64_t b) {
     const Kernels& k = kernels();
     std::vector<float> line(w.type == DType::f32 ? 0 : (size_t)w.K);
     for (int64_t n = a; n < b; ++n) {
@@ -223,65 +248,92 @@ void assign_rows(const at::Tensor& out, const at::Tensor& weight, const at::Tens
         k.to_float(w.at(n, 0), w.type, w.K, line.data());
         in = line.data();
       }
-      const int64_t meta = axis == 1 ? n * groups : n % groups * w.K;
+      const int64_t meta = (axis == 1 ? n : n % shape[0]) * shape[1];
       const Levels* l = levels.empty() ? nullptr : &levels[levels.size() == 1 ? 0 : (size_t)n];
       k.assign_row(l, in, sp + meta, zp + meta, w.K, (int)nbits, group_size, (int)axis, to + n * bytes);
     }
   });
 }
 
-}  // namespace
+// What one round of Lloyd's rule adds up: the error, and by code the sums of scale * weight and of scale^2.
+constexpr int64_t kSums = 33;
 
-std::tuple<at::Tensor, at::Tensor> solve(const at::Tensor& weight, int64_t nbits, int64_t group_size, int64_t axis,
-                                         const std::string& solver) {
-  check_geometry(nbits, group_size, axis);
-  TORCH_CHECK(solver == "rtn" || solver == "hqq_joint" || solver == "hqq", "no kernel for solver ", solver);
-  const Matrix w(weight);
-  const at::Tensor inverse = scales_like(w, group_size, axis), zero = at::empty_like(inverse);
-  float *s = inverse.mutable_data_ptr<float>(), *z = zero.mutable_data_ptr<float>();
-  over_parts(w, group_size, axis, false, [&](const auto& part) { solve_part(w, solver, (int)nbits, part, s, z); });
-  return {inverse, zero};
+// Rows `first` to `first + columns` of sums [rows, pieces, kSums], added up over the pieces in order: [rows, columns].
+Tensor totals(const std::vector<double>& sums, int64_t rows, int64_t first, int64_t columns) {
+  Tensor out = empty(std::vector<int64_t>{rows, columns}, Scalar::float32);
+  auto* to = (float*)out.mutable_data();
+  const int64_t pieces = (int64_t)sums.size() / (rows * kSums);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) {
+      double total = 0;
+      for (int64_t p = 0; p < pieces; ++p) total += sums[(size_t)((r * pieces + p) * kSums + first + c)];
+      *to++ = (float)total;
+    }
+  return out;
 }
 
-at::Tensor solve_levels(const at::Tensor& weight, int64_t group_size, int64_t axis, const std::string& solver,
-                        const LevelTensors& levels) {
-  check_geometry(8, group_size, axis);
-  TORCH_CHECK(solver == "rtn" || solver == "hqq_joint", "no kernel for solver ", solver);
+}  // namespace
+
+bool solve(Call& c) {
+  const Tensor weight = c.tensor();
+  const int64_t nbits = c.integer(), group_size = c.integer(), axis = c.integer();
+  const std::string_view solver = c.text();
+  check_geometry(nbits, group_size, axis);
+  HQQ_CHECK(solver == "rtn" || solver == "hqq_joint" || solver == "hqq", "there is no kernel for solver '", solver, "'");
   const Matrix w(weight);
-  const std::vector<Levels> rows = levels_of(levels);
+  const auto shape = scales_shape(w, group_size, axis);
+  Tensor inverse = empty(shape, Scalar::float32), zero = empty(shape, Scalar::float32);
+  auto *s = (float*)inverse.mutable_data(), *z = (float*)zero.mutable_data();
+  over_parts(w, group_size, axis, false, [&](const auto& part) { solve_part(w, solver, (int)nbits, part, s, z); });
+  c.give(std::move(inverse));
+  c.give(std::move(zero));
+  return true;
+}
+
+bool solve_levels(Call& c) {
+  const Tensor weight = c.tensor();
+  const std::vector<Levels> rows = levels_of(LevelArguments(c));
+  const int64_t group_size = c.integer(), axis = c.integer();
+  const std::string_view solver = c.text();
+  check_geometry(8, group_size, axis);
+  HQQ_CHECK(solver == "rtn" || solver == "hqq_joint", "there is no kernel for solver '", solver, "'");
+  const Matrix w(weight);
   const bool by_row = rows.size() > 1;
-  TORCH_CHECK(!by_row || ((int64_t)rows.size() == w.N && axis == 1), "levels of ", rows.size(), " rows for ", w.N, ", axis ", axis);
-  const at::Tensor inverse = scales_like(w, group_size, axis);
-  float* s = inverse.mutable_data_ptr<float>();
+  HQQ_CHECK(!by_row || ((int64_t)rows.size() == w.N && axis == 1), "levels of ", (int64_t)rows.size(), " rows for ", w.N, ", axis ", axis);
+  Tensor inverse = empty(scales_shape(w, group_size, axis), Scalar::float32);
+  auto* s = (float*)inverse.mutable_data();
   const Kernels& k = kernels();
-  const int which = solver == "rtn" ? 0 : 1;
+  const Solver which = solver == "rtn" ? Solver::rtn : Solver::joint;
   over_parts(w, group_size, axis, by_row, [&](const auto& part) {
     const int64_t columns = part.count / w.N;
-    solve_groups(w, part, which == 0, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
+    solve_groups(w, part, which == Solver::rtn, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
       k.solve_levels(rows[by_row ? (size_t)(first / columns) : 0], which, block, size, found);
     });
   });
-  return inverse;
+  c.give(std::move(inverse));
+  return true;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lloyd(const at::Tensor& groups, const at::Tensor& scales,
-                                                                 const LevelTensors& levels) {
-  const std::vector<Levels> rows = levels_of(levels);
-  TORCH_CHECK(groups.dim() == 3 && groups.scalar_type() == at::kFloat && groups.is_contiguous() && scales.dim() == 2 &&
-                  scales.size(0) == groups.size(0) && scales.size(1) == groups.size(1),
-              "expected groups float32 [R, C, group] and scales [R, C], got ", groups.sizes(), " and ", scales.sizes());
-  const int64_t R = groups.size(0), C = groups.size(1), size = groups.size(2), count = std::get<0>(levels).size(-1);
+bool lloyd(Call& c) {
+  const Tensor groups = c.tensor(), scales = c.tensor();
+  const LevelArguments arguments(c);
+  const std::vector<Levels> rows = levels_of(arguments);
+  HQQ_CHECK(groups.dim() == 3 && groups.scalar() == Scalar::float32 && groups.is_contiguous() && groups.is_cpu() && groups.numel() > 0,
+            "groups must be contiguous float32 [R, C, group] on the CPU, got ", groups);
+  const int64_t R = groups.size(0), C = groups.size(1), size = groups.size(2), count = arguments.values.size(-1);
+  const Tensor given = checked_scales(scales, "scales", {R, C});
   const bool by_row = rows.size() > 1;
-  TORCH_CHECK((!by_row || (int64_t)rows.size() == R) && rows[0].mantissa < 0, "levels of ", rows.size(), " rows for ", R);
+  HQQ_CHECK((!by_row || (int64_t)rows.size() == R) && rows[0].mantissa < 0, "levels of ", (int64_t)rows.size(), " rows for ", R);
+  for (int64_t i = 0; i < count; ++i)
+    HQQ_CHECK(rows[0].codes[i] == i, "codes of a codebook must be 0 to ", count - 1, ", got ", (int64_t)rows[0].codes[i]);
   const Kernels& k = kernels();
-  const Matrix w(groups.view({1, -1}));
-  const at::Tensor better = scales.to(at::kFloat).contiguous().clone();
-  float* s = better.mutable_data_ptr<float>();
+  const Matrix w(groups, 1, groups.numel());
+  Tensor better = converted(given, Scalar::float32);
+  auto* s = (float*)better.mutable_data();
   // Sums of a piece of groups each, added up in order: the number of threads does not matter.
   const int64_t all = R * C / (int64_t)rows.size(), piece = kPiece * k.lanes, pieces = (all + piece - 1) / piece;
-  constexpr int64_t kSums = 33;  // error, top, bottom
   std::vector<double> sums(rows.size() * (size_t)(pieces * kSums));
-  at::parallel_for(0, (int64_t)rows.size(), 1, [&](int64_t a, int64_t b) {
+  parallel_for(0, (int64_t)rows.size(), 1, [&](int64_t a, int64_t b) {
     for (int64_t row = a; row < b; ++row)
       solve_groups(w, Groups{all, size, 4, [&](int64_t i) { return std::min<int64_t>(k.lanes, all - i); },
                              [&](int64_t i) { return w.at(0, (row * all + i) * size); },
@@ -292,18 +344,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lloyd(const at::Tenso
                      k.lloyd_block(rows[(size_t)row], block, size, real, found, sum, sum + 1, sum + 17);
                    });
   });
-  const at::Tensor totals = at::from_blob(sums.data(), {(int64_t)rows.size(), pieces, kSums}, at::kDouble).sum(1).to(at::kFloat);
-  return {totals.slice(1, 0, 1), better, totals.slice(1, 1, 1 + count), totals.slice(1, 17, 17 + count)};
+  const auto count_rows = (int64_t)rows.size();
+  c.give(totals(sums, count_rows, 0, 1));
+  c.give(std::move(better));
+  c.give(totals(sums, count_rows, 1, count));
+  c.give(totals(sums, count_rows, 17, count));
+  return true;
 }
 
-void assign(const at::Tensor& out, const at::Tensor& weight, const at::Tensor& inverse, const at::Tensor& zero_point,
-            int64_t nbits, int64_t group_size, int64_t axis) {
-  assign_rows(out, weight, inverse, &zero_point, {}, nbits, group_size, axis);
+bool assign(Call& c) {
+  const Tensor out = c.tensor(), weight = c.tensor(), inverse = c.tensor(), zero_point = c.tensor();
+  const int64_t nbits = c.integer(), group_size = c.integer(), axis = c.integer();
+  assign_rows(out, weight, inverse, zero_point, {}, nbits, group_size, axis);
+  return true;
 }
 
-void assign_levels(const at::Tensor& out, const at::Tensor& weight, const at::Tensor& inverse, const LevelTensors& levels,
-                   int64_t nbits, int64_t group_size, int64_t axis) {
-  assign_rows(out, weight, inverse, nullptr, levels_of(levels), nbits, group_size, axis);
+bool assign_levels(Call& c) {
+  const Tensor out = c.tensor(), weight = c.tensor(), inverse = c.tensor();
+  const std::vector<Levels> levels = levels_of(LevelArguments(c));
+  const int64_t nbits = c.integer(), group_size = c.integer(), axis = c.integer();
+  assign_rows(out, weight, inverse, {}, levels, nbits, group_size, axis);
+  return true;
 }
 
 }  // namespace hqqtensor

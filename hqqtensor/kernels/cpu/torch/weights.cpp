@@ -1,143 +1,202 @@
 #include "torch/weights.h"
 
 #include <array>
+#include <atomic>
 #include <cmath>
-#include <map>
-#include <memory>
 #include <mutex>
 #include <string>
+
+#include "torch/table.h"
 
 namespace hqqtensor {
 namespace {
 
-// Digits for the integer kernels: one where all values are multiples of the smallest, up to 31 of them; else `count` of
-// 7 bits, which round values to 2^-14 or 2^-21 of their range.
-void add_digits(Table& t, const float* v, int64_t entries, int count) {
-  float low = v[0], high = v[0], smallest = INFINITY;
-  for (int64_t i = 0; i < entries; ++i) {
-    low = std::min(low, v[i]);
-    high = std::max(high, v[i]);
-    if (v[i] != 0) smallest = std::min(smallest, std::fabs(v[i]));
+// Far beyond any weight, and small enough that no count of bytes or groups made of it overflows.
+constexpr int64_t kLargest = (int64_t)1 << 40;
+
+// The distance of the matrices of a tensor in numbers, if they all have one; -1 if not.
+int64_t matrix_distance(const Tensor& t) {
+  int64_t distance = 0, next = -1;  // next: what the stride of the dimension before must be
+  for (int64_t d = t.dim() - 3; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (next < 0)
+      distance = t.stride(d);
+    else if (t.stride(d) != next)
+      return -1;
+    next = t.stride(d) * t.size(d);
   }
-  bool whole = high > low && (high - low) / smallest <= 31;
-  for (int64_t i = 0; whole && i < entries; ++i) whole = v[i] / smallest == std::rint(v[i] / smallest);
-  t.count = whole ? 1 : count;
-  t.unit = whole ? smallest : (high > low ? high - low : 1.0f) / (float)((1 << (7 * count)) - 1);
-  t.offset = -low / t.unit;
-  for (int64_t i = 0; i < entries; ++i) {
-    int64_t number = std::llrint((double)(v[i] - low) / (double)t.unit);
-    for (int d = t.count - 1; d >= 0; --d, number >>= 7) t.digits[d][i] = (uint8_t)(number & 127);
-  }
+  return distance;
 }
 
-Table table_of(const float* values, int64_t entries, int digits) {
-  Table t{};
-  t.values = values;
-  if (entries <= 16 && digits) add_digits(t, values, entries, digits == 3 ? 3 : 2);
-  return t;
-}
-
-struct NamedTable {
-  std::vector<float> values;
-  std::array<Table, 4> by_digits;  // of the activations
-};
-
-std::mutex tables_lock;
-std::map<std::pair<std::string, int64_t>, std::unique_ptr<const NamedTable>>& tables() {
-  static auto* const all = new std::map<std::pair<std::string, int64_t>, std::unique_ptr<const NamedTable>>();
-  return *all;
-}
-
-const NamedTable* find_table(c10::string_view format, int64_t nbits) {
-  const std::lock_guard<std::mutex> hold(tables_lock);
-  const auto found = tables().find({std::string(format), nbits});
-  return found == tables().end() ? nullptr : found->second.get();  // entries are never taken away
-}
-
-// Rows of numbers with one stride, or of integers of 8 or 4 bits with their own scale and zero point out of `meta`.
-Values values_of(at::Tensor& t, const char* name, int64_t rows, int64_t columns, at::TensorList meta, size_t& used,
-                 at::Tensor* own) {
-  const bool quantized = t.scalar_type() == at::kByte;
-  const auto sizes = t.sizes();
-  TORCH_CHECK(sizes.size() == 2 && sizes[0] == rows &&
-                  (sizes[1] == columns || (quantized && sizes[1] == nibble_bytes(columns))),
-              name, " has shape ", sizes, ", expected ", rows, " x ", columns,
-              quantized ? " bytes, or " + std::to_string(nibble_bytes(columns)) + " where a number has 4 bits" : "");
-  if (!quantized && !dtype_of(t.scalar_type())) t = t.to(at::kFloat);
-  if (t.stride(1) != 1 && t.size(1) > 1) t = t.contiguous();
-  const int64_t stride = t.stride(0) * t.element_size();
-  if (!quantized) return {t.const_data_ptr(), *dtype_of(t.scalar_type()), columns, stride, nullptr, nullptr, 1, 0};
-  TORCH_CHECK(meta.size() >= used + 2, "quantized scales need their own scale and zero point in meta");
-  for (int i = 0; i < 2; ++i) own[i] = meta[used++].to(at::kFloat).contiguous();
-  TORCH_CHECK(own[0].dim() == 2 && own[0].sizes() == own[1].sizes() && own[0].size(0) >= 1 && own[0].size(1) == columns,
-              "meta must be two tensors [rows, ", columns, "], got ", own[0].sizes(), " and ", own[1].sizes());
-  return {t.const_data_ptr(), t.size(1) == columns ? DType::u8 : DType::u4, columns, stride, own[0].const_data_ptr<float>(),
-          own[1].const_data_ptr<float>(), own[0].size(0), own[0].stride(0)};
+void check_device(const Tensor& t, const char* name) {
+  HQQ_CHECK(t.is_cpu(), name, " is on ", t.device(), ", qdata on cpu");
 }
 
 }  // namespace
 
-std::optional<DType> dtype_of(at::ScalarType t) {
-  if (t == at::kFloat) return DType::f32;
-  if (t == at::kHalf) return DType::f16;
-  if (t == at::kBFloat16) return DType::bf16;
-  return std::nullopt;
+Matrices matrices_of(const Tensor& t) {
+  Matrices m;
+  const bool in_place = (t.stride(-1) == 1 || t.size(-1) <= 1) && matrix_distance(t) >= 0;
+  if (!in_place) m.copy = converted(t, t.scalar());
+  const Tensor& from = in_place ? t : m.copy;
+  m.data = (const char*)from.data();
+  m.row_stride = from.stride(-2) * from.item_size();
+  m.matrix_stride = matrix_distance(from) * from.item_size();
+  return m;
 }
 
-void set_table(const std::string& format, int64_t nbits, const at::Tensor& values) {
-  TORCH_CHECK(nbits >= 1 && nbits <= 8 && values.dim() == 1 && values.size(0) == (int64_t)1 << nbits &&
-                  values.scalar_type() == at::kFloat && values.is_contiguous(),
-              "a table of ", nbits, " bits is float32 [2^nbits], got ", values.sizes());
-  auto made = std::make_unique<NamedTable>();
-  const float* from = values.const_data_ptr<float>();
-  made->values.assign(from, from + values.size(0));
-  for (int digits = 0; digits < 4; ++digits)
-    made->by_digits[(size_t)digits] = table_of(made->values.data(), values.size(0), digits);
-  const std::lock_guard<std::mutex> hold(tables_lock);
-  tables().try_emplace({format, nbits}, std::move(made));
-}
-
-bool has_table(c10::string_view format, int64_t nbits) { return find_table(format, nbits) != nullptr; }
-
-Packed packed(const at::Tensor& qdata, const at::Tensor& scale, const std::optional<at::Tensor>& zero, const Settings& s,
-              int digits) {
-  const int64_t K = s.in_features, nbits = s.nbits, group_size = s.group_size;
-  TORCH_CHECK(nbits >= 1 && nbits <= 8, "nbits must be 1 to 8, got ", nbits);
-  TORCH_CHECK(s.axis == 0 || s.axis == 1, "axis must be 0 or 1, got ", s.axis);
-  TORCH_CHECK(group_size >= 1 && K >= 1, "group_size and in_features must be positive, got ", group_size, ", ", K);
-  TORCH_CHECK(qdata.dim() == 2 && qdata.scalar_type() == at::kByte && qdata.size(1) == (K + 7) / 8 * nbits,
-              "qdata must be uint8 [N, ", (K + 7) / 8 * nbits, "], got ", qdata.scalar_type(), " ", qdata.sizes());
-  const int64_t N = qdata.size(0), groups = ((s.axis == 1 ? K : N) + group_size - 1) / group_size;
-  // A slice of rows keeps the groups of an axis-0 weight: there the number of groups is the scale's own.
-  const bool own_groups = s.axis == 0 && scale.dim() == 2 && scale.size(0) >= 1;
-  const int64_t rows = s.axis == 1 ? N : own_groups ? scale.size(0) : groups, columns = s.axis == 1 ? groups : K;
-  Packed p{qdata.stride(1) == 1 || qdata.size(1) == 1 ? qdata : qdata.contiguous(), scale, {}, {}, {}};
-  Weight& w = p.w;
-  w.qdata = p.qdata.const_data_ptr<uint8_t>();
-  w.row_stride = p.qdata.stride(0);
-  w.N = N, w.K = K, w.groups = s.axis == 1 ? groups : rows, w.group_size = group_size;
-  w.nbits = (int)nbits, w.axis = (int)s.axis;
-  size_t used = 0;
-  w.scale = values_of(p.scale, "scale", rows, columns, s.meta, used, p.own);
-  if (s.format == "int") {
-    TORCH_CHECK(zero.has_value(), "format 'int' has a zero_point besides its scale, got none");
-    p.zero = *zero;
-    w.zero = values_of(p.zero, "zero_point", rows, columns, s.meta, used, p.own + 2);
-  } else if (s.format == "codebook") {
-    const int64_t entries = (int64_t)1 << nbits;
-    TORCH_CHECK(zero.has_value() && zero->dim() >= 1 && zero->dim() <= 2 && zero->size(-1) == entries &&
-                    (zero->dim() == 1 || zero->size(0) == N || zero->size(0) == 1),
-                "a codebook must be [", entries, "] or [", N, ", ", entries, "], got ", zero ? zero->sizes() : at::IntArrayRef());
-    p.zero = zero->to(at::kFloat).contiguous();
-    const bool by_row = p.zero.dim() == 2 && p.zero.size(0) > 1;
-    w.table = table_of(p.zero.const_data_ptr<float>(), entries, by_row ? 0 : digits);
-    if (by_row) w.table.stride = entries;
+PackedWeights::PackedWeights(const PackedArguments& a, int rank, int digits) : digits_(digits) {
+  read_settings(a);
+  read_qdata(a, rank);
+  Weight& w = first_;
+  const int64_t by_size = (a.axis == 1 ? w.K - 1 : std::max<int64_t>(w.N, 1) - 1) / a.group_size + 1;
+  // A slice of rows keeps the groups of an axis-0 weight: there the number of groups is that of the scale's rows.
+  const bool has_rows = a.axis == 0 && a.scale.dim() >= 2 && a.scale.size(-2) >= 1;
+  w.groups = has_rows ? a.scale.size(-2) : by_size;
+  const int64_t rows = a.axis == 1 ? w.N : w.groups, columns = a.axis == 1 ? w.groups : w.K;
+  w.scale = read_values(a, a.scale, "scale", rows, columns, scale_);
+  if (a.format == "int") {
+    HQQ_CHECK(a.zero, "format 'int' needs a zero_point, got none");
+    w.zero = read_values(a, a.zero, "zero_point", rows, columns, zero_);
   } else {
-    const NamedTable* table = find_table(s.format, nbits);
-    TORCH_CHECK(table, "no table for format '", std::string(s.format), "' of ", nbits, " bits");
-    w.table = table->by_digits[(size_t)digits];
+    read_table(a);
   }
-  return p;
+  HQQ_CHECK(a.meta.size() == used_, "meta must have ", (int64_t)used_,
+            " tensors, a scale and a zero point for each of scale and zero_point that is uint8; got ", (int64_t)a.meta.size());
+}
+
+void PackedWeights::read_settings(const PackedArguments& a) {
+  HQQ_CHECK(a.nbits >= 1 && a.nbits <= 8, "nbits must be 1 to 8, got ", a.nbits);
+  HQQ_CHECK(a.axis == 0 || a.axis == 1, "axis must be 0 or 1, got ", a.axis);
+  HQQ_CHECK(a.group_size >= 1 && a.group_size <= kLargest, "group_size must be 1 to ", kLargest, ", got ", a.group_size);
+  HQQ_CHECK(a.in_features >= 1 && a.in_features <= kLargest, "in_features must be 1 to ", kLargest, ", got ", a.in_features);
+  first_.K = a.in_features, first_.group_size = a.group_size;
+  first_.nbits = (int)a.nbits, first_.axis = (int)a.axis;
+}
+
+void PackedWeights::read_qdata(const PackedArguments& a, int rank) {
+  const Tensor& q = a.qdata;
+  const int64_t bytes = (a.in_features + 7) / 8 * a.nbits;
+  const bool fits = (rank ? q.dim() == rank : q.dim() >= 2) && q.size(-1) == bytes && q.scalar() == Scalar::uint8;
+  HQQ_CHECK(fits, "qdata must be uint8 ", rank == 2 ? "[N, " : rank == 3 ? "[E, N, " : "[..., N, ", bytes, "], got ", q);
+  check_device(q, "qdata");
+  leading_.assign(q.sizes().begin(), q.sizes().end() - 2);
+  count_ = checked_product(leading_);
+  qdata_ = matrices_of(q);
+  first_.qdata = (const uint8_t*)qdata_.data;
+  first_.row_stride = qdata_.row_stride;
+  first_.N = q.size(-2);
+}
+
+bool PackedWeights::has_shape(const Tensor& t, int64_t rows, int64_t columns) const {
+  return t.dim() == (int64_t)leading_.size() + 2 && t.size(-2) == rows && t.size(-1) == columns &&
+         std::equal(leading_.begin(), leading_.end(), t.sizes().begin());
+}
+
+std::vector<int64_t> PackedWeights::expected(int64_t rows, int64_t columns) const {
+  std::vector<int64_t> sizes = leading_;
+  sizes.push_back(rows);
+  sizes.push_back(columns);
+  return sizes;
+}
+
+// Rows of numbers with one stride, or of integers of 8 or 4 bits with their own scale and zero point out of `meta`.
+Values PackedWeights::read_values(const PackedArguments& a, const Tensor& t, const char* name, int64_t rows, int64_t columns,
+                                  Part& part) {
+  const bool quantized = t.scalar() == Scalar::uint8, full = has_shape(t, rows, columns);
+  HQQ_CHECK((full && (quantized || is_floating(t.scalar()))) || (quantized && has_shape(t, rows, nibble_bytes(columns))), name,
+            " must be floating-point ", expected(rows, columns), ", or uint8 ", expected(rows, columns), " or ",
+            expected(rows, nibble_bytes(columns)), ", got ", t);
+  check_device(t, name);
+  Values v{};
+  if (quantized || dtype_of(t.scalar())) {
+    part.values = matrices_of(t);
+  } else {
+    Tensor copy = converted(t, Scalar::float32);
+    part.values = matrices_of(copy);
+    part.values.copy = std::move(copy);
+  }
+  v.data = part.values.data, v.stride = part.values.row_stride, v.columns = columns;
+  v.type = quantized ? (full ? DType::u8 : DType::u4) : dtype_of(t.scalar()).value_or(DType::f32);
+  v.meta_rows = 1;
+  if (!quantized) return v;
+  HQQ_CHECK(a.meta.size() >= used_ + 2, "meta must begin with a scale and a zero point of the uint8 scale, then those of the uint8 "
+            "zero_point; got ", (int64_t)a.meta.size(), " tensors");
+  int64_t zero_rows = 0;
+  part.meta_scale = read_meta(a, columns, &v.meta_rows);
+  part.meta_zero = read_meta(a, columns, &zero_rows);
+  HQQ_CHECK(zero_rows == v.meta_rows, "meta must have a scale and a zero point of one shape, got ", a.meta[used_ - 2], " and ",
+            a.meta[used_ - 1]);
+  v.meta_scale = (const float*)part.meta_scale.data, v.meta_zero = (const float*)part.meta_zero.data;
+  v.meta_stride = columns;
+  return v;
+}
+
+// The next tensor of `meta`, [..., rows, columns], as contiguous float32.
+Matrices PackedWeights::read_meta(const PackedArguments& a, int64_t columns, int64_t* rows) {
+  const Tensor& t = a.meta[used_++];
+  const std::string name = "meta[" + std::to_string(used_ - 1) + "]";
+  *rows = t.dim() >= 2 ? t.size(-2) : 0;
+  HQQ_CHECK(is_floating(t.scalar()) && *rows >= 1 && has_shape(t, *rows, columns), name,
+            " must be floating-point ", expected(1, columns), " or with more rows, got ", t);
+  check_device(t, name.c_str());
+  const bool as_it_is = t.scalar() == Scalar::float32 && t.is_contiguous();
+  Tensor copy = as_it_is ? Tensor() : converted(t, Scalar::float32);
+  Matrices m = matrices_of(as_it_is ? t : copy);
+  // One row may have any stride.
+  m.row_stride = columns * 4, m.matrix_stride = *rows * columns * 4;
+  m.copy = std::move(copy);
+  return m;
+}
+
+void PackedWeights::read_table(const PackedArguments& a) {
+  if (a.format == "codebook") return read_codebook(a);
+  HQQ_CHECK(!a.zero, "format '", a.format, "' has no zero_point, got ", a.zero);
+  const Table* table = find_table(a.format, a.nbits, digits_);
+  HQQ_CHECK(table, "there is no kernel for format '", a.format, "' of ", a.nbits, " bits");
+  first_.table = *table;
+}
+
+// Entries of one codebook for all, of one for each matrix, or of one for each row.
+void PackedWeights::read_codebook(const PackedArguments& a) {
+  const int64_t entries = (int64_t)1 << a.nbits;
+  const Tensor& t = a.zero;
+  const bool shared = t && ((t.dim() == 1 && t.size(0) == entries) || (t.dim() == 2 && t.size(0) == 1 && t.size(1) == entries));
+  const bool own = t && (has_shape(t, first_.N, entries) || has_shape(t, 1, entries));
+  HQQ_CHECK((shared || own) && is_floating(t.scalar()), "a codebook must be floating-point [", entries, "], ", expected(1, entries), " or ",
+            expected(first_.N, entries), ", got ", t);
+  check_device(t, "zero_point");
+  const bool as_it_is = t.scalar() == Scalar::float32 && t.is_contiguous();
+  if (!as_it_is) codebook_.copy = converted(t, Scalar::float32);
+  codebook_.data = (const char*)(as_it_is ? t : codebook_.copy).data();
+  const int64_t rows = shared ? 1 : t.size(-2);
+  codebook_.matrix_stride = shared ? 0 : rows * entries * 4;
+  // Digits of a codebook that is not this one are made in `at`.
+  if (count_ && first_.N) first_.table = table_of((const float*)codebook_.data, entries, rows > 1 ? 0 : digits_);
+  first_.table.stride = rows > 1 ? entries : 0;
+}
+
+Weight PackedWeights::at(int64_t i) const {
+  Weight w = first_;
+  if (i == 0) return w;
+  const auto move = [i](const auto*& data, const Matrices& m) {
+    if (data) data = (std::remove_reference_t<decltype(data)>)((const char*)data + i * m.matrix_stride);
+  };
+  const auto move_values = [&move](Values& v, const Part& part) {
+    move(v.data, part.values);
+    move(v.meta_scale, part.meta_scale);
+    move(v.meta_zero, part.meta_zero);
+  };
+  move(w.qdata, qdata_);
+  move_values(w.scale, scale_);
+  move_values(w.zero, zero_);
+  if (codebook_.matrix_stride) {
+    const int64_t stride = w.table.stride;
+    const auto* entries = (const float*)(codebook_.data + i * codebook_.matrix_stride);
+    w.table = table_of(entries, (int64_t)1 << w.nbits, stride ? 0 : digits_);
+    w.table.stride = stride;
+  }
+  return w;
 }
 
 }  // namespace hqqtensor

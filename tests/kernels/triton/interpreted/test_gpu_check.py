@@ -21,7 +21,7 @@ def test_a_comparison_of_each_kind_passes(name: str) -> None:
 
 def test_wrong_results_and_failures_are_reported(monkeypatch) -> None:
     def wrong(*args):
-        if args[7] == 8:
+        if args[1].nbits == 8:
             raise RuntimeError("does not compile")
         return torch.zeros(args[0].shape[0], 96, dtype=args[0].dtype)
 

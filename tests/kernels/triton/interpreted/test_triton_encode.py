@@ -30,7 +30,7 @@ def used(monkeypatch) -> list[str]:
 def both(w: torch.Tensor, config: HqqConfig) -> tuple[HQQTensor, HQQTensor]:
     with backend("triton"):
         ours = HQQTensor.from_hp(w, config)
-    with backend("dequantize"):
+    with backend("reference"):
         return ours, HQQTensor.from_hp(w, config)
 
 
@@ -94,7 +94,7 @@ def test_what_the_kernels_do_not_have_is_said(settings: dict, reason: str, used)
     with backend("triton"), pytest.warns(UserWarning, match=f"more slowly: {reason}"):
         got = HQQTensor.from_hp(w, config)
     assert "solve" not in used
-    with backend("dequantize"), warnings.catch_warnings():
+    with backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("error")
         want = HQQTensor.from_hp(w, config)
     assert torch.equal(got.qdata, want.qdata) or (got.qdata != want.qdata).double().mean() < 0.01

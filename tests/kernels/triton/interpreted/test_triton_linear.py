@@ -8,12 +8,18 @@ from hypothesis import strategies as st
 
 from hqqtensor.formats import format_names
 from hqqtensor.kernels.triton import config, launch
-from hqqtensor.ops import reference
+from hqqtensor.ops import PackedWeight, reference
+from hqqtensor.ops.packed import structured
 from hqqtensor.packing import PLANES, pack, pack_meta
 
 # Of sum |x| span, a weight's span being its size before the zero point is taken off: the rounding of results, that of
 # weights to 16 bits (once for each of code, zero point and scale), and float32 sums.
 BOUNDS = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def called(function, *args):
+    """``function`` of the arguments in the order of the operator's schema."""
+    return function(*structured(function.__name__, args))
 
 
 def weight(N: int, K: int, nbits: int, size: int, axis: int, lead: tuple[int, ...] = (), dtype=torch.float16):
@@ -37,7 +43,7 @@ def assert_product(got, x, dense, span, bias=None) -> None:
 
 def span_of(q, scale, zero, nbits, size, axis, K):
     """Size of what is summed: the weight, and the zero point that is taken off it."""
-    dense = reference.dequantize(q, scale, zero, [], nbits, "int", size, axis, K, torch.float32)
+    dense = called(reference.dequantize, q, scale, zero, [], nbits, "int", size, axis, K, torch.float32)
     N = dense.shape[-2]
     return dense, dense.abs() + reference.expand_groups((scale * zero).float().abs(), N, K, size, axis)
 
@@ -62,7 +68,7 @@ def test_linear_equals_the_dense_product(nbits, size, axis, N, K, M, dtype, scal
     x = torch.randn(M, K, generator=generator).to(dtype)
     bias = torch.randn(N, generator=generator).to(dtype) if with_bias else None
     pre = (torch.rand(K, generator=generator) + 0.5).to(dtype) if with_pre else None
-    got = launch.linear(x, q, scale, zero, bias, pre, [], nbits, "int", size, axis, K, "float")
+    got = called(launch.linear, x, q, scale, zero, bias, pre, [], nbits, "int", size, axis, K, "float")
     assert_product(got, x if pre is None else x * pre, *span_of(q, scale, zero, nbits, size, axis, K), bias)
 
 
@@ -73,7 +79,7 @@ def test_every_width_in_every_tiling(nbits: int, M: int, size: int) -> None:
     K = 512
     q, scale, zero = weight(66, K, nbits, size, 1)
     x = torch.randn(M, K, generator=torch.manual_seed(2)).half()
-    got = launch.linear(x, q, scale, zero, None, None, [], nbits, "int", size, 1, K, "float")
+    got = called(launch.linear, x, q, scale, zero, None, None, [], nbits, "int", size, 1, K, "float")
     assert_product(got, x, *span_of(q, scale, zero, nbits, size, 1, K))
 
 
@@ -87,7 +93,7 @@ def test_columns_taken_in_pairs(monkeypatch: pytest.MonkeyPatch, nbits: int, siz
     q, scale, zero = weight(18, K, nbits, size, 1)
     x = torch.randn(3, K, generator=torch.manual_seed(3)).half()
     pre = (torch.rand(K, generator=torch.manual_seed(4)) + 0.5).half() if with_pre else None
-    got = launch.linear(x, q, scale, zero, None, pre, [], nbits, "int", size, 1, K, "float")
+    got = called(launch.linear, x, q, scale, zero, None, pre, [], nbits, "int", size, 1, K, "float")
     assert asked == [2]
     assert_product(got, x if pre is None else x * pre, *span_of(q, scale, zero, nbits, size, 1, K))
 
@@ -99,7 +105,7 @@ def test_dequantize_is_the_reference_bit_for_bit(nbits: int, axis: int, K: int) 
     q, scale, zero = weight(37, K, nbits, 8, axis, (2,))
     args = (q, scale, zero, [], nbits, "int", 8, axis, K)
     for dtype in (torch.float32, torch.float16):
-        assert torch.equal(launch.dequantize(*args, dtype), reference.dequantize(*args, dtype))
+        assert torch.equal(called(launch.dequantize, *args, dtype), called(reference.dequantize, *args, dtype))
 
 
 def formats() -> list[tuple[str, int]]:
@@ -112,16 +118,16 @@ def test_formats_without_a_zero_point(name: str, nbits: int, axis: int) -> None:
     N, K, size = 33, 328, 11
     q, scale, _ = weight(N, K, nbits, size, axis)
     args = (q, scale, None, [], nbits, name, size, axis, K)
-    dense = reference.dequantize(*args, torch.float32)
+    dense = called(reference.dequantize, *args, torch.float32)
     if dense.isnan().any():  # FP8 has codes for NaN, which nothing is ever encoded to
         codes = torch.randint(0, 127, (N, K), dtype=torch.uint8) + torch.randint(0, 2, (N, K), dtype=torch.uint8) * 128
         q = pack(codes, 8)
         args = (q, *args[1:])
-        dense = reference.dequantize(*args, torch.float32)
-    assert torch.equal(launch.dequantize(*args, torch.float32), dense)
+        dense = called(reference.dequantize, *args, torch.float32)
+    assert torch.equal(called(launch.dequantize, *args, torch.float32), dense)
     for M in (1, 70):
         x = torch.randn(M, K, generator=torch.manual_seed(3)).bfloat16()
-        got = launch.linear(x, q, scale, None, None, None, [], nbits, name, size, axis, K, "float")
+        got = called(launch.linear, x, q, scale, None, None, None, [], nbits, name, size, axis, K, "float")
         assert_product(got, x, dense, dense.abs())
 
 
@@ -136,10 +142,10 @@ def test_learned_codebooks(nbits: int, rows: str) -> None:
     full = entries if rows == "all" else entries.expand(experts, N, -1)
     values = full[codes] if rows == "all" else torch.gather(full, -1, codes)
     dense = values * reference.expand_groups(scale.float(), N, K, size, 1)
-    got = launch.dequantize(q, scale, entries, [], nbits, "codebook", size, 1, K, torch.float32)
+    got = called(launch.dequantize, q, scale, entries, [], nbits, "codebook", size, 1, K, torch.float32)
     assert torch.equal(got, dense)
     x = torch.randn(experts, 3, K, generator=torch.manual_seed(5)).half()
-    got = launch.batched_linear(x, q, scale, entries, None, [], nbits, "codebook", size, 1, K, "float")
+    got = called(launch.batched_linear, x, q, scale, entries, None, [], nbits, "codebook", size, 1, K, "float")
     assert_product(got, x, dense, dense.abs())
 
 
@@ -170,11 +176,11 @@ def test_quantized_scales_are_read_through_their_own(axis: int, K: int, size: in
     q, scale, zero = weight(N, K, nbits, size, axis, (2,), torch.float32)
     (scale, meta), (zero, own) = (quantized(t, b) for t, b in zip((scale, zero), bits, strict=True))
     args = (q, scale, zero, [*meta, *own], nbits, "int", size, axis, K)
-    dense = reference.dequantize(*args, torch.float32)
-    assert torch.equal(launch.dequantize(*args, torch.float32), dense)
+    dense = called(reference.dequantize, *args, torch.float32)
+    assert torch.equal(called(launch.dequantize, *args, torch.float32), dense)
     for M in (2, 70) if K < 400 else (2,):
         x = torch.randn(2, M, K, generator=torch.manual_seed(6))
-        got = launch.batched_linear(x, q, scale, zero, None, *args[3:], "float")
+        got = called(launch.batched_linear, x, q, scale, zero, None, *args[3:], "float")
         assert_product(got, x, dense, dense.abs() + 16)
 
 
@@ -187,9 +193,11 @@ def test_quantized_scales_of_runs_of_rows_and_of_embeddings(axis: int, bits: tup
     meta, settings = [*meta, *own], (3, "int", size, axis, K)
     x = torch.randn(9, K, generator=torch.manual_seed(7))
     args = (x, torch.tensor([2, 2, 7], dtype=torch.int32), q, scale, zero, None, meta, *settings, "float")
-    torch.testing.assert_close(launch.grouped_linear(*args), reference.grouped_linear(*args), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        called(launch.grouped_linear, *args), called(reference.grouped_linear, *args), atol=2e-3, rtol=1e-4
+    )
     rows = (torch.tensor([3, 29, 0, 7, 7]), q[1], scale[1], zero[1], [t[1] for t in meta], *settings, torch.float32)
-    assert torch.equal(launch.embedding(*rows), reference.embedding(*rows))
+    assert torch.equal(called(launch.embedding, *rows), called(reference.embedding, *rows))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -200,10 +208,10 @@ def test_quantized_scales_of_formats_without_a_zero_point(name: str, bits: int) 
     scale, meta = quantized(scale, bits)
     entries = torch.randn(16, generator=torch.manual_seed(4)) if name == "codebook" else None
     args = (q, scale, entries, meta, 4, name, size, 1, K)
-    dense = reference.dequantize(*args, torch.float32)
-    assert torch.equal(launch.dequantize(*args, torch.float32), dense)
+    dense = called(reference.dequantize, *args, torch.float32)
+    assert torch.equal(called(launch.dequantize, *args, torch.float32), dense)
     x = torch.randn(3, K, generator=torch.manual_seed(5)).half()
-    got = launch.linear(x, q, scale, entries, None, None, *args[3:], "float")
+    got = called(launch.linear, x, q, scale, entries, None, None, *args[3:], "float")
     assert_product(got, x, dense, dense.abs())
 
 
@@ -215,7 +223,7 @@ def test_grouped_rows_go_to_their_experts(ends: list[int]) -> None:
     for S in (9, 70) if ends[-1] <= 9 else (70,):
         x = torch.randn(S, K, generator=torch.manual_seed(7))
         args = (x, offsets, *weights, None, [], 4, "int", 64, 1, K, "float")
-        got, want = launch.grouped_linear(*args), reference.grouped_linear(*args)
+        got, want = called(launch.grouped_linear, *args), called(reference.grouped_linear, *args)
         assert torch.allclose(got, want, atol=2e-3)
         assert not got[ends[-1] :].any()
 
@@ -226,19 +234,21 @@ def test_embedding_rows(nbits: int, axis: int) -> None:
     q, scale, zero = weight(30, 200, nbits, 10, axis)
     indices = torch.tensor([[3, 29, 0], [7, 7, 12]])
     args = (q, scale, zero, [], nbits, "int", 10, axis, 200, torch.float16)
-    assert torch.equal(launch.embedding(indices, *args), reference.embedding(indices, *args))
+    assert torch.equal(called(launch.embedding, indices, *args), called(reference.embedding, indices, *args))
 
 
 def test_an_index_outside_gives_nan_and_reads_nothing() -> None:
     q, scale, zero = weight(4, 128, 4, 64, 1)
-    got = launch.embedding(torch.tensor([-1, 2, 4, 1 << 40]), q, scale, zero, [], 4, "int", 64, 1, 128, torch.float32)
+    got = called(
+        launch.embedding, torch.tensor([-1, 2, 4, 1 << 40]), q, scale, zero, [], 4, "int", 64, 1, 128, torch.float32
+    )
     assert got[[0, 2, 3]].isnan().all() and not got[1].isnan().any()
 
 
 def test_every_shipped_tile_and_split() -> None:
     q, scale, zero = weight(130, 1024, 4, 64, 1)
     x = torch.randn(20, 1024, generator=torch.manual_seed(8)).half()
-    w = launch._weight(q.unsqueeze(0), scale, zero, [], 4, "int", 64, 1, 1024)
+    w = launch._weight(PackedWeight(q.unsqueeze(0), scale, zero, [], 4, "int", 64, 1, 1024))
     dense, span = span_of(q, scale, zero, 4, 64, 1, 1024)
     device = launch.describe(x.device)
     tiles = {tile for arch in config.TARGETS for tile in config.shipped(arch).values()}
@@ -255,40 +265,42 @@ def test_every_shipped_tile_and_split() -> None:
 def test_empty_inputs() -> None:
     q, scale, zero = weight(6, 64, 3, 32, 1)
     for shape in ((0, 64), (2, 0, 64)):
-        got = launch.linear(torch.empty(shape), q, scale, zero, None, None, [], 3, "int", 32, 1, 64, "float")
+        got = called(launch.linear, torch.empty(shape), q, scale, zero, None, None, [], 3, "int", 32, 1, 64, "float")
         assert got.shape == (*shape[:-1], 6)
     none = torch.empty(0, dtype=torch.int64)
-    assert launch.embedding(none, q, scale, zero, [], 3, "int", 32, 1, 64, torch.float32).shape == (0, 64)
+    assert called(launch.embedding, none, q, scale, zero, [], 3, "int", 32, 1, 64, torch.float32).shape == (0, 64)
 
 
 def test_int8_activations_are_those_of_the_reference() -> None:
     weights = weight(6, 128, 4, 64, 1)
     x = torch.randn(3, 128, generator=torch.manual_seed(9))
     args = (x, *weights, None, None, [], 4, "int", 64, 1, 128, "int8")
-    assert torch.equal(launch.linear(*args), reference.linear(*args))
+    assert torch.equal(called(launch.linear, *args), called(reference.linear, *args))
 
 
 def test_wrong_arguments_are_named() -> None:
     q, scale, zero = weight(6, 128, 4, 64, 1)
     with pytest.raises(ValueError, match="take 128 bytes"):
-        launch.dequantize(q, scale, zero, [], 4, "int", 64, 1, 256, torch.float32)
+        called(launch.dequantize, q, scale, zero, [], 4, "int", 64, 1, 256, torch.float32)
     with pytest.raises(TypeError, match="float64"):
-        launch.linear(torch.zeros(1, 128).double(), q, scale, zero, None, None, [], 4, "int", 64, 1, 128, "float")
+        called(
+            launch.linear, torch.zeros(1, 128).double(), q, scale, zero, None, None, [], 4, "int", 64, 1, 128, "float"
+        )
     with pytest.raises(TypeError, match="int32"):
-        launch.dequantize(q, scale, zero, [], 4, "int", 64, 1, 128, torch.int32)
+        called(launch.dequantize, q, scale, zero, [], 4, "int", 64, 1, 128, torch.int32)
     codes = torch.zeros(6, 20, dtype=torch.uint8)
     own = [torch.ones(1, 16)] * 2
     args = (None, own, 4, "int", 8, 1, 128, torch.float32)
     with pytest.raises(ValueError, match="16 bytes in 8 bits or 8 in 4, got 20"):
-        launch.dequantize(q, codes, *args)
+        called(launch.dequantize, q, codes, *args)
     with pytest.raises(ValueError, match=r"rows of 16 .* got \[6, 8\]"):
-        launch.dequantize(q, scale.repeat(1, 4), *args)
+        called(launch.dequantize, q, scale.repeat(1, 4), *args)
     with pytest.raises(ValueError, match=r"rows of 16 .* got \[1, 8\]"):  # as if packed like the codes they scale
-        launch.dequantize(q, codes[:, :8], None, [t[:, :8] for t in own], *args[2:])
+        called(launch.dequantize, q, codes[:, :8], None, [t[:, :8] for t in own], *args[2:])
     with pytest.raises(TypeError, match="that are not"):
-        launch.dequantize(q, codes[:, :8], None, [codes[:, :16]] * 2, *args[2:])
+        called(launch.dequantize, q, codes[:, :8], None, [codes[:, :16]] * 2, *args[2:])
     with pytest.raises(ValueError, match="entries"):
-        launch.dequantize(q, scale, None, [], 4, "codebook", 64, 1, 128, torch.float32)
+        called(launch.dequantize, q, scale, None, [], 4, "codebook", 64, 1, 128, torch.float32)
 
 
 def test_planes_are_those_of_the_layout() -> None:
