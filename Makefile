@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench sanitize gpu-check clean
+.PHONY: demo test lint wheel wheel-test test-torch bench sanitize gpu-check clean
 
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,34 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hqqtensor
+
+# One wheel for every Python from 3.11 and every torch that pyproject.toml allows, on Linux for x86-64; and the sdist.
+# The oldest C library that it runs on: torch itself needs a newer one.
+WHEEL_GLIBC := 2.17
+wheel: $(STAMP)
+	rm -rf build/dist dist
+	$(BIN)/python -m build -n --sdist --outdir dist . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	HQQTENSOR_GLIBC=$(WHEEL_GLIBC) $(BIN)/python -m build -n --wheel --outdir build/dist . >build/wheel.log 2>&1 \
+	  || { cat build/wheel.log; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_$(subst .,_,$(WHEEL_GLIBC))_x86_64 \
+	  --exclude 'libtorch*' --exclude 'libc10*' -w dist build/dist/*.whl
+	@ls -l dist
+
+# That wheel in a fresh environment, with no compiler in PATH.
+wheel-test: wheel
+	rm -rf build/wheel-env
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/pip install -q $(TORCH_INDEX) torch==2.13.0
+	build/wheel-env/bin/pip install -q "$$(echo dist/*.whl)[cli]"
+	env -i HOME="$$HOME" PATH="$(CURDIR)/build/wheel-env/bin" HF_HUB_OFFLINE=1 build/wheel-env/bin/python -I .ci/wheel_test.py
+
+# The suite on another torch, with the library that is built here: make test-torch TORCH=2.14.1
+TORCH ?= 2.14.1
+test-torch: $(STAMP)
+	$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/pip install -q $(TORCH_INDEX) torch==$(TORCH)
+	grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt | build/torch-$(TORCH)/bin/pip install -q --no-deps -r /dev/stdin
+	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q tests
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, on every instruction set here.
 SANITIZED := build/sanitized

@@ -4,6 +4,7 @@ The library uses torch's stable ABI and no symbol of Python, so one build serves
 from ``OLDEST_TORCH`` on. Torch's headers are needed: install torch first and pass ``--no-build-isolation``.
 
 CXX: the compiler, "c++" unless set. HQQTENSOR_NO_KERNELS=1: no library. HQQTENSOR_SANITIZE=1: see ``make sanitize``.
+HQQTENSOR_GLIBC=2.17: a library for every Linux with that C library or a newer one, see ``make wheel``.
 """
 
 import importlib.util
@@ -11,7 +12,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the first whose stable ABI makes tensors of memory with a deleter
 FOLDER = Path("hqqtensor/kernels/cpu")
+NEED_RUNTIME = ("torch", "dispatch")  # folders whose code calls the C++ library
 SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
 
 
@@ -33,55 +37,82 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """One source, its object file and the compiler for it."""
+
+    source: Path
+    object: Path
+    compiler: list[str]
+
+
 class BuildLibrary(build_ext):
-    """Compiles with ninja where it is installed, which repeats only what changed; else everything, in parallel."""
+    """Compiles with ninja where it is installed, which repeats only what changed; else everything, in parallel.
+
+    Objects lie in ``build/``, so that editable installs and wheels share them.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # without the tag of one Python
 
     def build_extension(self, ext: Extension) -> None:
         torch, sanitize = torch_folder(), os.environ.get("HQQTENSOR_SANITIZE") == "1"
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        kernels = shlex.split(os.environ.get("CXX", "c++"))
+        runtime, glibc = kernels, os.environ.get("HQQTENSOR_GLIBC")
+        if glibc is not None:
+            # zig has the symbols of old C libraries, and links its own C++ library in. The kernels call neither, so the
+            # other compiler makes them, as fast as in any build.
+            runtime = [sys.executable, "-m", "ziglang", "c++", "-target", f"x86_64-linux-gnu.{glibc}"]
         # Sanitized code is optimized as much: at -O1 other loops would be tested than those that ship.
         flags = ["-O3", *(SANITIZERS if sanitize else ["-g0"]), "-std=c++20", "-ffp-contract=off", "-fPIC"]
-        flags += [
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-unused-parameter",
-            f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
-        ]
-        flags += ["-iquote", str(FOLDER.resolve()), "-isystem", str(torch / "include")]
-        library, temp = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve()
-        objects = {
-            temp / Path(source).relative_to(FOLDER).with_suffix(".o"): Path(source).resolve() for source in ext.sources
-        }
-        for folder in {library.parent, *(path.parent for path in objects)}:
-            folder.mkdir(parents=True, exist_ok=True)
-        link = [*compiler, "-shared", *(SANITIZERS if sanitize else ["-s", "-Wl,-z,defs"]), "-o", str(library)]
-        link += [*map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+        flags += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-iquote", str(FOLDER.resolve())]
+        flags += ["-isystem", str(torch / "include")]
+        folder = Path(
+            "build", "-".join(["objects", Path(kernels[0]).name, *(["sanitized"] if sanitize else [])])
+        ).resolve()
+        files = []
+        for source in map(Path, ext.sources):
+            is_kernel = source.parent.name not in NEED_RUNTIME
+            place = folder if is_kernel or glibc is None else folder / f"glibc-{glibc}"
+            compiler = [*(kernels if is_kernel else runtime), *flags]
+            files.append(Compiled(source.resolve(), place / source.relative_to(FOLDER).with_suffix(".o"), compiler))
+        for path in {library.parent, *(file.object.parent for file in files)}:
+            path.mkdir(parents=True, exist_ok=True)
+        link = [*runtime, "-shared", *(SANITIZERS if sanitize else ["-s", "-Wl,-z,defs"]), "-o", str(library)]
+        link += [*(str(file.object) for file in files), f"-L{torch / 'lib'}", "-ltorch_cpu"]
         if shutil.which("ninja"):
-            self.run_ninja(temp, objects, [*compiler, *flags], link)
+            run_ninja(folder, files, link, self.verbose)
             return
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = [[*compiler, *flags, "-c", str(source), "-o", str(path)] for path, source in objects.items()]
-            list(pool.map(subprocess.check_call, compiled))
+            commands = [[*file.compiler, "-c", str(file.source), "-o", str(file.object)] for file in files]
+            list(pool.map(subprocess.check_call, commands))
         subprocess.check_call(link)
 
-    def run_ninja(self, temp: Path, objects: dict[Path, Path], compile: list[str], link: list[str]) -> None:
-        escaped = {
-            path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-            for path in [*objects, *objects.values()]
-        }
-        command, linking = (shlex.join(words).replace("$", "$$") for words in (compile, link))
-        lines = [
-            f"rule compile\n  command = {command} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-        ]
-        lines += [f"rule link\n  command = {linking}"]
-        lines += [f"build {escaped[path]}: compile {escaped[source]}" for path, source in objects.items()]
-        lines += [f"build library: link {' '.join(escaped[path] for path in objects)}", "default library\n"]
-        (temp / "build.ninja").write_text("\n".join(lines))
-        subprocess.check_call(["ninja", *(["-v"] if self.verbose else ["--quiet"])], cwd=temp)
+
+def run_ninja(folder: Path, files: list[Compiled], link: list[str], verbose: bool) -> None:
+    """Write ``build.ninja`` into ``folder`` and run it."""
+
+    def escaped(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def command(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    lines = [
+        "rule compile",
+        "  command = $compiler -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    lines += ["rule link", f"  command = {command(link)}"]
+    for file in files:
+        lines += [f"build {escaped(file.object)}: compile {escaped(file.source)}"]
+        lines += [f"  compiler = {command(file.compiler)}"]
+    lines += [f"build library: link {' '.join(escaped(file.object) for file in files)}", "default library", ""]
+    (folder / "build.ninja").write_text("\n".join(lines))
+    subprocess.check_call(["ninja", *(["-v"] if verbose else ["--quiet"])], cwd=folder)
 
 
 if os.environ.get("HQQTENSOR_NO_KERNELS") == "1":  # the plain path alone

@@ -10,6 +10,10 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")
+
+
 @pytest.fixture
 def serves_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test, hqqtensor in the place of transformers' own quantizer for ``quant_method`` "hqq"."""
@@ -19,7 +23,3 @@ def serves_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", AUTO_QUANTIZER_MAPPING["hqq"])  # put back at the end
     register(hqq=True)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")

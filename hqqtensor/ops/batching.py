@@ -4,7 +4,7 @@
 import torch
 from torch.utils._pytree import tree_leaves
 
-from hqqtensor.ops.definitions import LIBRARY, SCHEMAS
+from hqqtensor.ops.definitions import LIBRARY, PRODUCTS, SCHEMAS
 
 _WITH_LEADING_DIMENSIONS = ("linear", "embedding")
 """Operators whose first argument may have any leading dimensions: what is mapped over becomes one more."""
@@ -42,6 +42,6 @@ def _with_leading_dimension(name: str):
 
 
 for _op in SCHEMAS:
-    for _name in (_op, f"registry_{_op}"):
+    for _name in (_op, f"registry_{_op}", *([f"_{_op}"] if _op in PRODUCTS else [])):
         _rule = _with_leading_dimension if _op in _WITH_LEADING_DIMENSIONS else _refuse
         torch.library.register_vmap(f"hqqtensor::{_name}", _rule(_name), lib=LIBRARY)

@@ -34,7 +34,7 @@ def save_model(
     """Write the model's state to ``path``, a ``.safetensors`` file or a directory (``model.safetensors`` in it).
 
     A tied weight is stored once. Over ``max_shard_size`` bytes the state goes to shards with an index file. A save
-    that is cut short leaves the checkpoint that was there, see ``publish``. Non-persistent buffers are stored too, for
+    that is cut short leaves the checkpoint that was there. Non-persistent buffers are stored too, for
     ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
     transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device or could not be loaded
     again (NaN in its scales); OSError naming the file where it cannot be written (a full disk).

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,8 @@ def test_a_function_that_is_not_offered_names_itself_the_weight_and_what_to_do(n
     assert text.startswith(f"{name} is not offered for a quantized weight: call dequantize() on it first, or ")
     assert "hqqtensor.dequantize_(model)" in text and text.endswith(f"The weight is {weight!r}")
     assert torch.equal(weight, before)
+    again = pickle.loads(pickle.dumps(caught.value))  # as a worker process hands it on
+    assert type(again) is type(caught.value) and str(again) == text
 
 
 def test_the_same_functions_take_the_dequantized_weight(weight: HQQTensor) -> None:

@@ -1,0 +1,69 @@
+"""What a user does with the wheel: README's lines, every command, a product on every instruction set.
+
+Run by ``make wheel-test`` with the Python of a fresh environment that the wheel was installed into.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCLM = ROOT / "tests" / "assets" / "doclm"
+PRODUCT = """
+import torch, hqqtensor
+from hqqtensor.kernels import cpu
+w = hqqtensor.HQQTensor.from_hp(torch.randn(96, 256), hqqtensor.HqqConfig(4, 64))
+for M in (1, 3, 40):
+    x = torch.randn(M, 256)
+    torch.testing.assert_close(torch.nn.functional.linear(x, w), x @ w.dequantize().T, rtol=1e-4, atol=1e-4)
+print("products on", cpu.instruction_set())
+"""
+
+
+def run(*command: str, code: int = 0, **env: str) -> str:
+    """The output of a command; ends the test where the exit code is another."""
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    if done.returncode != code:
+        raise SystemExit(f"{command} ended with {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    compilers = [name for name in ("cc", "c++", "gcc", "g++", "clang", "clang++", "ninja") if shutil.which(name)]
+    if compilers:
+        raise SystemExit(f"{compilers} are in PATH: this test is about a machine without a compiler")
+    work = Path(tempfile.mkdtemp())
+    os.chdir(work)
+    python = sys.executable
+    installed = Path(run(python, "-c", "import hqqtensor; print(hqqtensor.__file__)").split()[-1])
+    if ROOT / "hqqtensor" in installed.parents:
+        raise SystemExit(f"hqqtensor comes from the checkout, {installed}, not from the wheel")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        run(python, "-c", block)
+        print("README: a block of", len(block.splitlines()), "lines runs")
+    for name in ("portable", "avx2", "avx512", "amx"):
+        done = subprocess.run(
+            [python, "-c", PRODUCT], env={**os.environ, "HQQTENSOR_CPU": name}, capture_output=True, text=True
+        )
+        lacking = "this processor" in done.stderr
+        if done.returncode and not (lacking and name != "portable"):
+            raise SystemExit(f"{name}: {done.stderr}")
+        print(f"{name}: {'this processor lacks it' if done.returncode else done.stdout.strip()}")
+    print(run("hqqtensor", "--version").strip())
+    run("hqqtensor", "env")
+    run("hqqtensor", "quantize", str(DOCLM), "small", "--bits", "4", "--group-size", "64")
+    run("hqqtensor", "inspect", "small")
+    text = str(DOCLM / "valid.txt")
+    print(run("hqqtensor", "eval", "small", "--original", str(DOCLM), "--text", text, "--max-tokens", "512"))
+    run("hqqtensor", "convert", "small", "theirs", "--to", "hqq")
+    run("hqqtensor", "convert", "theirs", "ours")
+    run("hqqtensor", "quantize", "nowhere", "out", code=2)
+    shutil.rmtree(work)
+    print("the wheel works")
+
+
+main()
