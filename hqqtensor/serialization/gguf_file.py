@@ -35,6 +35,9 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _MOST = 2**16
 """Bound on the number of tensors, metadata entries and arrays, and on the bytes of a name."""
+_MOST_TEXTS = 2**22
+"""Bound on the number of texts in arrays. The largest vocabularies with their merges have a million; to step over this
+many takes a second."""
 _LONGEST = 2**20
 """Bytes of the longest text that is read."""
 
@@ -84,7 +87,8 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
 
 class _Header:
     def __init__(self, path: Path, view: mmap.mmap) -> None:
-        self.path, self.view, self.at, self.arrays = path, view, 0, 0
+        self.path, self.view, self.at = path, view, 0
+        self.arrays, self.texts = 0, 0
 
     def read(self) -> GgufFile:
         if self._take(4) != b"GGUF":
@@ -171,6 +175,9 @@ class _Header:
 
     def _skip_texts(self, count: int) -> None:
         """Read the lengths alone; a vocabulary has hundreds of thousands, so the loop does as little as it can."""
+        self.texts += count
+        if self.texts > _MOST_TEXTS:
+            raise ValueError(f"has {self.texts} texts in arrays, over {_MOST_TEXTS}")
         unpack, view, at = _LENGTH.unpack_from, self.view, self.at
         try:
             for _ in range(count):
