@@ -11,9 +11,11 @@ _WITH_LEADING_DIMENSIONS = ("linear", "embedding")
 
 
 def _refuse(name: str):
+    public = name.removeprefix("_")
+
     def rule(info, in_dims, *args):
         raise NotImplementedError(
-            f"torch.func.vmap of hqqtensor::{name} is not offered for these arguments: activations of a linear layer "
+            f"torch.func.vmap of hqqtensor::{public} is not offered for these arguments: activations of a linear layer "
             "and indices of an embedding can be mapped over one quantized weight; for all else dequantize() the weight "
             "first, or hqqtensor.dequantize_(model) the model"
         )
@@ -22,7 +24,8 @@ def _refuse(name: str):
 
 
 def _with_leading_dimension(name: str):
-    operator = getattr(torch.ops.hqqtensor, name).default
+    # The public operator: what is mapped over may need a gradient that the mapped tensor does not tell of.
+    operator = getattr(torch.ops.hqqtensor, name.removeprefix("_")).default
     bias = {argument.name: place for place, argument in enumerate(operator._schema.arguments)}.get("bias")
 
     def rule(info, in_dims, *args):

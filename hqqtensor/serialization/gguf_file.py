@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqtensor.ops.checks import LARGEST
 from hqqtensor.serialization.layout import CheckpointError
-from hqqtensor.tensor.validate import MAX_EXTENT
 
 BLOCKS = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
@@ -123,7 +123,7 @@ class _Header:
             raise ValueError(f"tensor {name!r} is of type {kind}; {', '.join(BLOCKS)} are read")
         _, block, size = BLOCKS[kind]
         count = math.prod(shape)
-        if not shape or not all(0 < extent < MAX_EXTENT for extent in shape) or shape[-1] % block:
+        if not shape or not all(0 < extent <= LARGEST for extent in shape) or shape[-1] % block:
             raise ValueError(f"tensor {name!r} of type {kind} has shape {list(shape)}")
         first, nbytes = start + offset, count // block * size
         if offset % alignment or first + nbytes > len(self.view):

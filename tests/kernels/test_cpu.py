@@ -385,7 +385,8 @@ def test_every_instruction_set_of_this_machine(name: str) -> None:
         assert "but this processor lacks it" in found.stderr
         pytest.skip(f"no {name} on this processor")
     assert found.stdout.split()[-1] == name
-    files = sorted(str(path) for path in Path(__file__).parent.glob("test_cpu*.py"))
+    folder = Path(__file__).parent
+    files = [str(path) for path in (*sorted(folder.glob("test_cpu*.py")), folder / "test_linear_many.py")]
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     result = subprocess.run(tests, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
