@@ -432,3 +432,29 @@ print("fine")
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip().endswith("fine"), found.stderr[-2000:]
+
+
+@pytest.mark.parametrize("activation", ["float", "int8"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("format", "nbits"), [("int", 2), ("int", 4), ("int", 8), ("nf4", 4), ("fp8", 8)])
+def test_numbers_near_float32s_limit_stay_finite_up_to_the_documented_one(
+    format: str, nbits: int, axis: int, activation: str
+) -> None:
+    """docs/tensor.md: sums of in_features products of the largest numbers, zero points not yet taken off, below 2**126."""
+    N, K = 32, 256
+    q = weight((N, K), nbits, 64, axis, torch.float32, format)
+    table = q.zero_point + 2**nbits if format == "int" else get_format(format).table.nan_to_num()
+    largest = table.abs().max().item()
+    for M in (1, 5, 40):
+        x = torch.rand(M, K, generator=torch.manual_seed(M)) * 2 - 1
+        for exponent in (-100, -60, 0, 60, 100, 120):  # of x; scales take the rest
+            scale = 2.0 ** (125.9 - exponent) / (largest * K * q.scale.max().item())
+            if scale * q.scale.max().item() > 2.0**127:
+                continue
+            big = q.with_data(scale=q.scale * scale, activation=activation)
+            with backend("cpu" if axis == 1 or activation == "float" else "auto"):
+                got = F.linear(x * 2.0**exponent, big)
+            want = (x * 2.0**exponent).double() @ dense(big).double().T
+            assert got.isfinite().all()
+            bound = 0.02 if activation == "int8" else 1e-4
+            assert ((got - want).abs().max() / want.abs().max()).item() < bound
