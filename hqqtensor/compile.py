@@ -27,8 +27,8 @@ class JoinLinears(CustomGraphPass):
             x, *weight, act_pre_scale, meta, nbits, format, group_size, axis, K, activation = node.args
             stored = all(t is None or t.op == "placeholder" for t in weight)
             if stored and act_pre_scale is None and not meta and format != "codebook" and x.meta["val"].is_cpu:
-                own = (nbits, format, group_size, axis, K, activation)
-                alike[(x, *(t is None for t in weight), *own)].append(node)
+                node_settings = (nbits, format, group_size, axis, K, activation)
+                alike[(x, *(t is None for t in weight), *node_settings)].append(node)
         for (x, _, _, _, _, *settings), nodes in alike.items():
             if len(nodes) > 1:
                 _join(graph, x, nodes, settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""HqqConfig: how to quantize, checked when it is made."""
+"""HqqConfig: how to quantize; every setting is checked when a config is created."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -33,23 +33,24 @@ class HqqConfig(AOBaseConfig):
     solver: "hqq_joint", "hqq" (the published one, for "int" only), "rtn" or "column_scaled".
     scale_dtype: storage dtype of scale and zero point (float16, bfloat16, float32). None takes float16 where
         it holds every scale and zero point of the weight well, else float32.
-    quant_scale, quant_zero: keep scales / zero points as integer codes in groups of 128 (axis 0).
+    quant_scale, quant_zero: store scales / zero points as integer codes, quantized in groups of 128 rows (axis 0).
     meta_nbits: bits of those codes, 8 or 4: with 4, groups of 16 to 32 weights cost no more than plain ones of 64.
-    compute_dtype: dtype that the quantized tensor presents and computes in; None keeps the weight's.
+    compute_dtype: dtype that the quantized tensor has to the outside and computes in; None takes the weight's.
     dynamic_config: per-layer settings by tag, ``{"self_attn.q_proj": {"nbits": 3}}``; None as an entry leaves
         the layer alone. A tag matches a run of the dotted parts of a module's name, ``*`` within a part matches
         anything, the longest matching tag wins.
     skip_modules: tags of modules left alone.
-    view_as_float: keep the packed bytes viewed as the weight's floating dtype.
+    view_as_float: store the packed bytes viewed as the weight's floating dtype.
     weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
     lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
     activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
         each token and group of features (see docs/numerics.md for speed and error).
-    integer_zero: zero points are integers, at the price of about 14 % more squared error.
+    integer_zero: zero points are integers, which costs about 14 % more squared error.
     rotation: mix inputs by a random Hadamard rotation (``hqqtensor.transforms``): the weight is quantized rotated,
         the activations are rotated before each product.
-    rotation_seed: of the rotation's signs.
-    codebook: for the format "codebook", whether the "tensor" or each "row" (axis 1 only) has entries of its own.
+    rotation_seed: seed of the rotation's random signs.
+    codebook: for the format "codebook", whether one codebook is learned for the "tensor" or one for each "row" (axis 1
+        only).
     """
 
     nbits: int = 4
@@ -85,6 +86,28 @@ class HqqConfig(AOBaseConfig):
             self.for_tag(tag)
 
     def _check(self) -> None:
+        self._check_types()
+        self._check_codes()
+        self._check_solver()
+        self._check_metadata()
+
+    def _check_types(self) -> None:
+        for name in ("quant_scale", "quant_zero", "view_as_float", "integer_zero", "rotation"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in _DTYPE_FIELDS:
+            if getattr(self, name) not in (None, *SCALE_DTYPES):
+                raise ValueError(f"{name} must be None or one of {list(SCALE_DTYPES)}, got {getattr(self, name)}")
+        if not _is_int(self.rotation_seed) or not 0 <= self.rotation_seed < 2**63:
+            raise ValueError(f"rotation_seed must be an integer from 0 to 2**63 - 1, got {self.rotation_seed!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}")
+        if not isinstance(self.skip_modules, list) or not all(isinstance(s, str) and s for s in self.skip_modules):
+            raise ValueError(f"skip_modules must be a list of module names, got {self.skip_modules!r}")
+        if self.dynamic_config is not None and not isinstance(self.dynamic_config, dict):
+            raise ValueError(f"dynamic_config must be a dict of tags, got {self.dynamic_config!r}")
+
+    def _check_codes(self) -> None:
         fmt = get_format(self.format)
         if not _is_int(self.nbits) or self.nbits not in fmt.widths:
             raise ValueError(
@@ -94,71 +117,64 @@ class HqqConfig(AOBaseConfig):
             raise ValueError(f"group_size must be a positive integer or None, got {self.group_size!r}")
         if not _is_int(self.axis) or self.axis not in (0, 1):
             raise ValueError(f"axis must be 0 (along out_features) or 1 (along in_features), got {self.axis!r}")
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(f"codebook must be one of {list(CODEBOOKS)}, got {self.codebook!r}")
+        if fmt.learned and self.codebook == "row" and self.axis == 0:
+            raise ValueError('codebook "row" needs axis 1: with axis 0 a group runs across rows')
+
+    def _check_solver(self) -> None:
+        fmt = get_format(self.format)
         get_solver(self.solver)
         if self.solver == "hqq" and not fmt.has_zero_point:
             raise ValueError(
                 f'solver "hqq" moves zero points, which format {self.format!r} has not; use "hqq_joint" or "rtn"'
             )
-        if self.quant_zero and not fmt.has_zero_point:
-            raise ValueError(f"quant_zero needs zero points, which format {self.format!r} has not")
         if self.integer_zero and (not fmt.has_zero_point or self.solver == "hqq" or self.quant_zero):
             raise ValueError(
                 'integer_zero needs format "int", solver "hqq_joint" or "rtn", and quant_zero=False; '
                 f"got {self.format!r}, {self.solver!r}, quant_zero={self.quant_zero}"
             )
+        if not isinstance(self.lp_norm, (int, float)) or not 0 < self.lp_norm <= 2:
+            raise ValueError(f"lp_norm must be over 0 and at most 2, got {self.lp_norm!r}")
+
+    def _check_metadata(self) -> None:
+        if self.quant_zero and not get_format(self.format).has_zero_point:
+            raise ValueError(f"quant_zero needs zero points, which format {self.format!r} has not")
         if not _is_int(self.meta_nbits) or self.meta_nbits not in META_NBITS:
             raise ValueError(f"meta_nbits must be one of {list(META_NBITS)}, got {self.meta_nbits!r}")
         if self.meta_nbits != 8 and not (self.quant_scale or self.quant_zero):
             raise ValueError(f"meta_nbits {self.meta_nbits} needs quant_scale=True or quant_zero=True")
-        if self.codebook not in CODEBOOKS:
-            raise ValueError(f"codebook must be one of {list(CODEBOOKS)}, got {self.codebook!r}")
-        if fmt.learned and self.codebook == "row" and self.axis == 0:
-            raise ValueError('codebook "row" needs axis 1: with axis 0 a group runs across rows')
-        if self.scale_dtype not in (None, *SCALE_DTYPES):
-            raise ValueError(f"scale_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.scale_dtype}")
-        if self.compute_dtype not in (None, *SCALE_DTYPES):
-            raise ValueError(f"compute_dtype must be None or one of {list(SCALE_DTYPES)}, got {self.compute_dtype}")
-        for name in ("quant_scale", "quant_zero", "view_as_float", "integer_zero", "rotation"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not _is_int(self.rotation_seed) or not 0 <= self.rotation_seed < 2**63:
-            raise ValueError(f"rotation_seed must be an integer from 0 to 2**63 - 1, got {self.rotation_seed!r}")
-        if not isinstance(self.lp_norm, (int, float)) or not 0 < self.lp_norm <= 2:
-            raise ValueError(f"lp_norm must be over 0 and at most 2, got {self.lp_norm!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}")
-        if not isinstance(self.skip_modules, list) or not all(isinstance(s, str) and s for s in self.skip_modules):
-            raise ValueError(f"skip_modules must be a list of module names, got {self.skip_modules!r}")
-        if self.dynamic_config is not None and not isinstance(self.dynamic_config, dict):
-            raise ValueError(f"dynamic_config must be a dict of tags, got {self.dynamic_config!r}")
 
     @property
     def scale_nbits(self) -> int | None:
-        """Bits that a scale is kept in, None for a plain one."""
+        """Bits of a stored scale, None where it is a floating-point number."""
         return self.meta_nbits if self.quant_scale else None
 
     @property
     def zero_nbits(self) -> int | None:
-        """Bits that a zero point is kept in, None for a plain one."""
+        """Bits of a stored zero point, None where it is a floating-point number."""
         return self.meta_nbits if self.quant_zero else None
 
     def for_tag(self, tag: str | None) -> "HqqConfig | None":
-        """Settings of the layers that ``tag`` names (None: of all others); None where they stay as they are."""
-        own = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        """Settings of the layers that ``tag`` names (None: of all others); None where they are not to be quantized.
+
+        KeyError for a tag that ``dynamic_config`` has not; ValueError, naming the tag, for a bad entry.
+        """
+        defaults = {name: getattr(self, name) for name in _LAYER_FIELDS}
         if tag is None:
-            return HqqConfig(**own)
+            return HqqConfig(**defaults)
         entry = (self.dynamic_config or {})[tag]
         if entry is None:
             return None
         if not isinstance(entry, dict) or set(entry) - {*_LAYER_FIELDS, "weight_quant_params"}:
             raise ValueError(f"dynamic_config[{tag!r}] must be None or a dict of {list(_LAYER_FIELDS)}, got {entry!r}")
         try:
-            return HqqConfig(**{**own, **entry})
+            return HqqConfig(**{**defaults, **entry})
         except ValueError as error:
             raise ValueError(f"dynamic_config[{tag!r}]: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON-safe values; ``from_dict`` gives an equal config back."""
+        """All settings as JSON-safe values; ``from_dict`` makes an equal config of them."""
         out: dict[str, Any] = {}
         for name in (f.name for f in dataclasses.fields(self) if f.name != "weight_quant_params"):
             value = getattr(self, name)
@@ -211,17 +227,18 @@ def _from_hqq_params(params: dict[str, Any]) -> dict[str, Any]:
     known = {"nbits", "group_size", "axis", "optimize", "round_zero", "channel_wise", "view_as_float"}
     if not isinstance(weight, dict) or set(weight) - known:
         raise ValueError(f"weight_quant_params must be a dict of {sorted(known)}, got {weight!r}")
-    rest = set(nested) - {"weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta"}
-    if rest:
-        raise ValueError(f"unknown entries {sorted(rest)} in the hqq quantization parameters")
+    unknown = set(nested) - {"weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta"}
+    if unknown:
+        raise ValueError(f"unknown entries {sorted(unknown)} in the hqq quantization parameters")
     if not weight.get("channel_wise", True):
         raise ValueError("weight_quant_params with channel_wise=False (one scale for the tensor) is not offered")
     out = {key: weight[key] for key in ("nbits", "group_size", "axis", "view_as_float") if key in weight}
     if not weight.get("optimize", True):
         out["solver"] = "rtn"
-    parts = {part: nested.get(f"{part}_quant_params") for part in ("scale", "zero")}
-    out |= {f"quant_{part}": own is not None for part, own in parts.items()}
-    widths = {own.get("nbits", 8) if isinstance(own, dict) else own for own in parts.values() if own is not None}
+    meta = {kind: nested.get(f"{kind}_quant_params") for kind in ("scale", "zero")}
+    out |= {f"quant_{kind}": settings is not None for kind, settings in meta.items()}
+    quantized = [settings for settings in meta.values() if settings is not None]
+    widths = {settings.get("nbits", 8) if isinstance(settings, dict) else settings for settings in quantized}
     if not widths <= set(META_NBITS) or len(widths) > 1:
-        raise ValueError(f"scale_quant_params and zero_quant_params must have the same nbits, 8 or 4, got {parts}")
+        raise ValueError(f"scale_quant_params and zero_quant_params must have the same nbits, 8 or 4, got {meta}")
     return {**out, "meta_nbits": widths.pop()} if widths else out

@@ -151,19 +151,19 @@ def show_minilm(lines: int = 256) -> None:
     dense = model_size(original)
     sentences = held_out_lines(lines)
     before = embed(original, tokenizer, sentences)
-    rows, found = [], [("dense", _nearest(original, tokenizer))]
+    rows, neighbours = [], [("dense", _nearest(original, tokenizer))]
     for nbits in BITS:
         m = quantized(original, nbits)
         after = embed(m.model, tokenizer, sentences)
         cosine = (before * after).sum(-1).mean().item()
         same = f"{same_neighbour(before, after):.1%}"
         rows.append((*_common(m), f"{cosine:.4f}", same, f"{m.seconds:.2f} s"))
-        found.append((f"{nbits} bits", _nearest(m.model, tokenizer)))
+        neighbours.append((f"{nbits} bits", _nearest(m.model, tokenizer)))
     first = ("dense", megabytes(dense.nbytes), "32.00", "0", "1", "", "")
     header = ("bits", "size", "bits/weight", "error", "cosine", "same neighbour", "time")
     print_table(header, [first, *rows], f"MiniLM, {dense.parameters / 1e6:.1f} million parameters, {lines} sentences")
     print(f"nearest to {QUERY!r}:")
-    for name, text in found:
+    for name, text in neighbours:
         print(f"{name:>7}: {text}")
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -29,3 +30,16 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def comparable_output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
+    """What two models are compared by, float32: logits and True, or the last hidden states and False.
+
+    ValueError for an output that has neither and is no tensor.
+    """
+    output = run(model, batch)
+    has_logits = hasattr(output, "logits")
+    result = output.logits if has_logits else getattr(output, "last_hidden_state", output)
+    if not isinstance(result, Tensor):
+        raise ValueError(f"{type(model).__name__} gives no logits or hidden states to compare")
+    return result.to(torch.float32), has_logits

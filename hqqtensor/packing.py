@@ -1,7 +1,7 @@
 """Dense bit packing for codes of 1 to 8 bits, one layout for every device.
 
 A row of ``K`` codes is a run of self-contained blocks of 128 codes; the last block may be
-shorter (the rest of the row, rounded up to a multiple of 8). A width is a sum of planes:
+shorter (the codes that are left, rounded up to a multiple of 8). A width is a sum of planes:
 
     1 = 1   2 = 2   3 = 2+1   4 = 4   5 = 4+1   6 = 4+2   7 = 4+2+1   8 = 8
 
@@ -32,7 +32,7 @@ PLANES: dict[int, tuple[int, ...]] = {
 
 
 def row_bytes(in_features: int, nbits: int) -> int:
-    """Bytes that one packed row of ``in_features`` codes takes."""
+    """Bytes that one packed row of ``in_features`` codes takes; ValueError for nbits outside 1 to 8."""
     _check_nbits(nbits)
     return (in_features + 7) // 8 * nbits
 
@@ -48,7 +48,10 @@ def byte_offset(code: int, in_features: int, nbits: int) -> int | None:
 
 
 def pack(codes: Tensor, nbits: int) -> Tensor:
-    """Pack ``codes`` (uint8, ``[..., K]``, each below ``2**nbits``) into uint8 ``[..., row_bytes(K, nbits)]``."""
+    """Pack ``codes`` (uint8, ``[..., K]``, each below ``2**nbits``) into uint8 ``[..., row_bytes(K, nbits)]``.
+
+    TypeError for codes of another dtype; ValueError for nbits outside 1 to 8.
+    """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, got {codes.dtype}")
     in_features = codes.shape[-1]
@@ -71,7 +74,10 @@ def pack(codes: Tensor, nbits: int) -> Tensor:
 
 
 def unpack(qdata: Tensor, nbits: int, in_features: int) -> Tensor:
-    """Unpack uint8 ``[..., row_bytes(K, nbits)]`` into codes, uint8 ``[..., K]`` with ``K = in_features``."""
+    """Unpack uint8 ``[..., row_bytes(K, nbits)]`` into codes, uint8 ``[..., K]`` with ``K = in_features``.
+
+    ValueError for packed bytes of another dtype or length, or nbits outside 1 to 8.
+    """
     expected = row_bytes(in_features, nbits)
     if qdata.dtype != torch.uint8 or qdata.shape[-1] != expected:
         raise ValueError(
@@ -105,9 +111,9 @@ def meta_bytes(columns: int, nbits: int) -> int:
 
 
 def meta_bits(columns: int, stored: int) -> int:
-    """8 or 4: the bits of each of ``columns`` scales (or zero points) in rows of ``stored`` bytes; else ValueError.
+    """8 or 4: the bits of each of ``columns`` scales (or zero points) in rows of ``stored`` bytes.
 
-    One column is a byte in either, and reads the same.
+    A single column takes a byte and reads the same in either; it counts as 8. ValueError for any other length.
     """
     for nbits in (8, 4):
         if stored == meta_bytes(columns, nbits):
@@ -122,18 +128,18 @@ def pack_meta(codes: Tensor, nbits: int) -> Tensor:
     """Pack the codes of scales or zero points, uint8 ``[..., G]``: uint8 ``[..., meta_bytes(G, nbits)]``.
 
     8 bits are a byte each. 4 bits lie as ``pack`` lays them, in blocks of 128 codes, code ``c`` of a block of ``B`` in
-    nibble ``c // h`` of byte ``c % h`` with ``h = ceil(B / 2)``, but the last block is not filled up to 8 codes: with
-    few groups a row, that would be much of what they take.
+    nibble ``c // h`` of byte ``c % h`` with ``h = ceil(B / 2)``. Unlike there, the last block is not filled up to a
+    multiple of 8 codes: with few groups a row, padding would be much of what the scales take.
     """
     if nbits == 8:
         return codes.contiguous()
     full = codes.shape[-1] // BLOCK * BLOCK
     parts = [pack(codes[..., :full], nbits)] if full else []
     if full < codes.shape[-1]:
-        rest = codes[..., full:]
-        half = (rest.shape[-1] + 1) // 2
-        high = torch.nn.functional.pad(rest[..., half:], (0, rest.shape[-1] % 2))
-        parts.append(rest[..., :half] | (high << 4))
+        last = codes[..., full:]
+        half = (last.shape[-1] + 1) // 2
+        high = torch.nn.functional.pad(last[..., half:], (0, last.shape[-1] % 2))
+        parts.append(last[..., :half] | (high << 4))
     return torch.cat(parts, -1)
 
 
@@ -144,16 +150,16 @@ def unpack_meta(rows: Tensor, columns: int) -> Tensor:
     full = columns // BLOCK
     parts = [unpack(rows[..., : full * (BLOCK // 2)], 4, full * BLOCK)] if full else []
     if columns % BLOCK:
-        rest = rows[..., full * (BLOCK // 2) :]
-        parts += [rest & 15, (rest >> 4)[..., : columns % BLOCK - rest.shape[-1]]]
+        last = rows[..., full * (BLOCK // 2) :]
+        parts += [last & 15, (last >> 4)[..., : columns % BLOCK - last.shape[-1]]]
     return torch.cat(parts, -1)
 
 
 def _runs(in_features: int) -> list[tuple[int, int, int]]:
     """(first code, number of blocks, codes a block) of the full blocks and of the short last one."""
-    full, rest = divmod((in_features + 7) // 8 * 8, BLOCK)
+    full, last = divmod((in_features + 7) // 8 * 8, BLOCK)
     runs = [(0, full, BLOCK)] if full else []
-    return [*runs, (full * BLOCK, 1, rest)] if rest else runs
+    return [*runs, (full * BLOCK, 1, last)] if last else runs
 
 
 def _check_nbits(nbits: int) -> None:

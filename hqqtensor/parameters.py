@@ -6,7 +6,7 @@ from hqqtensor.tensor import HQQTensor
 
 
 def replace_parameters(model: nn.Module, new_by_id: dict[int, nn.Parameter]) -> None:
-    """Put ``new_by_id[id(old)]`` wherever ``model`` uses the parameter ``old``; others stay."""
+    """Replace each parameter ``old`` by ``new_by_id[id(old)]``, wherever ``model`` uses it; others are left alone."""
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) in new_by_id:

@@ -7,6 +7,7 @@ from torch import nn
 
 from hqqtensor.config import HqqConfig, hqq_weight_only
 from hqqtensor.formats import get_format
+from hqqtensor.stored_size import META_GROUP
 
 
 class UnknownPresetError(KeyError):
@@ -37,12 +38,14 @@ PRESETS = Presets(
         "1/32": hqq_weight_only(1, 32),
     }
 )
-"""Presets named bits/group size, best quality first; 2/16 keeps its many scales in 4 bits."""
+"""Presets named bits/group size; 2/16 stores its many scales and zero points in 4 bits."""
 
 BYTE_UNITS: dict[str, float] = {
     "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
 }  # fmt: skip
-_ORDER = ("8/64", "4/64", "4/128", "3/64", "2/16", "2/64", "1/32")
+"""Bytes of each unit of a size."""
+
+_BEST_FIRST = ("8/64", "4/64", "4/128", "3/64", "2/16", "2/64", "1/32")
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,17 @@ class OptimalConfig:
 
 
 def bits_per_weight(config: HqqConfig) -> float:
-    """Stored bits a weight, scales and zero points counted, for float16 metadata and whole groups.
+    """Stored bits a weight of a large matrix, scales and zero points counted, float16 where they are not quantized.
 
     The entries of a learned codebook are not counted: 16 of a tensor are nothing, 16 of each row depend on its length.
+    ``stored_size.stored_bytes`` is exact for a given shape.
     """
     assert config.group_size is not None
-    quantized = [config.quant_scale]
+    widths = [config.scale_nbits]
     if get_format(config.format).has_zero_point:
-        quantized.append(config.quant_zero)
-    return config.nbits + sum(config.meta_nbits + 0.5 if q else 16.0 for q in quantized) / config.group_size
+        widths.append(config.zero_nbits)
+    meta_bits = 2 * 32 / META_GROUP  # a float32 scale and zero point for each group of quantized scales
+    return config.nbits + sum(16.0 if nbits is None else nbits + meta_bits for nbits in widths) / config.group_size
 
 
 def get_optimal_quant_config(
@@ -84,13 +89,13 @@ def get_optimal_quant_config(
         if isinstance(model_size_or_model, nn.Module)
         else parse_size(model_size_or_model, "model size", {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12})
     )
-    sizes = {name: int(count * bits_per_weight(PRESETS[name]) / 8) for name in _ORDER}
+    sizes = {name: int(count * bits_per_weight(PRESETS[name]) / 8) for name in _BEST_FIRST}
     if memory_budget is None:
         name = "8/64" if count < 1e9 else "4/64"
         size = "under" if count < 1e9 else "at least"
         return OptimalConfig(name, PRESETS[name], sizes[name], f"recommended for {size} a billion parameters")
     budget = parse_size(memory_budget, "memory budget", BYTE_UNITS)
-    for name in _ORDER:
+    for name in _BEST_FIRST:
         if sizes[name] <= budget:
             reason = f"the best preset within {budget / 1e9:.2f} GB for {count / 1e9:.3g} billion parameters"
             return OptimalConfig(name, PRESETS[name], sizes[name], reason)
@@ -98,6 +103,7 @@ def get_optimal_quant_config(
 
 
 def parse_size(value: int | float | str, what: str, units: dict[str, float]) -> float:
+    """A number, or text of a number and one of ``units`` (name in capitals: factor); ValueError, naming ``what``."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].upper() not in units:

@@ -2,20 +2,21 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from hqqtensor.calibration import Calibration
-from hqqtensor.calibration.apply import check_plan, quantize_calibrated
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
 from hqqtensor.parameters import QuantizedExtraRepr as QuantizedExtraRepr  # models pickled before have it from here
 from hqqtensor.parameters import replace_parameters, show_quantized
 from hqqtensor.selection import Choice, choose, row_dims
 from hqqtensor.tensor import HQQTensor
+
+if TYPE_CHECKING:
+    from hqqtensor.calibration import Calibration
 
 
 def quantize_(
@@ -24,7 +25,7 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    calibration: Calibration | None = None,
+    calibration: "Calibration | None" = None,
 ) -> None:
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
@@ -59,7 +60,7 @@ def quantize_(
 
 def _quantized_by_id(
     model: nn.Module, choices: list[Choice], device: torch.device | str | None,
-    progress: Callable[[int, int, str], None] | None, calibration: Calibration | None,
+    progress: Callable[[int, int, str], None] | None, calibration: "Calibration | None",
 ) -> dict[int, nn.Parameter]:  # fmt: skip
     """The quantized parameter of each choice, by the id of the dense one; the model is left as it was."""
     total, done = sum(choice.weight.numel() for choice in choices), 0
@@ -72,6 +73,8 @@ def _quantized_by_id(
 
     quantized: dict[int, nn.Parameter] = {}
     if calibration is not None:
+        from hqqtensor.calibration.apply import check_plan, quantize_calibrated  # costly to import, and seldom used
+
         linears = [choice for choice in choices if choice.weight.ndim == 2 and not choice.transposed]
         check_plan(linears, calibration)
         quantized = quantize_calibrated(model, linears, calibration, report)

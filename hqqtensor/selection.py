@@ -20,9 +20,10 @@ _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A parameter to quantize: its names (more than one where tied), itself, how, and how it is stored.
+    """A parameter to quantize.
 
-    transposed: the module keeps ``[..., K, N]``, in_features before out_features. row_dims: as in ``HQQTensor``.
+    names: more than one where it is tied. settings: of this parameter alone, without tags. transposed: the module
+    stores it as ``[..., K, N]``, in_features before out_features. row_dims: as in ``HQQTensor``.
     """
 
     names: tuple[str, ...]
@@ -32,7 +33,7 @@ class Choice:
     row_dims: int = 1
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
-        """``weight`` (the numbers of this parameter) as a quantized parameter of the same shape."""
+        """``weight``, the values of this parameter (on any device), as a quantized parameter of the same shape."""
         rows = weight.detach()
         out = HQQTensor.from_hp(rows.transpose(-1, -2) if self.transposed else rows, self.settings, self.row_dims)
         return nn.Parameter(out.transpose(-1, -2) if self.transposed else out, requires_grad=False)
@@ -193,7 +194,7 @@ def row_dims(module: nn.Module) -> int:
 
 
 def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:
-    """Parameters of rank 2 and more that may be quantized: name, whether it is kept ``[..., K, N]``, row_dims."""
+    """Parameters of rank 2 and more that may be quantized: (name, whether it is stored ``[..., K, N]``, row_dims)."""
     if _is_experts(module):
         weights = [(name, module._parameters.get(name)) for name in _EXPERT_WEIGHTS]
         return [(name, bool(module.is_transposed), 1) for name, w in weights if w is not None and w.ndim == 3]
@@ -204,7 +205,7 @@ def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer that keeps its weight ``[K, N]``."""
+    """transformers' Conv1D (GPT-2): a linear layer that stores its weight as ``[K, N]``."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 

@@ -1,4 +1,4 @@
-"""What ``quantize_`` does with a calibration: layer by layer, each on inputs from the layers quantized before it."""
+"""What ``quantize_`` does with a calibration: it goes from layer to layer, the ones before quantized already."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,23 +33,24 @@ def quantize_calibrated(
     calibration: Calibration,
     done: Callable[[nn.Parameter, str], None],
 ) -> dict[int, nn.Parameter]:
-    """New weights of the calibrated layers of ``choices`` by id of the old; the model is left as it was.
+    """The quantized weights of the calibrated layers of ``choices``, by id of the dense ones.
 
-    done(weight, name): called after each. "full" runs the batches once for each set of layers with a common input and
-    keeps one ``[K, K]`` matrix at a time.
+    done(weight, name): called after each. In mode "full" the batches run once for each stage (layers with a common
+    input), in a model whose earlier stages are quantized already, and one ``[K, K]`` matrix is in memory at a time. The
+    model is left as it was, whatever ends the work. ValueError naming the layer where its scales cannot be stored.
     """
     by_module = {_module(choice.names[0]): choice for choice in choices}
     quantized_by_id: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for stage in calibration.stages:
-            chosen = [name for name in stage if name in by_module]
-            if not chosen:
+            names = [name for name in stage if name in by_module]
+            if not names:
                 continue
             full_moments = None
             if calibration.mode == "full":
-                full_moments = _second_moments(model, chosen[0], calibration)
-            for name in chosen:
+                full_moments = _second_moments(model, names[0], calibration)
+            for name in names:
                 full, weight = by_module[name].names[0], by_module[name].weight
                 moments = calibration.moments[name] if full_moments is None else full_moments
                 try:

@@ -1,4 +1,4 @@
-"""An HQQTensor from a weight and what calibration knows of its inputs."""
+"""An HQQTensor from a weight and the second moments of its inputs."""
 
 import torch
 from torch import Tensor
@@ -26,9 +26,14 @@ def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:
 
 
 def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTensor:
-    """Quantize a checked ``weight`` ``[N, K]``; moments ``[K]`` (errors weighted) or ``[K, K]`` (error feedback)."""
+    """Quantize a ``weight`` ``[N, K]`` that ``check_weight`` and ``check_calibrated`` have passed.
+
+    moments: float32 second moments of the weight's inputs, ``[K]`` to weight the errors of columns, or ``[K, K]`` for
+    error feedback. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
+    """
     w, _, act, block = prepare(weight, config)
     w = w.to(torch.float32)
+    # The inputs of the prepared weight: multiplied by act, then rotated.
     if act is not None:
         d = act.to(torch.float32)
         moments = moments * (d * d if moments.ndim == 1 else d * d.unsqueeze(1))
@@ -38,46 +43,35 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
     scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
     dtype, groups = config.scale_dtype or storage_dtype(scale, zero), scale.shape[1]
 
-    def kept(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
+    def store_both(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
         return (
             store(s, dtype, config.scale_nbits, "scale", groups),
             store(z, dtype, config.zero_nbits, "zero_point", groups),
         )
 
-    def seen(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        stored = kept(s, z)
-        return stored[0][1], stored[1][1]
+    def read_back(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        (_, read_scale), (_, read_zero) = store_both(s, z)
+        return read_scale, read_zero
 
     if moments.ndim == 2:
-        codes, scale, zero = feed_back(w, moments, config.nbits, size, seen)
+        codes, scale, zero = feed_back(w, moments, config.nbits, size, read_back)
         # Columns of groups are stored independently of one another, so all at once read back as one by one.
-        stored_scale, stored_zero = (part[0] for part in kept(scale, zero))
+        (stored_scale, _), (stored_zero, _) = store_both(scale, zero)
     else:
-        (stored_scale, s), (stored_zero, z) = kept(scale, zero)
+        (stored_scale, s), (stored_zero, z) = store_both(scale, zero)
         s, z = (t.repeat_interleave(size, -1)[:, : w.shape[1]] for t in (s, z))
         inverse = torch.where(s == 0, 0.0, s.reciprocal())
         codes = (w * inverse).add_(z).round_().clamp_(0, 2**config.nbits - 1).to(torch.uint8)
-    encoded = Encoded(
-        pack(codes, config.nbits),
-        stored_scale,
-        stored_zero,
-        config.nbits,
-        size,
-        1,
-        weight.shape,  # type: ignore[arg-type]
-    )
-    out = HQQTensor._from_encoded(encoded, config.compute_dtype or weight.dtype, config.format)
-    out.act_pre_scale, out.rotation, out.activation = act, block, config.activation
-    if config.view_as_float:
-        out.qdata = out.qdata.view(weight.dtype)
-    return out
+    qdata = pack(codes, config.nbits)
+    encoded = Encoded(qdata, stored_scale, stored_zero, config.nbits, size, axis=1, shape=weight.shape)
+    return HQQTensor.from_encoded(encoded, config, weight.dtype, act, block)
 
 
 def _grid(w: Tensor, size: int, config: HqqConfig, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of all groups of ``[N, K]``, a ragged last one at its own length."""
+    """Scale and zero point, float32 ``[N, groups]``, of the groups of ``[N, K]``; a ragged last one is not padded."""
     full = w.shape[1] // size * size
     parts = [(w[:, :full].unflatten(1, (-1, size)), importance[:full].unflatten(0, (-1, size)))] if full else []
     if full < w.shape[1]:
         parts.append((w[:, full:].unsqueeze(1), importance[full:].unsqueeze(0)))
-    found = [solve_weighted(groups, config.nbits, weights) for groups, weights in parts]
-    return torch.cat([s for s, _ in found], 1), torch.cat([z for _, z in found], 1)
+    solutions = [solve_weighted(groups, config.nbits, weights) for groups, weights in parts]
+    return torch.cat([s for s, _ in solutions], 1), torch.cat([z for _, z in solutions], 1)

@@ -14,14 +14,15 @@ MODES = ("diagonal", "full")
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What each linear layer saw; give it to ``quantize_``.
+    """Statistics of the inputs of each linear layer, for ``quantize_(..., calibration=...)``.
 
     mode: "diagonal": second moments of the inputs weigh the errors in the solver. "full": error feedback column by
-        column, for which ``quantize_`` runs ``batches`` again, once for each set of layers with a common input.
+        column, for which ``quantize_`` runs ``batches`` again, once for each stage.
     moments: float32 ``[K]`` mean of x^2 for each input, by module name, in the order in which modules were called.
     tokens: inputs seen by each module. stages: modules with a common input, in the order of calls.
     unseen: linear layers that no batch reached: they are quantized without calibration.
     dead: number of inputs that were zero throughout, by module name, where there are any.
+    called_once: whether no module was called more than once in a pass, so that a pass may end when its input is seen.
     """
 
     mode: str
@@ -50,13 +51,14 @@ def calibrate(
     mode: str = "full",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Calibration:
-    """Run ``batches`` through ``model`` and note what its ``nn.Linear`` layers see; the model is left as it is.
+    """Run ``batches`` through ``model`` and take statistics of the inputs of its ``nn.Linear`` layers.
 
     batches: what the model is called with: mappings (keyword arguments), tuples (positional) or single tensors, on
-        the model's device. They are kept for "full". A few thousand tokens of typical text serve.
+        the model's device. The result holds them for "full". A few thousand tokens of typical text serve.
     progress: called as ``progress(done, total, name)`` after each batch.
 
-    Memory: K floats a layer. ValueError for an unknown mode, no batches, no layer reached, or inputs not finite.
+    The model is left as it was. Memory: K floats a layer. ValueError for an unknown mode, no batches, no layer reached,
+    or inputs that are not finite.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")

@@ -2,9 +2,12 @@
 
 GPTQ (Frantar et al. 2022, arXiv 2210.17323): with H the second moments of the inputs and U the upper Cholesky factor
 of its inverse, the error of column k, divided by U[k, k], is taken out of the columns after it by row k of U, so that
-the layer's output changes least. Grids are not of minimum and maximum: when a group's turn comes, the joint
-half-quadratic solver fits scale and zero point to its weights as they are by then, weighted by 1 / U[k, k]^2, what an
-error in column k costs once later columns have made up for it. Both are rounded for storage before codes are chosen.
+the layer's output changes least.
+
+Unlike in GPTQ, a group's scale and zero point do not come from its smallest and largest weight. The joint solver fits
+them when the group's first column is reached, to the weights as the errors of earlier columns have changed them. The
+error of column k weighs 1 / U[k, k]^2, its cost once later columns have made up for it. Scale and zero point are
+rounded for storage before codes are chosen.
 """
 
 from collections.abc import Callable
@@ -20,7 +23,8 @@ DAMPING = 0.01
 def inverse_factor(moments: Tensor) -> Tensor:
     """Upper triangular U ``[K, K]`` with U^T U the inverse of the damped ``moments``.
 
-    Damping is 1 % of the mean of the diagonal, ten times more wherever that is not enough. Dead inputs get the mean.
+    moments: float32 ``[K, K]``; the factor is float32. 1 % of the diagonal's mean is added to the diagonal, ten times
+    more as long as that does not make the matrix positive definite. Inputs that are always zero get the mean.
     """
     h = moments.to(torch.float64).clone()
     diagonal = h.diagonal()
@@ -44,12 +48,12 @@ def feed_back(
     moments: Tensor,
     nbits: int,
     group_size: int,
-    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    read_back: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 ``[N, K]``, scale and zero point float32 ``[N, groups]`` of ``weight`` ``[N, K]``.
 
-    moments: ``[K, K]``. store(scale, zero): both ``[N, 1]``, as they read back from storage; the codes are for what it
-    gives, what is returned has not been through it.
+    moments: float32 ``[K, K]`` second moments of the inputs. read_back(scale, zero): both ``[N, 1]``, as storage rounds
+    them. Codes are chosen for the rounded ones; the scales and zero points returned are not rounded.
     """
     w = weight.to(torch.float32).clone()
     columns, last = w.shape[1], 2**nbits - 1
@@ -63,7 +67,7 @@ def feed_back(
         scale, zero = solve_weighted(group.unsqueeze(1), nbits, importance[None, first:end])
         scales.append(scale)
         zeros.append(zero)
-        scale, zero = store(scale, zero)
+        scale, zero = read_back(scale, zero)
         inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
         errors = torch.empty_like(group)
         for k in range(end - first):

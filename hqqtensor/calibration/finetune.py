@@ -5,6 +5,7 @@ quantization; here are no adapters, so a layer costs the same afterwards. The lo
 next-token distributions (the relative squared error of hidden states where there are no logits).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hqqtensor.encode import store
-from hqqtensor.forward import evaluating, run
+from hqqtensor.forward import comparable_output, evaluating
 from hqqtensor.ops import reference
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.tensor import HQQTensor
@@ -24,8 +25,10 @@ from hqqtensor.transforms import to_inputs
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Mean loss over the batches before and after (with what is stored), and whether the tuned numbers were kept.
+    """What ``finetune`` did.
 
+    before, after: mean loss over the batches; after, with scales and zero points rounded as they are stored.
+    kept: whether the tuned ones are in the model; otherwise the loss did not fall and the model is as it was.
     tuned: names of the layers tuned. left: quantized parameters that were not, such as experts and embeddings.
     """
 
@@ -39,7 +42,7 @@ class Finetuned:
 class _Product(torch.autograd.Function):
     """``x [..., K]`` times the transpose of the dense weight of given scales and zero points, with gradients to all.
 
-    The dense weight is made anew in the backward pass, so that there is one at a time.
+    The backward pass dequantizes again, so that the dense weight of only one layer is in memory.
     """
 
     @staticmethod
@@ -66,7 +69,7 @@ def _dense(weight: HQQTensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 class _Tuned:
-    """One weight: its scale times (1 + a) and its zero point plus b, with a and b to be trained."""
+    """A weight with its scale times 1 + a and its zero point plus b; ``trained`` has a, and b where it may change."""
 
     def __init__(self, weight: HQQTensor) -> None:
         self.weight, self.zero = weight, None
@@ -76,11 +79,12 @@ class _Tuned:
         if weight.zero_point is not None:
             self.zero = _plain(weight.zero_point)
             self.b = torch.zeros_like(self.zero, requires_grad=True)
-            # Integers are integers on purpose.
+            # Integer zero points stay integers.
             if weight.format != "int" or not torch.equal(self.zero, self.zero.round()):
                 self.trained.append(self.b)
 
     def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point as trained so far, float32."""
         return self.scale * (1 + self.a), None if self.zero is None else self.zero + self.b
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,7 +98,7 @@ class _Tuned:
 
     @torch.no_grad()
     def stored(self) -> HQQTensor:
-        """The weight with the numbers as they are now, rounded as it keeps them."""
+        """The weight with scale and zero point as trained so far, in the dtype or bits that it stores them in."""
         scale, zero = self.numbers()
         changes = {"scale": _like(scale, self.weight.scale, "scale")}
         if zero is not None:
@@ -106,12 +110,14 @@ class _Tuned:
 
 
 def _plain(values: Tensor) -> Tensor:
+    """Scales or zero points in float32, read through their own scales where they are quantized."""
     return (values.dequantize() if isinstance(values, HQQTensor) else values).detach().to(torch.float32)
 
 
 def _like(values: Tensor, old: Tensor, name: str) -> Tensor:
+    """``values`` stored in the dtype or bits of ``old``."""
     stored, _ = store(values, old.dtype, old.nbits if isinstance(old, HQQTensor) else None, name)
-    return stored if isinstance(stored, Tensor) else HQQTensor._bytes(stored)
+    return stored if isinstance(stored, Tensor) else HQQTensor.meta_from_encoded(stored)
 
 
 def finetune(
@@ -126,18 +132,18 @@ def finetune(
     """Train the scales and zero points (or learned entries) of ``model``'s quantized linear layers, in place.
 
     dense: the same model before it was quantized. batches: what both are called with, as for ``calibrate``, on their
-        device; rows with ``attention_mask`` 0 do not count. They are kept, and gone through in random order.
+        device; rows with ``attention_mask`` 0 do not count. All are in memory, and are used in random order.
     steps: batches trained on. lr: Adam's step, of scales relative to them, of zero points in codes; it falls to 0.
     progress: called as ``progress(done, total, "loss 0.123")`` after each step.
 
-    Numbers are rounded as they are stored at the end; where the loss over the batches has not fallen then, the old ones
-    are kept. An error leaves the model as it was. Memory: activations of one batch with gradients, its outputs
-    twice, one dense weight, 16 bytes for each scale and zero point. ValueError for no batches, steps or lr below
-    1 and 0, nothing to tune, or outputs that do not fit each other.
+    At the end scales and zero points are rounded as they are stored. Where the loss over the batches has not fallen by
+    then, and after an error, the model is left as it was. Memory: activations of one batch with gradients, its outputs
+    twice, one dense weight, 16 bytes for each scale and zero point. ValueError for no batches, steps below 1, lr not
+    over 0, nothing to tune, or outputs of different shapes.
     """
-    kept = list(batches)
-    if not kept or steps < 1 or not lr > 0:
-        raise ValueError(f"finetune needs batches, steps >= 1 and lr > 0; got {len(kept)} batches, {steps}, {lr}")
+    batches = list(batches)
+    if not batches or steps < 1 or not lr > 0:
+        raise ValueError(f"finetune needs batches, steps >= 1 and lr > 0; got {len(batches)} batches, {steps}, {lr}")
     tuned: dict[int, _Tuned] = {}
     users: dict[str, _Tuned] = {}
     for name, module in model.named_modules():
@@ -148,17 +154,17 @@ def finetune(
         raise ValueError("nothing to tune: the model has no quantized nn.Linear; call quantize_ first")
     left = [n for n, p in model.named_parameters() if isinstance(p, HQQTensor) and id(p) not in tuned]
     with evaluating(model), evaluating(dense):
-        before = _mean_loss(model, dense, kept)
-        made = _train(model, dense, kept, users, list(tuned.values()), steps, lr, seed, progress)
-        replaced = {old: nn.Parameter(t.stored(), requires_grad=False) for old, t in tuned.items()}
-        old = {id(replaced[id(p)]): p for p in model.parameters() if id(p) in replaced}
-        replace_parameters(model, replaced)
+        before = _mean_loss(model, dense, batches)
+        is_trained = _train(model, dense, batches, users, list(tuned.values()), steps, lr, seed, progress)
+        new_by_id = {old_id: nn.Parameter(t.stored(), requires_grad=False) for old_id, t in tuned.items()}
+        old_by_id = {id(new_by_id[id(p)]): p for p in model.parameters() if id(p) in new_by_id}
+        replace_parameters(model, new_by_id)
         after = math.inf
         try:
-            after = _mean_loss(model, dense, kept) if made else math.inf
+            after = _mean_loss(model, dense, batches) if is_trained else math.inf
         finally:
             if not after < before:
-                replace_parameters(model, old)
+                replace_parameters(model, old_by_id)
     return Finetuned(before, after, after < before, list(users), left)
 
 
@@ -172,23 +178,22 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, order = torch.Generator().manual_seed(seed), []  # type: ignore[var-annotated]
     modules = {name: model.get_submodule(name) for name in users}
-    own_forward = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    instance_forward = {name: module.__dict__.get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            own = users[name]
-            module.forward = lambda input, own=own, module=module: own.linear(input, module.bias)  # type: ignore[method-assign]
+            module.forward = functools.partial(_forward, users[name], module)  # type: ignore[method-assign]
         for step in range(steps):
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             batch = batches[order.pop()]
             with torch.no_grad():
-                want = _outputs(dense, batch)
+                want = comparable_output(dense, batch)
             with torch.enable_grad():
-                loss = _loss(_outputs(model, batch), want, batch)
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                loss = _loss(comparable_output(model, batch), want, batch)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             if not bool(loss.isfinite()):
                 return False
-            for parameter, grad in zip(parameters, found, strict=True):
-                parameter.grad = grad
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
             schedule.step()
             if progress is not None:
@@ -196,22 +201,18 @@ def _train(
     finally:
         for name, module in modules.items():
             module.__dict__.pop("forward", None)
-            if own_forward[name] is not None:
-                module.forward = own_forward[name]  # type: ignore[method-assign, assignment]
+            if instance_forward[name] is not None:
+                module.forward = instance_forward[name]  # type: ignore[method-assign, assignment]
     return True
 
 
-def _outputs(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
-    """What is compared, float32: logits and True, or the last hidden states and False."""
-    out = run(model, batch)
-    has_logits = hasattr(out, "logits")
-    result = out.logits if has_logits else getattr(out, "last_hidden_state", out)
-    if not isinstance(result, Tensor):
-        raise ValueError(f"{type(model).__name__} gives no logits or hidden states to compare")
-    return result.to(torch.float32), has_logits
+def _forward(tuned: _Tuned, module: nn.Module, input: Tensor) -> Tensor:
+    """``module(input)`` with the scales and zero points in training; input has the name of nn.Linear's argument."""
+    return tuned.linear(input, module.bias)  # type: ignore[arg-type]
 
 
 def _loss(got: tuple[Tensor, bool], want: tuple[Tensor, bool], batch: Any) -> Tensor:
+    """Mean KL(want || got) of the tokens' logits, or the relative squared error of hidden states."""
     (q, logits), (p, _) = got, want
     if q.shape != p.shape:
         raise ValueError(f"outputs of shape {list(q.shape)} do not fit the dense model's {list(p.shape)}")
@@ -226,4 +227,5 @@ def _loss(got: tuple[Tensor, bool], want: tuple[Tensor, bool], batch: Any) -> Te
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, dense: nn.Module, batches: list[Any]) -> float:
-    return sum(_loss(_outputs(model, b), _outputs(dense, b), b).item() for b in batches) / len(batches)
+    losses = (_loss(comparable_output(model, b), comparable_output(dense, b), b).item() for b in batches)
+    return sum(losses) / len(batches)

@@ -1,4 +1,4 @@
-"""Watching the inputs of layers while batches run through a model."""
+"""The inputs of layers while batches run through a model."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ class _AllSeen(Exception):
 
 
 class _InputRows:
-    """Inputs of layers as rows ``[tokens, K]`` without padding, made once for layers called on the same input."""
+    """Turns inputs of layers into rows ``[tokens, K]`` without padding, once for layers called on the same input."""
 
     def __init__(self, mask: Tensor | None) -> None:
         self.mask = mask  # bool [B, S]
@@ -25,9 +25,9 @@ class _InputRows:
         self.rows: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """The rows of ``x [..., K]``: the very tensor given last time where ``x`` is the input of last time."""
-        # The version tells an input that was changed in place in between. Inference tensors have none: outside of
-        # inference mode nothing can change them.
+        """The rows of ``x [..., K]``; where ``x`` is the input of the last call, the tensor that was returned then."""
+        # The version differs where the input was changed in place since. Inference tensors have none, but nothing can
+        # change them outside of inference mode.
         version = 0 if x.is_inference() else x._version
         if self.rows is None or not self._is_last(x) or version != self.last_version:
             self.last_input, self.last_version = x, version
@@ -57,7 +57,7 @@ def watch(
     Padding is left out: where a batch has an ``attention_mask`` ``[B, S]`` and an input is ``[B, S, K]``, the rows with
     mask 0 are not given. Modules called one right after the other on the same input (query, key and value) are given
     the same ``rows`` object. ``stop`` ends each pass once every module has been seen. The model is in eval mode
-    meanwhile; every module gets its own mode back.
+    meanwhile; afterwards every module has the mode that it had.
     """
     wanted = set(names)
     seen: set[str] = set()

@@ -10,7 +10,7 @@ FLOOR = 1e-4
 """No input weighs less than this share of its group's mean: an input that calibration never saw still counts."""
 
 
-class _WeightedGroup(hqq_joint._Group):
+class _WeightedGroups(hqq_joint.Groups):
     """Groups whose squared errors are weighted by ``m``, of the shape of the groups and of sum 1 in each."""
 
     def __init__(self, w: Tensor, nbits: int, m: Tensor) -> None:
@@ -48,8 +48,8 @@ def solve_weighted(groups: Tensor, nbits: int, importance: Tensor) -> tuple[Tens
         flat = constant_group(low, high)
         unit = torch.where(flat, 1.0, torch.maximum(high.abs(), low.abs()))
         low, high = low / unit, high / unit
-        group = _WeightedGroup(w / unit, nbits, m.expand_as(w))
-        s, z = hqq_joint._search(group, low, torch.where(flat, low + 1, high))
+        weighted = _WeightedGroups(w / unit, nbits, m.expand_as(w))
+        s, z = hqq_joint.search(weighted, low, torch.where(flat, low + 1, high))
         flat_scale, flat_zero = constant_solution(low)
         scale[part] = torch.where(flat, flat_scale, s * unit).squeeze(-1)
         zero[part] = torch.where(flat, flat_zero, z).squeeze(-1)

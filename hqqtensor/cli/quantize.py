@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from hqqtensor import HqqConfig, quantize_, save_model
 from hqqtensor.cli import model_dir
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     settings = model_dir.read_dense_config(source)
     model_dir.check_output(out, source, args.overwrite)
     text = None if args.text is None else model_dir.read_text(args.text)
-    check_model(model_dir.empty_model_of(source), config, args)
+    check_model(model_dir.empty_model_of(source), config, target_bytes, args)
 
     model = model_dir.open_dense(source)
     before = model_size(model)
@@ -110,7 +110,7 @@ def check_search(args: argparse.Namespace) -> int | None:
     return None if args.target_size is None else int(parse_size(args.target_size, "--target-size", BYTE_UNITS))
 
 
-def check_model(empty: nn.Module, config: HqqConfig, args: argparse.Namespace) -> None:
+def check_model(empty: Any, config: HqqConfig, target_bytes: int | None, args: argparse.Namespace) -> None:
     """UsageError where the arguments do not fit the model, of which ``empty`` has names and shapes and no numbers."""
     with from_arguments():
         choices, _ = choose(empty, config)
@@ -118,10 +118,14 @@ def check_model(empty: nn.Module, config: HqqConfig, args: argparse.Namespace) -
         if not choices:
             raise ValueError(f"{args.model_dir}: nothing to quantize outside of --skip")
         if is_search(args):
-            from hqqtensor.search import Sensitivity
+            from hqqtensor.search import Sensitivity, check_target
 
             if args.text is None and not isinstance(getattr(empty.config, "vocab_size", None), int):
                 raise ValueError(f"{args.model_dir}: the model takes no tokens, so --target-* cannot measure it")
+            # What stays dense counts for a size, in the dtype that config.json names for the weights.
+            dtype = getattr(empty.config, "dtype", None)
+            if args.target_bpw is not None or isinstance(dtype, torch.dtype):
+                check_target(empty.to(dtype), config, args.target_bpw, target_bytes)
             if args.sensitivity is not None and args.sensitivity.exists():
                 Sensitivity.load(args.sensitivity).check_model(empty, args.sensitivity)
 
@@ -132,7 +136,7 @@ def search(
     """``config`` with settings by layer for the target, measured on text or, without one, on random tokens."""
     from hqqtensor.search import check_target, choose_config, measure_sensitivity, random_tokens
 
-    with from_arguments():
+    with from_arguments():  # again with the dtypes that the weights really have
         check_target(model, config, args.target_bpw, target_bytes)
     context = min(256, getattr(model.config, "max_position_embeddings", 256))
     if text is None:

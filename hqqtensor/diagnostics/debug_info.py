@@ -13,11 +13,12 @@ from hqqtensor.tensor import HQQTensor
 
 @dataclass(frozen=True)
 class ModuleDebugInfo:
-    """One quantized weight.
+    """One quantized weight; the settings are those of ``HqqConfig``.
 
-    bits_per_weight: metadata counted. scale_range, zero_range: smallest and largest; no zero_range for formats
-    without zero points. saturated: share of codes that stand for the lowest or the highest value. relative_error: sum
-    of squared differences to the original over the sum of its squares; None where no original was given.
+    shape: the logical one. bits_per_weight: metadata counted. nbytes: of all its data. scale_range, zero_range:
+    smallest and largest; no zero_range for formats without zero points. saturated: share of codes that stand for the
+    lowest or the highest value. relative_error: sum of squared differences to the original over the sum of its squares;
+    None without an original.
     """
 
     name: str
@@ -77,7 +78,7 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
     KeyError where ``original`` lacks a parameter that is quantized in ``model``.
     """
     dense = None if original is None else dict(original.named_parameters(remove_duplicate=False))
-    found = []
+    infos = []
     for name, weight in model.named_parameters():
         if not isinstance(weight, HQQTensor):
             continue
@@ -85,16 +86,16 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
         if dense is not None:
             if name not in dense:
                 raise KeyError(f"the original model has no parameter {name}")
-            true = dense[name].detach().to(weight.device, torch.float32)
-            difference = weight.dequantize(torch.float32) - true
-            error = (difference.square().sum() / true.square().sum()).item()
+            original_weight = dense[name].detach().to(weight.device, torch.float32)
+            difference = weight.dequantize(torch.float32) - original_weight
+            error = (difference.square().sum() / original_weight.square().sum()).item()
         qdata = weight.packed()[0]
         fmt, scale = get_format(weight.format), _plain(weight.scale)
         zero = None if weight.zero_point is None or not fmt.has_zero_point else _plain(weight.zero_point)
         codes = unpack(qdata, weight.nbits, weight.in_features)
         low, high = fmt.ends(weight.nbits)
         ends = ((codes == low) | (codes == high)).float().mean().item()
-        found.append(
+        infos.append(
             ModuleDebugInfo(
                 name.removesuffix(".weight"),
                 list(weight.shape),
@@ -110,4 +111,4 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
                 error,
             )
         )
-    return QuantizationDebugInfo(found)
+    return QuantizationDebugInfo(infos)

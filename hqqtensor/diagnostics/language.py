@@ -34,8 +34,9 @@ class LanguageComparison:
 def token_windows(tokenizer: Any, text: str, context: int) -> Tensor:
     """Token ids of ``text`` as int64 ``[W, context]``.
 
-    Each non-blank line is encoded on its own without special tokens, the ids are joined with nothing between and
-    cut into whole windows; the remainder is left out. ValueError where the text does not fill one window.
+    Each non-blank line is encoded by itself without special tokens. The ids of all lines are joined with nothing
+    between them and cut into whole windows; what is left at the end is dropped. ValueError where the text does not fill
+    one window.
     """
     if context < 2:
         raise ValueError(f"context must be at least 2 tokens, got {context}")

@@ -49,7 +49,7 @@ class QuantizationPerformance:
 def monitor_quantization_performance(
     model: nn.Module, inputs: Any, original: nn.Module | None = None, runs: int = 5
 ) -> QuantizationPerformance:
-    """Run the dense and the quantized model in turn on ``inputs`` (tensor, sequence or mapping of arguments).
+    """Run the dense and the quantized model alternately on ``inputs`` (tensor, sequence or mapping of arguments).
 
     ``original`` is the dense model; None makes one by dequantizing a copy of ``model``. After one run each to warm
     up, ``runs`` timed pairs follow. Integer inputs of rank 2 are counted as tokens, anything else as samples along

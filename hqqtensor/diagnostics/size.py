@@ -11,9 +11,9 @@ from hqqtensor.tensor import HQQTensor
 class ModelSize:
     """Parameters, shared ones counted once; buffers are left out.
 
-    parameters, nbytes: all numbers and their bytes. quantized_weights, quantized_nbytes: those of quantized weights,
-    scales and zero points in the bytes. dense_nbytes: bytes of all if nothing were quantized (each weight in its own
-    dtype).
+    parameters, nbytes: number of all elements and their bytes. quantized_weights, quantized_nbytes: the same of
+    quantized weights alone, scales and zero points included in the bytes. dense_nbytes: bytes of all if nothing were
+    quantized, each parameter in the dtype that it presents.
     """
 
     parameters: int

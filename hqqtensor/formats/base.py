@@ -11,13 +11,13 @@ from hqqtensor.formats.levels import Levels
 class Format(Protocol):
     """Turns scaled weights into codes and back, in float32.
 
-    ``encode(w, inverse_scale, zero_point, nbits)`` gives the nearest codes (uint8, shape of ``w``);
-    ``decode(codes, scale, zero_point, nbits)`` gives float32 weights. Scale and zero point
-    broadcast against ``w``. A format without a zero point takes None there; a ``learned`` one takes the
-    entries of its codebook, ``[..., N or 1, 2**nbits]`` ascending, for weights ``[..., N, K]``.
-
-    ``levels(nbits)`` gives the values that codes stand for at scale 1, None where they are the integers
-    shifted by a zero point or are learned. ``ends(nbits)`` gives the codes of the lowest and the highest value.
+    name: as in ``HqqConfig.format``. widths: the bits a code may have.
+    ``encode(w, inverse_scale, zero_point, nbits)``: the nearest codes, uint8 of the shape of ``w``.
+    ``decode(codes, scale, zero_point, nbits)``: float32 weights of the shape of ``codes``. Scale and zero point
+    broadcast against the weights. A format without a zero point takes None there; a ``learned`` one takes the entries
+    of its codebook, ``[..., N or 1, 2**nbits]`` ascending, for weights ``[..., N, K]``.
+    ``levels(nbits)``: the values that codes stand for at scale 1; None where they are integers less a zero point, or
+    learned. ``ends(nbits)``: the codes of the lowest and the highest value.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Codebooks found for each weight, or each of its rows: value = entries[code] * scale.
+"""Codebooks learned for each weight, or for each of its rows: value = entries[code] * scale.
 
-As in "any4: Learned 4-bit Numeric Representation for LLMs" (Elhoushi and Johnson, 2025); ``solvers.codebook`` finds the
-entries.
+As in "any4: Learned 4-bit Numeric Representation for LLMs" (Elhoushi and Johnson, 2025); ``solvers.codebook`` learns
+the entries.
 """
 
 import torch

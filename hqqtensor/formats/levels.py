@@ -1,4 +1,4 @@
-"""The values that codes stand for at scale 1, and the nearest of them, found by thresholds."""
+"""The values that codes stand for at scale 1, and which of them is nearest to a number."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class Levels:
     """Finite values in ascending order.
 
-    values: float32 ``[L]``, or ``[R, L]`` (up to 16 of them) where row r of what is looked up has its own.
-    thresholds: float32, one fewer: x belongs to level i where ``thresholds[i-1] < x <= thresholds[i]``.
+    values: float32 ``[L]``, or ``[R, L]`` with L up to 16: levels for each row of the numbers that are looked up.
+    thresholds: float32 ``[..., L - 1]``; x belongs to level i where ``thresholds[i-1] < x <= thresholds[i]``.
     """
 
     values: Tensor

@@ -26,8 +26,8 @@ def magnitudes(exponent_bits: int, mantissa_bits: int, bias: int) -> list[float]
 def minifloat(name: str, exponent_bits: int, mantissa_bits: int, bias: int, nan: bool) -> TableFormat:
     """The format of a sign, ``exponent_bits`` and ``mantissa_bits``; ``nan``: the last magnitude is NaN.
 
-    Codes given out: the nearest value, a tie goes to the even code, numbers beyond the largest become the largest,
-    and zero is always code 0, never the one with the sign.
+    Encoding takes the nearest value, of two equally near the one with the even code, and the largest for numbers beyond
+    it. Zero is always code 0, never the code of zero with a sign.
     """
     positive = torch.tensor(magnitudes(exponent_bits, mantissa_bits, bias))
     sign = len(positive)

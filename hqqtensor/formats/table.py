@@ -10,9 +10,9 @@ class TableFormat:
     """One width, one table.
 
     table: float32 ``[2**nbits]``, the value of each code at scale 1; NaN for a code that stands for nothing.
-    levels: the values that are given out. ``codes``: uint8, the code of each of them.
-    rounding: of floating-point codes, where kernels may round instead of search, the bits of the mantissa and the
-    smallest number with a leading one.
+    levels: the values that encoding chooses from, ascending. codes: uint8, the code of each of them.
+    rounding: (bits of the mantissa, smallest normal number) of floating-point codes, which kernels find by rounding
+    instead of a search; None for other tables.
     """
 
     has_zero_point = False

@@ -1,8 +1,9 @@
 """The multiple-choice knapsack: one setting for each layer, least total loss within a budget of bytes, exactly.
 
-Layers are added one by one; what is kept are the partial choices that no other beats in both bytes and loss. A partial
-choice is dropped as well when even the linear relaxation of the rest (fractions of settings allowed; Sinha and
-Zoltners 1979) could not bring it below the best whole choice known, which leaves few. Both cuts lose no optimum.
+Layers are added one by one. Of the partial choices, those remain that no other beats in both bytes and loss. A partial
+choice is dropped as well where the layers to come cannot bring it below the best whole choice known, not even if
+fractions of settings were allowed (the linear relaxation; Sinha and Zoltners 1979). That leaves few, and neither rule
+drops an optimum.
 """
 
 import itertools
@@ -21,10 +22,10 @@ def best_choice(layers: Sequence[Options], budget: int) -> list[int]:
     least = sum(min(size for size, _ in options) for options in layers)
     if least > budget:
         raise ValueError(f"the smallest settings take {least} bytes, over the budget of {budget}")
-    # Layers whose choice matters most come first, so that bounds bite early.
+    # Layers whose sizes differ most come first: the bounds then exclude more partial choices early.
     order = sorted(range(len(layers)), key=lambda i: -(max(o[0] for o in layers[i]) - min(o[0] for o in layers[i])))
-    rest = [_Relaxation([layers[i] for i in order[depth:]]) for depth in range(len(order) + 1)]
-    best_known = rest[0].rounded_down(budget)
+    to_come = [_Relaxation([layers[i] for i in order[depth:]]) for depth in range(len(order) + 1)]
+    best_known = to_come[0].rounded_down(budget)
 
     sizes, losses = np.zeros(1, np.int64), np.zeros(1)
     trail: list[tuple[np.ndarray, np.ndarray]] = []  # at each depth: where a state came from, which setting it took
@@ -32,8 +33,8 @@ def best_choice(layers: Sequence[Options], budget: int) -> list[int]:
         extra = np.array([o[0] for o in layers[i]], np.int64)
         more = np.array([o[1] for o in layers[i]])
         size, loss = (sizes[:, None] + extra).ravel(), (losses[:, None] + more).ravel()
-        # A hair of slack: sums in another order must not drop the best choice itself.
-        bound = loss + rest[depth + 1].bound(budget - size)
+        # A little slack: sums in another order must not drop the best choice itself.
+        bound = loss + to_come[depth + 1].bound(budget - size)
         keep = np.flatnonzero(bound <= best_known + 1e-12 * max(1.0, abs(best_known)))
         keep = keep[np.lexsort((loss[keep], size[keep]))]
         falling = np.minimum.accumulate(loss[keep])

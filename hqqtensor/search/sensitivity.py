@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hqqtensor.config import HqqConfig
-from hqqtensor.forward import evaluating, run
+from hqqtensor.forward import comparable_output, evaluating
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.stored import VERSION, read_sensitivities
 from hqqtensor.selection import selected_weights
@@ -221,12 +221,7 @@ def _outputs(model: nn.Module, batches: list[Any]) -> tuple[list[Tensor], bool]:
     has_logits = False
     with evaluating(model):
         for batch in batches:
-            out = run(model, batch)
-            has_logits = hasattr(out, "logits")
-            result = out.logits if has_logits else getattr(out, "last_hidden_state", out)
-            if not isinstance(result, Tensor):
-                raise ValueError(f"{type(model).__name__} gives no logits or hidden states: measure without batches")
-            result = result.detach().to(torch.float32)
+            result, has_logits = comparable_output(model, batch)
             if not bool(result.isfinite().all()):
                 raise ValueError(f"{type(model).__name__}: its outputs are not finite on these batches")
             outputs.append(result.log_softmax(-1) if has_logits else result)

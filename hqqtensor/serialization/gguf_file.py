@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqtensor.ops.checks import LARGEST
 from hqqtensor.serialization.layout import CheckpointError
-from hqqtensor.tensor.validate import MAX_EXTENT
 
 BLOCKS = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
@@ -35,6 +35,9 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _MOST = 2**16
 """Bound on the number of tensors, metadata entries and arrays, and on the bytes of a name."""
+_MOST_TEXTS = 2**22
+"""Bound on the number of texts in arrays. The largest vocabularies with their merges have a million; to step over this
+many takes a second."""
 _LONGEST = 2**20
 """Bytes of the longest text that is read."""
 
@@ -84,7 +87,8 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
 
 class _Header:
     def __init__(self, path: Path, view: mmap.mmap) -> None:
-        self.path, self.view, self.at, self.arrays = path, view, 0, 0
+        self.path, self.view, self.at = path, view, 0
+        self.arrays, self.texts = 0, 0
 
     def read(self) -> GgufFile:
         if self._take(4) != b"GGUF":
@@ -123,7 +127,7 @@ class _Header:
             raise ValueError(f"tensor {name!r} is of type {kind}; {', '.join(BLOCKS)} are read")
         _, block, size = BLOCKS[kind]
         count = math.prod(shape)
-        if not shape or not all(0 < extent < MAX_EXTENT for extent in shape) or shape[-1] % block:
+        if not shape or not all(0 < extent <= LARGEST for extent in shape) or shape[-1] % block:
             raise ValueError(f"tensor {name!r} of type {kind} has shape {list(shape)}")
         first, nbytes = start + offset, count // block * size
         if offset % alignment or first + nbytes > len(self.view):
@@ -171,6 +175,9 @@ class _Header:
 
     def _skip_texts(self, count: int) -> None:
         """Read the lengths alone; a vocabulary has hundreds of thousands, so the loop does as little as it can."""
+        self.texts += count
+        if self.texts > _MOST_TEXTS:
+            raise ValueError(f"has {self.texts} texts in arrays, over {_MOST_TEXTS}")
         unpack, view, at = _LENGTH.unpack_from, self.view, self.at
         try:
             for _ in range(count):

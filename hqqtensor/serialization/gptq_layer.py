@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from hqqtensor.config import SCALE_DTYPES
+from hqqtensor.ops.checks import LARGEST
 from hqqtensor.packing import pack
 from hqqtensor.serialization.layout import CheckpointError, InputError
 from hqqtensor.tensor import HQQTensor
-from hqqtensor.tensor.validate import MAX_EXTENT
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, of each eight, that lies in nibble 0, 1, ... of a word."""
@@ -52,7 +52,7 @@ def read_packed(
         t = entries.get(key)
         if t is None:
             raise CheckpointError(f"{name}: lacks {key}")
-        if t.dtype not in dtypes or t.ndim != rank or t.numel() == 0 or max(t.shape) >= MAX_EXTENT:
+        if t.dtype not in dtypes or t.ndim != rank or t.numel() == 0 or max(t.shape) > LARGEST:
             shown = [str(d).removeprefix("torch.") for d in dtypes]
             raise CheckpointError(f"{name}: {key} should be of rank {rank} and {shown}, got {list(t.shape)} {t.dtype}")
         return t.detach()

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hqqtensor.config import SCALE_DTYPES
+from hqqtensor.ops.checks import LARGEST
 from hqqtensor.packing import pack
 from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.tensor import HQQTensor
-from hqqtensor.tensor.validate import MAX_EXTENT, MAX_NUMEL
+from hqqtensor.tensor.validate import MAX_NUMEL
 
 LAYER_KEYS = frozenset(
     (
@@ -66,7 +67,7 @@ class _Layer:
         if self.packing != WIDTHS[self.nbits]:
             raise _Bad(f"packing {self.packing!r} does not go with {self.nbits} bits, {WIDTHS[self.nbits]!r} does")
         shape = _ints(self._get("shape"))
-        if len(shape) != 2 or not all(0 < s < MAX_EXTENT for s in shape) or shape[0] * shape[1] >= MAX_NUMEL:
+        if len(shape) != 2 or not all(0 < s <= LARGEST for s in shape) or shape[0] * shape[1] >= MAX_NUMEL:
             raise _Bad(f"bad shape {shape}")
         self.rows, self.columns = shape
         self.numel = self.rows * self.columns

@@ -1,4 +1,4 @@
-"""What a solver takes and gives, the registry of solvers, and the walk over chunks of groups."""
+"""The interface of a solver, the registry of solvers, and iteration over chunks of groups."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +12,8 @@ from hqqtensor.formats.levels import Levels
 CHUNK = 1 << 21
 """Weights that a solver works on at a time: bounds the scratch memory to a few times 8 MiB."""
 
-
 CACHED = 1 << 17
-"""Chunk of solvers that go over the weights many times: their scratch memory stays in a processor's cache."""
+"""The same for solvers that go over the weights many times: a chunk and its scratch memory fit into the cache."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class Solution:
-    """Scales and zero points, float32, of the shape of the groups without their last dimension.
+    """Inverse scales and zero points, float32, of the shape of the groups without their last dimension.
 
-    Formats other than "int" have no zero point, may have negative scales, and an infinite inverse scale where all
-    weights are zero. ``exact_encode`` asks for codes from these unrounded float32 numbers (the published solver), where
-    otherwise codes are chosen again after scale and zero point have been rounded for storage.
+    Formats other than "int" have no zero point (None), may have negative scales, and an infinite inverse scale where
+    all weights are zero. Codes are chosen for scales and zero points as storage rounds them; with ``exact_encode``, for
+    these unrounded ones, as the published solver has it.
     """
 
     inverse_scale: Tensor
@@ -72,7 +71,10 @@ def solver_names() -> list[str]:
 
 
 def chunks(groups: Tensor, size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the first dimension with their groups in contiguous float32, about ``size`` weights each."""
+    """Slices of the rows of ``groups [R, C, group]``, each with its groups as contiguous float32 ``[r, C, group]``.
+
+    size: about how many weights a slice has; never less than a row.
+    """
     per_row = max(1, groups.shape[1] * groups.shape[2])
     step = max(1, size // per_row)
     for first in range(0, groups.shape[0], step):
@@ -81,7 +83,7 @@ def chunks(groups: Tensor, size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
 
 
 def constant_group(low: Tensor, high: Tensor) -> Tensor:
-    """Mask of the groups whose weights are all the same, or so close that their spread is no float32 number."""
+    """Mask of the groups whose weights are all equal, or whose range is below the smallest normal float32 number."""
     return (high - low) <= torch.finfo(torch.float32).tiny
 
 

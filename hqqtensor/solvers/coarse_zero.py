@@ -1,8 +1,9 @@
-"""Zero points that can be kept only coarsely: integers, or 8-bit codes beside bfloat16 zero points.
+"""Zero points that storage rounds coarsely: integers, or bfloat16 ones beside 8-bit codes.
 
-To round the best zero point at the end costs much (at 4 bits, a quarter more squared error for integers): the scale no
-longer belongs to it. Instead both neighbours on the coarse grid are tried, each with the scale that is best for it,
-found as for levels without a zero point (``scale_only``) from several scales around the given one.
+Rounding the best zero point at the end is costly (at 4 bits, a quarter more squared error for integers), because the
+scale is not the best one for the rounded zero point. Instead both neighbours on the storage grid are tried, each with
+its best scale. That is found as for levels without a zero point (``scale_only``), from several scales around the
+solver's.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from hqqtensor.solvers.base import CACHED, chunks
 from hqqtensor.solvers.scale_only import Scales, settle
 
 AROUND = (1.0, 0.97, 1.03, 0.94, 1.06)
+"""Scales to start from, as multiples of the solver's."""
 STEPS = 2
 COARSE = 0.002
-"""Mean squared rounding of zero points, in codes, from which it matters: 2 % of the error of codes, 1/12."""
+"""Mean squared rounding error of zero points, in codes, that counts as coarse: 2 % of that of codes, which is 1/12."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class ShiftedIntegers:
 
 
 def neighbours(zero: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The integers (``dtype`` None) or the numbers of ``dtype`` next to each zero point, itself twice if it is one."""
+    """The integers (``dtype`` None) or numbers of ``dtype`` below and above each zero point, the same where it is one.
+
+    Both float32, of the shape of ``zero``; for a ``dtype``, the nearer one first.
+    """
     if dtype is None:
         return zero.floor(), zero.ceil()
     stored = zero.to(dtype)
@@ -53,16 +58,16 @@ def is_coarse(zero: Tensor, dtype: torch.dtype) -> bool:
 def refit(
     groups: Tensor, inverse: Tensor, zero: Tensor, nbits: int, lp_norm: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Inverse scales and zero points ``[R, C]`` of groups ``[R, C, group]``, the zero points on the coarse grid.
+    """Inverse scales and zero points, float32 ``[R, C]``, of groups ``[R, C, group]``, with zero points of ``dtype``.
 
-    ``inverse`` and ``zero`` are a solver's own; ``dtype`` None asks for integers.
+    inverse, zero: what a solver found without that limit. dtype: None stands for integers.
     """
     inverse, zero = inverse.clone(), zero.clone()
     for part, w in chunks(groups, CACHED):
         s = inverse[part].reciprocal().unsqueeze(-1)
         best_error, best_s, best_z = torch.full_like(s, torch.inf), s, s
         for z in neighbours(zero[part].unsqueeze(-1), dtype):
-            scales = Scales(w / s, ShiftedIntegers(z, 2**nbits - 1), lp_norm)  # in units of the given scale
+            scales = Scales(w / s, ShiftedIntegers(z, 2**nbits - 1), lp_norm)  # in units of the solver's scale
             best = torch.full_like(s, torch.inf), torch.ones_like(s)
             for factor in AROUND:
                 best = settle(scales, best, torch.full_like(s, factor), STEPS)

@@ -1,14 +1,14 @@
-"""Learned codebooks: the entries that a weight, or each of its rows, is best quantized with.
+"""Learned codebooks: the entries with which a weight, or each of its rows, has the least squared error.
 
-Codes c, scales s of groups and entries t make the error sum (w - s t_c)^2. Three steps take turns, none of which
-raises it: the nearest codes; the best scale of each group for them; the best entries for them, Lloyd's rule in the
+Codes c, scales s of groups and entries t have the error sum (w - s t_c)^2. Three steps alternate, none of which raises
+it: the nearest codes; the best scale of each group for them; the best entries for them. The last is Lloyd's rule in the
 group-weighted form of any4 (Elhoushi and Johnson, "any4: Learned 4-bit Numeric Representation for LLMs", 2025),
 
     t_c = (sum of s w over the weights of code c) / (sum of s^2 over them)
 
-4 bits start from NF4, other widths from the like quantiles of a normal distribution, shifted a little to
-one side and not. A group may use its levels mirrored (a negative scale), so entries that lean to one side give it a
-choice between two sets, where even ones give one set twice; and from an even start Lloyd's rule stays even.
+4 bits start from NF4. Other widths start twice from quantiles of a normal distribution, once shifted a little to one
+side and once not. The shift pays because a group may mirror its levels (a negative scale). Entries that lean to one
+side give it two sets to choose from, symmetric ones the same set twice, and Lloyd's rule leaves those symmetric.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ from hqqtensor.solvers.scale_only import Scales, fit_scales
 
 ROUNDS = 10
 SHIFT = 0.15
-"""Of the start below 4 bits, in standard deviations of the normal distribution."""
+"""Shift of the start below 4 bits, in standard deviations of the normal distribution."""
 SAMPLE = 1 << 20
-"""Weights that one codebook for a whole tensor is learned from."""
+"""Weights from which the one codebook of a whole tensor is learned."""
 
 
 def starting_entries(nbits: int) -> list[Tensor]:
@@ -40,7 +40,7 @@ def starting_entries(nbits: int) -> list[Tensor]:
 
 
 class Passes(Protocol):
-    """What is computed of ``chunk`` weights at a time, float32 ``[R, C, group]``; ``levels`` are R rows or one."""
+    """Works on ``chunk`` weights at a time, float32 ``[R, C, group]``; ``levels`` are one set or one for each row."""
 
     chunk: int
 
@@ -74,22 +74,22 @@ TORCH_PASSES = TorchPasses()
 
 
 def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, passes: Passes = TORCH_PASSES) -> Tensor:
-    """Entries, ascending and within -1 and 1, as ``dtype`` holds them but in float32: ``[R or 1, 2**nbits]``.
+    """Entries, ascending and within -1 and 1, float32 rounded to ``dtype``: ``[R or 1, 2**nbits]``.
 
-    parts: the groups of one weight as views ``[R, C, group]``; with ``per_row`` each of the R rows gets entries of its
-    own. One codebook for all is found on an even sample of about ``SAMPLE`` weights. Of the starts and what was
-    learned from them the best is given.
+    parts: the groups of one weight as views ``[R, C, group]``. per_row: learn a codebook for each of the R rows;
+    otherwise one for all, from an even sample of about ``SAMPLE`` weights. The result is the best of the starts and of
+    what was learned from them.
     """
     groups = parts if per_row else [_sample(part, SAMPLE // len(parts)) for part in parts]
     rows = groups[0].shape[0] if per_row else 1
     units = _units(groups, rows)
     best: tuple[Tensor, Tensor] | None = None
     for start in starting_entries(nbits):
-        for found, error in _from(groups, units, start.to(groups[0].device).expand(rows, -1), dtype, passes):
+        for entries, error in _from(groups, units, start.to(groups[0].device).expand(rows, -1), dtype, passes):
             if best is not None:
                 won = error < best[1]
-                found, error = torch.where(won, found, best[0]), torch.where(won, error, best[1])
-            best = found, error
+                entries, error = torch.where(won, entries, best[0]), torch.where(won, error, best[1])
+            best = entries, error
     assert best is not None
     return best[0]
 
@@ -97,12 +97,12 @@ def learn(parts: list[Tensor], nbits: int, per_row: bool, dtype: torch.dtype, pa
 def _from(
     groups: list[Tensor], units: Tensor, start: Tensor, dtype: torch.dtype, passes: Passes
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``start`` and what is learned from it, as ``dtype`` holds them, each with its squared error ``[rows, 1]``."""
+    """Entries rounded to ``dtype`` and their squared error ``[rows, 1]``: ``start``, then those learned from it."""
     scales = [torch.empty(*part.shape[:2], 1, device=part.device) for part in groups]
     for i, part, w, levels in _walk(groups, units, start, passes.chunk):
         scales[i][part] = passes.fit(w, levels)
-    first = start.to(dtype).to(torch.float32)
-    yield first, _pass(groups, units, first, scales, passes)[0]
+    rounded = start.to(dtype).to(torch.float32)
+    yield rounded, _pass(groups, units, rounded, scales, passes)[0]
     entries = start
     for _ in range(ROUNDS):
         _, scales, top, bottom = _pass(groups, units, entries, scales, passes)
@@ -111,8 +111,8 @@ def _from(
         entries = entries / largest
         for s in scales:
             s *= largest.unsqueeze(-1)
-    found = entries.to(dtype).to(torch.float32)
-    yield found, _pass(groups, units, found, scales, passes)[0]
+    rounded = entries.to(dtype).to(torch.float32)
+    yield rounded, _pass(groups, units, rounded, scales, passes)[0]
 
 
 def _pass(
@@ -123,22 +123,21 @@ def _pass(
     top, bottom = torch.zeros(2, *entries.shape, device=entries.device)
     for i, part, w, levels in _walk(groups, units, entries, passes.chunk):
         rows = slice(None) if len(entries) == 1 else part
-        found = passes.step(w, scales[i][part], levels)
-        better[i][part] = found[1]
-        for total, each in zip((error, top, bottom), (found[0], *found[2:]), strict=True):
-            total[rows] += each
+        chunk_error, better[i][part], chunk_top, chunk_bottom = passes.step(w, scales[i][part], levels)
+        for total, of_chunk in ((error, chunk_error), (top, chunk_top), (bottom, chunk_bottom)):
+            total[rows] += of_chunk
     return error, better, top, bottom
 
 
 def _sample(part: Tensor, most: int) -> Tensor:
-    """About ``most`` weights of ``[R, C, group]``, whole groups evenly taken from all over."""
+    """About ``most`` weights of ``[R, C, group]``: whole groups at even distances."""
     step = -(-part.numel() // most)
     down = min(step, part.shape[0])
     return part[::down, :: -(-step // down)]
 
 
 def _units(groups: list[Tensor], rows: int) -> Tensor:
-    """``[rows, 1, 1]``: the largest weight of each row, or of all; what is computed in these units cannot underflow."""
+    """``[rows, 1, 1]``: the largest weight of each row, or of all; in these units nothing underflows."""
     sizes = torch.stack([part.reshape(rows, -1).abs().amax(1).to(torch.float32) for part in groups]).amax(0)
     return torch.where(sizes == 0, 1.0, sizes).view(-1, 1, 1)
 
@@ -146,7 +145,7 @@ def _units(groups: list[Tensor], rows: int) -> Tensor:
 def _walk(
     groups: list[Tensor], units: Tensor, entries: Tensor, chunk: int
 ) -> Iterator[tuple[int, slice, Tensor, Levels]]:
-    """Chunks of the weights in ``units``, where they come from, and the levels of their rows."""
+    """(index into ``groups``, its rows, their weights in ``units``, the levels of those rows) of all chunks."""
     levels = Levels.between(entries[0] if len(entries) == 1 else entries)
     for i, part in enumerate(groups):
         for rows, w in chunks(part, chunk):

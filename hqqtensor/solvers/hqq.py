@@ -7,9 +7,9 @@ Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models",
     zero <- mean(codes - (w - e) * s)
 
 with s the inverse scale, p = 0.7, beta = 10, at most 20 rounds, ended for the whole weight once the mean
-absolute error no longer falls. Kept equal to the hqq library's CPU result in float32, its oddities with
-it: 4-bit zero points start rounded, groups narrower than 1e-4 get scale 1, and the inverse scale is
-clamped to 2e4. The zero point keeps the update of the round that ended the search.
+absolute error no longer falls. The result equals that of the hqq library on a CPU in float32, oddities included:
+4-bit zero points start rounded, groups narrower than 1e-4 get scale 1, the inverse scale is at most 2e4, and the
+update of the last round holds although it did not lower the error.
 """
 
 import torch

@@ -20,8 +20,8 @@ from hqqtensor.solvers.scale_only import reaching_scale
 def solve(groups: Tensor, nbits: int, options: SolverOptions) -> Solution:
     """Scale = (max - min) / (2**nbits - 1), zero point = -min / scale, for each group of ``[R, C, group]``."""
     if options.levels is not None:
-        found = [reaching_scale(w, options.levels.rows(part)) for part, w in chunks(groups)]
-        return Solution(torch.cat(found).reciprocal().squeeze(-1), None)
+        scales = [reaching_scale(w, options.levels.rows(part)) for part, w in chunks(groups)]
+        return Solution(torch.cat(scales).reciprocal().squeeze(-1), None)
     shape = groups.shape[:-1]
     inverse = torch.empty(shape, dtype=torch.float32, device=groups.device)
     zero = torch.empty_like(inverse)

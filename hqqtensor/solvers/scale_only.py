@@ -1,10 +1,10 @@
 """Scales of groups whose codes stand for fixed levels: value = level * scale, no zero point.
 
 For fixed codes, with levels t_i, the best scale of a group, min over s of sum_i m_i (w_i - s t_i)^2, is
-sum m w t / sum m t^2; for a fixed scale the best code is that of the nearest level. The two take turns from several
-starting scales, fractions of the one that reaches every weight; the best goes on, and at the end tries to grow and
-to shrink a little and settles anew. Where the levels are not symmetric, negative scales are tried as well: they
-mirror the levels at no cost in bits. The m_i are those of ``hqq_joint``, 1 for the squared error.
+sum m w t / sum m t^2; for a fixed scale the best code is that of the nearest level. The two alternate from several
+starting scales, fractions of the one that reaches every weight. From the best, scales a little larger and smaller are
+tried, with the same alternation. Where the levels are not symmetric, negative scales are tried as well: they mirror the
+levels at no cost in bits. The m_i are those of ``hqq_joint``, 1 for the squared error.
 """
 
 from typing import Protocol
@@ -21,10 +21,10 @@ EPSILON = 0.05
 
 
 def reaching_scale(w: Tensor, levels: Levels, sign: float = 1.0) -> Tensor:
-    """The smallest scale of this sign (in absolute value) that puts ``w`` ``[R, C, group]`` within the levels.
+    """The scale of this sign, smallest in absolute value, with which no weight of a group is beyond the levels.
 
-    Float32 ``[R, C, 1]``; zero where all weights are. Levels that are all on one side cannot reach the other: what
-    they can reach counts.
+    w: ``[R, C, group]``; the scale is float32 ``[R, C, 1]``, zero where all weights are zero. Where all levels have one
+    sign, only weights of that sign count.
     """
     low, high = w.amin(-1, keepdim=True) * sign, w.amax(-1, keepdim=True) * sign
     if sign < 0:
@@ -36,7 +36,7 @@ def reaching_scale(w: Tensor, levels: Levels, sign: float = 1.0) -> Tensor:
 
 
 class LevelsLike(Protocol):
-    """What is asked of levels: indices of the nearest, their values, the mean distance of neighbours."""
+    """What the solver needs of levels: the index of the nearest, the value at an index, the mean distance of two."""
 
     @property
     def spacing(self) -> Tensor | float: ...
@@ -47,7 +47,7 @@ class LevelsLike(Protocol):
 
 
 class Scales:
-    """Weights ``[R, C, group]`` of a chunk, and the error that a scale ``[R, C, 1]`` of theirs has."""
+    """Weights ``[R, C, group]`` of a chunk, and the error of scales ``[R, C, 1]`` for them."""
 
     def __init__(self, w: Tensor, levels: LevelsLike, lp_norm: float) -> None:
         self.w, self.levels, self.lp_norm = w, levels, lp_norm
@@ -65,7 +65,7 @@ class Scales:
             m = (residual / (s * self.levels.spacing)).square_().add_(EPSILON**2).pow_((self.lp_norm - 2) / 2)
             top, bottom = (m * self.w * t).sum(-1, keepdim=True), (m * t * t).sum(-1, keepdim=True)
         better = top / bottom
-        # All codes zero, or a scale that turned round: the regression says nothing, keep what was.
+        # Where all codes are zero or the scale would change its sign, the regression says nothing: s stays.
         usable = (bottom > 0) & (better * s > 0) & better.isfinite()
         return error, torch.where(usable, better, s)
 
@@ -89,7 +89,7 @@ def fit_scales(w: Tensor, levels: Levels, lp_norm: float) -> Tensor:
 
 
 def settle(group: Scales, best: tuple[Tensor, Tensor], s: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Alternate from ``s``; the (error, scale) of least error seen, ``best`` among them."""
+    """Alternate ``steps`` times from ``s``; the (error, scale) of least error seen, ``best`` included."""
     for _ in range(steps):
         error, following = group.step(s)
         won = error < best[0]

@@ -119,23 +119,30 @@ class HQQTensor(TorchAOBaseTensor):
         config, shape = config or HqqConfig(), weight.shape
         check_weight(weight, config, row_dims=row_dims)
         weight = weight.flatten(-row_dims)
-        dtype = config.compute_dtype or weight.dtype
         prepared, inner, act, block = prepare(weight, config)
-        out = HQQTensor._from_encoded(encode(prepared, inner), dtype, config.format)
-        out.act_pre_scale, out.rotation, out.activation = act, block, config.activation
-        if config.view_as_float:
-            out.qdata = out.qdata.view(weight.dtype)
+        out = HQQTensor.from_encoded(encode(prepared, inner), config, weight.dtype, act, block)
         return out if row_dims == 1 else out.with_data(shape=shape, row_dims=row_dims)
 
     @staticmethod
+    def from_encoded(
+        e: Encoded, config: HqqConfig, dtype: torch.dtype, act_pre_scale: Tensor | None, rotation: int
+    ) -> "HQQTensor":
+        """The tensor of a weight of ``dtype`` that was encoded after ``transforms.prepare``, which gives the rest."""
+        out = HQQTensor._from_encoded(e, config.compute_dtype or dtype, config.format)
+        out.act_pre_scale, out.rotation, out.activation = act_pre_scale, rotation, config.activation
+        if config.view_as_float:
+            out.qdata = out.qdata.view(dtype)
+        return out
+
+    @staticmethod
     def _from_encoded(e: Encoded, dtype: torch.dtype, format: str = "int") -> "HQQTensor":
-        meta = [HQQTensor._bytes(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
+        meta = [HQQTensor.meta_from_encoded(m) if isinstance(m, Encoded) else m for m in (e.scale, e.zero_point)]
         attributes = (e.nbits, e.group_size, e.axis, e.shape, dtype, format)
         return HQQTensor(e.qdata, meta[0], *attributes, zero_point=meta[1])  # type: ignore[arg-type]
 
     @staticmethod
-    def _bytes(e: Encoded) -> "HQQTensor":
-        """Quantized scales or zero points, without what fills packed rows up to eight codes."""
+    def meta_from_encoded(e: Encoded) -> "HQQTensor":
+        """Quantized scales or zero points ``[..., rows, columns]``, without the padding of rows to eight codes."""
         out = HQQTensor._from_encoded(e, torch.float32)
         out.qdata = pack_meta(unpack(out.qdata, e.nbits, out.in_features), e.nbits)
         return out
@@ -184,7 +191,7 @@ class HQQTensor(TorchAOBaseTensor):
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
         packed = self.operand()
-        if packed.qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see _bytes: scales or zero points
+        if packed.qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see meta_from_encoded
             packed = packed._replace(qdata=pack(unpack_meta(packed.qdata, self.in_features), self.nbits))
         w = ops.dequantize(packed, torch.float32 if self.rotation else dtype)
         if self.rotation:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from hqqtensor.config import ACTIVATIONS, META_NBITS, SCALE_DTYPES
 from hqqtensor.formats import get_format
+from hqqtensor.ops.checks import LARGEST
 from hqqtensor.packing import meta_bytes, row_bytes
 from hqqtensor.transforms import block_of
 
 DTYPES = (*SCALE_DTYPES, torch.float64)
 """What a tensor may present and be stored as."""
-MAX_EXTENT = 2**40
-"""Bound on a group size and on each dimension."""
 MAX_NUMEL = 2**62
 """Bound on the number of weights: bytes and offsets then fit into 64 bits."""
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -56,13 +55,13 @@ def check_attributes(
     good = is_whole(nbits) and nbits in widths
     need(good, f"nbits of format {format!r} must be one of {list(widths)}, got {nbits!r}")
     need(is_whole(axis) and axis in (0, 1), f"axis must be 0 or 1, got {axis!r}")
-    good = is_whole(group_size) and 0 < group_size < MAX_EXTENT
-    need(good, f"group_size must be from 1 to {MAX_EXTENT - 1}, got {group_size!r}")
+    good = is_whole(group_size) and 0 < group_size <= LARGEST
+    need(good, f"group_size must be from 1 to {LARGEST}, got {group_size!r}")
     need(isinstance(transposed, bool), f"transposed must be True or False, got {transposed!r}")
     need(activation in ACTIVATIONS, f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     good = isinstance(shape, (tuple, list)) and 2 <= len(shape) <= 8
-    good = good and all(is_whole(extent) and 0 <= extent < MAX_EXTENT for extent in shape)
-    need(good, f"shape must be 2 to 8 numbers from 0 to {MAX_EXTENT - 1}, got {shape!r}")
+    good = good and all(is_whole(extent) and 0 <= extent <= LARGEST for extent in shape)
+    need(good, f"shape must be 2 to 8 numbers from 0 to {LARGEST}, got {shape!r}")
     need(math.prod(max(extent, 1) for extent in shape) < MAX_NUMEL, f"shape {list(shape)} overflows")
     folds = is_whole(row_dims) and (row_dims == 1 or (row_dims == len(shape) - 1 and not transposed))
     need(folds, f"row_dims must be 1, or for a convolution {len(shape) - 1}, got {row_dims!r} for {list(shape)}")

@@ -1,25 +1,23 @@
 """What is done to weights and activations alike before a product: column scales and Hadamard rotation."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hqqtensor.config import HqqConfig
 from hqqtensor.solvers import column_scaled
 from hqqtensor.transforms.column_scale import column_scale
 from hqqtensor.transforms.hadamard import block_of, check_rotation, rotate, signs
 
-if TYPE_CHECKING:
-    from hqqtensor.config import HqqConfig
-
 __all__ = ["block_of", "check_rotation", "column_scale", "prepare", "rotate", "signs", "to_inputs"]
 
 
-def prepare(weight: Tensor, config: "HqqConfig") -> tuple[Tensor, "HqqConfig", Tensor | None, int]:
-    """The weight ``[..., N, K]`` to quantize for ``config``, with which settings, act_pre_scale, and block (0: none).
+def prepare(weight: Tensor, config: HqqConfig) -> tuple[Tensor, HqqConfig, Tensor | None, int]:
+    """What to quantize for ``weight`` ``[..., N, K]``: (weight, settings, act_pre_scale, rotation block).
 
-    act_pre_scale: float16 ``[K]``, column scales and signs, or None; the weight is divided by it, then rotated.
+    act_pre_scale: float16 ``[K]``, column scales times signs, or None. The weight is divided by it, then rotated in
+    blocks (0: not at all). The settings ask for neither of the two any more. ValueError for column scales with axis 0.
     """
     inner, act, block = config, None, 0
     if config.solver == column_scaled.NAME:
@@ -36,12 +34,12 @@ def prepare(weight: Tensor, config: "HqqConfig") -> tuple[Tensor, "HqqConfig", T
 
 
 def to_inputs(x: Tensor, act: Tensor | None, block: int) -> Tensor:
-    """What the rotated weight is multiplied with: ``x [..., K]`` times act_pre_scale, then rotated."""
+    """``x [..., K]`` as the prepared weight takes it: times ``act``, the act_pre_scale, then rotated in blocks."""
     return rotate(x if act is None else x * act.to(x.dtype), block)
 
 
-def _for_scaled(config: "HqqConfig") -> "HqqConfig":
-    """``config`` for the scaled weight; ValueError for axis 0, where every column has scales of its own already."""
+def _for_scaled(config: HqqConfig) -> HqqConfig:
+    """``config`` for the scaled weight; ValueError for axis 0, where every column already has its scales."""
     if config.axis == 0:
         raise ValueError("solver 'column_scaled' needs axis 1: with axis 0 every column has scales of its own")
     return dataclasses.replace(config, solver="hqq_joint")

@@ -1,26 +1,27 @@
 """Column scales: even out how much the inputs' columns of a weight spread before its groups are solved.
 
-A group along in_features has one step for all of its columns. Where columns differ in spread, the wide ones set the
-step and the narrow ones are lost. SINQ (arXiv 2509.22944) divides rows and columns in turn by their standard
-deviations, as Sinkhorn's iteration does, until both are even; each row's factor then belongs to its groups' scales and
-each column's factor moves to the activations: y = (x * d) (W / d)^T. We keep only half of it, d to the power of 1/2:
-the full factor also gives wide columns the larger error, which is right only where wide columns meet small
-activations. On the models measured (docs/quality.md) they do in one and do not in the other; the half serves both.
+A group along in_features has one scale for all of its columns. Where columns differ in spread, the wide ones set the
+scale and the narrow ones are lost. SINQ (arXiv 2509.22944) divides rows and columns alternately by their standard
+deviations, as Sinkhorn's iteration does, until all have the same. Each row's factor then belongs to the scales of its
+groups, and each column's factor d moves to the activations: y = (x * d) (W / d)^T. Here its square root is used: d
+itself gives wide columns the larger error, which is right only where their activations are small. Of the models
+measured (docs/quality.md) that holds for one and not for the other; the square root is good for both.
 """
 
 import torch
 from torch import Tensor
 
 ROUNDS, STRENGTH = 8, 0.5
+"""Alternations, and the power of d."""
 LIMIT = 64.0
-"""No column is scaled by more than this, or less than its inverse, against the middle one."""
+"""Largest scale of a column relative to the median; the smallest is its inverse."""
 
 
 def column_scale(weight: Tensor) -> Tensor:
     """float32 ``[K]`` scales of the columns of ``[..., N, K]``, median 1; columns of zeros get 1.
 
-    The spread of a column is the root mean square of its weights, each row divided by its own spread and the other way
-    about, in turn. Experts (leading dimensions) share the scales.
+    The spread of a column is the root mean square of its weights after each row was divided by its spread, and that of
+    a row likewise; the two alternate. Experts (leading dimensions) share the scales.
     """
     flat = weight.detach().reshape(-1, weight.shape[-1])
     column = torch.ones(flat.shape[1], dtype=torch.float32, device=flat.device)

@@ -1,10 +1,10 @@
 """Random Hadamard rotation of a weight's inputs.
 
 Q = H D, with D random signs and H a normalised Hadamard matrix, is orthogonal: W x = (W Q^T) (Q x). It mixes each
-input with others, so that no column or single weight stands out of its group (QuIP#, Tseng et al. 2024,
-arXiv 2402.04396; QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). in_features that are no power of two are rotated in
-blocks of the largest power of two that divides them. The signs go to ``act_pre_scale``, together with column scales
-where there are any; H needs no storage but the length of its blocks.
+input with others, so that no column or single weight is much larger than the others of its group (QuIP#, Tseng et al.
+2024, arXiv 2402.04396; QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). in_features that are no power of two are
+rotated in blocks of the largest power of two that divides them. The signs are stored in ``act_pre_scale``, multiplied
+by column scales where there are any; of H only the length of its blocks is stored.
 """
 
 import torch

@@ -75,8 +75,6 @@ WRONG = [
     ("quantize dense out --target-bpw 3 --text latin.txt", "cannot read latin.txt"),
     ("quantize dense out --target-bpw 3 --text short.txt", "too few for one window"),
     ("quantize dense out --target-bpw 3 --sensitivity nowhere/s.json", "there is no directory"),
-    ("quantize dense out --target-size 1KB", "budget is too small"),
-    ("quantize dense out --target-bpw 0.5", "budget is too small"),
     ("quantize nowhere out", "nowhere is not a directory"),
     ("quantize empty out", "no config.json"),
     ("quantize quantized out", "already quantized"),
@@ -183,6 +181,15 @@ def test_an_output_that_cannot_be_made_is_found_before_the_work(place: Path, mon
     for args in (["quantize", "dense", "a/b"], ["convert", "quantized", "a/b"]):
         assert main(args) == 2
         assert f"a/b cannot be created: {place} is not writable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["--target-bpw 0.5", "--target-size 1KB"])
+def test_a_target_that_cannot_be_met_is_told_before_the_model_is_read(
+    target: str, place: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(model_dir, "open_dense", None)
+    assert main(["quantize", "dense", "out", *target.split()]) == 2
+    assert "budget is too small: the smallest settings take" in capsys.readouterr().err
 
 
 def test_a_reader_that_closes_the_pipe_early_is_no_error(place: Path, monkeypatch, capsys) -> None:

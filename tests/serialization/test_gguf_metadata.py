@@ -76,9 +76,10 @@ def test_what_follows_an_array_is_read(tmp_path: Path) -> None:
         (array(STRING, 2) + struct.pack("<Q", 2**64 - 1), 64, "cut short"),
         (array(STRING, 2**40), 8, "array claims 1099511627776 entries"),
         (array(ARRAY, 10**5), 12 * 10**5, "over 65536 arrays"),
+        (array(STRING, 2**22 + 1), 2**26, "has 4194305 texts in arrays, over 4194304"),
         (struct.pack("<IQ", STRING, 2**63), 8, "cut short"),
     ],
-    ids=["last text", "huge text", "huge count", "many arrays", "long text"],
+    ids=["last text", "huge text", "huge count", "many arrays", "many texts", "long text"],
 )
 def test_lengths_that_run_over_the_end_are_refused(tmp_path: Path, value: bytes, zeros: int, match: str) -> None:
     with pytest.raises(CheckpointError, match=rf"a\.gguf: .*{match}"):

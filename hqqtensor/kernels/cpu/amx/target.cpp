@@ -4,12 +4,12 @@
 #pragma GCC diagnostic ignored "-Wunused-function"  // of headers shared with avx512/target.cpp
 #include "dispatch/targets.h"
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "amx/dense.h"
 #include "amx/panel.h"
+#include "dispatch/processor.h"
 
 namespace hqqtensor {
 
@@ -18,10 +18,9 @@ namespace hqqtensor {
 bool has_amx() {
   constexpr unsigned tiles = 1u << 24 | 1u << 25 | 1u << 22, permutations = 1u << 1;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  unsigned a, b, c, d;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & tiles) != tiles || (c & permutations) == 0) return false;
-  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+  const Processor p;
+  return has_avx512() && Processor::all(p.leaf7_edx, tiles) && Processor::all(p.leaf7_ecx, permutations) &&
+         syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
 const Kernels* kernels_amx() {

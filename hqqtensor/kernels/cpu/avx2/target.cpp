@@ -3,18 +3,17 @@
 
 #include "dispatch/targets.h"
 #if defined(__x86_64__)
-#include <cpuid.h>
-
 #include "avx2/dense.h"
 #include "avx2/panel.h"
+#include "dispatch/processor.h"
 #include "generic/table.h"
 
 namespace hqqtensor {
 
 bool has_avx2() {
-  unsigned a, b, c, d;  // clang's __builtin_cpu_supports does not know F16C
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-         __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+  const Processor p;
+  return p.saves(kAvxRegisters) && Processor::all(p.leaf1_ecx, bit_FMA | bit_F16C | bit_POPCNT) &&
+         Processor::all(p.leaf7_ebx, bit_AVX2 | bit_BMI2);
 }
 
 const Kernels* kernels_avx2() {

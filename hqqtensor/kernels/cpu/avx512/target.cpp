@@ -4,15 +4,17 @@
 #include "dispatch/targets.h"
 #if defined(__x86_64__)
 #include "avx512/panel.h"
+#include "dispatch/processor.h"
 #include "generic/linear_dense.h"
 #include "generic/table.h"
 
 namespace hqqtensor {
 
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+  const Processor p;
+  return has_avx2() && p.saves(kAvx512Registers) &&
+         Processor::all(p.leaf7_ebx, bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL) &&
+         Processor::all(p.leaf7_ecx, bit_AVX512VNNI);
 }
 
 const Kernels* kernels_avx512() {
