@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 PARTS = 4
 """Processes that the tests are shared out to, so that several can run at a time."""
 
