@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint wheel wheel-test test-torch bench sanitize gpu-check clean
+.PHONY: demo test lint wheel wheel-test test-torch clang docs bench sanitize gpu-check clean
 
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +22,14 @@ $(STAMP): pyproject.toml requirements-dev.txt Makefile
 demo: $(STAMP)
 	$(BIN)/python -m hqqtensor.demo
 
+# JOBS: tests at a time. Each still computes with two threads, so that threads are tested; idle ones do not spin.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+KERNEL_TESTS := $(addprefix $(CURDIR)/tests/kernels/,test_cpu.py test_cpu_meta.py test_cpu_dense.py test_linear_many.py \
+  test_cpu_solvers.py test_cpu_levels.py)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -56,7 +62,13 @@ test-torch: $(STAMP)
 	$(PYTHON) -m venv build/torch-$(TORCH)
 	build/torch-$(TORCH)/bin/pip install -q $(TORCH_INDEX) torch==$(TORCH)
 	grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt | build/torch-$(TORCH)/bin/pip install -q --no-deps -r /dev/stdin
-	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q tests
+	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
+
+# All kernels compiled by clang (zig's), and their tests.
+clang: $(STAMP)
+	CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target x86_64-linux-gnu" \
+	  $(BIN)/python setup.py -q build --build-base build/clang --build-lib build/clang/lib
+	cd build/clang/lib && PYTHONPATH=. $(PYTEST) -p no:cacheprovider $(KERNEL_TESTS)
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, on every instruction set here.
 SANITIZED := build/sanitized
@@ -64,9 +76,11 @@ sanitize: $(STAMP)
 	HQQTENSOR_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
-	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(CURDIR)/tests/kernels/test_cpu.py \
-	  $(CURDIR)/tests/kernels/test_cpu_meta.py $(CURDIR)/tests/kernels/test_cpu_dense.py $(CURDIR)/tests/kernels/test_linear_many.py \
-	  $(CURDIR)/tests/kernels/test_cpu_solvers.py $(CURDIR)/tests/kernels/test_cpu_levels.py
+	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(KERNEL_TESTS)
+
+# Tables, plots and the API reference, from docs/data and the docstrings.
+docs: $(STAMP)
+	$(BIN)/python -m benchmarks.docs
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_basic

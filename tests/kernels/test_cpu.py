@@ -440,7 +440,7 @@ print("fine")
 def test_numbers_near_float32s_limit_stay_finite_up_to_the_documented_one(
     format: str, nbits: int, axis: int, activation: str
 ) -> None:
-    """docs/tensor.md: sums of products of the largest numbers, zero points not yet taken off, stay below 2**126."""
+    """As docs/tensor.md has it: sums of in_features products of the largest numbers stay below 2**126."""
     N, K = 32, 256
     q = weight((N, K), nbits, 64, axis, torch.float32, format)
     table = q.zero_point + 2**nbits if format == "int" else get_format(format).table.nan_to_num()
