@@ -1,5 +1,6 @@
 """A format registered after import is served by the compiled kernels as those that came with the package."""
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -12,13 +13,22 @@ from hqqtensor.kernels import cpu
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
 
+_VALUES = torch.linspace(-1, 1, 8) ** 3
+LATE = TableFormat("late3", _VALUES, Levels.between(_VALUES), torch.arange(8, dtype=torch.uint8))
+
+
+@functools.cache
+def _register_once() -> None:
+    """The kernels' table stays for the process's life, so it can be given to them once."""
+    register_format(LATE)
+
+
 @pytest.fixture
 def late() -> Iterator[TableFormat]:
-    values = torch.linspace(-1, 1, 8) ** 3
-    fmt = TableFormat("late3", values, Levels.between(values), torch.arange(8, dtype=torch.uint8))
-    if "late3" not in base._FORMATS:  # the kernels' table stays for the process's life
-        register_format(fmt)
-    yield fmt
+    _register_once()
+    base._FORMATS["late3"] = LATE
+    yield LATE
+    del base._FORMATS["late3"]  # other tests list the formats
 
 
 def test_its_products_and_numbers_come_from_the_kernels(late: TableFormat) -> None:
