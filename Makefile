@@ -40,7 +40,7 @@ lint: $(STAMP)
 # The oldest C library that it runs on: torch itself needs a newer one.
 WHEEL_GLIBC := 2.17
 wheel: $(STAMP)
-	rm -rf build/dist dist
+	rm -rf build/dist dist && mkdir -p build
 	$(BIN)/python -m build -n --sdist --outdir dist . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	HQQTENSOR_GLIBC=$(WHEEL_GLIBC) $(BIN)/python -m build -n --wheel --outdir build/dist . >build/wheel.log 2>&1 \
 	  || { cat build/wheel.log; exit 1; }
