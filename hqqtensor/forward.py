@@ -25,6 +25,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A transformers model keeps no keys and values within the block; other models are left alone."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "use_cache"):
+        yield
+        return
+    old, config.use_cache = config.use_cache, False
+    try:
+        yield
+    finally:
+        config.use_cache = old
+
+
 def run(model: nn.Module, batch: Any) -> Any:
     """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else one."""
     if isinstance(batch, Mapping):

@@ -1,5 +1,6 @@
 """quantize_ and dequantize_: choose the weights, check all of them, encode all of them, then swap them in."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ from hqqtensor.tensor import HQQTensor
 
 if TYPE_CHECKING:
     from hqqtensor.calibration import Calibration
+    from hqqtensor.calibration.data import Source
+
+QUALITIES = {"fast": "diagonal", "good": "full", "best": "trained"}
+"""Mode of calibration for each ``quality``."""
 
 
 def quantize_(
@@ -25,7 +30,9 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    calibration: "Calibration | None" = None,
+    calibration: "Calibration | Source | None" = None,
+    quality: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
@@ -36,12 +43,20 @@ def quantize_(
     model as it was. Tied weights are quantized once and stay tied. Weights that are quantized already are left
     alone with a warning. ``device``: where to quantize and where the whole model is afterwards.
     ``progress(done, total, name)``: called after each weight; done and total are numbers of elements.
-    ``calibration``: from ``hqqtensor.calibration.calibrate``; layers that it has not seen are quantized without.
+    ``calibration``: from ``hqqtensor.calibration.calibrate``, or what to calibrate on: "self" (text that the model writes
+    itself), "random" (random tokens), the path of a text file (needs ``tokenizer``), or batches. Layers that it has not
+    seen are quantized without.
+    ``quality``: "fast" looks at the weights alone, or weighs columns where there is a calibration; "good" feeds errors
+    back, block by block; "best" also learns how weights are rounded, which takes minutes where the others take seconds.
+    None is "good" with a calibration and "fast" without one. "good" and "best" without one take "self", or "random" for
+    a model that cannot write.
 
     Raises TypeError or ValueError naming the module: bad weight, tag that matches nothing, nothing to quantize.
     """
     if not isinstance(config, HqqConfig):
         raise TypeError(f"config must be an HqqConfig, got {type(config).__name__}")
+    if quality is not None and quality not in QUALITIES:
+        raise ValueError(f"quality must be one of {list(QUALITIES)} or None, got {quality!r}")
     choices, already = choose(model, config, filter_fn)
     for choice in choices:
         choice.check(choice.weight)
@@ -53,9 +68,25 @@ def quantize_(
         if already:
             return
         raise ValueError("nothing to quantize: no nn.Linear (or module that filter_fn accepts) outside skip_modules")
+    calibration = _calibration(model, calibration, quality, tokenizer)
     replace_parameters(model, _quantized_by_id(model, choices, device, progress, calibration))
     if device is not None:
         model.to(device)
+
+
+def _calibration(
+    model: nn.Module, calibration: "Calibration | Source | None", quality: str | None, tokenizer: Any
+) -> "Calibration | None":
+    """What the arguments of ``quantize_`` ask for."""
+    if calibration is None and quality in (None, "fast"):
+        return None
+    from hqqtensor.calibration import Calibration, calibrate  # costly to import, and seldom used
+    from hqqtensor.calibration.data import writes_text
+
+    if isinstance(calibration, Calibration):
+        return calibration if quality is None else dataclasses.replace(calibration, mode=QUALITIES[quality])
+    source = ("self" if writes_text(model) else "random") if calibration is None else calibration
+    return calibrate(model, source, QUALITIES[quality or "good"], tokenizer=tokenizer)
 
 
 def _quantized_by_id(

@@ -1,4 +1,4 @@
-"""The two models, their texts cut into a half for tuning and a half for reporting, and what is measured on them."""
+"""The three models, their texts cut into a half for tuning and a half for reporting, and what is measured on them."""
 
 import functools
 from collections.abc import Iterable
@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.quality import texts
 from hqqtensor import demo
+from hqqtensor.demo.models import CACHE, load_smollm
 from hqqtensor.diagnostics.language import next_token_logits, token_windows
 
 SENTENCES, BATCH = 256, 8
+CONTEXT, WINDOWS = 512, 12
+"""Of SmolLM2: tokens of a window, and windows that are measured: 6,144 tokens."""
 
 
 @dataclass
@@ -84,28 +88,31 @@ def second_moments(model: nn.Module, layers: Iterable[str], batches: list[dict[s
 
 
 class LanguageTask(Task):
-    """doclm: KL, cross-entropy and agreement of the next token, by window of 256 tokens."""
+    """A language model: KL, cross-entropy and agreement of the next token, by window of its context.
 
-    def __init__(self) -> None:
-        model, tokenizer = demo.load_doclm()
-        windows = token_windows(tokenizer, (demo.DOCLM / "valid.txt").read_text(encoding="utf-8"), demo.CONTEXT)
-        middle = len(windows) // 2
-        self.halves = {"tune": windows[:middle], "report": windows[middle:]}
+    halves: windows of tokens ``[W, context]`` to choose settings on ("tune") and to report ("report"). tuning: windows
+    that methods may calibrate on.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, context: int, halves: dict[str, Tensor], tuning: Tensor, batch: int = BATCH
+    ) -> None:
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-        tuning = [{"input_ids": chunk} for chunk in self.halves["tune"].split(BATCH)]
-        super().__init__("doclm", model, layers, tuning, model.config.vocab_size, demo.CONTEXT)
+        batches = [{"input_ids": chunk} for chunk in tuning.split(BATCH)]
+        super().__init__(name, model, layers, batches, model.config.vocab_size, context)
+        self.halves, self.batch = halves, batch
         self._before: dict[str, list[Tensor]] = {}
 
     def inputs(self, half: str) -> list[dict[str, Tensor]]:
-        return [{"input_ids": chunk} for chunk in self.halves[half].split(BATCH)]
+        return [{"input_ids": chunk} for chunk in self.halves[half].split(self.batch)]
 
     @torch.no_grad()
     def measure(self, model: nn.Module, half: str) -> dict[str, list[float]]:
         windows = self.halves[half]
         if half not in self._before:
-            self._before = {half: [next_token_logits(self.model, c).log_softmax(-1) for c in windows.split(BATCH)]}
+            self._before = {half: [next_token_logits(self.model, c).log_softmax(-1) for c in windows.split(self.batch)]}
         out: dict[str, list[float]] = {"kl": [], "loss": [], "dense_loss": [], "top1": [], "top5": []}
-        for chunk, log_p in zip(windows.split(BATCH), self._before[half], strict=True):
+        for chunk, log_p in zip(windows.split(self.batch), self._before[half], strict=True):
             log_q = next_token_logits(model, chunk).log_softmax(-1)
             target = chunk[:, 1:].reshape(-1, 1)
             choice = log_q.argmax(-1, keepdim=True)
@@ -160,4 +167,25 @@ def nearest(embeddings: Tensor, count: int) -> Tensor:
     return (embeddings @ embeddings.T).fill_diagonal_(-2).topk(count, dim=-1).indices
 
 
-TASKS = {"doclm": LanguageTask, "MiniLM": EmbeddingTask}
+def doclm() -> LanguageTask:
+    """doclm on the two halves of its held-out text; calibrated on the half that settings are chosen on."""
+    model, tokenizer = demo.load_doclm()
+    windows = token_windows(tokenizer, (demo.DOCLM / "valid.txt").read_text(encoding="utf-8"), demo.CONTEXT)
+    middle = len(windows) // 2
+    halves = {"tune": windows[:middle], "report": windows[middle:]}
+    return LanguageTask("doclm", model, demo.CONTEXT, halves, halves["tune"])
+
+
+def smollm() -> LanguageTask:
+    """SmolLM2-135M-Instruct: reported on Wikipedia, settings chosen on news, calibrated on Python's documentation."""
+    model, tokenizer = load_smollm()
+
+    def spread(text: str, count: int) -> Tensor:
+        windows = token_windows(tokenizer, text, CONTEXT)
+        return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+    halves = {"tune": spread(texts.news(CACHE), WINDOWS), "report": spread(texts.wikipedia(CACHE), WINDOWS)}
+    return LanguageTask("SmolLM2", model, CONTEXT, halves, spread(texts.calibration_text(), 16), batch=2)
+
+
+TASKS = {"SmolLM2": smollm, "doclm": doclm, "MiniLM": EmbeddingTask}

@@ -1,14 +1,25 @@
 """What ``quantize_`` does with a calibration: it goes from layer to layer, the ones before quantized already."""
 
-from collections.abc import Callable, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hqqtensor.calibration.blocks import Chain, block_lists, trace
 from hqqtensor.calibration.build import check_calibrated, from_calibrated
+from hqqtensor.calibration.chain import ChainRun
 from hqqtensor.calibration.collect import Calibration
-from hqqtensor.calibration.inputs import watch
+from hqqtensor.calibration.inputs import mask_of, watch, whole_passes
+from hqqtensor.calibration.moments import InputMoments
+from hqqtensor.forward import evaluating
 from hqqtensor.selection import Choice
+
+MANY_STAGES = 12
+"""Passes through the whole model that are made without a warning."""
 
 
 def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
@@ -35,42 +46,106 @@ def quantize_calibrated(
 ) -> dict[int, nn.Parameter]:
     """The quantized weights of the calibrated layers of ``choices``, by id of the dense ones.
 
-    done(weight, name): called after each. In mode "full" the batches run once for each stage (layers with a common
-    input), in a model whose earlier stages are quantized already, and one ``[K, K]`` matrix is in memory at a time. The
-    model is left as it was, whatever ends the work. ValueError naming the layer where its scales cannot be stored.
+    done(weight, name): called after each. In mode "full" blocks of a model are quantized one after the other
+    (``calibration.chain``); for layers outside of blocks the batches run once for each stage (layers with a common
+    input) in a model whose earlier layers are quantized already. The model is left as it was, whatever ends the work.
+    ValueError naming the layer where its scales cannot be stored.
     """
-    by_module = {_module(choice.names[0]): choice for choice in choices}
-    quantized_by_id: dict[int, nn.Parameter] = {}
-    replaced: list[tuple[nn.Module, nn.Parameter]] = []
-    try:
-        for stage in calibration.stages:
-            names = [name for name in stage if name in by_module]
-            if not names:
-                continue
-            full_moments = None
-            if calibration.mode == "full":
-                full_moments = _second_moments(model, names[0], calibration)
-            for name in names:
-                full, weight = by_module[name].names[0], by_module[name].weight
-                moments = calibration.moments[name] if full_moments is None else full_moments
-                try:
-                    quantized = from_calibrated(weight, by_module[name].settings, moments.to(weight.device))
-                except ValueError as error:
-                    raise ValueError(f"{full}: {error}") from None
-                quantized_by_id[id(weight)] = nn.Parameter(quantized, requires_grad=False)
-                if calibration.mode == "full":
-                    module = model.get_submodule(name)
-                    replaced.append((module, weight))
-                    module._parameters["weight"] = quantized_by_id[id(weight)]
-                done(weight, full)
-    finally:
-        for module, weight in replaced:
+    work = _Work(model, choices, calibration, done)
+    with evaluating(model), tempfile.TemporaryDirectory(prefix="hqqtensor-") as folder:
+        try:
+            if calibration.mode == "diagonal":
+                for stage in calibration.stages:
+                    work.quantize_stage(stage)
+            else:
+                _in_order(work, Path(folder))
+        finally:
+            work.restore()
+    return work.quantized_by_id
+
+
+def _in_order(work: "_Work", folder: Path) -> None:
+    """Stages in the order of calls; where one lies in a chain of blocks, the whole chain at once."""
+    model, calibration = work.model, work.calibration
+    lists = block_lists(model)
+    chains = trace(model, calibration.batches, lists) if lists else []
+    chain_of = {block: i for i, chain in enumerate(chains) for block in chain.names}
+    masks = [mask_of(batch) for batch in calibration.batches]
+    finished: set[int] = set()
+    outside = 0
+    for stage in calibration.stages:
+        index = next((i for block, i in chain_of.items() if stage[0].startswith(f"{block}.")), None)
+        if index is None:
+            outside += work.quantize_stage(stage)
+        elif index not in finished:
+            finished.add(index)
+            dense = chains[index]
+            now = dense if not work.replaced else _traced_again(model, calibration.batches, dense)
+            chain = ChainRun(model, dense, now, masks, folder, calibration.called_once)
+            for i, block in enumerate(dense.names):
+                of_block = [s for s in calibration.stages if s[0].startswith(f"{block}.")]
+                chain.run_block(i, block, work.wanted(of_block), work.quantize)
+    if outside > MANY_STAGES:
+        warnings.warn(
+            f"calibration ran the whole model anew for each of {outside} sets of layers: they lie in no list of blocks "
+            "that hand hidden states on",
+            stacklevel=5,
+        )
+
+
+def _traced_again(model: nn.Module, batches: list[Any], chain: Chain) -> Chain:
+    """``chain`` in the model as it is now; as it was where its blocks are no chain any more."""
+    return next(iter(trace(model, batches, [chain.names])), chain)
+
+
+class _Work:
+    """The weights to quantize, and those that are quantized and in their places so far."""
+
+    def __init__(
+        self, model: nn.Module, choices: Sequence[Choice], calibration: Calibration,
+        done: Callable[[nn.Parameter, str], None],
+    ) -> None:  # fmt: skip
+        self.model, self.calibration, self.done = model, calibration, done
+        self.by_module = {_module(choice.names[0]): choice for choice in choices}
+        self.quantized_by_id: dict[int, nn.Parameter] = {}
+        self.replaced: list[tuple[nn.Module, nn.Parameter]] = []
+
+    def wanted(self, stages: Iterable[Sequence[str]]) -> list[list[str]]:
+        """The modules of each stage that are to be quantized; stages that have none are left out."""
+        each = ([name for name in stage if name in self.by_module] for stage in stages)
+        return [names for names in each if names]
+
+    def quantize_stage(self, stage: Sequence[str]) -> int:
+        """Quantize the modules of a stage by a pass through the whole model; how many passes were made (0 or 1)."""
+        names = next(iter(self.wanted([stage])), [])
+        is_full = self.calibration.mode == "full"
+        moments = _second_moments(self.model, names[0], self.calibration) if names and is_full else None
+        for name in names:
+            self.quantize(name, moments or InputMoments(self.calibration.moments[name]))
+        return int(bool(names) and is_full)
+
+    def quantize(self, name: str, moments: InputMoments) -> None:
+        """Quantize the weight of a module; with whole moments it takes its place in the model."""
+        full, weight = self.by_module[name].names[0], self.by_module[name].weight
+        try:
+            quantized = from_calibrated(weight, self.by_module[name].settings, moments)
+        except ValueError as error:
+            raise ValueError(f"{full}: {error}") from None
+        self.quantized_by_id[id(weight)] = nn.Parameter(quantized, requires_grad=False)
+        if moments.second.ndim == 2:
+            module = self.model.get_submodule(name)
+            self.replaced.append((module, weight))
+            module._parameters["weight"] = self.quantized_by_id[id(weight)]
+        self.done(weight, full)
+
+    def restore(self) -> None:
+        """Put the dense weights back."""
+        for module, weight in self.replaced:
             module._parameters["weight"] = weight
-    return quantized_by_id
 
 
-def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Tensor:
-    """Mean of x x^T, float32 ``[K, K]``, over the inputs of ``name`` in the model as it is now."""
+def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> InputMoments:
+    """Moments ``[K, K]`` of the inputs of ``name`` in the model as it is now."""
     size = len(calibration.moments[name])
     total: Tensor | None = None
     count = 0
@@ -83,9 +158,9 @@ def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Te
         total.addmm_(x.T, x)
         count += len(x)
 
-    watch(model, [name], calibration.batches, add, stop=calibration.called_once)
+    watch(model, [name], whole_passes(model, calibration.batches), add, stop=calibration.called_once)
     assert total is not None
-    return total / max(1, count)
+    return InputMoments(total / max(1, count))
 
 
 def _module(full: str) -> str:

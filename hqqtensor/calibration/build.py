@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from hqqtensor.calibration.feedback import feed_back
-from hqqtensor.calibration.weighted import solve_weighted
+from hqqtensor.calibration.feedback import column_steps, feed_back
+from hqqtensor.calibration.moments import InputMoments
+from hqqtensor.calibration.weighted import normalized
 from hqqtensor.config import HqqConfig
 from hqqtensor.encode import Encoded, storage_dtype, store
 from hqqtensor.packing import pack
 from hqqtensor.solvers import column_scaled
 from hqqtensor.tensor import HQQTensor
-from hqqtensor.transforms import prepare, rotate
+from hqqtensor.transforms import prepare
 
 
 def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:
@@ -25,23 +26,24 @@ def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:
         raise ValueError(f"{name}: calibration serves hqq_joint and column_scaled, got solver {config.solver!r}")
 
 
-def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTensor:
+def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) -> HQQTensor:
     """Quantize a ``weight`` ``[N, K]`` that ``check_weight`` and ``check_calibrated`` have passed.
 
-    moments: float32 second moments of the weight's inputs, ``[K]`` to weight the errors of columns, or ``[K, K]`` for
-    error feedback. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
+    moments: of the weight's inputs; their diagonal weighs the errors of columns, whole ones serve error feedback towards
+    the dense model's outputs. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
     """
     w, _, act, block = prepare(weight, config)
     w = w.to(torch.float32)
-    # The inputs of the prepared weight: multiplied by act, then rotated.
-    if act is not None:
-        d = act.to(torch.float32)
-        moments = moments * (d * d if moments.ndim == 1 else d * d.unsqueeze(1))
-    if block:
-        moments = rotate(rotate(moments, block).T, block)
+    moments = moments.prepared(act, block)
     size = config.group_size or w.shape[1]
-    scale, zero = _grid(w, size, config, moments if moments.ndim == 1 else moments.diagonal())
-    dtype, groups = config.scale_dtype or storage_dtype(scale, zero), scale.shape[1]
+    groups = -(-w.shape[1] // size)
+    dtype, is_full = config.scale_dtype, moments.second.ndim == 2
+    if is_full and moments.shift is not None:
+        w = torch.addmm(w, w, moments.shift)
+    if not is_full or (dtype is None and None in (config.scale_nbits, config.zero_nbits)):
+        scale, zero = _grid(w, size, config.nbits, moments.diagonal)
+        dtype = dtype or storage_dtype(scale, zero)
+    dtype = dtype or torch.float16  # all are quantized: it is not used
 
     def store_both(s: Tensor, z: Tensor) -> tuple[tuple[Tensor | Encoded, Tensor], tuple[Tensor | Encoded, Tensor]]:
         return (
@@ -53,8 +55,8 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
         (_, read_scale), (_, read_zero) = store_both(s, z)
         return read_scale, read_zero
 
-    if moments.ndim == 2:
-        codes, scale, zero = feed_back(w, moments, config.nbits, size, read_back)
+    if is_full:
+        codes, scale, zero = feed_back(w, moments.upper, config.nbits, size, read_back)
         # Columns of groups are stored independently of one another, so all at once read back as one by one.
         (stored_scale, _), (stored_zero, _) = store_both(scale, zero)
     else:
@@ -67,11 +69,9 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: Tensor) -> HQQTe
     return HQQTensor.from_encoded(encoded, config, weight.dtype, act, block)
 
 
-def _grid(w: Tensor, size: int, config: HqqConfig, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _grid(w: Tensor, size: int, nbits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point, float32 ``[N, groups]``, of the groups of ``[N, K]``; a ragged last one is not padded."""
-    full = w.shape[1] // size * size
-    parts = [(w[:, :full].unflatten(1, (-1, size)), importance[:full].unflatten(0, (-1, size)))] if full else []
-    if full < w.shape[1]:
-        parts.append((w[:, full:].unsqueeze(1), importance[full:].unsqueeze(0)))
-    solutions = [solve_weighted(groups, config.nbits, weights) for groups, weights in parts]
+    steps = column_steps(w.device)
+    parts = zip(w.split(size, 1), importance.split(size), strict=True)
+    solutions = [steps.solve(group, normalized(weights), nbits) for group, weights in parts]
     return torch.cat([s for s, _ in solutions], 1), torch.cat([z for _, z in solutions], 1)

@@ -1,15 +1,16 @@
 """``calibrate``: one pass over the user's batches, and what its layers saw there."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hqqtensor.calibration.inputs import watch
+from hqqtensor.calibration.data import Source, batches_of
+from hqqtensor.calibration.inputs import watch, whole_passes
 
-MODES = ("diagonal", "full")
+MODES = ("diagonal", "full", "trained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Calibration:
     """Statistics of the inputs of each linear layer, for ``quantize_(..., calibration=...)``.
 
     mode: "diagonal": second moments of the inputs weigh the errors in the solver. "full": error feedback column by
-        column, for which ``quantize_`` runs ``batches`` again, once for each stage.
+        column, for which ``quantize_`` runs ``batches`` again, block by block. "trained": then the codes of each block
+        are trained towards the dense block's outputs.
     moments: float32 ``[K]`` mean of x^2 for each input, by module name, in the order in which modules were called.
     tokens: inputs seen by each module. stages: modules with a common input, in the order of calls.
     unseen: linear layers that no batch reached: they are quantized without calibration.
@@ -47,14 +49,17 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Source,
     mode: str = "full",
     progress: Callable[[int, int, str], None] | None = None,
+    tokenizer: Any = None,
 ) -> Calibration:
     """Run ``batches`` through ``model`` and take statistics of the inputs of its ``nn.Linear`` layers.
 
     batches: what the model is called with: mappings (keyword arguments), tuples (positional) or single tensors, on
-        the model's device. The result holds them for "full". A few thousand tokens of typical text serve.
+        the model's device. The result holds them for "full". A few thousand tokens of typical text serve. Or "self",
+        for text that the model writes itself, "random" for random tokens, or the path of a text file, which needs the
+        model's ``tokenizer``: see ``hqqtensor.calibration.data.batches_of``.
     progress: called as ``progress(done, total, name)`` after each batch.
 
     The model is left as it was. Memory: K floats a layer. ValueError for an unknown mode, no batches, no layer reached,
@@ -62,14 +67,14 @@ def calibrate(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    batches = list(batches)
+    batches = batches_of(batches, model, tokenizer)
     if not batches:
         raise ValueError("calibrate needs at least one batch")
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.ndim == 2
     ]
     statistics = _InputStatistics()
-    watch(model, names, batches, statistics.add, progress=progress)
+    watch(model, names, whole_passes(model, batches), statistics.add, progress=progress)
     if not statistics.sums:
         raise ValueError("no nn.Linear of the model was reached by the batches")
     moments = {name: total / max(1, statistics.tokens[name]) for name, total in statistics.sums.items()}

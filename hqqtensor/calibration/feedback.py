@@ -15,66 +15,61 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hqqtensor.calibration.weighted import solve_weighted
+from hqqtensor.calibration.weighted import normalized, solve_weighted
+from hqqtensor.ops.backend import encoder
+from hqqtensor.ops.encoder import ColumnSteps
 
-DAMPING = 0.01
+
+class TorchSteps:
+    """``ops.encoder.ColumnSteps`` by torch's operations."""
+
+    def solve(self, group: Tensor, importance: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+        return solve_weighted(group.unsqueeze(1), nbits, importance.unsqueeze(0))
+
+    def feed_back(
+        self, group: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, codes: Tensor
+    ) -> Tensor:
+        inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+        errors = torch.empty_like(group)
+        for k in range(group.shape[1]):
+            column, row = group[:, k : k + 1], upper[k, k:]
+            code = (column * inverse + zero_point).round_().clamp_(0, 2**nbits - 1)
+            codes[:, k] = code.squeeze(1).to(torch.uint8)
+            errors[:, k : k + 1] = (column - (code - zero_point) * scale) / row[0]
+            group[:, k + 1 :] -= errors[:, k : k + 1] * row[1:]
+        return errors
 
 
-def inverse_factor(moments: Tensor) -> Tensor:
-    """Upper triangular U ``[K, K]`` with U^T U the inverse of the damped ``moments``.
-
-    moments: float32 ``[K, K]``; the factor is float32. 1 % of the diagonal's mean is added to the diagonal, ten times
-    more as long as that does not make the matrix positive definite. Inputs that are always zero get the mean.
-    """
-    h = moments.to(torch.float64).clone()
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    if not mean > 0:
-        return torch.eye(len(h), dtype=torch.float32, device=h.device)
-    diagonal[diagonal == 0] = mean
-    damping = DAMPING * mean
-    while True:
-        diagonal.add_(damping)
-        lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                return upper.to(torch.float32)
-        damping *= 10
+def column_steps(device: torch.device) -> ColumnSteps:
+    """Those of the backend that serves ``device``, else torch's operations."""
+    device_encoder = encoder(device.type)
+    return (None if device_encoder is None else device_encoder.column_steps) or TorchSteps()
 
 
 def feed_back(
     weight: Tensor,
-    moments: Tensor,
+    upper: Tensor,
     nbits: int,
     group_size: int,
     read_back: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 ``[N, K]``, scale and zero point float32 ``[N, groups]`` of ``weight`` ``[N, K]``.
 
-    moments: float32 ``[K, K]`` second moments of the inputs. read_back(scale, zero): both ``[N, 1]``, as storage rounds
-    them. Codes are chosen for the rounded ones; the scales and zero points returned are not rounded.
+    upper: float32 ``[K, K]``, ``moments.inverse_factor`` of the inputs. read_back(scale, zero): both ``[N, 1]``, as
+    storage rounds them. Codes are chosen for the rounded ones; the scales and zero points returned are not rounded.
     """
-    w = weight.to(torch.float32).clone()
-    columns, last = w.shape[1], 2**nbits - 1
-    upper = inverse_factor(moments)
+    w = weight.to(torch.float32, copy=True).contiguous()
+    steps = column_steps(w.device)
     importance = upper.diagonal().square().reciprocal()
     codes = torch.empty_like(w, dtype=torch.uint8)
     scales, zeros = [], []
-    for first in range(0, columns, group_size):
-        end = min(first + group_size, columns)
+    for first in range(0, w.shape[1], group_size):
+        end = min(first + group_size, w.shape[1])
         group = w[:, first:end]
-        scale, zero = solve_weighted(group.unsqueeze(1), nbits, importance[None, first:end])
+        scale, zero = steps.solve(group, normalized(importance[first:end]), nbits)
         scales.append(scale)
         zeros.append(zero)
         scale, zero = read_back(scale, zero)
-        inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
-        errors = torch.empty_like(group)
-        for k in range(end - first):
-            column, row = group[:, k : k + 1], upper[first + k, first + k : end]
-            code = (column * inverse + zero).round_().clamp_(0, last)
-            codes[:, first + k] = code.squeeze(1).to(torch.uint8)
-            errors[:, k : k + 1] = (column - (code - zero) * scale) / row[0]
-            group[:, k + 1 :] -= errors[:, k : k + 1] * row[1:]
-        w[:, end:] -= errors @ upper[first:end, end:]
+        errors = steps.feed_back(group, upper[first:end, first:end], scale, zero, nbits, codes[:, first:end])
+        w[:, end:].addmm_(errors, upper[first:end, end:], alpha=-1)
     return codes, torch.cat(scales, 1), torch.cat(zeros, 1)

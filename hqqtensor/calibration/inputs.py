@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,22 +43,41 @@ class _InputRows:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One run of a batch through a model, or through a part of it. mask: bool ``[B, S]``, False for padding."""
+
+    run: Callable[[], Any]
+    mask: Tensor | None
+
+
+def mask_of(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` ``[B, S]`` of a batch as booleans, where it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) else None
+
+
+def whole_passes(model: nn.Module, batches: Iterable[Any]) -> list[Pass]:
+    """A pass through ``model`` for each batch."""
+    return [Pass(functools.partial(run, model, batch), mask_of(batch)) for batch in batches]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def watch(
     model: nn.Module,
     names: Iterable[str],
-    batches: list[Any],
+    passes: Sequence[Pass],
     observe: Callable[[str, Tensor], None],
     stop: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Run ``batches`` and call ``observe(name, rows)`` with the inputs ``[tokens, K]`` of each module of ``names``.
+    """Make ``passes`` and call ``observe(name, rows)`` with the inputs ``[tokens, K]`` of each module of ``names``.
 
-    Padding is left out: where a batch has an ``attention_mask`` ``[B, S]`` and an input is ``[B, S, K]``, the rows with
-    mask 0 are not given. Modules called one right after the other on the same input (query, key and value) are given
-    the same ``rows`` object. ``stop`` ends each pass once every module has been seen. The model is in eval mode
-    meanwhile; afterwards every module has the mode that it had.
+    Padding is left out: where a pass has a mask ``[B, S]`` and an input is ``[B, S, K]``, the rows that are False are
+    not given. Modules called one right after the other on the same input (query, key and value) are given the same
+    ``rows`` object. ``stop`` ends each pass once every module has been seen. The model is in eval mode meanwhile;
+    afterwards every module has the mode that it had.
     """
     wanted = set(names)
     seen: set[str] = set()
@@ -74,11 +94,10 @@ def watch(
         for name in wanted:
             module, module_hook = model.get_submodule(name), functools.partial(hook, name=name)
             stack.callback(module.register_forward_pre_hook(module_hook, with_kwargs=True).remove)
-        for done, batch in enumerate(batches, 1):
+        for done, one in enumerate(passes, 1):
             seen.clear()
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            inputs = _InputRows(mask.bool() if isinstance(mask, Tensor) else None)
+            inputs = _InputRows(one.mask)
             with contextlib.suppress(_AllSeen):
-                run(model, batch)
+                one.run()
             if progress is not None:
-                progress(done, len(batches), "calibrating")
+                progress(done, len(passes), "calibrating")

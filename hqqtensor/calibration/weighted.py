@@ -33,6 +33,13 @@ class _WeightedGroups(hqq_joint.Groups):
         return (residual.square_() * self.m).sum(-1, keepdim=True)
 
 
+def normalized(importance: Tensor) -> Tensor:
+    """``importance [..., group]`` with none below ``FLOOR`` of its group's mean, of sum 1; of zeros all alike."""
+    mean = importance.mean(-1, keepdim=True)
+    m = torch.where(mean > 0, importance.clamp_min(FLOOR * mean), 1.0)
+    return m / m.sum(-1, keepdim=True)
+
+
 def solve_weighted(groups: Tensor, nbits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point, float32 ``[R, C]``, of groups ``[R, C, group]``: least sum of importance * error^2.
 
@@ -40,9 +47,7 @@ def solve_weighted(groups: Tensor, nbits: int, importance: Tensor) -> tuple[Tens
     """
     scale = torch.empty(groups.shape[:-1], dtype=torch.float32, device=groups.device)
     zero = torch.empty_like(scale)
-    mean = importance.mean(-1, keepdim=True)
-    m = torch.where(mean > 0, importance.clamp_min(FLOOR * mean), 1.0)
-    m = m / m.sum(-1, keepdim=True)
+    m = normalized(importance)
     for part, w in chunks(groups):
         low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
         flat = constant_group(low, high)

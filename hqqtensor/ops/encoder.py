@@ -23,13 +23,31 @@ class EncodeSettings:
     lp_norm: float
 
 
+class ColumnSteps(Protocol):
+    """Calibrated quantization of a group of columns of all rows, float32 ``[N, g]``, a view of the whole matrix."""
+
+    def solve(self, group: Tensor, importance: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float32 ``[N, 1]``, of least sum of importance * error^2; importance ``[g]``, sum 1."""
+
+    def feed_back(
+        self, group: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, codes: Tensor
+    ) -> Tensor:
+        """Round column by column; each error goes into the columns after it by its row of ``upper [g, g]``.
+
+        scale, zero_point: ``[N, 1]``. Writes the codes into ``codes``, uint8 ``[N, g]``, and gives the errors, float32
+        ``[N, g]``, each divided by its entry on the diagonal of ``upper``. What ``group`` holds afterwards is left open.
+        """
+
+
 class Encoder(Protocol):
     """Quantizes matrices ``[N, K]`` of float32, bfloat16 or float16 on the backend's devices.
 
     passes: what goes over the weights while a codebook is learned; None where torch's operations have to.
+    column_steps: the same for calibration.
     """
 
     passes: Passes | None
+    column_steps: ColumnSteps | None
 
     def why_not(self, step: Literal["solve", "assign"], matrix: Tensor, settings: EncodeSettings) -> str | None:
         """None, or why it cannot do this step for such a matrix; torch's operations do it then."""

@@ -8,7 +8,8 @@ from torch import nn
 from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
 from hqqtensor.calibration import calibrate, finetune
 from hqqtensor.calibration.build import from_calibrated
-from hqqtensor.calibration.feedback import feed_back, inverse_factor
+from hqqtensor.calibration.feedback import feed_back
+from hqqtensor.calibration.moments import InputMoments, inverse_factor
 
 
 class Net(nn.Module):
@@ -61,14 +62,14 @@ def test_each_step_of_calibration_brings_the_output_nearer(solver):
 def test_diagonal_calibration_spares_the_inputs_that_are_large():
     w = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     moments = torch.where(torch.arange(64) % 4 == 0, 100.0, 0.01)
-    weighted = from_calibrated(w, HqqConfig(2, 32), moments).dequantize() - w
+    weighted = from_calibrated(w, HqqConfig(2, 32), InputMoments(moments)).dequantize() - w
     plain = HQQTensor.from_hp(w, HqqConfig(2, 32)).dequantize() - w
     assert (weighted.square() @ moments).sum() < 0.5 * (plain.square() @ moments).sum()
 
 
 def test_even_diagonal_calibration_is_as_good_as_none():
     w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    weighted = (from_calibrated(w, CONFIG, torch.ones(64)).dequantize() - w).square().sum()
+    weighted = (from_calibrated(w, CONFIG, InputMoments(torch.ones(64))).dequantize() - w).square().sum()
     plain = (HQQTensor.from_hp(w, CONFIG).dequantize() - w).square().sum()
     assert weighted == pytest.approx(plain.item(), rel=0.02)
 
@@ -80,7 +81,7 @@ def test_what_feedback_counted_on_is_what_is_stored(options, group_size):
     moments = x.T @ x / 512
     w = torch.randn(130, 64, generator=torch.Generator().manual_seed(2))
     config = HqqConfig(4, group_size, quant_scale=bool(options), quant_zero=bool(options), **options)
-    got = from_calibrated(w, config, moments)
+    got = from_calibrated(w, config, InputMoments(moments))
     plain = HQQTensor.from_hp(w, config).dequantize() - w
     e = got.dequantize() - w
     # Were scales stored other than they were used, the fine balance of errors would be lost.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hqqtensor.formats import Format, Levels, TableFormat, get_format, observe_formats
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
+from hqqtensor.ops.encoder import ColumnSteps as ColumnStepsProtocol
 from hqqtensor.ops.encoder import EncodeSettings
 from hqqtensor.ops.packed import LAYOUTS, flat
 from hqqtensor.solvers import Passes, Solution
@@ -116,6 +117,20 @@ class LloydPasses:
         return error, better.unsqueeze(-1), top, bottom
 
 
+class ColumnSteps:
+    """``ops.encoder.ColumnSteps`` compiled."""
+
+    def solve(self, group: Tensor, importance: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+        return OPS._solve_weighted(group, importance.contiguous(), nbits)
+
+    def feed_back(
+        self, group: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, nbits: int, codes: Tensor
+    ) -> Tensor:
+        errors = torch.empty(group.shape, dtype=torch.float32)
+        OPS._feed_back(codes, errors, group, upper, scale.contiguous(), zero_point.contiguous(), nbits)
+        return errors
+
+
 def empty_packed(*sizes: int) -> Tensor:
     """Uninitialized memory for packed codes, uint8 on the CPU; in huge pages where the system gives them on request: to
     read packed weights is then up to 1.4 x as fast."""
@@ -170,6 +185,7 @@ class _Encoder:
     """``ops.encoder.Encoder`` of the compiled solvers."""
 
     passes: Passes | None = LloydPasses()
+    column_steps: ColumnStepsProtocol | None = ColumnSteps() if _missing is None else None
 
     def why_not(self, step: str, matrix: Tensor, settings: EncodeSettings) -> str | None:
         if not assigns(settings.format):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqqtensor.formats import Levels
 from hqqtensor.kernels.triton.limits import members, why_not_solved
-from hqqtensor.ops.encoder import EncodeSettings
+from hqqtensor.ops.encoder import ColumnSteps, EncodeSettings
 from hqqtensor.solvers import Passes, Solution
 
 
@@ -15,6 +15,7 @@ class TritonEncoder:
     """Integers only: "rtn" and "hqq_joint" of norm 2, and the packing of nearest codes."""
 
     passes: Passes | None = None
+    column_steps: ColumnSteps | None = None
 
     def why_not(self, step: str, matrix: Tensor, settings: EncodeSettings) -> str | None:
         if step == "assign":

@@ -97,6 +97,12 @@ struct Kernels {
   void (*extremes)(const float* w, int64_t count, float* low, float* high);
   // Scale and zero point of each group. Overwrites w.
   void (*solve_block)(Solver, float* w, int64_t size, int nbits, float* inverse, float* zero);
+  // The joint solver; importance: [size], of sum 1, what the squared error of weight j of each group counts. Overwrites w.
+  void (*solve_weighted_block)(float* w, const float* importance, int64_t size, int nbits, float* inverse, float* zero);
+  // Codes of groups with scale and zero point given, [lanes]: the error of a weight is fed back into those after it by a row of
+  // `upper`, [size, size] with rows `stride` numbers apart. codes, errors: float32, laid out as w. Overwrites w.
+  void (*feed_back_block)(float* w, const float* upper, int64_t stride, int64_t size, int nbits, const float* scale,
+                          const float* zero, float* codes, float* errors);
   // `rounds` of the published half-quadratic solver. totals[r] grows by the sum of |w - dequantized| of the first `count`
   // groups after round r.
   void (*hqq_block)(const float* w, int64_t size, int64_t count, int nbits, int rounds, float* inverse, float* zero,

@@ -78,8 +78,10 @@ struct Candidate {
 // Moves of the lower and the upper end of the range outwards, in codes.
 constexpr float kEnds[6][2] = {{0.5f, 0}, {-0.5f, 0}, {0, 0.5f}, {0, -0.5f}, {0.15f, 0.15f}, {-0.15f, -0.15f}};
 
+template <bool WEIGHTED>
 struct Joint {
-  const float* w;  // in units of the group's largest weight
+  const float* w;           // in units of the group's largest weight
+  const float* importance;  // of the error of each number, sum 1, the same for all lanes; null unless WEIGHTED
   int64_t size;
   Floats last, middle, mean;
 
@@ -91,12 +93,14 @@ struct Joint {
       const Floats v = f_load(w + j * kFloats);
       const Floats c = f_sub(clamp_round(f_fma(v, inverse, z), last), middle);  // centred: less is lost in sums
       const Floats r = f_sub(f_mul(f_add(c, shift), s), v);
-      sum = f_add(sum, c);
-      squares = f_fma(c, c, squares);
-      products = f_fma(c, v, products);
-      error = f_fma(r, r, error);
+      const Floats m = WEIGHTED ? f_set(importance[j]) : f_zero();
+      const Floats weighted_c = WEIGHTED ? f_mul(m, c) : c, weighted_r = WEIGHTED ? f_mul(m, r) : r;
+      sum = f_add(sum, weighted_c);
+      squares = f_fma(weighted_c, c, squares);
+      products = f_fma(weighted_c, v, products);
+      error = f_fma(weighted_r, r, error);
     }
-    const Floats count = f_set(1.0f / (float)size);
+    const Floats count = f_set(WEIGHTED ? 1.0f : 1.0f / (float)size);
     const Floats code_mean = f_mul(sum, count);
     const Floats spread = f_sub(squares, f_mul(sum, code_mean));
     const Floats slope = f_div(f_sub(products, f_mul(sum, mean)), spread);
@@ -149,7 +153,8 @@ struct Joint {
   }
 };
 
-void solve_joint(float* w, int64_t size, int nbits, float* inverse, float* zero) {
+template <bool WEIGHTED>
+void solve_joint(float* w, const float* importance, int64_t size, int nbits, float* inverse, float* zero) {
   const Range r = range_of(w, size);
   float low[kFloats], high[kFloats], unit[kFloats], scale[kFloats];
   f_store(low, r.low);
@@ -164,10 +169,11 @@ void solve_joint(float* w, int64_t size, int nbits, float* inverse, float* zero)
   for (int64_t j = 0; j < size; ++j) {
     const Floats v = f_div(f_load(w + j * kFloats), units);
     f_store(w + j * kFloats, v);
-    total = f_add(total, v);
+    total = f_add(total, WEIGHTED ? f_mul(v, f_set(importance[j])) : v);
   }
   const int codes = (1 << nbits) - 1;
-  const Joint joint{w, size, f_set((float)codes), f_set((float)codes / 2), f_mul(total, f_set(1.0f / (float)size))};
+  const Floats mean = WEIGHTED ? total : f_mul(total, f_set(1.0f / (float)size));
+  const Joint<WEIGHTED> joint{w, importance, size, f_set((float)codes), f_set((float)codes / 2), mean};
   Floats bottom = f_div(r.low, units), top = f_div(r.high, units);
   top = f_pick(f_sub(f_sub(top, bottom), f_set(1e-30f)), f_add(bottom, f_set(1)), top);  // flat: any range will do
   const Candidate best = joint.search(bottom, top, codes);
@@ -182,7 +188,31 @@ void solve_block(Solver solver, float* w, int64_t size, int nbits, float* invers
   if (solver == Solver::rtn)
     solve_rtn(w, size, nbits, inverse, zero);
   else
-    solve_joint(w, size, nbits, inverse, zero);
+    solve_joint<false>(w, nullptr, size, nbits, inverse, zero);
+}
+
+// The joint solver where the squared error of number j counts importance[j] times; these sum to 1.
+void solve_weighted_block(float* w, const float* importance, int64_t size, int nbits, float* inverse, float* zero) {
+  solve_joint<true>(w, importance, size, nbits, inverse, zero);
+}
+
+// Error feedback within a group, as in hqqtensor/calibration/feedback.py: number after number is rounded, and row j of
+// `upper` [size, size], rows `stride` numbers apart, takes its error out of the numbers after it. codes and errors lie as w.
+void feed_back_block(float* w, const float* upper, int64_t stride, int64_t size, int nbits, const float* scale,
+                     const float* zero, float* codes, float* errors) {
+  const Floats s = f_load(scale), z = f_load(zero), last = f_set((float)((1 << nbits) - 1));
+  float inverses[kFloats];
+  for (int i = 0; i < kFloats; ++i) inverses[i] = scale[i] == 0 ? 0.0f : 1 / scale[i];
+  const Floats inverse = f_load(inverses);
+  for (int64_t j = 0; j < size; ++j) {
+    const float* row = upper + j * stride;
+    const Floats v = f_load(w + j * kFloats), code = clamp_round(f_add(f_mul(v, inverse), z), last);
+    const Floats error = f_div(f_sub(v, f_mul(f_sub(code, z), s)), f_set(row[j]));
+    f_store(codes + j * kFloats, code);
+    f_store(errors + j * kFloats, error);
+    for (int64_t k = j + 1; k < size; ++k)
+      f_store(w + k * kFloats, f_sub(f_load(w + k * kFloats), f_mul(error, f_set(row[k]))));
+  }
 }
 
 // The published half-quadratic solver, as in hqqtensor/solvers/hqq.py: scale from the range, then rounds on the zero point.

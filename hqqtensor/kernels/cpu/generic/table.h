@@ -34,6 +34,8 @@ constexpr Kernels generic_kernels(const char* name) {
       .lanes = kFloats,
       .extremes = extremes,
       .solve_block = solve_block,
+      .solve_weighted_block = solve_weighted_block,
+      .feed_back_block = feed_back_block,
       .hqq_block = hqq_block,
       .solve_levels = solve_levels,
       .lloyd_block = lloyd_block,

@@ -22,6 +22,8 @@ constexpr Operator kAssign{"ttttiii", assign, nullptr};
 constexpr Operator kSolveLevels{"ttttifiis", solve_levels, nullptr};
 constexpr Operator kAssignLevels{"ttttttifiii", assign_levels, nullptr};
 constexpr Operator kLloyd{"tttttif", lloyd, nullptr};
+constexpr Operator kSolveWeighted{"tti", solve_weighted, nullptr};
+constexpr Operator kFeedBack{"tttttti", feed_back, nullptr};
 constexpr Operator kEmptyPacked{"n", empty_packed, nullptr};
 constexpr Operator kPoolNew{"", pool_new, nullptr};
 constexpr Operator kPoolDelete{"i", pool_delete, nullptr};
@@ -56,6 +58,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
         "int mantissa, float least, int nbits, int group_size, int axis) -> ()");
   m.def("_lloyd(Tensor groups, Tensor scales, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("_solve_weighted(Tensor group, Tensor importance, int nbits) -> (Tensor, Tensor)");
+  m.def("_feed_back(Tensor(a!) codes, Tensor(b!) errors, Tensor group, Tensor upper, Tensor scale, Tensor zero_point, "
+        "int nbits) -> ()");
   m.def("_empty_packed(int[] sizes) -> Tensor");
   m.def("_pool_new() -> int");
   m.def("_pool_delete(int pool) -> ()");
@@ -87,6 +92,8 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("_solve_levels", entry<kSolveLevels, Mode::automatic>);
   m.impl("_assign_levels", entry<kAssignLevels, Mode::automatic>);
   m.impl("_lloyd", entry<kLloyd, Mode::automatic>);
+  m.impl("_solve_weighted", entry<kSolveWeighted, Mode::automatic>);
+  m.impl("_feed_back", entry<kFeedBack, Mode::automatic>);
   m.impl("_set_table", entry<kSetTable, Mode::automatic>);
 }
 

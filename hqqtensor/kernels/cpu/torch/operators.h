@@ -38,6 +38,8 @@ bool assign(Call&);
 bool solve_levels(Call&);
 bool assign_levels(Call&);
 bool lloyd(Call&);
+bool solve_weighted(Call&);
+bool feed_back(Call&);
 
 // Memory.
 bool empty_packed(Call&);

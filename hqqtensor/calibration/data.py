@@ -1,0 +1,94 @@
+"""Batches to calibrate on: text that the model writes itself, random tokens, a text file, or the user's own."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqqtensor.diagnostics.language import token_windows
+from hqqtensor.forward import evaluating
+
+TOKENS, CONTEXT, BATCH = 8192, 512, 4
+"""Tokens in all, tokens of a window, windows of a batch."""
+
+Source = str | os.PathLike[str] | Iterable[Any]
+"""What ``batches_of`` takes."""
+
+
+def batches_of(
+    source: Source, model: nn.Module, tokenizer: Any = None, tokens: int = TOKENS, seed: int = 0
+) -> list[Any]:
+    """Batches for ``model``, as ``calibrate`` takes them.
+
+    source: "self" (the model writes the text: it must be able to generate), "random" (random tokens), the path of a
+        UTF-8 text file, for which ``tokenizer`` is needed, or batches, which are returned as a list.
+    tokens: how many to take, a little fewer where they fill no whole window. seed: of "self" and "random".
+    ValueError for a model that cannot do what is asked for, a text too short for a window, or a missing tokenizer.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return list(source)
+    if tokens < 2:
+        raise ValueError(f"calibration needs at least 2 tokens, got {tokens}")
+    config = getattr(model, "config", None)
+    context = min(CONTEXT, tokens, getattr(config, "max_position_embeddings", None) or CONTEXT)
+    count = max(1, tokens // context)
+    if source == "self":
+        ids = _written(model, count, context, seed)
+    elif source == "random":
+        vocabulary = getattr(config, "vocab_size", None)
+        if not isinstance(vocabulary, int):
+            raise ValueError(f'calibration on "random" tokens: {type(model).__name__} has no config.vocab_size')
+        ids = torch.randint(0, vocabulary, (count, context), generator=torch.Generator().manual_seed(seed))
+    else:
+        ids = _from_file(Path(source), tokenizer, count, context)
+    device = next(model.parameters()).device
+    return [{"input_ids": part.to(device)} for part in ids.split(BATCH)]
+
+
+def _from_file(path: Path, tokenizer: Any, count: int, context: int) -> Tensor:
+    """``count`` windows (or all that there are) spread evenly over the text."""
+    if tokenizer is None:
+        raise ValueError(f"calibration on {path}: a tokenizer is needed")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration on {path}: not UTF-8 text ({error})") from None
+    windows = token_windows(tokenizer, text, context)
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+
+
+def writes_text(model: Any) -> bool:
+    """Whether "self" serves the model: it generates text, from nothing but text."""
+    can = getattr(model, "can_generate", None)
+    return callable(can) and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+@torch.no_grad()
+def _written(model: Any, count: int, context: int, seed: int) -> Tensor:
+    """``count`` texts of ``context`` tokens, sampled from the model's own distribution.
+
+    Each begins with the token that begins texts, or with a random one where the model has none.
+    """
+    if not writes_text(model):
+        raise ValueError(
+            f'calibration="self": {type(model).__name__} cannot write text; use "random", a text file or batches'
+        )
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
+        torch.manual_seed(seed)
+        first = getattr(model.config, "bos_token_id", None)
+        begin = (
+            torch.randint(0, model.config.vocab_size, (count, 1))
+            if first is None
+            else torch.full((count, 1), first, dtype=torch.int64)
+        ).to(device)
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=context - 1,
+            min_new_tokens=context - 1, eos_token_id=model.config.eos_token_id, pad_token_id=0,
+        )  # fmt: skip
+        return model.generate(begin, attention_mask=torch.ones_like(begin), generation_config=settings)

@@ -1,0 +1,90 @@
+"""Second moments of a layer's inputs, and what error feedback needs of them."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hqqtensor.transforms import rotate
+
+DAMPING = 0.01
+"""Share of the diagonal's mean that is added to the diagonal before a matrix is inverted."""
+SHIFT, SHIFT_DAMPING = 0.5, 0.01
+"""How far a weight moves to make up for inputs that quantized layers before it have changed; see ``InputMoments``."""
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Moments of the inputs x of a layer, over the tokens of the calibration.
+
+    second: float32 mean of x x^T ``[K, K]``, or its diagonal ``[K]``. cross: float32 ``[K, K]``, mean of (d - x) x^T with
+    d the inputs that the dense model has at the same tokens; None where they are not known.
+    """
+
+    second: Tensor
+    cross: Tensor | None = None
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Mean of x^2, ``[K]``."""
+        return self.second if self.second.ndim == 1 else self.second.diagonal()
+
+    @functools.cached_property
+    def upper(self) -> Tensor:
+        """``inverse_factor`` of ``second``."""
+        return inverse_factor(self.second)
+
+    @functools.cached_property
+    def shift(self) -> Tensor | None:
+        """What a weight ``[N, K]`` is multiplied by, and that added to it, for outputs nearest the dense model's.
+
+        The outputs on x are to be those of the dense weight on d. Least squares gives W + W C S^-1 with C and S the
+        cross and (damped) second moments; GPTAQ (Li et al. 2025, arXiv 2504.02692) finds the same column by column.
+        ``SHIFT`` of the change is taken, which guards against fitting the text. None without cross moments.
+        """
+        if self.cross is None:
+            return None
+        h = self.second.to(torch.float64).clone()
+        h.diagonal().add_(SHIFT_DAMPING * float(h.diagonal().mean()))
+        lower, info = torch.linalg.cholesky_ex(h)
+        if int(info) != 0:
+            return None
+        return SHIFT * torch.cholesky_solve(self.cross.to(torch.float64).T, lower).T.to(torch.float32)
+
+    def prepared(self, act: Tensor | None, block: int) -> "InputMoments":
+        """Moments of the inputs times ``act`` ``[K]``, then rotated in blocks (0: not at all)."""
+        if act is None and not block:
+            return self
+        d = torch.ones(len(self.second), device=self.second.device) if act is None else act.to(torch.float32)
+        if self.second.ndim == 1:
+            return InputMoments(self.second * d * d)
+
+        def both_sides(m: Tensor) -> Tensor:
+            m = m * d * d.unsqueeze(1)
+            return rotate(rotate(m, block).T, block).T if block else m
+
+        return InputMoments(both_sides(self.second), None if self.cross is None else both_sides(self.cross))
+
+
+def inverse_factor(moments: Tensor) -> Tensor:
+    """Upper triangular U ``[K, K]`` with U^T U the inverse of the damped ``moments``.
+
+    moments: float32 ``[K, K]``; the factor is float32. 1 % of the diagonal's mean is added to the diagonal, ten times
+    more as long as that does not make the matrix positive definite. Inputs that are always zero get the mean.
+    """
+    h = moments.to(torch.float64).clone()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:
+        return torch.eye(len(h), dtype=torch.float32, device=h.device)
+    diagonal[diagonal == 0] = mean
+    damping = DAMPING * mean
+    while True:
+        diagonal.add_(damping)
+        lower, info = torch.linalg.cholesky_ex(h)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0:
+                return upper.to(torch.float32).contiguous()
+        damping *= 10
