@@ -124,11 +124,11 @@ class _Work:
             self.quantize(name, moments or InputMoments(self.calibration.moments[name]))
         return int(bool(names) and is_full)
 
-    def quantize(self, name: str, moments: InputMoments) -> None:
+    def quantize(self, name: str, moments: InputMoments) -> Tensor | None:
         """Quantize the weight of a module; with whole moments it takes its place in the model."""
         full, weight = self.by_module[name].names[0], self.by_module[name].weight
         try:
-            quantized = from_calibrated(weight, self.by_module[name].settings, moments)
+            quantized, above = from_calibrated(weight, self.by_module[name].settings, moments)
         except ValueError as error:
             raise ValueError(f"{full}: {error}") from None
         self.quantized_by_id[id(weight)] = nn.Parameter(quantized, requires_grad=False)
@@ -137,6 +137,7 @@ class _Work:
             self.replaced.append((module, weight))
             module._parameters["weight"] = self.quantized_by_id[id(weight)]
         self.done(weight, full)
+        return above
 
     def restore(self) -> None:
         """Put the dense weights back."""

@@ -26,8 +26,10 @@ def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:
         raise ValueError(f"{name}: calibration serves hqq_joint and column_scaled, got solver {config.solver!r}")
 
 
-def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) -> HQQTensor:
+def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) -> tuple[HQQTensor, Tensor | None]:
     """Quantize a ``weight`` ``[N, K]`` that ``check_weight`` and ``check_calibrated`` have passed.
+
+    With it comes, where errors were fed back, by how many codes each weight lay above its code, float32 ``[N, K]``.
 
     moments: of the weight's inputs; their diagonal weighs the errors of columns, whole ones serve error feedback towards
     the dense model's outputs. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
@@ -38,8 +40,8 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) ->
     size = config.group_size or w.shape[1]
     groups = -(-w.shape[1] // size)
     dtype, is_full = config.scale_dtype, moments.second.ndim == 2
-    if is_full and moments.shift is not None:
-        w = torch.addmm(w, w, moments.shift)
+    if is_full:
+        w = moments.towards_dense(w)
     if not is_full or (dtype is None and None in (config.scale_nbits, config.zero_nbits)):
         scale, zero = _grid(w, size, config.nbits, moments.diagonal)
         dtype = dtype or storage_dtype(scale, zero)
@@ -55,8 +57,9 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) ->
         (_, read_scale), (_, read_zero) = store_both(s, z)
         return read_scale, read_zero
 
+    above = None
     if is_full:
-        codes, scale, zero = feed_back(w, moments.upper, config.nbits, size, read_back)
+        codes, scale, zero, above = feed_back(w, moments.upper, config.nbits, size, read_back)
         # Columns of groups are stored independently of one another, so all at once read back as one by one.
         (stored_scale, _), (stored_zero, _) = store_both(scale, zero)
     else:
@@ -66,7 +69,7 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) ->
         codes = (w * inverse).add_(z).round_().clamp_(0, 2**config.nbits - 1).to(torch.uint8)
     qdata = pack(codes, config.nbits)
     encoded = Encoded(qdata, stored_scale, stored_zero, config.nbits, size, axis=1, shape=weight.shape)
-    return HQQTensor.from_encoded(encoded, config, weight.dtype, act, block)
+    return HQQTensor.from_encoded(encoded, config, weight.dtype, act, block), above
 
 
 def _grid(w: Tensor, size: int, nbits: int, importance: Tensor) -> tuple[Tensor, Tensor]:

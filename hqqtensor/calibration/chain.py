@@ -18,6 +18,7 @@ from hqqtensor.calibration.moments import InputMoments
 from hqqtensor.calibration.train import Rounding, train_rounding
 
 TRAIN = 0
+RESIDUAL = True
 IN_MEMORY = 4 << 30
 """Bytes of hidden states above which they are kept in files that are mapped into memory."""
 
@@ -54,22 +55,25 @@ class ChainRun:
         self.quantized = Stream(quantized.hidden, folder, "quantized")
 
     def run_block(
-        self, index: int, name: str, stages: Sequence[Sequence[str]], quantize: Callable[[str, InputMoments], None]
+        self, index: int, name: str, stages: Sequence[Sequence[str]], quantize: Callable[[str, InputMoments], Tensor | None]
     ) -> None:
         """Quantize the layers of block ``index``; quantize(name, moments) is called for each and puts it into place.
 
         stages: layers of the block with a common input, in the order of calls.
         """
         block = self.model.get_submodule(name)
-        dense_weights = {n: self.model.get_submodule(n).weight.detach() for stage in stages for n in stage}
+        above: dict[str, Tensor | None] = {}
         dense_rows = self._dense_rows(block, index, [stage[0] for stage in stages])
         for stage in stages:
-            moments = self._moments(block, index, stage[0], dense_rows.pop(stage[0]))
+            if RESIDUAL and stage is stages[-1] and len(stage) == 1 and self._ends_in(block, index, stage[0]):
+                moments = self._last_moments(block, index, stage[0])
+            else:
+                moments = self._moments(block, index, stage[0], dense_rows.pop(stage[0]))
             for layer in stage:
-                quantize(layer, moments)
+                above[layer] = quantize(layer, moments)
         if TRAIN:
             layers = [name for stage in stages for name in stage]
-            roundings = [Rounding(self.model.get_submodule(n), dense_weights[n]) for n in layers]
+            roundings = [Rounding(self.model.get_submodule(n), above[n]) for n in layers]
             calls = self.calls[index]
             got = train_rounding(roundings, lambda i: calls[i](block, self.quantized.tensors[i]), self.dense.tensors, self.masks, TRAIN)
             print(index, "%.3e %.3e" % got, flush=True)
@@ -114,6 +118,46 @@ class ChainRun:
         passes = self._passes(block, self.calls[index], self.quantized, keep=False)
         watch(self.model, [leader], passes, add, stop=self.called_once)
         return InputMoments(second / max(1, count), cross / max(1, count))
+
+    @torch.no_grad()
+    def _ends_in(self, block: nn.Module, index: int, name: str) -> bool:
+        """Whether what the layer ``name`` gives is added to the block's output as it is."""
+        layer, call, hidden = self.model.get_submodule(name), self.calls[index][0], self.quantized.tensors[0]
+        before = call(block, hidden)
+        bump = before.abs().mean() * torch.linspace(-1, 1, before.shape[-1], device=before.device).to(before.dtype)
+        if getattr(layer, "out_features", None) != before.shape[-1]:
+            return False
+        handle = layer.register_forward_hook(lambda _module, _args, out: out + bump)
+        try:
+            after = call(block, hidden)
+        finally:
+            handle.remove()
+        return bool(((after - before - bump).abs().amax() <= 0.05 * bump.abs().amax()))
+
+    def _last_moments(self, block: nn.Module, index: int, name: str) -> InputMoments:
+        """Moments of the inputs of the layer that ends the block, with what the block's output lacks before it is quantized."""
+        second = missing = torch.empty(0)
+        count = 0
+        seen: list[Tensor] = []
+        calls = self.calls[index]
+
+        def run(i: int) -> None:
+            nonlocal second, missing, count
+            seen.clear()
+            lacks = self.dense.tensors[i].to(torch.float32) - calls[i](block, self.quantized.tensors[i]).to(torch.float32)
+            mask = self.masks[i]
+            padded = mask is not None and lacks.ndim == 3 and mask.shape == lacks.shape[:2]
+            lacks = lacks[mask] if padded else lacks.flatten(0, -2)
+            x = torch.cat(seen).to(torch.float32)
+            if count == 0:
+                second, missing = (torch.zeros(n, x.shape[1], device=x.device) for n in (x.shape[1], lacks.shape[1]))
+            second.addmm_(x.T, x)
+            missing.addmm_(lacks.T, x)
+            count += len(x)
+
+        passes = [Pass(functools.partial(run, i), mask) for i, mask in enumerate(self.masks)]
+        watch(self.model, [name], passes, lambda _name, x: seen.append(x))
+        return InputMoments(second / max(1, count), missing=missing / max(1, count))
 
 
 def _ignore(_name: str, _rows: Tensor) -> None:

@@ -52,8 +52,9 @@ def feed_back(
     nbits: int,
     group_size: int,
     read_back: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 ``[N, K]``, scale and zero point float32 ``[N, groups]`` of ``weight`` ``[N, K]``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes uint8 ``[N, K]``, scale and zero point float32 ``[N, groups]`` of ``weight`` ``[N, K]``; and, float32 ``[N, K]``,
+    by how many codes each weight lay above the code that it was given.
 
     upper: float32 ``[K, K]``, ``moments.inverse_factor`` of the inputs. read_back(scale, zero): both ``[N, 1]``, as
     storage rounds them. Codes are chosen for the rounded ones; the scales and zero points returned are not rounded.
@@ -62,7 +63,7 @@ def feed_back(
     steps = column_steps(w.device)
     importance = upper.diagonal().square().reciprocal()
     codes = torch.empty_like(w, dtype=torch.uint8)
-    scales, zeros = [], []
+    scales, zeros, above = [], [], []
     for first in range(0, w.shape[1], group_size):
         end = min(first + group_size, w.shape[1])
         group = w[:, first:end]
@@ -72,4 +73,5 @@ def feed_back(
         scale, zero = read_back(scale, zero)
         errors = steps.feed_back(group, upper[first:end, first:end], scale, zero, nbits, codes[:, first:end])
         w[:, end:].addmm_(errors, upper[first:end, end:], alpha=-1)
-    return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
+        above.append(errors * (upper.diagonal()[first:end] / torch.where(scale == 0, 1.0, scale)))
+    return codes, torch.cat(scales, 1), torch.cat(zeros, 1), torch.cat(above, 1)

@@ -19,11 +19,13 @@ class InputMoments:
     """Moments of the inputs x of a layer, over the tokens of the calibration.
 
     second: float32 mean of x x^T ``[K, K]``, or its diagonal ``[K]``. cross: float32 ``[K, K]``, mean of (d - x) x^T with
-    d the inputs that the dense model has at the same tokens; None where they are not known.
+    d the inputs that the dense model has at the same tokens; None where they are not known. missing: float32 ``[N, K]``,
+    mean of t x^T with t what the output of a layer's block lacks, for a layer whose outputs are added to that.
     """
 
     second: Tensor
     cross: Tensor | None = None
+    missing: Tensor | None = None
 
     @property
     def diagonal(self) -> Tensor:
@@ -35,22 +37,28 @@ class InputMoments:
         """``inverse_factor`` of ``second``."""
         return inverse_factor(self.second)
 
-    @functools.cached_property
-    def shift(self) -> Tensor | None:
-        """What a weight ``[N, K]`` is multiplied by, and that added to it, for outputs nearest the dense model's.
+    def towards_dense(self, weight: Tensor) -> Tensor:
+        """``weight`` float32 ``[N, K]`` moved so that its outputs on x are nearest what the dense model has there.
 
-        The outputs on x are to be those of the dense weight on d. Least squares gives W + W C S^-1 with C and S the
-        cross and (damped) second moments; GPTAQ (Li et al. 2025, arXiv 2504.02692) finds the same column by column.
-        ``SHIFT`` of the change is taken, which guards against fitting the text. None without cross moments.
+        Least squares gives W + T S^-1 with S the (damped) second moments and T the mean of t x^T, where t is what the
+        outputs lack: W (d - x), or ``missing`` where that is known. GPTAQ (Li et al. 2025, arXiv 2504.02692) finds the
+        former column by column. ``SHIFT`` of the change is taken, which guards against fitting the text.
         """
-        if self.cross is None:
-            return None
+        lacks = self.missing
+        if lacks is None and self.cross is not None:
+            lacks = weight @ self.cross
+        if lacks is None or self.lower is None:
+            return weight
+        change = torch.cholesky_solve(lacks.to(torch.float64).T, self.lower).T
+        return weight + SHIFT * change.to(torch.float32)
+
+    @functools.cached_property
+    def lower(self) -> Tensor | None:
+        """Cholesky factor, float64, of the damped second moments; None where they have none."""
         h = self.second.to(torch.float64).clone()
         h.diagonal().add_(SHIFT_DAMPING * float(h.diagonal().mean()))
         lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) != 0:
-            return None
-        return SHIFT * torch.cholesky_solve(self.cross.to(torch.float64).T, lower).T.to(torch.float32)
+        return lower if int(info) == 0 else None
 
     def prepared(self, act: Tensor | None, block: int) -> "InputMoments":
         """Moments of the inputs times ``act`` ``[K]``, then rotated in blocks (0: not at all)."""
@@ -60,11 +68,16 @@ class InputMoments:
         if self.second.ndim == 1:
             return InputMoments(self.second * d * d)
 
-        def both_sides(m: Tensor) -> Tensor:
-            m = m * d * d.unsqueeze(1)
-            return rotate(rotate(m, block).T, block).T if block else m
+        def right(m: Tensor) -> Tensor:
+            return rotate(m * d, block) if block else m * d
 
-        return InputMoments(both_sides(self.second), None if self.cross is None else both_sides(self.cross))
+        def both(m: Tensor) -> Tensor:
+            return right(right(m).T).T
+
+        cross, missing = self.cross, self.missing
+        return InputMoments(
+            both(self.second), None if cross is None else both(cross), None if missing is None else right(missing)
+        )
 
 
 def inverse_factor(moments: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ EDGE = 0.49
 class Rounding:
     """A quantized weight whose codes change. ``place``: where its weights lie, in codes, before they are rounded."""
 
-    def __init__(self, module: nn.Module, dense: Tensor) -> None:
+    def __init__(self, module: nn.Module, above: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, HQQTensor)
         self.module, self.weight = module, weight
@@ -40,10 +40,7 @@ class Rounding:
         self.scale, self.zero = (expand_groups(t, n, k, w.group_size, w.axis) for t in (scale, zero))
         self.last = 2**w.nbits - 1
         codes = unpack(w.qdata, w.nbits, k).to(torch.float32)
-        if weight.act_pre_scale is not None:
-            dense = to_inputs(dense / weight.act_pre_scale.to(torch.float32), None, weight.rotation or 0) if weight.rotation else dense / weight.act_pre_scale.to(torch.float32)
-        wanted = torch.where(self.scale == 0, 0.0, dense.to(torch.float32) / self.scale) + self.zero
-        self.place = torch.minimum(torch.maximum(wanted, codes - EDGE), codes + EDGE)
+        self.place = codes.add_(above.clamp(-EDGE, EDGE))
         self.leaf = torch.empty(0)
 
     def codes(self) -> Tensor:
