@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hqqtensor
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
 # One wheel for every Python from 3.11 and every torch that pyproject.toml allows, on Linux for x86-64; and the sdist.
 # The oldest C library that it runs on: torch itself needs a newer one.

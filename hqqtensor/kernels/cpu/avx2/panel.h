@@ -51,7 +51,8 @@ struct Sums {
 };
 
 // Quads of a panel from w to `end` times T tokens: WIDE integers of 16 bits into `total`, else of 8, summed in 16 bits and
-// then added to it. In assembly, since gcc 12 keeps moving the 12 sums between registers and memory; sanitizers get the loop below.
+// then added to it. In assembly, since gcc 12 keeps moving the 12 sums between registers and memory; sanitizers get the loop
+// below.
 #if defined(__SANITIZE_ADDRESS__)
 template <bool WIDE, int T>
 void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* total) {
@@ -75,6 +76,7 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
   }
 }
 #else
+// clang-format off
 #define HQQTENSOR_ZERO(t, a, b) "vpxor %%ymm" #a ", %%ymm" #a ", %%ymm" #a "\n\tvpxor %%ymm" #b ", %%ymm" #b ", %%ymm" #b "\n\t"
 #define HQQTENSOR_WIDE(t, a, b)              \
   "vpbroadcastq 8 * " #t "(%[x]), %%ymm14\n\t" \
@@ -110,6 +112,7 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
                : [end] "r"(end), [by] "i"(T * (WIDE ? 8 : 4)), [total] "r"(total), [ones] "m"(ones)                 \
                : "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11",  \
                  "ymm12", "ymm13", "ymm14", "ymm15", "memory", "cc")
+// clang-format on
 
 template <bool WIDE, int T>
 inline __attribute__((always_inline)) void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* total) {

@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) void transpose16(const uint8_t* const* row
 // Codes 4 J .. 4 J + 3 of each row out of the turned plane of P bits at t, moved to bit LOW of each byte, other bits zero.
 template <int P, int LOW, int J>
 inline __attribute__((always_inline)) __m256i transposed_plane(const __m256i* t) {
-  return keep(((1 << P) - 1) << LOW, shift_right<P * (J / (4 * P)) - LOW>(t[J % (4 * P)]));
+  return keep(((1 << P) - 1) << LOW, shift_right<(J / (4 * P)) * P - LOW>(t[J % (4 * P)]));
 }
 
 // The same out of all planes of a block of 128, which follow one another.

@@ -22,10 +22,12 @@ inline float digit_limit(const Weight& w, int count) {
   return whole < fits ? whole : fits;
 }
 
-constexpr int64_t kChunksPerPiece = 16;  // chunks at a time: their steps come from one division, and floats stay in the first level
+// Chunks at a time: their steps come from one division, and floats stay in the first level of cache.
+constexpr int64_t kChunksPerPiece = 16;
 
-// Digits and steps of `count` chunks from `first` on, up to kChunksPerPiece, in `in` with zeros behind the last number. `rounded`,
-// where it is not null, gets what the digits stand for: integers with axis 1, whose sums they make, else times their steps.
+// Digits and steps of `count` chunks from `first` on, up to kChunksPerPiece, in `in` with zeros behind the last number.
+// `rounded`, where it is not null, gets what the digits stand for: integers with axis 1, whose sums they make, else times their
+// steps.
 bool quantize_chunks(const float* in, const Weight& w, int64_t m, const QuantizedActivations& d, int64_t first, int64_t count, float* rounded) {
   const float limit = d.layout == Layout::tiles_int16 && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
   const int shift = x_shift(w);

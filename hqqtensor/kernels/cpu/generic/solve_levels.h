@@ -1,5 +1,5 @@
-// Scales of groups whose codes stand for fixed levels, many groups at a time as in generic/solve.h. What is computed is described in
-// hqqtensor/solvers/scale_only.py.
+// Scales of groups whose codes stand for fixed levels, many groups at a time as in generic/solve.h.
+// hqqtensor/solvers/scale_only.py describes what is computed.
 #pragma once
 #include <type_traits>
 

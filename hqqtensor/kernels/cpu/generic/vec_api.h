@@ -42,9 +42,11 @@ extern int8_t* digits_out;
 extern int64_t n;
 
 // The set has `call`, and it gives `type`.
+// clang-format off
 #define HQQTENSOR_SUPPLIES(type, ...)                \
   static_assert(requires { { __VA_ARGS__ } -> Gives<type>; }, \
                 HQQTENSOR_VEC ": " #__VA_ARGS__ " must be of type " #type)
+// clang-format on
 template <class Found, class Wanted>
 concept Gives = std::is_same_v<std::remove_cvref_t<Found>, Wanted>;
 

@@ -13,7 +13,9 @@
 namespace hqqtensor {
 
 enum class Scalar : uint8_t {
+  // clang-format off
   float32, float16, bfloat16, float64, uint8, int8, int16, int32, int64, uint16, uint32, uint64, boolean, other
+  // clang-format on
 };
 void append(std::string& to, Scalar);
 Scalar scalar_of(int32_t code);  // of torch's code for a dtype
