@@ -48,8 +48,7 @@ struct Block {
         if constexpr (i == 0 || P::x(i) != P::x(i - 1))
           unrolled<T>([&](auto t) { tile_load<right(t)>(b + t * b_tile + P::x(i) * kTileBytes); });
         unrolled<R>([&](auto r) {
-          if constexpr (i == 0 || P::w(i) != P::w(i - 1) || R > 2)
-            tile_load<left(r)>(a + r * a_tile + P::w(i) * kTileBytes);
+          if constexpr (i == 0 || P::w(i) != P::w(i - 1) || R > 2) tile_load<left(r)>(a + r * a_tile + P::w(i) * kTileBytes);
           unrolled<T>([&](auto t) { tile_multiply<r * T + t, left(r), right(t)>(); });
         });
       });
@@ -85,8 +84,8 @@ struct Block {
 using Multiply = void (*)(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
 template <int SPLITS>
 Multiply pick_multiply(int64_t rows, int64_t tokens) {
-  static constexpr Multiply one[] = {Block<1, 1>::multiply<SPLITS>, Block<2, 1>::multiply<SPLITS>, Block<3, 1>::multiply<SPLITS>,
-                                     Block<4, 1>::multiply<SPLITS>};
+  static constexpr Multiply one[] = {Block<1, 1>::multiply<SPLITS>, Block<2, 1>::multiply<SPLITS>,
+                                     Block<3, 1>::multiply<SPLITS>, Block<4, 1>::multiply<SPLITS>};
   static constexpr Multiply two[] = {Block<1, 2>::multiply<SPLITS>, Block<2, 2>::multiply<SPLITS>};
   return (tokens == 1 ? one : two)[rows - 1];
 }
@@ -114,9 +113,7 @@ constexpr int64_t kDenseRows = 128;  // of a panel: with its sums and the tokens
 int64_t amx_scratch(const Problem& p, int splits) {
   return kDenseRows * (kSlice / 2 * (splits == 3 ? 3 : 2) + token_tiles(p.M) * 16);
 }
-int64_t linear_dense_scratch(const Problem& p) {
-  return amx_scratch(p, 3) + kernels_avx512()->linear_dense_scratch(p);
-}
+int64_t linear_dense_scratch(const Problem& p) { return amx_scratch(p, 3) + kernels_avx512()->linear_dense_scratch(p); }
 
 // To nearest even. Not the instruction for it, which makes the smallest numbers zero.
 inline __m256i to_bf16(Floats v) {
@@ -206,7 +203,7 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
         for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
           rows = row_tiles - r < most ? row_tiles - r : most;
           pick_multiply<SPLITS>(rows, tokens)(panel + r * a_tile, a_tile, b, b_tile, steps, sums + (r * tiles + t) * 256,
-                                             tiles * 256, k == 0);
+                                              tiles * 256, k == 0);
         }
       }
     }

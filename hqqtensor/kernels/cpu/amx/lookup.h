@@ -66,7 +66,9 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
 template <int SPLITS>
 auto pick_row(const Weight& w) {
   if (can_look_up(w)) return w.table.values ? look_up_row<SPLITS, TableEntries> : look_up_row<SPLITS, IntegerEntries>;
-  return !w.table.values ? write_row<SPLITS, Integers> : w.nbits <= 4 ? write_row<SPLITS, Entries16> : write_row<SPLITS, Entries>;
+  return !w.table.values ? write_row<SPLITS, Integers>
+         : w.nbits <= 4  ? write_row<SPLITS, Entries16>
+                         : write_row<SPLITS, Entries>;
 }
 
 }  // namespace

@@ -15,13 +15,11 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kMinRowsForAmx = 16;   // from here on: a tile of fewer takes as long
-constexpr int64_t kPanelChunks = 8;  // of 64 columns at a time: 16 KiB for each digit of a code
+constexpr int64_t kMinRowsForAmx = 16;  // from here on: a tile of fewer takes as long
+constexpr int64_t kPanelChunks = 8;     // of 64 columns at a time: 16 KiB for each digit of a code
 
 // True where groups are chunks, or long enough parts of them: a product costs the same for 8 columns as for 64.
-inline bool amx_serves(const Weight& w) {
-  return w.axis == 0 || (chunk_groups(w) && (w.groups == 1 || w.group_size >= 32));
-}
+inline bool amx_serves(const Weight& w) { return w.axis == 0 || (chunk_groups(w) && (w.groups == 1 || w.group_size >= 32)); }
 
 // Columns whose products are one sum of integers.
 struct AmxSegment {
@@ -50,9 +48,9 @@ struct AmxTile {
   int64_t tokens;
   const float* scale;  // of the first row; rows scale_stride apart
   int64_t scale_stride;
-  const float* step;  // [entries][16]
-  float* sums;        // [16 rows][16 tokens]
-  int32_t* level_sums;      // [2][3][16][16]
+  const float* step;    // [entries][16]
+  float* sums;          // [16 rows][16 tokens]
+  int32_t* level_sums;  // [2][3][16][16]
 };
 
 // Sums of row r: its levels put together.
@@ -102,7 +100,8 @@ void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
     each_level<L>(nullptr);
     const uint8_t* codes = t.panel + segment.chunk * W * 1024 + segment.byte;
     const int8_t* x = t.x + (segment.chunk * D * 16 + segment.byte / 4) * t.tokens * 4;
-    for (int64_t c = 0; c < segment.chunks; ++c, codes += W * 1024, x += D * t.tokens * 64) chunk_dots<D, W>(codes, x, t.tokens);
+    for (int64_t c = 0; c < segment.chunks; ++c, codes += W * 1024, x += D * t.tokens * 64)
+      chunk_dots<D, W>(codes, x, t.tokens);
     each_level<L>(level_sums(i));
   };
   multiply(0);
@@ -112,7 +111,8 @@ void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
     const __m512 step = _mm512_load_ps(t.step + 16 * segments[i].step);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r)
-      acc[r] = _mm512_fmadd_ps(tile_sum<L, (W > 1)>(level_sums(i), r), _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
+      acc[r] = _mm512_fmadd_ps(tile_sum<L, (W > 1)>(level_sums(i), r),
+                               _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) _mm512_store_ps(t.sums + 16 * r, acc[r]);
@@ -188,8 +188,9 @@ struct AmxScratch {
   int64_t panel, level_sums, width, tiles, entries, groups, sums;
 
   AmxScratch(const Weight& w, int64_t M)
-      : panel(2 * kPanelChunks * 3 * 1024 / 4), level_sums(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)), tiles((M + 15) / 16),
-        entries(steps_per_row(w)), groups(w.axis == 1 ? padded(w.groups) : 0), sums(tiles * kPanelRows * 16) {}
+      : panel(2 * kPanelChunks * 3 * 1024 / 4), level_sums(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)),
+        tiles((M + 15) / 16), entries(steps_per_row(w)), groups(w.axis == 1 ? padded(w.groups) : 0),
+        sums(tiles * kPanelRows * 16) {}
   int64_t floats() const {
     return panel + level_sums + 2 * kPanelRows * width + tiles * 16 * (entries + groups) + 2 * sums + 128;
   }
@@ -233,12 +234,13 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
       unpack_panel<W>(w, rows.data, c, chunks, panel);
       const int64_t count = amx_segments(w, c, chunks, segments);
       const int64_t bytes = (next < w.K && w.K - next < 64 * kPanelChunks ? w.K - next : 64 * chunks) / 8 * w.nbits;
-      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kPanelRows};
+      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0,
+                            (bytes + 63) / 64 * kPanelRows};
       const auto multiply = [&](int64_t m, int64_t tokens) {
         for (int64_t half = 0; half < 2; ++half) {
           amx_tile<D, W>(segments, count,
-                         {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64, tokens,
-                          scale + half * 16 * size.width, size.width, steps + m * size.entries,
+                         {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64,
+                          tokens, scale + half * 16 * size.width, size.width, steps + m * size.entries,
                           sums + (m * kPanelRows + half * 256), level_sums});
           prefetcher.run(prefetcher.count / (2 * size.tiles) + 1);
         }
@@ -261,7 +263,8 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
 }
 
 template <int D>
-void run_amx_panel_digits(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+void run_amx_panel_digits(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step,
+                          float* scratch) {
   if (p.w.table.count > 1) return run_amx_panel<D, D == 1 ? 2 : D>(p, d, first, last, step, scratch);
   run_amx_panel<D, 1>(p, d, first, last, step, scratch);
 }

@@ -91,11 +91,11 @@ struct SliceValues {
 // `count` columns from whole vectors of codes into tiles, SPLITS of each.
 template <int SPLITS, class Numbers, class Scale, class Zero>
 inline __attribute__((always_inline)) void write_columns(const Numbers& numbers, const uint8_t* codes, int64_t count,
-                                                       Scale scale, Zero zero, char* out) {
+                                                         Scale scale, Zero zero, char* out) {
   for (int64_t i = 0; i < count; i += kTileColumns, out += SPLITS * kTileBytes) {
     __m512i splits[SPLITS];
     split<SPLITS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
-                 splits);
+                  splits);
     for (int part = 0; part < SPLITS; ++part) _mm512_store_si512(out + part * kTileBytes, splits[part]);
   }
 }
@@ -123,17 +123,20 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
       for (int64_t g = 0, i = 0; i < depth; ++g) {
         const Floats s = f_set(scales[g]), z = f_set(zeros[g]);
         const int64_t end = (first + g + 1) * size - k < depth ? (first + g + 1) * size - k : depth;
-        write_columns<SPLITS>(numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
-                           out + i / kTileColumns * SPLITS * kTileBytes);
+        write_columns<SPLITS>(
+            numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
+            out + i / kTileColumns * SPLITS * kTileBytes);
         i = end;
       }
       return;
     }
-    return write_columns<SPLITS>(numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
-                              [&](int64_t i) { return values.pick(zeros, i); }, out);
+    return write_columns<SPLITS>(
+        numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
+        [&](int64_t i) { return values.pick(zeros, i); }, out);
   }
-  write_columns<SPLITS>(numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
-                     [&](int64_t i) { return f_load(values.zero + i); }, out);
+  write_columns<SPLITS>(
+      numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
+      [&](int64_t i) { return f_load(values.zero + i); }, out);
 }
 
 // 16 x 16 numbers of 32 bits, rows to columns.
@@ -170,8 +173,7 @@ inline __m512 load_columns(const float* x, int64_t left) {
 // Tokens of small numbers only lose parts, since tiles know none below 2^-126; NaN and Inf would spread.
 inline bool can_split(const float* x, int64_t K) {
   __m512i top = _mm512_setzero_si512();
-  for (int64_t k = 0; k < K; k += 16)
-    top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
+  for (int64_t k = 0; k < K; k += 16) top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
   const uint32_t bits = _mm512_reduce_max_epu32(top), least = (127 - 60) << 23;
   return bits == 0 || (bits >= least && bits < 0x7f800000);
 }
@@ -198,7 +200,9 @@ void pack_tile(const float* x, int64_t stride, int64_t tokens, int64_t K, char* 
 
 inline int64_t tile_steps(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 inline int64_t token_tiles(int64_t M) { return (M + 15) / 16; }
-int64_t packed_activations_size(int64_t M, int64_t K, int splits) { return token_tiles(M) * tile_steps(K) * splits * kTileBytes / 4; }
+int64_t packed_activations_size(int64_t M, int64_t K, int splits) {
+  return token_tiles(M) * tile_steps(K) * splits * kTileBytes / 4;
+}
 
 bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; ++m)

@@ -11,7 +11,7 @@ namespace hqqtensor {
 namespace {
 
 constexpr int64_t kDenseDepth = 128, kDenseQuads = kDenseDepth / 4;  // columns at a time: what is made of them stays in L1
-constexpr int64_t kDenseTokens = 6;  // of a tile: 12 of 16 registers hold its sums
+constexpr int64_t kDenseTokens = 6;                                  // of a tile: 12 of 16 registers hold its sums
 
 // Tokens [first, last), `first` a multiple of kDenseTokens, as [K][tokens of the tile], tiles M K / kDenseTokens apart.
 bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
@@ -37,9 +37,8 @@ inline __attribute__((always_inline)) void dense_steps(const float* w, const flo
     ((acc = _mm256_fmadd_ps(_mm256_load_ps(w + I % V / 2 * pair + 8 * (I % 2)), _mm256_broadcast_ss(x + I / V), acc)), ...);
     (keep_in_register(acc), ...);
   }
-  const auto put = [](float* to, __m256 sum) __attribute__((always_inline)) {
-    _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), sum));
-  };
+  const auto put = [](float* to, __m256 sum)
+                       __attribute__((always_inline)) { _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), sum)); };
   (put(out + I / V * kPanelRows + 8 * (I % V), acc), ...);
 }
 
@@ -56,7 +55,7 @@ void dense_run(const float* w, const float* x, int64_t depth, float* out) {
 // The widest tile for some pairs of rows and tokens, and its pairs.
 inline DenseRun pick_dense(int64_t pairs, int64_t tokens, int64_t* taken) {
   static constexpr DenseRun one[] = {dense_run<2, 1>, dense_run<2, 2>, dense_run<2, 3>,
-                              dense_run<2, 4>, dense_run<2, 5>, dense_run<2, 6>};
+                                     dense_run<2, 4>, dense_run<2, 5>, dense_run<2, 6>};
   static constexpr DenseRun two[] = {dense_run<4, 1>, dense_run<4, 2>};
   *taken = pairs == 2 && tokens <= 2 ? 2 : 1;
   return (*taken == 2 ? two : one)[tokens - 1];
@@ -78,8 +77,7 @@ struct Table8 {
 };
 struct Table16 {
   __m256 low, high;
-  Table16(const Weight& w, const int64_t*)
-      : low(_mm256_loadu_ps(w.table.values)), high(_mm256_loadu_ps(w.table.values + 8)) {}
+  Table16(const Weight& w, const int64_t*) : low(_mm256_loadu_ps(w.table.values)), high(_mm256_loadu_ps(w.table.values + 8)) {}
   Floats operator()(__m256i codes) const {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes),
                             _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
@@ -124,16 +122,19 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
   const Numbers numbers[2] = {Numbers(w, rows), Numbers(w, rows + 8)};
   const __m256i* const end = codes + (depth + 3) / 4 * 2;
   if (w.axis == 0) {
-    for (const float *s = values.scale + k, *z = values.shift + k; codes != end; codes += 2, out += 4 * kPairRows, s += 4, z += 4)
-      dense_quad(codes, numbers, [&](int c, int) { return _mm256_broadcast_ss(s + c); },
-                 [&](int c, int) { return _mm256_broadcast_ss(z + c); }, out);
+    for (const float *s = values.scale + k, *z = values.shift + k; codes != end;
+         codes += 2, out += 4 * kPairRows, s += 4, z += 4)
+      dense_quad(
+          codes, numbers, [&](int c, int) { return _mm256_broadcast_ss(s + c); },
+          [&](int c, int) { return _mm256_broadcast_ss(z + c); }, out);
     return;
   }
   const int64_t size = w.groups == 1 ? w.K + 4 : w.group_size;
   int64_t group = k / size, left = size - k % size;
   while (codes != end) {
     const float *scale = values.scale + group * kPanelRows, *shift = values.shift + group * kPanelRows;
-    const __m256 s[] = {_mm256_load_ps(scale), _mm256_load_ps(scale + 8)}, z[] = {_mm256_load_ps(shift), _mm256_load_ps(shift + 8)};
+    const __m256 s[] = {_mm256_load_ps(scale), _mm256_load_ps(scale + 8)},
+                 z[] = {_mm256_load_ps(shift), _mm256_load_ps(shift + 8)};
     const int64_t here = end - codes, whole = left / 4 * 2 < here ? left / 4 * 2 : here;
     for (const __m256i* stop = codes + whole; codes != stop; codes += 2, out += 4 * kPairRows)
       dense_quad(codes, numbers, [&](int, int v) { return s[v]; }, [&](int, int v) { return z[v]; }, out);
@@ -146,8 +147,9 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
         o = (group < w.groups ? group : w.groups - 1) * kPanelRows;
         if (--left == 0) ++group, left = size;
       }
-      dense_quad(codes, numbers, [&](int c, int v) { return _mm256_load_ps(values.scale + of[c] + 8 * v); },
-                 [&](int c, int v) { return _mm256_load_ps(values.shift + of[c] + 8 * v); }, out);
+      dense_quad(
+          codes, numbers, [&](int c, int v) { return _mm256_load_ps(values.scale + of[c] + 8 * v); },
+          [&](int c, int v) { return _mm256_load_ps(values.shift + of[c] + 8 * v); }, out);
       codes += 2, out += 4 * kPairRows;
     }
   }
@@ -155,7 +157,7 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
 
 void dense_panel(const Weight& w, const int64_t* rows, const __m256i* codes, DenseValues values, int64_t k, int64_t depth,
                  int64_t pairs, float* out) {
-  const auto run = !w.table.values                       ? dense_columns<PlainCodes>
+  const auto run = !w.table.values                      ? dense_columns<PlainCodes>
                    : w.table.stride != 0 || w.nbits > 4 ? dense_columns<TableRows>
                    : w.nbits == 4                       ? dense_columns<Table16>
                                                         : dense_columns<Table8>;

@@ -16,7 +16,7 @@ namespace hqqtensor {
 namespace {
 
 constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns turned at a time
-constexpr int kTileTokens = 6;  // 12 of 16 registers hold their sums
+constexpr int kTileTokens = 6;                                       // 12 of 16 registers hold their sums
 
 inline bool int16_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
 
@@ -38,11 +38,11 @@ struct Segment {
 
 // Activations of T tokens against a part of the panel.
 struct IntegerTile {
-  const int8_t* x;               // [quads][T][4] integers of 8 or 16 bits, from where the panel begins
+  const int8_t* x;                 // [quads][T][4] integers of 8 or 16 bits, from where the panel begins
   const float* step[kTileTokens];  // steps of a token
   const float* sum[kTileTokens];   // its sums of groups
-  float* out;                    // [T][kPanelRows]
-  const float *scale, *shift;    // [groups][kPanelRows]; no shift for axis 0
+  float* out;                      // [T][kPanelRows]
+  const float *scale, *shift;      // [groups][kPanelRows]; no shift for axis 0
 };
 
 // What a token has of two vectors of the panel.
@@ -138,7 +138,8 @@ inline __attribute__((always_inline)) void add_scaled(__m256i sum, float step, c
                                                       const float* shift, float* out) {
   __m256 old = _mm256_load_ps(out);
   if constexpr (SHIFT) old = _mm256_fmadd_ps(_mm256_set1_ps(total), _mm256_load_ps(shift), old);
-  _mm256_store_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_set1_ps(step), _mm256_load_ps(scale)), old));
+  _mm256_store_ps(out,
+                  _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_set1_ps(step), _mm256_load_ps(scale)), old));
 }
 
 template <bool WIDE, bool SHIFT, int... t>
@@ -297,7 +298,9 @@ void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first
   for (int64_t n = first; n < last; n += kPanelRows * step) {
     const PanelRows<kPanelRows> rows(w, n, step, last);
     const int64_t pairs = (rows.count + kPairRows - 1) / kPairRows, pieces = wide ? (rows.count + 7) / 8 : pairs;
-    if (w.axis == 1) transpose_scales(w, rows.index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale, shift);
+    if (w.axis == 1)
+      transpose_scales(w, rows.index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale,
+                       shift);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
       const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth, next = k + kPanelDepth;

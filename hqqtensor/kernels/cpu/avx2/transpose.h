@@ -10,7 +10,7 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kPairRows = 16;  // what a tile takes: two vectors
+constexpr int64_t kPairRows = 16;                                         // what a tile takes: two vectors
 constexpr int64_t kPanelPairs = 2, kPanelRows = kPairRows * kPanelPairs;  // of a panel
 
 // 16 bytes of each of 8 rows: out[i] holds bytes 4 i .. 4 i + 3 of row l in lane l.
@@ -68,16 +68,14 @@ inline void transpose_block(const uint8_t* const* from, int64_t offset, __m256i*
         (put_quad<WIDE>(NB == 8 ? t[U % 4] : keep((1 << NB) - 1, shift_right<U / 4 * NB>(t[U % 4])),
                         panel + 2 * (4 * i + U % 4 + U / 4 * 4 * NB)),
          ...);
-      }
-      (std::make_integer_sequence<int, 32 / NB>());
+      }(std::make_integer_sequence<int, 32 / NB>());
     }
   } else {
     __m256i t[4 * NB];
     for (int i = 0; i < NB; ++i) transpose16(rows, offset + 16 * i, t + 4 * i);
     [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
       (put_quad<WIDE>(transposed_codes<NB, J>(t), panel + 2 * J), ...);
-    }
-    (std::make_integer_sequence<int, 32>());
+    }(std::make_integer_sequence<int, 32>());
   }
 }
 
@@ -85,7 +83,7 @@ inline void transpose_block(const uint8_t* const* from, int64_t offset, __m256i*
 // [2 pair + vector][quads][2].
 template <bool WIDE>
 void transpose_codes(const Weight& w, const uint8_t* const* rows, int64_t pairs, int64_t k, int64_t depth, int64_t quads,
-                __m256i* panel) {
+                     __m256i* panel) {
   with_nbits(w.nbits, [&](auto nb) {
     constexpr int NB = nb.value;
     for (int64_t b = 0; b < depth; b += 128)
@@ -121,7 +119,7 @@ inline void transpose_floats(const float* in, int64_t in_stride, float* out) {
 // Scales times `unit` and minus scale times zero point (or `offset`) of the rows of an axis-1 weight: [groups][kPanelRows]
 // each. lines: room for 2 x 8 rows of groups.
 void transpose_scales(const Weight& w, const int64_t* rows, int64_t pairs, float unit, float offset, float* lines, float* scale,
-                   float* shift) {
+                      float* shift) {
   const int64_t width = padded(w.groups);
   float *s = lines, *z = lines + 8 * width;
   for (int64_t v = 0; v < 2 * pairs; ++v) {

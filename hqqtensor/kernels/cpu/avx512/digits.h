@@ -66,8 +66,7 @@ inline void f_store_chunk(int8_t* out, const float* in, float scale) {
   if constexpr (COUNT == 3) {
     const __m512i half = _mm512_set1_epi32(0x8080);  // a digit with half a base more is a byte, less the same half
     __m512i v[4];
-    for (int i = 0; i < 4; ++i)
-      v[i] = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(number(i)), half), bytes);
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(number(i)), half), bytes);
     // From two vectors: digit d in the lower half, the next higher one in the upper half.
     const auto two = [&](int i, int d) __attribute__((always_inline)) {
       const __m512i index = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);

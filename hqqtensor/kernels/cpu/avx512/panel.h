@@ -68,7 +68,7 @@ inline void transpose_rows(const uint8_t* const* rows, int64_t offset, const Tab
 // Activations of T tokens against a part of the panel.
 struct PanelTile {
   const __m512i* panel;
-  const int8_t* x;       // [steps][T][D][4], from where the panel begins
+  const int8_t* x;        // [steps][T][D][4], from where the panel begins
   const float* step[12];  // steps of a token
   const float* sum[12];   // its sums of groups
   float* out;             // [T][32]
@@ -108,10 +108,9 @@ inline __attribute__((always_inline)) __m512 combine_levels(const __m512i* acc) 
 // value: an array of them would be kept in memory.
 template <int D, int W, int T, int... I, int... J, class... Acc>
 inline __attribute__((always_inline)) void run_quads(const PanelTile& tile, const __m512i* w, const __m512i* end,
-                                                        const int8_t* x, int64_t step, int64_t group,
-                                                        const float* scale, const float* shift,
-                                                        std::integer_sequence<int, I...>, std::integer_sequence<int, J...>,
-                                                        Acc... acc) {
+                                                     const int8_t* x, int64_t step, int64_t group, const float* scale,
+                                                     const float* shift, std::integer_sequence<int, I...>,
+                                                     std::integer_sequence<int, J...>, Acc... acc) {
   do {
     ((acc = dot_quad<D, W, T, I>(acc, w, x)), ...);
     w += 2 * W;
@@ -127,9 +126,9 @@ inline __attribute__((always_inline)) void run_quads(const PanelTile& tile, cons
   };
   if (shift) {
     const __m512 z[2] = {_mm512_loadu_ps(shift), _mm512_loadu_ps(shift + 16)};
-    ((_mm512_storeu_ps(out + 16 * J, scaled(std::integral_constant<int, J>(),
-                                            _mm512_fmadd_ps(_mm512_set1_ps(tile.sum[J / 2][group]), z[J % 2],
-                                                            _mm512_loadu_ps(out + 16 * J))))),
+    ((_mm512_storeu_ps(out + 16 * J,
+                       scaled(std::integral_constant<int, J>(), _mm512_fmadd_ps(_mm512_set1_ps(tile.sum[J / 2][group]),
+                                                                                z[J % 2], _mm512_loadu_ps(out + 16 * J))))),
      ...);
   } else {
     ((_mm512_storeu_ps(out + 16 * J, scaled(std::integral_constant<int, J>(), _mm512_loadu_ps(out + 16 * J)))), ...);
@@ -144,18 +143,17 @@ struct Segment {
 
 template <int D, int W, int T, int... I>
 inline __attribute__((always_inline)) void run_segment(const PanelTile& tile, const Segment& s, const float* scale,
-                                                          const float* shift, std::integer_sequence<int, I...> all) {
+                                                       const float* shift, std::integer_sequence<int, I...> all) {
   const int64_t at_group = kPanelRows * s.group;
   run_quads<D, W, T>(tile, tile.panel + 2 * W * s.first, tile.panel + 2 * W * s.last, tile.x + s.first * T * D * 4, s.step,
-                        s.group, scale + at_group, s.opens && shift ? shift + at_group : nullptr, all,
-                        std::make_integer_sequence<int, 2 * T>(), ((void)I, _mm512_setzero_si512())...);
+                     s.group, scale + at_group, s.opens && shift ? shift + at_group : nullptr, all,
+                     std::make_integer_sequence<int, 2 * T>(), ((void)I, _mm512_setzero_si512())...);
 }
 
 template <int D, int W, int T>
 void run_panel_tile(const PanelTile& tile, const Segment* segments, int64_t count, const float* scale, const float* shift) {
   for (int64_t i = 0; i < count; ++i) {
-    run_segment<D, W, T>(tile, segments[i], scale, shift,
-                                     std::make_integer_sequence<int, (D > W ? D : W) * T * 2>());
+    run_segment<D, W, T>(tile, segments[i], scale, shift, std::make_integer_sequence<int, (D > W ? D : W) * T * 2>());
     tile.prefetcher->run(tile.prefetch_lines);
   }
 }
@@ -167,7 +165,10 @@ PanelShape panel_shape(const Weight& w, int64_t, int digits) {
   // Widths that fill a nibble or a byte cost linear_rows least.
   return {.layout = Layout::tiles,
           .tile = tokens_per_tile(digits, w.table.count),
-          .max_rows_for_gemv = w.table.values ? 1 : w.nbits == 8 ? 6 : w.nbits == 4 ? 4 : 2,
+          .max_rows_for_gemv = w.table.values ? 1
+                               : w.nbits == 8 ? 6
+                               : w.nbits == 4 ? 4
+                                              : 2,
           .max_rows_for_integers = costly_as_integers(w, digits) ? 48 : INT64_MAX};
 }
 
@@ -177,8 +178,7 @@ RunPanelTile pick_panel_tile(int64_t tokens) {
   RunPanelTile found = nullptr;
   [&]<int... T>(std::integer_sequence<int, T...>) {
     ((tokens == T + 1 ? (void)(found = run_panel_tile<D, W, T + 1>) : (void)0), ...);
-  }
-  (std::make_integer_sequence<int, tokens_per_tile(D, W)>());
+  }(std::make_integer_sequence<int, tokens_per_tile(D, W)>());
   return found;
 }
 
@@ -282,7 +282,8 @@ void run_panel(const Problem& p, const QuantizedActivations& d, int64_t first, i
       transpose_columns<W>(w, rows.data, k, depth, panel);
       const int64_t parts = panel_segments(w, k, depth, segments);
       const int64_t bytes = (next < w.K && w.K - next < kPanelDepth ? w.K - next : depth) / 8 * w.nbits;
-      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kPanelRows};
+      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0,
+                            (bytes + 63) / 64 * kPanelRows};
       tile.prefetcher = &prefetcher;
       tile.prefetch_lines = (prefetcher.count + parts - 1) / parts;
       for (int64_t m = 0; m < p.M; m += T) {
@@ -301,7 +302,8 @@ void run_panel(const Problem& p, const QuantizedActivations& d, int64_t first, i
 }
 
 template <int D>
-void run_panel_digits(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+void run_panel_digits(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step,
+                      float* scratch) {
   if (p.w.table.count > 1) return run_panel<D, D == 1 ? 2 : D>(p, d, first, last, step, scratch);
   run_panel<D, 1>(p, d, first, last, step, scratch);
 }

@@ -19,14 +19,14 @@ inline int64_t nibble_bytes(int64_t columns) { return (columns + 1) / 2; }
 // A matrix of scales or of zero points. Numbers of 8 or 4 bits are themselves quantized, by a second level of scales and zero
 // points: number c of row r is (stored - meta_zero[r % meta_rows][c]) * meta_scale[r % meta_rows][c].
 struct Values {
-  const void* data;         // [rows][columns] of `type`; null where the format has none
+  const void* data;  // [rows][columns] of `type`; null where the format has none
   DType type;
   int64_t columns;
   int64_t stride;           // bytes from a row to the next
   const float* meta_scale;  // [meta_rows][columns]; null where the numbers are not quantized
   const float* meta_zero;   // [meta_rows][columns]
   int64_t meta_rows;
-  int64_t meta_stride;      // numbers from a row of meta_scale or meta_zero to the next
+  int64_t meta_stride;  // numbers from a row of meta_scale or meta_zero to the next
 
   bool quantized() const { return meta_scale != nullptr; }
   const char* row(int64_t r) const { return (const char*)data + r * stride; }
@@ -91,9 +91,7 @@ inline bool costly_as_integers(const Weight& w, int digits) {
 
 // True if activations are quantized group by group, not chunk by chunk: groups of up to 128 columns that line up with chunks.
 // Then a row's scales and the steps of the activations are multiplied entry by entry.
-inline bool step_per_group(const Weight& w) {
-  return w.axis == 1 && w.groups > 1 && w.group_size <= 128 && chunk_groups(w);
-}
+inline bool step_per_group(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size <= 128 && chunk_groups(w); }
 
 // Steps of one row of quantized activations (one for each group or for each chunk), padded.
 inline int64_t steps_per_row(const Weight& w) { return padded(step_per_group(w) ? w.groups : (w.K + 63) / 64); }

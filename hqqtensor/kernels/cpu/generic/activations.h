@@ -28,11 +28,13 @@ constexpr int64_t kChunksPerPiece = 16;
 // Digits and steps of `count` chunks from `first` on, up to kChunksPerPiece, in `in` with zeros behind the last number.
 // `rounded`, where it is not null, gets what the digits stand for: integers with axis 1, whose sums they make, else times their
 // steps.
-bool quantize_chunks(const float* in, const Weight& w, int64_t m, const QuantizedActivations& d, int64_t first, int64_t count, float* rounded) {
-  const float limit = d.layout == Layout::tiles_int16 && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
+bool quantize_chunks(const float* in, const Weight& w, int64_t m, const QuantizedActivations& d, int64_t first, int64_t count,
+                     float* rounded) {
+  const float limit =
+      d.layout == Layout::tiles_int16 && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
   const int shift = x_shift(w);
   const bool by_group = step_per_group(w), shared = by_group && w.group_size == 128;  // by two chunks
-  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;                     // entries of a chunk
+  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;         // entries of a chunk
   alignas(64) float top[kChunksPerPiece], unit[kChunksPerPiece], inverse[kChunksPerPiece];
   f_largest_each(in, count, top);
   bool served = true;

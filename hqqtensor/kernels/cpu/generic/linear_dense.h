@@ -41,8 +41,8 @@ void dense_tile(const float* w, int64_t w_stride, const float* x, int64_t x_stri
 }
 
 template <int T = kDenseTileTokens>
-void dense_column(int64_t tokens, const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth,
-                  float* out, int64_t out_stride) {
+void dense_column(int64_t tokens, const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, float* out,
+                  int64_t out_stride) {
   int64_t m = 0;
   for (; m + T <= tokens; m += T)
     dense_tile<T>(w, w_stride, x + m * x_stride, x_stride, depth, out + m * out_stride, out_stride);
@@ -55,7 +55,8 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
   const int64_t K = p.w.K, rows = dense_panel_rows(p);
   float *panel = scratch, *sums = scratch + rows * K;
   for (int64_t n = first; n < last; n += rows) {
-    const int64_t count = last - n < rows ? last - n : rows, whole = (count + kDenseTileRows - 1) / kDenseTileRows * kDenseTileRows;
+    const int64_t count = last - n < rows ? last - n : rows,
+                  whole = (count + kDenseTileRows - 1) / kDenseTileRows * kDenseTileRows;
     for (int64_t r = 0; r < count; ++r) dequantize_row(p.w, n + r, panel + r * K);
     __builtin_memset(panel + count * K, 0, sizeof(float) * (size_t)((whole - count) * K));
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * rows));

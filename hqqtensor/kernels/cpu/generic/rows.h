@@ -70,8 +70,7 @@ void unpack_tail(const uint8_t* b, int nbits, int64_t count, uint8_t* out) {
     if (!(nbits & plane)) continue;
     const int64_t width = count * plane / 8;
     for (int f = 0; f < 8 / plane; ++f)
-      for (int64_t i = 0; i < width; ++i)
-        out[f * width + i] |= (uint8_t)(((b[i] >> (plane * f)) & ((1 << plane) - 1)) << low);
+      for (int64_t i = 0; i < width; ++i) out[f * width + i] |= (uint8_t)(((b[i] >> (plane * f)) & ((1 << plane) - 1)) << low);
     b += width;
     low += plane;
   }
@@ -109,7 +108,8 @@ inline void scale_codes(const uint8_t* codes, const float* scale, const float* z
   for (; i + kFloats <= count; i += kFloats) step(i);
   if (i == count) return;
   if (count > kFloats) return step(count - kFloats);  // some once more: nothing is read or written outside
-  for (; i < count; ++i) out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
+  for (; i < count; ++i)
+    out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
 }
 
 // Columns [first, first + count) of one row of scales or zero points.
@@ -183,7 +183,7 @@ constexpr int64_t kUnpackedCodes = 1024;  // codes unpacked at a time: they stay
 // Dense numbers of `count` codes. `scale` and `zero`: functions of the place that give a vector, or one number.
 template <class Scale, class Zero>
 inline void dequantize_codes(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float* out, Scale scale,
-                   Zero zero) {
+                             Zero zero) {
   uint8_t padded_codes[kFloats] = {};
   for (int64_t i = 0; i < count; i += kFloats) {
     const uint8_t* c = codes + i;
@@ -215,15 +215,15 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
   for (int64_t first = 0; first < w.K; first += kUnpackedCodes) {
     const int64_t count = w.K - first < kUnpackedCodes ? w.K - first : kUnpackedCodes;
     const int64_t whole = (first + count) / 128 > blocks ? blocks : (first + count) / 128;
-    with_nbits(w.nbits, [&](auto nb) {
-      unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes);
-    });
+    with_nbits(w.nbits,
+               [&](auto nb) { unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes); });
     if (first + count > whole * 128)
       unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
     if (w.axis == 0) {
       load(first, count);
-      dequantize_codes(w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
-             [&](int64_t i) { return f_load(zero + i); });
+      dequantize_codes(
+          w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
+          [&](int64_t i) { return f_load(zero + i); });
       continue;
     }
     for (int64_t k = first; k < first + count;) {

@@ -87,13 +87,15 @@ void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* 
       float* dense = type == DType::f32 ? (float*)out : line;
       unpack_row<NB>(w.qdata + (n + r) * w.row_stride, w.K, codes);
       if (w.axis == 0) {
-        dequantize_codes(w, nullptr, codes, w.K, dense, [&](int64_t i) { return f_load(scale + i); },
-               [&](int64_t i) { return f_load(zero + i); });
+        dequantize_codes(
+            w, nullptr, codes, w.K, dense, [&](int64_t i) { return f_load(scale + i); },
+            [&](int64_t i) { return f_load(zero + i); });
       } else {
         for (int64_t k = 0, g = r * w.groups; k < w.K; k += size, ++g) {
           const Floats s = f_set(scale[g]), z = f_set(zero[g]);
-          dequantize_codes(w, nullptr, codes + k, w.K - k < size ? w.K - k : size, dense + k, [&](int64_t) { return s; },
-                 [&](int64_t) { return z; });
+          dequantize_codes(
+              w, nullptr, codes + k, w.K - k < size ? w.K - k : size, dense + k, [&](int64_t) { return s; },
+              [&](int64_t) { return z; });
         }
       }
       if (type != DType::f32) from_float(line, w.K, type, out);

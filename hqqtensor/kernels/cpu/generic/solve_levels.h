@@ -81,8 +81,8 @@ void solve_levels(const Levels& l, Solver solver, float* w, int64_t size, float*
   });
 }
 
-void lloyd_block(const Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error,
-                 double* top, double* bottom) {
+void lloyd_block(const Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error, double* top,
+                 double* bottom) {
   const Search nearest(l);
   Floats better;
   float errors[kFloats];

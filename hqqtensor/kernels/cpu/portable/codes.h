@@ -25,8 +25,7 @@ inline void add_plane(const uint8_t* b, uint8_t* out) {
     for (int i = 0; i < 64; ++i) out[i] = b[64 * H + i];
   } else {
     for (int f = 0; f < fields / 2; ++f)
-      for (int i = 0; i < width; ++i)
-        out[f * width + i] |= (uint8_t)(((b[i] >> (P * (f + H * fields / 2))) & mask) << L);
+      for (int i = 0; i < width; ++i) out[f * width + i] |= (uint8_t)(((b[i] >> (P * (f + H * fields / 2))) & mask) << L);
   }
 }
 template <int NB, int H>
@@ -92,7 +91,8 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const ChunkDigits& t, cons
 }
 // Each quad of codes has a scale: `index` says which.
 template <int NB, int D, int DW>
-inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index, float step) {
+inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index,
+                            float step) {
   int32_t s[16];
   dot<NB, D, DW>(c, t, s);
   for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * (scales[index[i]] * step);

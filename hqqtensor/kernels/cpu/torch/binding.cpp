@@ -55,8 +55,9 @@ using namespace hqqtensor;
 STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
   m.def("_solve(Tensor weight, int nbits, int group_size, int axis, str solver) -> (Tensor, Tensor)");
   m.def("_assign(Tensor(a!) out, Tensor weight, Tensor inverse, Tensor zero_point, int nbits, int group_size, int axis) -> ()");
-  m.def("_solve_levels(Tensor weight, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least, int group_size, "
-        "int axis, str solver) -> Tensor");
+  m.def(
+      "_solve_levels(Tensor weight, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least, int group_size, "
+      "int axis, str solver) -> Tensor");
   m.def("_assign_levels(Tensor(a!) out, Tensor weight, Tensor inverse, Tensor values, Tensor thresholds, Tensor codes, "
         "int mantissa, float least, int nbits, int group_size, int axis) -> ()");
   m.def("_lloyd(Tensor groups, Tensor scales, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least) "

@@ -96,8 +96,8 @@ bool by_expert(const Rows& x, const Activation& how, const std::vector<int64_t>&
   for (int64_t e = 0; e < weights.count(); ++e) {
     const int64_t last = ends[(size_t)e];
     if (last == first) continue;
-    const Problem run{weights.at(e), x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr, pre_scale.data,
-                      out + first * N * size, N};
+    const Problem run{weights.at(e),  x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr,
+                      pre_scale.data, out + first * N * size,           N};
     if (!run_linear(run, how.digits)) return false;
     first = last;
   }
@@ -168,8 +168,8 @@ bool grouped_linear(Call& c) {
   const auto ends = integers_of(offsets);
   int64_t first = 0;
   for (const int64_t last : ends) {
-    HQQ_CHECK(last >= first && last <= x.size(0), "grouped_linear: offsets must rise from 0 to at most ", x.size(0), ", got ", last,
-              " after ", first);
+    HQQ_CHECK(last >= first && last <= x.size(0), "grouped_linear: offsets must rise from 0 to at most ", x.size(0), ", got ",
+              last, " after ", first);
     first = last;
   }
   const FloatVector pre32(pre_scale, "act_pre_scale", w.K());

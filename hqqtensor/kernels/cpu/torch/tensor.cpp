@@ -173,7 +173,8 @@ Strides::Strides(Sizes sizes) {
 Tensor empty(Sizes sizes, Scalar scalar) {
   const Strides strides(sizes);
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(sizes.count, sizes.data, strides.data, code_of(scalar), aoti_torch_device_type_cpu(), -1, &handle),
+  check_torch(aoti_torch_empty_strided(sizes.count, sizes.data, strides.data, code_of(scalar), aoti_torch_device_type_cpu(), -1,
+                                       &handle),
               "allocating a tensor");
   return {handle, true};
 }
@@ -188,8 +189,8 @@ Tensor from_blob(void* data, Sizes sizes, Scalar scalar, void (*release)(void*, 
   const Strides strides(sizes);
   AtenTensorHandle handle = nullptr;
   const AOTITorchError code =
-      torch_from_blob(data, sizes.count, sizes.data, strides.data, 0, code_of(scalar), aoti_torch_device_type_cpu(), -1, &handle,
-                      aoti_torch_layout_strided(), nullptr, 0, release, context);
+      torch_from_blob(data, sizes.count, sizes.data, strides.data, 0, code_of(scalar), aoti_torch_device_type_cpu(), -1,
+                      &handle, aoti_torch_layout_strided(), nullptr, 0, release, context);
   if (code != AOTI_TORCH_SUCCESS) release(data, context);
   check_torch(code, "making a tensor of memory");
   return {handle, true};
