@@ -215,14 +215,13 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
       rows[r] = w.qdata + index[r] * w.row_stride;
       after[r] = w.qdata + order.row(end + r < last ? end + r : n) * w.row_stride;
     }
-    if (w.axis == 1) transpose_scales(w, index, pairs, 1, 0, lines, scale, shift);
+    if (w.axis == 1) transpose_scales(w, index, pairs * kPairRows, 1, 0, lines, scale, shift, transpose_floats);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
     for (int64_t k = 0; k < w.K; k += kDenseDepth) {
-      const int64_t depth = w.K - k < kDenseDepth ? w.K - k : kDenseDepth, next = k + kDenseDepth;
+      const int64_t depth = w.K - k < kDenseDepth ? w.K - k : kDenseDepth;
       transpose_codes<false>(w, rows, pairs, k, depth, kDenseQuads, codes);
       dense_panel(w, index, codes, {scale, shift}, k, depth, pairs, panel);
-      const int64_t bytes = (next < w.K && w.K - next < kDenseDepth ? w.K - next : depth) / 8 * w.nbits;
-      Prefetcher prefetcher{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
+      Prefetcher prefetcher(w, rows, after, pairs * kPairRows, k, depth);
       const int64_t lines_each = prefetcher.lines() / ((p.M + kDenseTokens - 1) / kDenseTokens) + 1;
       for (int64_t m = 0; m < p.M; m += kDenseTokens) {
         const int64_t tokens = p.M - m < kDenseTokens ? p.M - m : kDenseTokens;
@@ -232,7 +231,7 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
         prefetcher.run(lines_each);
       }
     }
-    store_panel(p, sums, index, end - n);
+    store_panel(p, nullptr, index[0], order.groups, end - n, sums);
   }
 }
 

@@ -16,6 +16,16 @@ struct Acc {
 
 constexpr int digit_shift(int) { return 8; }
 
+// The bits of `mask` in each byte.
+inline __m512i keep(int mask, __m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
+// Lanes of 32 bits shifted to the right by R, to the left where R is negative.
+template <int R>
+inline __m512i shift_right(__m512i v) {
+  if constexpr (R > 0) return _mm512_srli_epi32(v, R);
+  if constexpr (R < 0) return _mm512_slli_epi32(v, -R);
+  return v;
+}
+
 // Plane of P bits, half H of a block of 128 codes, its bits moved to bit L of each byte; the other bits are noise.
 template <int P, int L, int H>
 inline __m512i plane(const uint8_t* b) {
@@ -53,7 +63,7 @@ inline Codes decode(const uint8_t* b) {
   if constexpr (NB == 5) v = select(15, plane<4, 0, H>(b), plane<1, 4, H>(b + 64));
   if constexpr (NB == 6) v = select(15, plane<4, 0, H>(b), plane<2, 4, H>(b + 64));
   if constexpr (NB == 7) v = select(15, plane<4, 0, H>(b), select(48, plane<2, 4, H>(b + 64), plane<1, 6, H>(b + 96)));
-  return _mm512_and_si512(v, _mm512_set1_epi8((1 << NB) - 1));
+  return keep((1 << NB) - 1, v);
 }
 
 inline Codes load_codes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }

@@ -1,13 +1,11 @@
 // What panels of 32 rows have in common, AVX-512: matrices of 16 x 16 dwords turned, lines fetched ahead, results stored.
 #pragma once
 #include "avx512/target.h"
-#include "generic/rows.h"
+#include "generic/panel.h"
 
 HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
-
-constexpr int64_t kPanelRows = 32;
 
 // 16 bytes of each of 16 rows: out[i] holds bytes 4 i .. 4 i + 3 of row l in lane l.
 inline __attribute__((always_inline)) void transpose16(const uint8_t* const* rows, int64_t offset, __m512i* out) {
@@ -37,32 +35,14 @@ inline void transpose_floats(const float* in, int64_t in_stride, float* out) {
   }
 }
 
-// Lines of packed codes that will be turned next, fetched a few at a time while products keep the processor busy.
-struct Prefetcher {
-  const uint8_t* const* rows;
-  int64_t offset;  // of the first line in each row
-  int64_t next, count;
-
-  void run(int64_t lines) {
-    for (const int64_t end = next + lines < count ? next + lines : count; next < end; ++next)
-      prefetch(rows[next % kPanelRows] + offset + next / kPanelRows * 64);
-  }
-};
-
-// Results of 32 rows from n on for all tokens: sums, less what zero points of axis 0 add, plus bias.
-void store_panel(const Problem& p, const QuantizedActivations& d, float* sums, int64_t n, int64_t count, int64_t step) {
-  const int64_t size = size_of(p.x_type);
-  for (int64_t m = 0; m < p.M; ++m, sums += kPanelRows) {
-    if (p.w.axis == 0)
-      for (int64_t r = 0; r < count; ++r) sums[r] -= d.sum[m];
-    if (p.bias)
-      for (int64_t r = 0; r < count; ++r) sums[r] += p.bias[n + r * step];
-    char* y = (char*)p.y + (m * p.y_stride + n) * size;
-    if (step == 1)
-      from_float(sums, count, p.x_type, y);
-    else
-      for (int64_t r = 0; r < count; ++r) from_float(sums + r, 1, p.x_type, y + r * step * size);
-  }
+// Sums of L levels as floats: level(0) counts most, each of the next 2^SHIFT times less.
+template <int L, int SHIFT, class Level>
+inline __attribute__((always_inline)) __m512 combine_levels(Level level) {
+  __m512i low = level(L - 1);
+  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(level(L - 2), SHIFT));
+  if constexpr (L < 3) return _mm512_cvtepi32_ps(low);
+  // 32 bits do not hold the top digits of a whole group as well.
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(level(0)), _mm512_set1_ps((float)(1 << (2 * SHIFT))), _mm512_cvtepi32_ps(low));
 }
 
 }  // namespace

@@ -163,7 +163,7 @@ bool multiply_integers_axis0(const Problem& p, const FloatRows& x, int digits) {
 // Rounds x, [M, K], to 8-bit activations in place, as quantize_activations does: for products that no integer kernel serves.
 // False if x holds NaN or Inf.
 bool round_rows(const Weight& w, int64_t M, float* x) {
-  const int64_t run = step_per_group(w) && w.group_size == 128 ? 128 : 64;  // columns with one step
+  const int64_t run = step_spans_two_chunks(w) ? 128 : 64;  // columns with one step
   std::atomic<bool> all_finite{true};
   parallel_over(M, 1, 4 * M * w.K, [&](int64_t a, int64_t b) {
     for (int64_t i = a * w.K, end = b * w.K; i < end;) {

@@ -93,13 +93,19 @@ inline bool costly_as_integers(const Weight& w, int digits) {
 // Then a row's scales and the steps of the activations are multiplied entry by entry.
 inline bool step_per_group(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size <= 128 && chunk_groups(w); }
 
+// True if a step is that of two chunks, those of a group of 128.
+inline bool step_spans_two_chunks(const Weight& w) { return step_per_group(w) && w.group_size == 128; }
+
+// Steps of one chunk: one for each of its groups, all equal.
+inline int64_t steps_of_chunk(const Weight& w) { return step_per_group(w) && w.group_size < 64 ? 64 / w.group_size : 1; }
+
 // Steps of one row of quantized activations (one for each group or for each chunk), padded.
 inline int64_t steps_per_row(const Weight& w) { return padded(step_per_group(w) ? w.groups : (w.K + 63) / 64); }
 
 // Index of the step of a chunk. Where a chunk has several groups these have equal steps, and this is the first one.
 inline int64_t step_index(const Weight& w, int64_t chunk) {
   if (!step_per_group(w)) return chunk;
-  return w.group_size == 128 ? chunk / 2 : chunk * (64 / w.group_size);
+  return step_spans_two_chunks(w) ? chunk / 2 : chunk * steps_of_chunk(w);
 }
 
 }  // namespace hqqtensor

@@ -33,8 +33,8 @@ bool quantize_chunks(const float* in, const Weight& w, int64_t m, const Quantize
   const float limit =
       d.layout == Layout::tiles_int16 && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
   const int shift = x_shift(w);
-  const bool by_group = step_per_group(w), shared = by_group && w.group_size == 128;  // by two chunks
-  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;         // entries of a chunk
+  const bool shared = step_spans_two_chunks(w);
+  const int64_t each = steps_of_chunk(w);
   alignas(64) float top[kChunksPerPiece], unit[kChunksPerPiece], inverse[kChunksPerPiece];
   f_largest_each(in, count, top);
   bool served = true;
@@ -105,8 +105,8 @@ void reorder_for_gemv(const Weight& w, int64_t m, const QuantizedActivations& d)
     });
   if (!pairs_serve(w, d)) return;
   float* step = d.step + m * d.steps_per_row;
-  const bool by_group = step_per_group(w), shared = by_group && w.group_size == 128;  // see RowMeta for these
-  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;
+  const bool shared = step_spans_two_chunks(w);  // then RowMeta divides the scale
+  const int64_t each = steps_of_chunk(w);
   for (int64_t b = 0; b < w.K / 128; ++b) {
     for (int i = 0; i < d.count; ++i) pair_digits(row + (2 * b * d.count + i) * 64, row + ((2 * b + 1) * d.count + i) * 64);
     if (codes_in_place(d.count, w.table.values != nullptr) && !shared)

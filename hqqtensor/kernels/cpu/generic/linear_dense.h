@@ -65,12 +65,7 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
       for (int64_t r = 0; r < whole; r += kDenseTileRows)
         dense_column(p.M, panel + r * K + k, K, x.x + k, x.stride, depth, sums + r, rows);
     }
-    for (int64_t m = 0; m < p.M; ++m) {
-      float* s = sums + m * rows;
-      if (p.bias)
-        for (int64_t r = 0; r < count; ++r) s[r] += p.bias[n + r];
-      from_float(s, count, p.x_type, (char*)p.y + (m * p.y_stride + n) * (p.x_type == DType::f32 ? 4 : 2));
-    }
+    for (int64_t m = 0; m < p.M; ++m) store_results(p, m, n, 1, count, sums + m * rows);
   }
 }
 

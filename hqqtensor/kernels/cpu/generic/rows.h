@@ -161,22 +161,15 @@ inline float code_unit(const Weight& w, int digits) {
   return w.table.unit * (float)(1 << (7 * (both - 1)));
 }
 
-// Rows n, n + step, ... before last, up to COUNT of them, and those after them. Places left over have the first row again.
-template <int64_t COUNT>
-struct PanelRows {
-  int64_t index[COUNT], count = 0;
-  const uint8_t *data[COUNT], *after[COUNT];
-
-  PanelRows(const Weight& w, int64_t n, int64_t step, int64_t last) {
-    for (int64_t r = 0; r < COUNT; ++r) {
-      const int64_t row = n + r * step, later = row + COUNT * step;
-      index[r] = row < last ? row : n;
-      data[r] = w.qdata + index[r] * w.row_stride;
-      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
-      count += row < last;
-    }
-  }
-};
+// Results of rows n, n + step, ... for token m: v, plus bias.
+inline void store_results(const Problem& p, int64_t m, int64_t n, int64_t step, int64_t count, float* v) {
+  const int64_t size = size_of(p.x_type);
+  if (p.bias)
+    for (int64_t r = 0; r < count; ++r) v[r] += p.bias[n + r * step];
+  char* y = (char*)p.y + (m * p.y_stride + n) * size;
+  if (step == 1) return from_float(v, count, p.x_type, y);
+  for (int64_t r = 0; r < count; ++r) from_float(v + r, 1, p.x_type, y + r * step * size);
+}
 
 constexpr int64_t kUnpackedCodes = 1024;  // codes unpacked at a time: they stay in L1
 
