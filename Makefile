@@ -71,7 +71,7 @@ clang: $(STAMP)
 	  $(BIN)/python setup.py -q build --build-base build/clang --build-lib build/clang/lib
 	cd build/clang/lib && PYTHONPATH=. $(PYTEST) -p no:cacheprovider $(KERNEL_TESTS)
 
-# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, on every instruction set here.
+# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.
 SANITIZED := build/sanitized
 sanitize: $(STAMP)
 	HQQTENSOR_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
