@@ -50,11 +50,6 @@ struct AmxTile {
   int32_t* level_sums;  // [2][3][16][16]
 };
 
-// Level l of row r out of what each_level stored.
-inline __attribute__((always_inline)) __m512i load_level(const int32_t* level_sums, int l, int r) {
-  return _mm512_load_si512(level_sums + l * 256 + r * 16);
-}
-
 // One chunk, or a part of it: digit i of the codes times digit d of the activations goes to level i + d, what falls below the
 // last level is left out.
 template <int D, int W, int I = 0, int X = 0>
@@ -99,10 +94,10 @@ void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
     if (i + 1 < count) multiply(i + 1);  // while the sums of this one are on their way through memory
     const float* scale = t.scale + segments[i].group;
     const __m512 step = _mm512_load_ps(t.step + 16 * segments[i].step);
+    const __m512i* levels = (const __m512i*)level_sums(i);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) {
-      const auto level = [&](int l) __attribute__((always_inline)) { return load_level(level_sums(i), l, r); };
-      const __m512 sum = combine_levels<L, (W > 1 ? 7 : 8)>(level);
+      const __m512 sum = combine_levels<L, (W > 1 ? 7 : 8)>(levels + r, 16);
       acc[r] = _mm512_fmadd_ps(sum, _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
     }
   }

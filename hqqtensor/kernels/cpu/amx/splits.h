@@ -2,7 +2,7 @@
 // lane of 32 bits is column i, then i + 16.
 #pragma once
 #include "amx/target.h"
-#include "generic/rows.h"
+#include "avx512/transpose.h"
 
 HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
@@ -58,10 +58,22 @@ inline void load_few(const Values& v, int64_t row, int64_t first, int64_t count,
       continue;
     }
     const __m256i half = _mm256_maskz_loadu_epi16(some, data + 2 * i);
-    f_store(out + i, v.type == DType::f16 ? _mm512_cvtph_ps(half)
-                                          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+    f_store(out + i, v.type == DType::f16 ? _mm512_cvtph_ps(half) : from_bf16(half));
   }
 }
+
+// Scales and zero points of the groups of columns [k, k + depth) of row n, for axis 1. Up to 15 numbers of no meaning follow.
+struct GroupValues {
+  int64_t size, first;  // columns of a group; the group of column k
+  float scale[kSlice + 32], zero[kSlice + 32];
+
+  GroupValues(const Weight& w, int64_t n, int64_t k, int64_t depth)
+      : size(w.groups == 1 ? w.K : w.group_size), first(k / size) {
+    const int64_t count = (k + depth - 1) / size + 1 - first;
+    load_few(w.scale, n, first, count, scale);
+    if (w.zero.data) load_few(w.zero, n, first, count, zero);
+  }
+};
 
 // How the columns of a slice find their scales and zero points: what rows of a panel have in common.
 struct SliceValues {
@@ -115,14 +127,12 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
   unpack_slice(w, n, k, depth, codes);
   const Numbers numbers(w, n);
   if (w.axis == 1) {
-    float scales[kSlice + 32], zeros[kSlice + 32];
-    const int64_t size = w.groups == 1 ? w.K : w.group_size, first = k / size, count = (k + depth - 1) / size + 1 - first;
-    load_few(w.scale, n, first, count, scales);
-    if (w.zero.data) load_few(w.zero, n, first, count, zeros);
+    const GroupValues groups(w, n, k, depth);
+    const int64_t size = groups.size;
     if (w.groups == 1 || size % kTileColumns == 0) {
       for (int64_t g = 0, i = 0; i < depth; ++g) {
-        const Floats s = f_set(scales[g]), z = f_set(zeros[g]);
-        const int64_t end = (first + g + 1) * size - k < depth ? (first + g + 1) * size - k : depth;
+        const Floats s = f_set(groups.scale[g]), z = f_set(groups.zero[g]);
+        const int64_t stop = (groups.first + g + 1) * size - k, end = stop < depth ? stop : depth;
         write_columns<SPLITS>(
             numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
             out + i / kTileColumns * SPLITS * kTileBytes);
@@ -131,39 +141,12 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
       return;
     }
     return write_columns<SPLITS>(
-        numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
-        [&](int64_t i) { return values.pick(zeros, i); }, out);
+        numbers, codes, depth, [&](int64_t i) { return values.pick(groups.scale, i); },
+        [&](int64_t i) { return values.pick(groups.zero, i); }, out);
   }
   write_columns<SPLITS>(
       numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
       [&](int64_t i) { return f_load(values.zero + i); }, out);
-}
-
-// 16 x 16 numbers of 32 bits, rows to columns.
-inline void transpose16x16(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 2; ++h) {
-      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-    }
-  // r[4 q + c]: columns c, c + 4, c + 8, c + 12 of rows 4 q to 4 q + 3.
-  for (int c = 0; c < 4; ++c) {
-    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-  }
-  for (int c = 0; c < 4; ++c) {
-    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
-    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
-    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
-  }
 }
 
 inline __m512 load_columns(const float* x, int64_t left) {

@@ -94,9 +94,8 @@ inline Floats f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_load
 inline void f_store_f16(uint16_t* p, Floats v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Floats f_load_bf16(const uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
+inline Floats from_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline Floats f_load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 
 // Into the second level: aimed at the first, prefetches of a stream from memory wait for its few free slots (1.4 x slower).
 // Not the intrinsic: GCC 12 takes a function that only prefetches for one without effects, and leaves out calls of it.

@@ -35,14 +35,41 @@ inline void transpose_floats(const float* in, int64_t in_stride, float* out) {
   }
 }
 
-// Sums of L levels as floats: level(0) counts most, each of the next 2^SHIFT times less.
-template <int L, int SHIFT, class Level>
-inline __attribute__((always_inline)) __m512 combine_levels(Level level) {
-  __m512i low = level(L - 1);
-  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(level(L - 2), SHIFT));
+// 16 x 16 numbers of 32 bits, rows to columns.
+inline void transpose16x16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+    }
+  // r[4 q + c]: columns c, c + 4, c + 8, c + 12 of rows 4 q to 4 q + 3.
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+  }
+  for (int c = 0; c < 4; ++c) {
+    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
+    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
+    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
+    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
+  }
+}
+
+// Sums of L levels, `stride` vectors apart, as floats: the first counts most, each of the next 2^SHIFT times less.
+template <int L, int SHIFT>
+inline __attribute__((always_inline)) __m512 combine_levels(const __m512i* sums, int64_t stride) {
+  __m512i low = sums[(L - 1) * stride];
+  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(sums[(L - 2) * stride], SHIFT));
   if constexpr (L < 3) return _mm512_cvtepi32_ps(low);
   // 32 bits do not hold the top digits of a whole group as well.
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(level(0)), _mm512_set1_ps((float)(1 << (2 * SHIFT))), _mm512_cvtepi32_ps(low));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), _mm512_set1_ps((float)(1 << (2 * SHIFT))), _mm512_cvtepi32_ps(low));
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ struct Segment {
 };
 
 // The segments of columns [k, k + depth), none longer than `longest` columns. Returns how many there are.
-inline int64_t panel_segments(const Weight& w, int64_t k, int64_t depth, int64_t longest, Segment* out) {
+int64_t panel_segments(const Weight& w, int64_t k, int64_t depth, int64_t longest, Segment* out) {
   const int64_t end = k + depth;
   int64_t count = 0;
   for (int64_t at_k = k; at_k < end;) {
@@ -79,7 +79,7 @@ inline int64_t panel_segments(const Weight& w, int64_t k, int64_t depth, int64_t
 
 // Scales times `unit`, and what the sums of x are multiplied with to take zero points out: minus scale times zero point, or
 // times `offset` where the format has a table. Both [groups] of a row, with room for padded(groups).
-inline void scale_and_shift(const Weight& w, int64_t row, float unit, float offset, float* scale, float* shift) {
+void scale_and_shift(const Weight& w, int64_t row, float unit, float offset, float* scale, float* shift) {
   load_values(w.scale, row, 0, w.groups, scale);
   if (w.zero.data) load_values(w.zero, row, 0, w.groups, shift);
   for (int64_t g = 0; g < w.groups; g += kFloats) {
@@ -92,8 +92,8 @@ inline void scale_and_shift(const Weight& w, int64_t row, float unit, float offs
 // The same for `count` rows, a multiple of kFloats: [groups][kPanelRows] each. lines: scratch memory for 2 kFloats rows.
 // transpose(in, stride, out): out[i * kPanelRows + l] = in[l * stride + i] for i and l below kFloats.
 template <class Transpose>
-inline void transpose_scales(const Weight& w, const int64_t* rows, int64_t count, float unit, float offset, float* lines,
-                             float* scale, float* shift, Transpose transpose) {
+void transpose_scales(const Weight& w, const int64_t* rows, int64_t count, float unit, float offset, float* lines, float* scale,
+                      float* shift, Transpose transpose) {
   const int64_t width = padded(w.groups);
   float *s = lines, *z = lines + kFloats * width;
   for (int64_t first = 0; first < count; first += kFloats) {
@@ -135,7 +135,7 @@ class Prefetcher {
 };
 
 // Sums [M][kPanelRows] of rows n, n + step, ... as results. minus: [M] or null: what the zero points of axis 0 add to each.
-inline void store_panel(const Problem& p, const float* minus, int64_t n, int64_t step, int64_t count, float* sums) {
+void store_panel(const Problem& p, const float* minus, int64_t n, int64_t step, int64_t count, float* sums) {
   for (int64_t m = 0; m < p.M; ++m, sums += kPanelRows) {
     if (minus)
       for (int64_t r = 0; r < count; ++r) sums[r] -= minus[m];

@@ -194,6 +194,19 @@ inline void dequantize_codes(const Weight& w, const float* table, const uint8_t*
   }
 }
 
+// The same with a scale and a zero point for each code.
+inline void dequantize_columns(const Weight& w, const float* table, const uint8_t* codes, int64_t count, const float* scale,
+                               const float* zero, float* out) {
+  dequantize_codes(
+      w, table, codes, count, out, [&](int64_t i) { return f_load(scale + i); }, [&](int64_t i) { return f_load(zero + i); });
+}
+// The same with one scale and one zero point.
+inline void dequantize_group(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float scale, float zero,
+                             float* out) {
+  const Floats s = f_set(scale), z = f_set(zero);
+  dequantize_codes(w, table, codes, count, out, [&](int64_t) { return s; }, [&](int64_t) { return z; });
+}
+
 void dequantize_row(const Weight& w, int64_t n, float* out) {
   const uint8_t* row = w.qdata + n * w.row_stride;
   const float* table = w.table.values ? w.table.values + n * w.table.stride : nullptr;
@@ -214,9 +227,7 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
       unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
     if (w.axis == 0) {
       load(first, count);
-      dequantize_codes(
-          w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
-          [&](int64_t i) { return f_load(zero + i); });
+      dequantize_columns(w, table, codes, count, scale, zero, out + first);
       continue;
     }
     for (int64_t k = first; k < first + count;) {
@@ -230,8 +241,8 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
         }
       }
       const int64_t end = group_end < first + count ? group_end : first + count;
-      const Floats s = f_set(scale[group - cached]), z = f_set(w.zero.data ? zero[group - cached] : 0.0f);
-      dequantize_codes(w, table, codes + (k - first), end - k, out + k, [&](int64_t) { return s; }, [&](int64_t) { return z; });
+      dequantize_group(w, table, codes + (k - first), end - k, scale[group - cached], w.zero.data ? zero[group - cached] : 0.0f,
+                       out + k);
       k = end;
     }
   }

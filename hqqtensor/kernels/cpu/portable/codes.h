@@ -32,13 +32,9 @@ template <int NB, int H>
 inline Codes decode(const uint8_t* b) {
   Codes out{};
   if constexpr (NB == 8) add_plane<8, 0, H>(b, out.c);
-  if constexpr (NB >= 4 && NB < 8) add_plane<4, 0, H>(b, out.c);
-  if constexpr (NB == 2 || NB == 3) add_plane<2, 0, H>(b, out.c);
-  if constexpr (NB == 1) add_plane<1, 0, H>(b, out.c);
-  if constexpr (NB == 3) add_plane<1, 2, H>(b + 32, out.c);
-  if constexpr (NB == 5) add_plane<1, 4, H>(b + 64, out.c);
-  if constexpr (NB >= 6 && NB < 8) add_plane<2, 4, H>(b + 64, out.c);
-  if constexpr (NB == 7) add_plane<1, 6, H>(b + 96, out.c);
+  if constexpr ((NB & 4) != 0) add_plane<4, 0, H>(b, out.c);
+  if constexpr ((NB & 2) != 0) add_plane<2, NB & 4, H>(b + 16 * (NB & 4), out.c);
+  if constexpr ((NB & 1) != 0) add_plane<1, NB & 6, H>(b + 16 * (NB & 6), out.c);
   return out;
 }
 inline Codes load_codes(const uint8_t* p) {

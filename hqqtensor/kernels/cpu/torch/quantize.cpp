@@ -31,6 +31,12 @@ struct Matrix {
       : data((const char*)t.data()), type(*dtype_of(t.scalar())), N(rows), K(columns), stride(columns) {}
 
   const char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * (type == DType::f32 ? 4 : 2); }
+  // `count` numbers from there on as float32: these, or a copy in `line`.
+  const float* floats(const char* from, int64_t count, std::vector<float>& line) const {
+    if (type == DType::f32) return (const float*)from;
+    kernels().to_float(from, type, count, line.data());
+    return line.data();
+  }
 };
 
 // What solves a block of groups, kernels().lanes of them with `count` real ones from group `first` on, w[j * lanes + l] the
@@ -65,11 +71,7 @@ void solve_groups(const Matrix& w, const G& g, bool by_range, float* inverse, fl
       const int64_t real = g.real(i);
       if (step == item) {                      // along rows: numbers of a group are neighbours
         for (int64_t l = 0; l < lanes; ++l) {  // missing groups repeat the first: any numbers will do
-          const float* in = (const float*)start(i + (l < real ? l : 0));
-          if (w.type != DType::f32) {
-            k.to_float(in, w.type, size, line.data());
-            in = line.data();
-          }
+          const float* in = w.floats(start(i + (l < real ? l : 0)), size, line);
           if (by_range)
             k.extremes(in, size, &block[(size_t)l], &block[(size_t)(lanes + l)]);
           else
@@ -164,11 +166,6 @@ std::vector<int64_t> scales_shape(const Matrix& w, int64_t group_size, int64_t a
   return axis == 1 ? std::vector<int64_t>{w.N, groups} : std::vector<int64_t>{groups, w.K};
 }
 
-// A tensor as contiguous float32.
-Tensor plain_floats(const Tensor& t) {
-  return t.scalar() == Scalar::float32 && t.is_contiguous() ? t.borrow() : converted(t, Scalar::float32);
-}
-
 // What codes stand for at scale 1, as an operator takes it: values and thresholds, floating-point [L] and [L - 1] or a row of
 // them for every row of the weight; the code of each level, uint8 [L]; for floating-point formats the bits of the mantissa
 // (else -1, and L <= 16) and the smallest number with a leading one.
@@ -243,11 +240,7 @@ void assign_rows(const Tensor& out, const Tensor& weight, const Tensor& inverse,
     const Kernels& k = kernels();
     std::vector<float> line(w.type == DType::f32 ? 0 : (size_t)w.K);
     for (int64_t n = a; n < b; ++n) {
-      const float* in = (const float*)w.at(n, 0);
-      if (w.type != DType::f32) {
-        k.to_float(w.at(n, 0), w.type, w.K, line.data());
-        in = line.data();
-      }
+      const float* in = w.floats(w.at(n, 0), w.K, line);
       const int64_t meta = (axis == 1 ? n : n % shape[0]) * shape[1];
       const Levels* l = levels.empty() ? nullptr : &levels[levels.size() == 1 ? 0 : (size_t)n];
       k.assign_row(l, in, sp + meta, zp + meta, w.K, (int)nbits, group_size, (int)axis, to + n * bytes);

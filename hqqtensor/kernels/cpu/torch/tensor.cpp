@@ -185,6 +185,10 @@ Tensor converted(const Tensor& t, Scalar scalar) {
   return out;
 }
 
+Tensor plain_floats(const Tensor& t) {
+  return t.scalar() == Scalar::float32 && t.is_contiguous() ? t.borrow() : converted(t, Scalar::float32);
+}
+
 Tensor from_blob(void* data, Sizes sizes, Scalar scalar, void (*release)(void*, void*), void* context) {
   const Strides strides(sizes);
   AtenTensorHandle handle = nullptr;

@@ -78,6 +78,8 @@ struct Strides {
 Tensor empty(Sizes, Scalar);
 // A contiguous copy.
 Tensor converted(const Tensor&, Scalar);
+// Contiguous float32: the tensor itself, which must then outlive the result, or a copy.
+Tensor plain_floats(const Tensor&);
 // As `empty`, in memory that `release(data, context)` frees when no tensor uses it any more.
 Tensor from_blob(void* data, Sizes, Scalar, void (*release)(void* data, void* context), void* context);
 

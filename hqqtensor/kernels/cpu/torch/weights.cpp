@@ -140,12 +140,11 @@ Matrices PackedWeights::read_meta(const PackedArguments& a, int64_t columns, int
   HQQ_CHECK(is_floating(t.scalar()) && *rows >= 1 && has_shape(t, *rows, columns), name, " must be floating-point ",
             expected(1, columns), " or with more rows, got ", t);
   check_device(t, name.c_str());
-  const bool as_it_is = t.scalar() == Scalar::float32 && t.is_contiguous();
-  Tensor copy = as_it_is ? Tensor() : converted(t, Scalar::float32);
-  Matrices m = matrices_of(as_it_is ? t : copy);
+  Tensor floats = plain_floats(t);
+  Matrices m = matrices_of(floats);
   // One row may have any stride.
   m.row_stride = columns * 4, m.matrix_stride = *rows * columns * 4;
-  m.copy = std::move(copy);
+  m.copy = std::move(floats);
   return m;
 }
 
@@ -166,9 +165,8 @@ void PackedWeights::read_codebook(const PackedArguments& a) {
   HQQ_CHECK((shared || own) && is_floating(t.scalar()), "a codebook must be floating-point [", entries, "], ",
             expected(1, entries), " or ", expected(first_.N, entries), ", got ", t);
   check_device(t, "zero_point");
-  const bool as_it_is = t.scalar() == Scalar::float32 && t.is_contiguous();
-  if (!as_it_is) codebook_.copy = converted(t, Scalar::float32);
-  codebook_.data = (const char*)(as_it_is ? t : codebook_.copy).data();
+  codebook_.copy = plain_floats(t);
+  codebook_.data = (const char*)codebook_.copy.data();
   const int64_t rows = shared ? 1 : t.size(-2);
   codebook_.matrix_stride = shared ? 0 : rows * entries * 4;
   // Digits of a codebook that is not this one are made in `at`.
