@@ -152,12 +152,60 @@ inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* i
   return bad;
 }
 
+// Bytes from 16 rows of a panel with W splits to the next 16.
+template <int W>
+constexpr int64_t kRowTile = kSlice / kTileColumns * W * kTileBytes;
+
+// Columns [k, k + depth) of rows index[0, count) into the panel, [16 rows][steps][W splits] tiles; what comes after them is
+// prefetched: their next columns, or the rows from position `end` on. put: what pick_row chose.
+template <int W, class PutRow>
+inline __attribute__((always_inline)) void fill_panel(const Weight& w, const RowBlock& block, int64_t end, const int64_t* index,
+                                                      int64_t count, int64_t k, int64_t depth, PutRow put, SliceValues& values,
+                                                      char* panel) {
+  const int64_t next = k + kSlice;
+  const auto make = [&](int64_t r) {
+    put(w, index[r], k, depth, values, panel + r / 16 * kRowTile<W> + r % 16 * 64);
+    const uint8_t* soon = nullptr;
+    if (next < w.K) {
+      soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
+    } else if (end + r < block.end) {
+      const int64_t row = block.row(end + r);
+      soon = w.qdata + row * w.row_stride;
+      if (w.axis == 1) prefetch_values(w.scale, row), prefetch_values(w.zero, row);
+    }
+    if (soon)
+      for (int64_t i = 0; i < kSlice / 8 * w.nbits; i += 64) prefetch(soon + i);
+  };
+  if (w.axis == 1) {
+    values.of_columns(w, k, depth);
+    for (int64_t r = 0; r < count; ++r) make(r);
+    return;
+  }
+  for (int64_t c = 0; c < block.width && c < count; ++c) {
+    values.of_rows(w, index[c] % w.groups, k, depth);
+    for (int64_t r = c; r < count; r += block.width) make(r);
+  }
+}
+
+// sums += the panel times the same columns of all tokens, of which `x` has the first: [row tiles][token tiles][16][16].
+template <int SPLITS, int W>
+inline __attribute__((always_inline)) void multiply_panel(const char* panel, int64_t row_tiles, const char* x, int64_t x_tile,
+                                                          int64_t tiles, int64_t steps, bool first, float* sums) {
+  for (int64_t t = 0, tokens; t < tiles; t += tokens) {
+    tokens = tiles - t < 2 ? 1 : 2;
+    for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
+      rows = row_tiles - r < most ? row_tiles - r : most;
+      pick_multiply<SPLITS>(rows, tokens)(panel + r * kRowTile<W>, kRowTile<W>, x + t * x_tile, x_tile, steps,
+                                          sums + (r * tiles + t) * 256, tiles * 256, first);
+    }
+  }
+}
+
 template <int SPLITS>
 void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
   constexpr int W = SPLITS == 3 ? 3 : 2;
   const Weight& w = p.w;
-  const int64_t tiles = token_tiles(p.M), all_steps = tile_steps(w.K), b_tile = all_steps * SPLITS * kTileBytes;
-  constexpr int64_t a_tile = kSlice / kTileColumns * W * kTileBytes;
+  const int64_t tiles = token_tiles(p.M), x_tile = tile_steps(w.K) * SPLITS * kTileBytes;
   char* panel = (char*)scratch;
   float* sums = scratch + kDenseRows * kSlice / 2 * W;
   const auto put = pick_row<W>(w);
@@ -174,44 +222,16 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
     for (int64_t r = 0; r < count; ++r) index[r] = block.row(n + r);
     const Tiles configured(shapes);
     for (int64_t k = 0; k < w.K; k += kSlice) {
-      const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice, steps = tile_steps(depth), next = k + kSlice;
-      const auto make = [&](int64_t r) {
-        put(w, index[r], k, depth, values, panel + r / 16 * a_tile + r % 16 * 64);
-        const uint8_t* soon = nullptr;
-        if (next < w.K) {
-          soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
-        } else if (end + r < block.end) {
-          const int64_t row = block.row(end + r);
-          soon = w.qdata + row * w.row_stride;
-          if (w.axis == 1) prefetch_values(w.scale, row), prefetch_values(w.zero, row);
-        }
-        if (soon)
-          for (int64_t i = 0; i < kSlice / 8 * w.nbits; i += 64) prefetch(soon + i);
-      };
-      if (w.axis == 1) {
-        values.of_columns(w, k, depth);
-        for (int64_t r = 0; r < count; ++r) make(r);
-      } else {
-        for (int64_t c = 0; c < block.width && c < count; ++c) {
-          values.of_rows(w, index[c] % w.groups, k, depth);
-          for (int64_t r = c; r < count; r += block.width) make(r);
-        }
-      }
-      for (int64_t t = 0, tokens; t < tiles; t += tokens) {
-        tokens = tiles - t < 2 ? 1 : 2;
-        const char* b = (const char*)x.packed + t * b_tile + k / kTileColumns * SPLITS * kTileBytes;
-        for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
-          rows = row_tiles - r < most ? row_tiles - r : most;
-          pick_multiply<SPLITS>(rows, tokens)(panel + r * a_tile, a_tile, b, b_tile, steps, sums + (r * tiles + t) * 256,
-                                              tiles * 256, k == 0);
-        }
-      }
+      const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice;
+      fill_panel<W>(w, block, end, index, count, k, depth, put, values, panel);
+      const char* columns = (const char*)x.packed + k / kTileColumns * SPLITS * kTileBytes;
+      multiply_panel<SPLITS, W>(panel, row_tiles, columns, x_tile, tiles, tile_steps(depth), k == 0, sums);
     }
     for (int64_t r = 0; r < row_tiles; ++r) {
       uint32_t bad = 0;
       for (int64_t t = 0; t < tiles; ++t)
         bad |= store_tile(p, sums + (r * tiles + t) * 256, index + 16 * r, count - 16 * r < 16 ? count - 16 * r : 16, 16 * t);
-      // Inf times the part of a number that is zero is NaN: only vectors say what such rows are.
+      // Inf times the split of a number that is zero is NaN: only vectors say what such rows are.
       for (; bad; bad &= bad - 1) {
         const int64_t row = index[16 * r + __builtin_ctz(bad)];
         kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p, SPLITS));

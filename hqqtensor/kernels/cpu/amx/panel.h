@@ -50,6 +50,13 @@ struct AmxTile {
   int32_t* level_sums;  // [2][3][16][16]
 };
 
+// Sums of row r: its levels put together.
+template <int L, int SHIFT>
+inline __attribute__((always_inline)) __m512 tile_sum(const int32_t* level_sums, int r) {
+  return combine_levels<L, SHIFT>(
+      [=](int l) __attribute__((always_inline)) { return _mm512_load_si512(level_sums + l * 256 + r * 16); });
+}
+
 // One chunk, or a part of it: digit i of the codes times digit d of the activations goes to level i + d, what falls below the
 // last level is left out.
 template <int D, int W, int I = 0, int X = 0>
@@ -94,10 +101,9 @@ void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
     if (i + 1 < count) multiply(i + 1);  // while the sums of this one are on their way through memory
     const float* scale = t.scale + segments[i].group;
     const __m512 step = _mm512_load_ps(t.step + 16 * segments[i].step);
-    const __m512i* levels = (const __m512i*)level_sums(i);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) {
-      const __m512 sum = combine_levels<L, (W > 1 ? 7 : 8)>(levels + r, 16);
+      const __m512 sum = tile_sum<L, (W > 1 ? 7 : 8)>(level_sums(i), r);
       acc[r] = _mm512_fmadd_ps(sum, _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
     }
   }
@@ -114,7 +120,7 @@ void transpose_per_token(const float* from, int64_t stride, int64_t tokens, int6
 }
 
 // Sums of 32 rows begin with what takes zero points out: shift [32][width] times the sums of x [groups][16].
-void begin_sums(const float* shift, int64_t width, const float* sums_x, int64_t groups, float* sums) {
+void begin_tile(const float* shift, int64_t width, const float* sums_x, int64_t groups, float* sums) {
   for (int64_t r = 0; r < kPanelRows; r += 8, sums += 8 * 16) {
     __m512 acc[8] = {};
     for (int64_t g = 0; g < groups; ++g) {
@@ -176,6 +182,18 @@ struct AmxScratch {
   }
 };
 
+// The sums of all tokens, see above; zeros for axis 0.
+inline void begin_sums(const Weight& w, const AmxScratch& size, const float* shift, const float* sums_x, float* sums) {
+  if (w.axis == 0) return (void)__builtin_memset(sums, 0, sizeof(float) * (size_t)size.sums);
+  for (int64_t t = 0; t < size.tiles; ++t)
+    begin_tile(shift, size.width, sums_x + t * 16 * size.groups, w.groups, sums + t * 16 * kPanelRows);
+}
+
+// Sums [tokens / 16][2 halves][16 rows][16 tokens] to [tokens][32 rows].
+inline void transpose_sums(const float* sums, int64_t tiles, float* out) {
+  for (int64_t i = 0; i < 2 * tiles; ++i) transpose_floats(sums + 256 * i, 16, out + i / 2 * 16 * kPanelRows + i % 2 * 16);
+}
+
 template <int D, int W>
 void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
@@ -204,11 +222,7 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
   for (int64_t n = first; n < last; n += kPanelRows * step) {
     const PanelRows rows(w, n, step, last);
     if (w.axis == 1) load_scales(w, rows.index, d.count, size.width, scale, shift);
-    if (w.axis == 0)
-      __builtin_memset(sums, 0, sizeof(float) * (size_t)size.sums);
-    else
-      for (int64_t m = 0; m < p.M; m += 16)
-        begin_sums(shift, size.width, sums_x + m * size.groups, w.groups, sums + m * kPanelRows);
+    begin_sums(w, size, shift, sums_x, sums);
     for (int64_t c = 0; c < d.chunks; c += kPanelChunks) {
       const int64_t chunks = d.chunks - c < kPanelChunks ? d.chunks - c : kPanelChunks;
       unpack_panel<W>(w, rows.data, c, chunks, panel);
@@ -234,9 +248,7 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
         multiply(whole, p.M - whole);
       }
     }
-    for (int64_t m = 0; m < p.M; m += 16)
-      for (int64_t half = 0; half < 2; ++half)
-        transpose_floats(sums + m * kPanelRows + half * 256, 16, result + m * kPanelRows + half * 16);
+    transpose_sums(sums, size.tiles, result);
     store_panel(p, w.axis == 0 ? d.sum : nullptr, n, step, rows.count, result);
   }
 }

@@ -89,7 +89,8 @@ inline __attribute__((always_inline)) void run_quads(const PanelTile& tile, cons
   const __m512 s[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
   float* out = tile.out;
   const auto scaled = [&](auto j, __m512 old) __attribute__((always_inline)) {
-    return _mm512_fmadd_ps(combine_levels<(D > W ? D : W), (W > 1 ? 7 : 8)>(all + j.value, 2 * T),
+    const auto level = [&](int l) __attribute__((always_inline)) { return all[l * T * 2 + j.value]; };
+    return _mm512_fmadd_ps(combine_levels<(D > W ? D : W), (W > 1 ? 7 : 8)>(level),
                            _mm512_mul_ps(_mm512_set1_ps(tile.step[j.value / 2][step]), s[j.value % 2]), old);
   };
   if (shift) {

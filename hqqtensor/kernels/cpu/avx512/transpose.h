@@ -62,14 +62,14 @@ inline void transpose16x16(__m512i* r) {
   }
 }
 
-// Sums of L levels, `stride` vectors apart, as floats: the first counts most, each of the next 2^SHIFT times less.
-template <int L, int SHIFT>
-inline __attribute__((always_inline)) __m512 combine_levels(const __m512i* sums, int64_t stride) {
-  __m512i low = sums[(L - 1) * stride];
-  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(sums[(L - 2) * stride], SHIFT));
+// Sums of L levels as floats: level(0) counts most, each of the next 2^SHIFT times less.
+template <int L, int SHIFT, class Level>
+inline __attribute__((always_inline)) __m512 combine_levels(Level level) {
+  __m512i low = level(L - 1);
+  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(level(L - 2), SHIFT));
   if constexpr (L < 3) return _mm512_cvtepi32_ps(low);
   // 32 bits do not hold the top digits of a whole group as well.
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), _mm512_set1_ps((float)(1 << (2 * SHIFT))), _mm512_cvtepi32_ps(low));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(level(0)), _mm512_set1_ps((float)(1 << (2 * SHIFT))), _mm512_cvtepi32_ps(low));
 }
 
 }  // namespace
