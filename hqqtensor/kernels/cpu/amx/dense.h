@@ -1,6 +1,6 @@
-// y = x W^T for many rows of x through AMX: a panel of weight rows is made dense in parts of bfloat16, in cache, and
-// multiplied part by part with all tokens, sums in float32. Whatever integers cannot stand for: every format, group size and
-// axis.
+// y = x W^T for many rows of x through AMX: a panel of rows of the weight is dequantized in cache as bf16 splits
+// (amx/splits.h), and each split is multiplied with the splits of all tokens; sums are float32. Serves every format, group size
+// and axis, also those that integer kernels do not.
 #pragma once
 #include "amx/lookup.h"
 #include "amx/tiles.h"
@@ -11,8 +11,8 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-// Which part of the weight meets which part of the activations, number i of `count`; what is left out is too small to tell.
-// Neighbours share a part, which is loaded once.
+// Which splits are multiplied: product i of `count` takes split w(i) of the weight and split x(i) of the activations. Products
+// that are too small to change the result are left out. Neighbours share a split, which is loaded once.
 struct Splits21 {
   static constexpr int W = 2, X = 1, count = 2;
   static constexpr int w(int i) { return 1 - i; }
@@ -34,7 +34,8 @@ struct Splits33Large {
   static constexpr int x(int) { return 0; }
 };
 
-// R x T tiles of the result, rows of the weight x tokens, in registers 0 to 3.
+// A register tile of R x T tiles of the result, rows of the weight x tokens. The eight tile registers:
+//   0..3  sums     4..6 (or 4, 5)  rows of the weight     6, 7 (or 7)  tokens
 template <int R, int T>
 struct Block {
   static constexpr int left(int r) { return 4 + r % (R > 2 ? 3 : 2); }

@@ -1,5 +1,5 @@
-// Rows of up to 5 bits whose groups fill tiles, as parts of bfloat16 (see amx/splits.h): what the codes of a group stand for is
-// split once, into a table of 32 words for each part, and codes look their words up.
+// Rows of up to 5 bits whose groups fill tiles, as bf16 splits (see amx/splits.h). The number of each code is split once for a
+// group, into a table of 32 words for each split; codes then look their words up.
 #pragma once
 #include <array>
 

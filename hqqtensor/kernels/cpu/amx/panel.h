@@ -15,7 +15,7 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kMinRowsForAmx = 16;  // from here on: a tile of fewer takes as long
+constexpr int64_t kMinRowsForAmx = 16;  // M from which AMX is used: a tile of fewer tokens takes as long
 constexpr int64_t kPanelChunks = 8;     // of 64 columns at a time: 16 KiB for each digit of a code
 
 // True where groups are chunks, or long enough parts of them: a product costs the same for 8 columns as for 64.
@@ -50,7 +50,7 @@ struct AmxTile {
   int32_t* level_sums;  // [2][3][16][16]
 };
 
-// Sums of row r: its levels put together.
+// The sums of row r over all levels.
 template <int L, int SHIFT>
 inline __attribute__((always_inline)) __m512 tile_sum(const int32_t* level_sums, int r) {
   return combine_levels<L, SHIFT>(

@@ -1,5 +1,12 @@
-// Numbers as parts of bfloat16 for amx/dense.h: hi + lo, hi + mid + lo. A tile has 32 columns of 16 rows, or of 16 tokens; a
-// lane of 32 bits is column i, then i + 16.
+// Numbers as bf16 splits for amx/dense.h: a float32 is the sum of two or three numbers of bfloat16, hi + lo or hi + mid + lo.
+//
+//   one tile of the weight: 16 rows x 32 columns of one split = 1024 bytes; dword i of a row holds, i = 0..15,
+//     bits 0..15   column i
+//     bits 16..31  column i + 16
+//   one tile of the activations is such a tile transposed: row i has dword i of 16 tokens
+//
+//   panel of the weight  [16 rows each][steps of 32 columns][splits] tiles
+//   packed activations   [16 tokens each][steps of 32 columns][splits] tiles
 #pragma once
 #include "amx/target.h"
 #include "avx512/transpose.h"

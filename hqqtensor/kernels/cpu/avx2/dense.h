@@ -1,6 +1,9 @@
-// y = x W^T in float32, AVX2: codes of a panel of rows, turned so that lanes are rows, become dense numbers column by
-// column, in L1, and are multiplied with all tokens. Exact activations of several tokens and more, and whatever integers
-// cannot stand for: every format, group size and axis.
+// y = x W^T in float32, AVX2: the codes of a panel of rows are transposed so that lanes are rows, dequantized column by column
+// in the first level of cache, and multiplied with all tokens. For exact activations of several tokens and more, and for every
+// format, group size and axis that integer kernels do not serve.
+//
+//   dequantized panel  [2 pairs][kDenseDepth columns][16 rows]     a pair is 16 rows: two vectors
+//   packed tokens      [6 tokens each][K][tokens of the tile]
 #pragma once
 #include <utility>
 
@@ -61,7 +64,7 @@ inline DenseRun pick_dense(int64_t pairs, int64_t tokens, int64_t* taken) {
   return (*taken == 2 ? two : one)[tokens - 1];
 }
 
-// What turns codes, one in each lane, into numbers before scaling.
+// The numbers of 8 codes, one in each lane, before scaling.
 struct PlainCodes {
   explicit PlainCodes(const Weight&, const int64_t*) {}
   Floats operator()(__m256i codes) const { return _mm256_cvtepi32_ps(codes); }

@@ -1,4 +1,4 @@
-// y = x W^T with integers for several tokens and more, AVX2: a panel of rows is turned so that lanes are rows, sums stay
+// y = x W^T with integers for several tokens and more, AVX2: a panel of rows is transposed so that lanes are rows, sums stay
 // integers over a whole group, and scaling costs one multiplication for each group and token.
 //   - Activations of 16 bits (16-bit floats; 8-bit ones where codes have more than 6 bits) meet codes of 16 bits:
 //     vpmaddwd adds 2 of the 4 codes that each of 4 rows has in a vector.
@@ -15,7 +15,7 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns turned at a time
+constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns transposed at a time
 constexpr int kTileTokens = 6;                                       // 12 of 16 registers hold their sums
 
 inline bool int16_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }

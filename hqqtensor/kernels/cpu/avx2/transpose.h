@@ -1,5 +1,10 @@
-// AVX2: rows turned into lanes. 8 rows fill a vector, each with 4 codes (bytes) that follow one another or one float,
-// so that products of many tokens with a panel of rows need no sums across lanes.
+// AVX2: transposes that make rows of the weight lanes, so that products of many tokens with a panel of rows need no sums across
+// lanes. A vector has 8 rows, each with one float or with 4 neighbouring codes (a quad).
+//
+//   one vector of codes, 32 bytes: quad q of rows 8 v .. 8 v + 7       WIDE: as integers of 16 bits, in two vectors
+//     byte        0   1    2    3     4  ..  7   ...   28 .. 31          first   rows 8 v + 0, 1, 4, 5
+//     row               8 v            8 v + 1   ...    8 v + 7          second  rows 8 v + 2, 3, 6, 7
+//     column  4 q   +1   +2   +3
 #pragma once
 #include <utility>
 

@@ -1,9 +1,14 @@
-// y = x W^T for several tokens and more, AVX-512 with VNNI: a panel of 32 rows is turned so that the lanes of a vector
-// are rows, each with 4 codes that follow one another. A dot-product instruction then adds 4 codes of 16 rows times one
-// token's 4 activations (a broadcast from memory), and sums stay integers over a whole group: scaling costs one
-// multiplication for each group and token where linear_rows pays for each chunk of each row.
+// y = x W^T for several tokens and more, AVX-512 with VNNI: a panel of 32 rows is transposed so that the lanes of a vector are
+// rows, each with 4 neighbouring codes (a quad). A dot-product instruction then adds 4 codes of 16 rows times one token's 4
+// activations (a broadcast from memory), and sums stay integers over a whole group: scaling costs one multiplication for each
+// group and token where linear_rows pays for each chunk of each row.
 //
-//   packed rows -> 16 x 16 bytes turned -> planes shifted and masked -> panel [K / 4][digits of a code][2][16 rows][4]
+//   packed rows -> dwords of 16 rows transposed -> planes shifted and masked -> panel [K / 4][digits of a code][2][16 rows][4]
+//
+//   one vector of the panel, 64 bytes: quad q of rows 16 h .. 16 h + 15
+//     byte        0   1    2    3     4   5    6    7      ...   60  61   62   63
+//     row              16 h                16 h + 1        ...        16 h + 15
+//     column  4 q   +1   +2   +3    4 q   +1   +2   +3     ...  4 q   +1   +2   +3
 #pragma once
 #include <utility>
 
@@ -14,7 +19,7 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kPanelDepth = 512;  // columns turned at a time: 16 KiB for each digit of a code
+constexpr int64_t kPanelDepth = 512;  // columns transposed at a time: 16 KiB for each digit of a code
 constexpr int64_t kPanelQuads = kPanelDepth / 4;
 
 template <int NB, bool TABLE, int... J>

@@ -1,4 +1,9 @@
-// What panels of 32 rows have in common, AVX-512: matrices of 16 x 16 dwords turned, lines fetched ahead, results stored.
+// What the panels of AVX-512 and AMX share: transposes of dwords, and sums of several levels as floats.
+//
+//   a transpose of 16 rows: dword i of row l becomes lane l of vector i
+//     row 0   a0 a1 a2 ...          vector 0   a0 b0 c0 ...
+//     row 1   b0 b1 b2 ...    ->    vector 1   a1 b1 c1 ...
+//     row 2   c0 c1 c2 ...          vector 2   a2 b2 c2 ...
 #pragma once
 #include "avx512/target.h"
 #include "generic/panel.h"
@@ -35,7 +40,7 @@ inline void transpose_floats(const float* in, int64_t in_stride, float* out) {
   }
 }
 
-// 16 x 16 numbers of 32 bits, rows to columns.
+// 16 x 16 dwords in registers: dword i of r[l] becomes lane l of r[i].
 inline void transpose16x16(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {

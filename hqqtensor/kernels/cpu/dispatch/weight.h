@@ -46,7 +46,11 @@ struct Table {
   alignas(16) uint8_t digits[3][16];
 };
 
-// A packed weight [N, K].
+// A packed weight [N, K]. A row is a run of blocks of 128 codes, the last one shorter. A block has planes of 4, 2 and 1 bits
+// that add up to the width (8 bits are one plane), the lowest bits of the codes first:
+//   4 bits, 64 bytes: byte i holds     3 bits, 32 + 16 bytes: byte i of the first 32 and of the next 16 hold
+//     bits 0..3  code i                  bits 2 f, 2 f + 1  bits 0, 1 of code i + 32 f     f = 0..3
+//     bits 4..7  code i + 64             bit f              bit 2 of code i + 16 f         f = 0..7
 //   axis 1: scale and zero are [N, groups];  column k belongs to group k / group_size
 //   axis 0: scale and zero are [groups, K];  row n belongs to group n % groups
 struct Weight {

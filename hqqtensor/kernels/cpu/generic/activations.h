@@ -1,4 +1,5 @@
-// Activations as integers (struct QuantizedActivations): what they are multiplied with before, how fine they are, how they lie.
+// Quantizes activations to integers (struct QuantizedActivations): the scale applied first, the number of digits, and the
+// memory layout.
 #pragma once
 #include "generic/rows.h"
 
@@ -114,7 +115,7 @@ void reorder_for_gemv(const Weight& w, int64_t m, const QuantizedActivations& d)
   }
 }
 
-// f(first, count, floats) for each piece of a row of K numbers: these, or, where they end within a chunk, a copy in `room`
+// f(first, count, floats) for each piece of a row of K numbers: these, or, where they end within a chunk, a copy in `buffer`
 // with zeros behind. False as soon as f is.
 template <class F>
 bool for_each_piece(const float* x, int64_t K, float* buffer, F f) {

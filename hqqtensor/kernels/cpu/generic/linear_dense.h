@@ -1,5 +1,5 @@
 // y = x W^T for many rows of x: a panel of weight rows is made dense in cache and used for all of x.
-// Also serves groups that do not line up with lanes, and activations that integers cannot stand for.
+// Also serves groups that do not line up with lanes, and activations that cannot be quantized to integers.
 #pragma once
 #include "generic/rows.h"
 

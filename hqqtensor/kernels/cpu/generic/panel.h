@@ -78,7 +78,7 @@ int64_t panel_segments(const Weight& w, int64_t k, int64_t depth, int64_t longes
 }
 
 // Scales times `unit`, and what the sums of x are multiplied with to take zero points out: minus scale times zero point, or
-// times `offset` where the format has a table. Both [groups] of a row, with room for padded(groups).
+// times `offset` where the format has a table. Both have [groups] numbers and space for padded(groups).
 void scale_and_shift(const Weight& w, int64_t row, float unit, float offset, float* scale, float* shift) {
   load_values(w.scale, row, 0, w.groups, scale);
   if (w.zero.data) load_values(w.zero, row, 0, w.groups, shift);

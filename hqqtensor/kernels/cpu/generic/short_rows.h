@@ -93,7 +93,7 @@ void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* 
   }
 }
 
-// `line`: room for K floats.
+// line: scratch memory for K floats.
 void dequantize_rows(const Weight& w, int64_t first, int64_t last, DType type, char* out, int64_t stride, float* line) {
   if (short_rows_serve(w))
     return with_nbits(w.nbits, [&](auto nb) { short_rows<nb.value>(w, first, last, type, out, stride); });

@@ -38,7 +38,7 @@ struct Scales {
       bottom = f_fma(t, t, bottom);
     }
     better = f_div(top, bottom);
-    // All codes zero, or a scale that turned round: the regression says nothing, keep what was.
+    // All codes are zero, or the scale changed its sign: the regression says nothing, so the old scale stays.
     better = f_pick(f_sub(f_zero(), f_mul(better, s)), better, s);
     return error;
   }
