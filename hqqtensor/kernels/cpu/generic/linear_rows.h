@@ -25,123 +25,97 @@ struct Tile {
   const float* step[kGemvTokens];  // where quads have scales, of each chunk
 };
 
-// One product of a tile: NB bits of a code, D digits of an activation, DW of a number of a table, T tokens. The sums are a
-// local variable of `run` and passed on: as a member they would not stay in registers.
+// DW: digits of a table.
 template <int NB, int D, int DW, int T, ScaleOf BY>
-struct TileProduct {
-  static constexpr int W = DW ? DW : 1;
-  static constexpr bool wide = Wide<NB>::serve && DW == 0 && BY == ScaleOf::chunk, pairs = Pairs<NB>::serve && !wide;
-  using Sums = Acc[kGemvRows][T];
-  using RowCodes = Codes[kGemvRows][2 * W];
-
-  const Tile& tile;
-  int64_t per_chunk;
-  const LaneScales& lanes;
-
-  // What codes stand for: they themselves, or the digits of their numbers.
-  inline __attribute__((always_inline)) void numbers(Codes c, Codes* out) const {
+void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
+  const int64_t blocks = K / 128, tail = K % 128;
+  Acc acc[kGemvRows][T] = {};
+  constexpr int W = DW ? DW : 1;
+  const auto half = [&](int64_t chunk, const Codes(*codes)[2 * W]) __attribute__((always_inline)) {
+    for (int t = 0; t < T; ++t) {
+      const ChunkDigits x = load_chunk_digits<D>(tile.x[t] + chunk * D * 64);
+      for (int r = 0; r < kGemvRows; ++r) {
+        const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? chunk * per_chunk : chunk);
+        if constexpr (BY == ScaleOf::quads) {
+          add_chunk_quads<NB, D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->chunk_first(chunk),
+                                     tile.quads->chunk_index(chunk), tile.step[t][chunk]);
+        } else if constexpr (BY == ScaleOf::lanes)
+          add_chunk_lanes<NB, D, DW>(acc[r][t], codes[r], x, s, lanes);
+        else
+          add_chunk<NB, D, DW>(acc[r][t], codes[r], x, s);
+      }
+    }
+  };
+  const auto numbers = [&](Codes c, Codes* out) __attribute__((always_inline)) {
     if constexpr (DW == 0)
       out[0] = c;
     else
       for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
-  }
-
-  inline __attribute__((always_inline)) void prefetch_block(int64_t b) const {
+  };
+  const auto prefetch_block = [&](int64_t b) __attribute__((always_inline)) {
     if (tile.prefetch_from) {
       for (int i = 0; i < kGemvRows * NB / 4; ++i) prefetch(tile.prefetch_from + (b * (kGemvRows * NB / 4) + i) * 64);
     } else if (NB >= 4 || (b * 16 * NB & 63) < 16 * NB) {  // once for each line
       for (int r = 0; r < kGemvRows; ++r)
         for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.prefetch_distance + 16 * i);
     }
+  };
+  constexpr bool wide = Wide<NB>::serve && DW == 0 && BY == ScaleOf::chunk, pairs = Pairs<NB>::serve && !wide;
+  int64_t done = 0;
+  if constexpr (wide) {
+    done = blocks / Wide<NB>::blocks * Wide<NB>::blocks;
+    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], prefetch_block);
   }
-
-  inline __attribute__((always_inline)) void add_half(int64_t chunk, const RowCodes& codes, Sums& acc) const {
-    for (int t = 0; t < T; ++t) {
-      const ChunkDigits x = load_chunk_digits<D>(tile.x[t] + chunk * D * 64);
+  Codes codes[kGemvRows][2 * W];
+  for (int64_t b = done; b < blocks; ++b) {
+    prefetch_block(b);
+    if constexpr (pairs) {
       for (int r = 0; r < kGemvRows; ++r) {
-        const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? chunk * per_chunk : chunk);
-        if constexpr (BY == ScaleOf::quads)
-          add_chunk_quads<NB, D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->chunk_first(chunk),
-                                     tile.quads->chunk_index(chunk), tile.step[t][chunk]);
-        else if constexpr (BY == ScaleOf::lanes)
-          add_chunk_lanes<NB, D, DW>(acc[r][t], codes[r], x, s, lanes);
-        else
-          add_chunk<NB, D, DW>(acc[r][t], codes[r], x, s);
+        const uint8_t* p = tile.rows[r] + b * 16 * NB;
+        Codes first, second;
+        Pairs<NB>::template decode<codes_in_place(D, DW > 0)>(p, first, second);
+        numbers(first, codes[r]);
+        numbers(second, codes[r] + W);
       }
-    }
-  }
-
-  // Block b as two chunks.
-  inline __attribute__((always_inline)) void add_block(int64_t b, RowCodes& codes, Sums& acc) const {
-    for (int r = 0; r < kGemvRows; ++r) numbers(decode<NB, 0>(tile.rows[r] + b * 16 * NB), codes[r]);
-    add_half(2 * b, codes, acc);
-    for (int r = 0; r < kGemvRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
-    add_half(2 * b + 1, codes, acc);
-  }
-
-  // Block b at once.
-  inline __attribute__((always_inline)) void add_pair(int64_t b, RowCodes& codes, Sums& acc) const {
-    for (int r = 0; r < kGemvRows; ++r) {
-      Codes first, second;
-      Pairs<NB>::template decode<codes_in_place(D, DW > 0)>(tile.rows[r] + b * 16 * NB, first, second);
-      numbers(first, codes[r]);
-      numbers(second, codes[r] + W);
-    }
-    for (int t = 0; t < T; ++t) {
-      const int8_t* at = tile.x[t] + b * D * 128;
-      const ChunkDigits x[2] = {load_chunk_digits<D>(at), load_chunk_digits<D>(at + D * 64)};
-      if constexpr (BY == ScaleOf::quads) {
-        for (int r = 0; r < kGemvRows; ++r)
-          Pairs<NB>::template add_quads<D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->first[b],
-                                               tile.quads->index + 32 * b, tile.step[t] + 2 * b);
-        continue;
+      for (int t = 0; t < T; ++t) {
+        const int8_t* at = tile.x[t] + b * D * 128;
+        const ChunkDigits x[2] = {load_chunk_digits<D>(at), load_chunk_digits<D>(at + D * 64)};
+        if constexpr (BY == ScaleOf::quads) {
+          for (int r = 0; r < kGemvRows; ++r)
+            Pairs<NB>::template add_quads<D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->first[b],
+                                                 tile.quads->index + 32 * b, tile.step[t] + 2 * b);
+          continue;
+        }
+        for (int r = 0; r < kGemvRows; ++r) {
+          const typename Pairs<NB>::Sums sum = Pairs<NB>::template dot<D, DW>(codes[r], x);
+          const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? 2 * b * per_chunk : 2 * b);
+          if constexpr (BY == ScaleOf::lanes)
+            Pairs<NB>::add_lanes(acc[r][t], sum, s, lanes);
+          else
+            Pairs<NB>::add(acc[r][t], sum, s);
+        }
       }
+    } else {
       for (int r = 0; r < kGemvRows; ++r) {
-        const typename Pairs<NB>::Sums sum = Pairs<NB>::template dot<D, DW>(codes[r], x);
-        const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? 2 * b * per_chunk : 2 * b);
-        if constexpr (BY == ScaleOf::lanes)
-          Pairs<NB>::add_lanes(acc[r][t], sum, s, lanes);
-        else
-          Pairs<NB>::add(acc[r][t], sum, s);
+        const uint8_t* p = tile.rows[r] + b * 16 * NB;
+        numbers(decode<NB, 0>(p), codes[r]);
       }
+      half(2 * b, codes);
+      for (int r = 0; r < kGemvRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
+      half(2 * b + 1, codes);
     }
   }
-
-  // The last `tail` codes of each row, which follow `blocks` whole blocks.
-  inline __attribute__((always_inline)) void add_tail(int64_t blocks, int64_t tail, RowCodes& codes, Sums& acc) const {
+  if constexpr (pairs && codes_in_place(D, DW > 0))
+    for (int r = 0; r < kGemvRows; ++r)
+      for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
+  if (tail) {
     uint8_t unpacked[kGemvRows][128];
     for (int r = 0; r < kGemvRows; ++r) unpack_tail(tile.rows[r] + blocks * 16 * NB, NB, (tail + 7) / 8 * 8, unpacked[r]);
     for (int h = 0; h < (tail > 64 ? 2 : 1); ++h) {
       for (int r = 0; r < kGemvRows; ++r) numbers(load_codes(unpacked[r] + 64 * h), codes[r]);
-      add_half(2 * blocks + h, codes, acc);
+      half(2 * blocks + h, codes);
     }
   }
-};
-
-template <int NB, int D, int DW, int T, ScaleOf BY>
-void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
-  using Product = TileProduct<NB, D, DW, T, BY>;
-  const Product product{tile, per_chunk, lanes};
-  const int64_t blocks = K / 128, tail = K % 128;
-  typename Product::Sums acc = {};
-  typename Product::RowCodes codes;
-  int64_t done = 0;
-  if constexpr (Product::wide) {
-    done = blocks / Wide<NB>::blocks * Wide<NB>::blocks;
-    const auto prefetch_block = [&](int64_t b) __attribute__((always_inline)) { product.prefetch_block(b); };
-    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], prefetch_block);
-  }
-  for (int64_t b = done; b < blocks; ++b) {
-    product.prefetch_block(b);
-    if constexpr (Product::pairs)
-      product.add_pair(b, codes, acc);
-    else
-      product.add_block(b, codes, acc);
-  }
-  if constexpr (Product::pairs && codes_in_place(D, DW > 0))
-    for (int r = 0; r < kGemvRows; ++r)
-      for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
-  if (tail) product.add_tail(blocks, tail, codes, acc);
   acc_sums(acc, tile.start, tile.out);
 }
 
