@@ -190,6 +190,8 @@ class HQQTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
+        if not self.in_features:  # an empty slice has no codes to decode
+            return self.qdata.new_empty(self.shape, dtype=dtype)
         packed = self.operand()
         if packed.qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see meta_from_encoded
             packed = packed._replace(qdata=pack(unpack_meta(packed.qdata, self.in_features), self.nbits))
