@@ -63,6 +63,7 @@ test-torch: $(STAMP)
 	$(PYTHON) -m venv build/torch-$(TORCH)
 	build/torch-$(TORCH)/bin/pip install -q $(TORCH_INDEX) torch==$(TORCH)
 	grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt | build/torch-$(TORCH)/bin/pip install -q --no-deps -r /dev/stdin
+	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
 # All kernels compiled by clang (zig's), and their tests.

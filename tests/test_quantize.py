@@ -48,6 +48,8 @@ LAYER_SETTINGS = r"must be None or a dict of \['nbits', 'group_size', .*'rotatio
         ({"group_size": 0}, "group_size must be a positive integer or None, got 0"),
         ({"group_size": -64}, "group_size must be a positive integer or None, got -64"),
         ({"axis": 2}, r"axis must be 0 \(along out_features\) or 1 \(along in_features\), got 2"),
+        ({"format": []}, r"format must be one of .*, got \[\]"),
+        ({"solver": []}, r"solver must be one of .*, got \[\]"),
         ({"solver": "magic"}, r"solver must be one of \[.*'hqq', 'hqq_joint', .*'rtn'.*\], got 'magic'"),
         ({"format": "float5"}, r"format must be one of \[.*'fp4', 'fp6', 'fp8', 'int', 'nf4'\], got 'float5'"),
         ({"bits": 4}, r"unknown HqqConfig options \['bits'\]; options are \['nbits', 'group_size', "),

@@ -14,7 +14,7 @@ from hqqtensor.selection import Choice
 def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
     """ValueError naming the layer for settings that calibration does not serve, or inputs of another size."""
     for choice in choices:
-        full, weight = choice.names[0], choice.weight
+        full, weight = _calibrated_name(choice, calibration), choice.weight
         name = _module(full)
         if name in calibration.moments:
             check_calibrated(choice.settings, full, calibration.mode)
@@ -23,7 +23,7 @@ def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
                     f"{full}: calibrated on {len(calibration.moments[name])} inputs, the weight has "
                     f"{weight.shape[-1]}; calibrate this model"
                 )
-    if not any(_module(choice.names[0]) in calibration.moments for choice in choices):
+    if not any(_module(_calibrated_name(choice, calibration)) in calibration.moments for choice in choices):
         raise ValueError("the calibration has none of the layers to quantize; calibrate this model")
 
 
@@ -39,7 +39,7 @@ def quantize_calibrated(
     input), in a model whose earlier stages are quantized already, and one ``[K, K]`` matrix is in memory at a time. The
     model is left as it was, whatever ends the work. ValueError naming the layer where its scales cannot be stored.
     """
-    by_module = {_module(choice.names[0]): choice for choice in choices}
+    by_module = {_module(_calibrated_name(choice, calibration)): choice for choice in choices}
     quantized_by_id: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, nn.Parameter]] = []
     try:
@@ -51,7 +51,7 @@ def quantize_calibrated(
             if calibration.mode == "full":
                 full_moments = _second_moments(model, names[0], calibration)
             for name in names:
-                full, weight = by_module[name].names[0], by_module[name].weight
+                full, weight = _calibrated_name(by_module[name], calibration), by_module[name].weight
                 moments = calibration.moments[name] if full_moments is None else full_moments
                 try:
                     quantized = from_calibrated(weight, by_module[name].settings, moments.to(weight.device))
@@ -86,6 +86,11 @@ def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> Te
     watch(model, [name], calibration.batches, add, stop=calibration.called_once)
     assert total is not None
     return total / max(1, count)
+
+
+def _calibrated_name(choice: Choice, calibration: Calibration) -> str:
+    """The weight's name in a module that was calibrated, else its first: a tied embedding may come before lm_head."""
+    return next((name for name in choice.names if _module(name) in calibration.moments), choice.names[0])
 
 
 def _module(full: str) -> str:

@@ -1,7 +1,6 @@
 """``hqqtensor convert``: checkpoints of hqq, GPTQ, AWQ and GGUF in, hqqtensor's layout out; or out to others."""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         save_state(state, work, aliases, sorted(hidden), args.max_shard_size, torchao=args.to == "vllm")
         if args.config is not None or args.src.is_dir():
             model_dir.copy_companions(args.config or args.src, work)
-        (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        model_dir.write_config(work, settings, next(iter(weights.values())).dtype)
     size = sum(file.stat().st_size for file in args.dst.glob("*.safetensors"))
     if args.json:
         print_json({"dst": str(args.dst), "layout": args.to, "quantized_weights": len(weights), "bytes": size})

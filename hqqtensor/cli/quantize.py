@@ -1,7 +1,6 @@
 """``hqqtensor quantize``: a Hugging Face model directory in, a quantized one out."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     with writing(out), model_dir.written_at_once(out) as work:
         save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
         model_dir.copy_companions(source, work)
-        (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        model_dir.write_config(work, settings, next(model.parameters()).dtype)
     report(out, before, model_size(model), seconds, config, args.json)
     return 0
 

@@ -36,6 +36,21 @@ def test_quantize_writes_what_quantize_in_a_process_gives(tiny: Path, tmp_path: 
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_the_dtype_of_a_model_whose_config_names_none(tiny: Path, tmp_path: Path, dtype) -> None:
+    source = tmp_path / "source"
+    transformers.LlamaForCausalLM.from_pretrained(tiny, dtype=dtype).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert run("quantize", source, tmp_path / "quantized") == 0
+    assert run("convert", tmp_path / "quantized", tmp_path / "converted") == 0
+    for directory in (source, tmp_path / "quantized", tmp_path / "converted"):
+        for asked in (None, "auto"):  # scales are float16, and the first tensors of the file
+            model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=asked)
+            assert model.dtype == model.lm_head.weight.dtype == dtype
+
+
 def test_skip_replaces_the_modules_left_alone(tiny: Path, tmp_path: Path) -> None:
     assert run("quantize", tiny, tmp_path / "out", "--skip", "mlp", "--quant-metadata", "--json") == 0
     model = model_dir.open_quantized(tmp_path / "out")
