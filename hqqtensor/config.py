@@ -278,7 +278,7 @@ class HqqConfig(AOBaseConfig):
         return cls(**data)
 
 
-def hqq_weight_only(nbits: int = 4, group_size: int | None | Literal["auto"] = "auto", **options: Any) -> HqqConfig:
+def hqq_weight_only(nbits: int = 4, group_size: int | Literal["auto"] | None = "auto", **options: Any) -> HqqConfig:
     """``HqqConfig(nbits, group_size, **options)``; an unknown option raises ValueError."""
     return HqqConfig.from_dict({"nbits": nbits, "group_size": group_size, **options})
 

@@ -46,6 +46,8 @@ class HqqStoredConfig(AOBaseConfig):
     activation: str = "float"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.group_size, int):  # nothing is chosen here: the file has the groups
+            raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
         HqqConfig(**dataclasses.asdict(self))
 
 
@@ -146,7 +148,7 @@ def _stored_config(name: str, tensor: HQQTensor) -> HqqStoredConfig:
         "a weight that is no matrix": tensor.ndim != 2,
         "a transposed weight": tensor.transposed,
         "axis 0, whose groups run across rows": tensor.axis != 1,
-        "quantized scales or zero points": tensor.nested,
+        "quantized scales or zero points (quantize with group_size=64, or another number)": tensor.nested,
         "a learned codebook": tensor.codebook is not None,
         "act_pre_scale": tensor.act_pre_scale is not None,
     }

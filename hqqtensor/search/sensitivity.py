@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqqtensor.config import HqqConfig
+from hqqtensor.config import PLAIN_GROUP_SIZE, HqqConfig
 from hqqtensor.forward import comparable_output, evaluating
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.stored import VERSION, read_sensitivities
@@ -86,7 +86,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure each layer that ``quantize_(model, config)`` would take; the model is left as it was.
 
-    config: what all candidates share (solver, skip_modules, ...). batches: None to look at weights only, else
+    config: what all candidates share (solver, skip_modules, ...); layers that its embedding_nbits serves are left out.
+        batches: None to look at weights only, else
         batches (mappings, tuples or tensors) whose outputs are compared: of text, or of ``random_tokens`` where there
         is none. Their outputs are kept in memory: a few thousand tokens serve.
     file: results are written there after each layer, and layers already in it, measured on the same weights and
@@ -95,7 +96,7 @@ def measure_sensitivity(
     ValueError for a layer that no candidate fits or a ``file`` that is damaged or of another model (both before any is
     measured), for outputs without logits, and for outputs that are not finite.
     """
-    config = config or HqqConfig()
+    config = shared_config(config)
     if config.dynamic_config:
         raise ValueError("the search chooses the settings of all layers: leave dynamic_config out, use skip_modules")
     configs = candidate_configs(config, candidates)
@@ -140,9 +141,14 @@ def random_tokens(vocabulary: int, length: int = 256, count: int = 8, seed: int 
     return [{"input_ids": torch.randint(0, vocabulary, (count, length), generator=generator)}]
 
 
+def shared_config(config: HqqConfig | None) -> HqqConfig:
+    """What candidates share; by default plain scales, so that a candidate that does not name 4-bit ones has none."""
+    return config or HqqConfig(group_size=PLAIN_GROUP_SIZE)
+
+
 def candidate_configs(config: HqqConfig, candidates: Sequence[dict[str, Any]]) -> list[HqqConfig]:
     """``config`` with the settings of each candidate; ValueError for settings that HqqConfig refuses."""
-    shared = {k: v for k, v in config.to_dict().items() if k != "dynamic_config"}
+    shared = {k: v for k, v in config.to_dict().items() if k not in ("dynamic_config", "embedding_nbits")}
     return [HqqConfig.from_dict({**shared, **candidate}) for candidate in candidates]
 
 
