@@ -138,7 +138,8 @@ def choose_config(
     loss = sum(each[k][1] for each, k in zip(options, best, strict=True))
     candidates = [sensitivity.candidates[each[k]] for each, k in zip(usable, best, strict=True)]
     counts = Counter(_label(candidate) for candidate in candidates)
-    layer_config = dataclasses.replace(config, dynamic_config=_tags(model, list(weights.values()), candidates))
+    tags = {**(config.dynamic_config or {}), **_tags(model, list(weights.values()), candidates)}
+    layer_config = dataclasses.replace(config, dynamic_config=tags)
     return Choice(layer_config, nbytes, 8 * nbytes / target.weights, loss, dict(sorted(counts.items())))
 
 

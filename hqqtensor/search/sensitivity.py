@@ -97,8 +97,11 @@ def measure_sensitivity(
     measured), for outputs without logits, and for outputs that are not finite.
     """
     config = shared_config(config)
-    if config.dynamic_config:
-        raise ValueError("the search chooses the settings of all layers: leave dynamic_config out, use skip_modules")
+    if any(entry is not None for entry in (config.dynamic_config or {}).values()):
+        raise ValueError(
+            "the search chooses the settings of all layers: dynamic_config may only leave some dense (None), as "
+            "skip_modules does"
+        )
     configs = candidate_configs(config, candidates)
     weights = selected_weights(model, config)
     for name, weight in weights.items():
