@@ -110,13 +110,13 @@ class HqqConfig(AOBaseConfig):
             for name, value in _from_hqq_params(self.weight_quant_params).items():
                 setattr(self, name, value)
             self.weight_quant_params = None
-        given = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        self._given_groups = {name: getattr(self, name) for name in _GROUP_FIELDS}
         self._choose_groups()
         for name in _DTYPE_FIELDS:
             setattr(self, name, _as_dtype(name, getattr(self, name)))
         self._check()
         if self.dynamic_config is not None:
-            self.dynamic_config = {tag: self._with_groups(tag, given) for tag in self.dynamic_config}
+            self.dynamic_config = {tag: self._with_groups(tag) for tag in self.dynamic_config}
 
     def _choose_groups(self) -> None:
         """Put numbers in the place of "auto" and None."""
@@ -135,11 +135,9 @@ class HqqConfig(AOBaseConfig):
         wanted = self.quant_scale is not False and self.quant_zero is not False and self.meta_nbits in (None, 4)
         return wanted and self.format == "int" and self.axis == 1 and not self.integer_zero
 
-    def _with_groups(self, tag: str, given: dict[str, Any]) -> dict[str, Any] | None:
-        """The entry of ``tag``, checked, with numbers for what is chosen for it rather than inherited.
-
-        given: the settings of other layers before "auto" was replaced.
-        """
+    def _with_groups(self, tag: str) -> dict[str, Any] | None:
+        """The entry of ``tag``, checked, with numbers for what is chosen for it rather than inherited."""
+        given = {name: getattr(self, name) for name in _LAYER_FIELDS} | self._given_groups
         entry, layer = (self.dynamic_config or {})[tag], self._for_entry(tag, given)
         if entry is None or layer is None or AUTO not in (given["group_size"], entry.get("group_size")):
             return entry
@@ -218,6 +216,13 @@ class HqqConfig(AOBaseConfig):
     def zero_nbits(self) -> int | None:
         """Bits of a stored zero point, None where it is a floating-point number."""
         return self.meta_nbits if self.quant_zero else None
+
+    def given_groups(self) -> dict[str, Any]:
+        """group_size, quant_scale, quant_zero and meta_nbits as they were given, "auto" and None included.
+
+        ``dataclasses.replace(config, nbits=8, **config.given_groups())`` chooses anew what was chosen for ``config``.
+        """
+        return dict(self._given_groups)
 
     def for_tag(self, tag: str | None) -> "HqqConfig | None":
         """Settings of the layers that ``tag`` names (None: of all others); None where they are not to be quantized.

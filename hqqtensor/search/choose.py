@@ -11,14 +11,7 @@ from torch import nn
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.search.knapsack import best_choice
-from hqqtensor.search.sensitivity import (
-    CANDIDATES,
-    Sensitivity,
-    candidate_configs,
-    check_fits,
-    fits,
-    shared_config,
-)
+from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, candidate_configs, check_fits, fits
 from hqqtensor.selection import choose, selected_weights
 from hqqtensor.stored_size import stored_bytes
 
@@ -93,7 +86,7 @@ def check_target(
     gives the smallest and the largest size that can be reached. Where a candidate leaves the dtype of its scales to
     the weight's numbers, float16 counts for the smallest size and float32 for the largest.
     """
-    config = shared_config(config)
+    config = config or HqqConfig()
     weights = selected_weights(model, config)
     target = _Target(model, config, weights, target_bpw, target_bytes)
     configs, smallest, largest = candidate_configs(config, candidates), 0, 0
@@ -119,7 +112,7 @@ def choose_config(
     of the two. ValueError for a budget that cannot be met (it names the smallest and the largest; ``check_target``
     tells before measuring) or a layer that was not measured.
     """
-    config = shared_config(config)
+    config = config or HqqConfig()
     weights = selected_weights(model, config)
     target = _Target(model, config, weights, target_bpw, target_bytes)
     missing = [name for name in weights if name not in sensitivity.layers]
@@ -139,7 +132,7 @@ def choose_config(
     candidates = [sensitivity.candidates[each[k]] for each, k in zip(usable, best, strict=True)]
     counts = Counter(_label(candidate) for candidate in candidates)
     tags = {**(config.dynamic_config or {}), **_tags(model, list(weights.values()), candidates)}
-    layer_config = dataclasses.replace(config, dynamic_config=tags)
+    layer_config = dataclasses.replace(config, dynamic_config=tags, **config.given_groups())
     return Choice(layer_config, nbytes, 8 * nbytes / target.weights, loss, dict(sorted(counts.items())))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqqtensor.config import PLAIN_GROUP_SIZE, HqqConfig
+from hqqtensor.config import HqqConfig
 from hqqtensor.forward import comparable_output, evaluating
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.stored import VERSION, read_sensitivities
@@ -96,7 +96,7 @@ def measure_sensitivity(
     ValueError for a layer that no candidate fits or a ``file`` that is damaged or of another model (both before any is
     measured), for outputs without logits, and for outputs that are not finite.
     """
-    config = shared_config(config)
+    config = config or HqqConfig()
     if any(entry is not None for entry in (config.dynamic_config or {}).values()):
         raise ValueError(
             "the search chooses the settings of all layers: dynamic_config may only leave some dense (None), as "
@@ -144,14 +144,14 @@ def random_tokens(vocabulary: int, length: int = 256, count: int = 8, seed: int 
     return [{"input_ids": torch.randint(0, vocabulary, (count, length), generator=generator)}]
 
 
-def shared_config(config: HqqConfig | None) -> HqqConfig:
-    """What candidates share; by default plain scales, so that a candidate that does not name 4-bit ones has none."""
-    return config or HqqConfig(group_size=PLAIN_GROUP_SIZE)
-
-
 def candidate_configs(config: HqqConfig, candidates: Sequence[dict[str, Any]]) -> list[HqqConfig]:
-    """``config`` with the settings of each candidate; ValueError for settings that HqqConfig refuses."""
+    """``config`` with the settings of each candidate; ValueError for settings that HqqConfig refuses.
+
+    A candidate is read as an entry of dynamic_config is: one with a group size has plain scales unless it, or what
+    ``config`` was made of, says otherwise.
+    """
     shared = {k: v for k, v in config.to_dict().items() if k not in ("dynamic_config", "embedding_nbits")}
+    shared |= config.given_groups()
     return [HqqConfig.from_dict({**shared, **candidate}) for candidate in candidates]
 
 
