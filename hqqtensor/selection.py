@@ -214,6 +214,12 @@ def output_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module is head or tag_matches(OUTPUT_LAYER, name)]
 
 
+def embeddings_and_output(model: nn.Module) -> set[str]:
+    """Names of all embeddings and of the output layer of a transformers model: what other libraries keep dense."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head} - {""}
+
+
 def _embeddings(model: nn.Module) -> set[nn.Module]:
     """The input embedding and the output layer, as far as they can be quantized."""
     get = getattr(model, "get_input_embeddings", None)
