@@ -89,7 +89,7 @@ def readme() -> str:
         "llama.cpp": "llama.cpp Q{}_K",
         "GPTQ, calibrated on text (paper)": "GPTQ {}-bit g64 (paper)",
         "**hqqtensor, `hqq_weight_only(bits, 64)`**": "hqqtensor {}-bit g64",
-        "**hqqtensor, groups of 20, 4-bit metadata**": GROUPS_20,
+        "**hqqtensor, `hqq_weight_only(bits)`: the default**": GROUPS_20,
         "**hqqtensor, groups of 32, calibrated on text**": TEXT,
     }
 

@@ -16,6 +16,7 @@ from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.diagnostics.table import megabytes
 from hqqtensor.integrations.vllm import for_vllm
 from hqqtensor.presets import BYTE_UNITS, parse_size
+from hqqtensor.selection import embeddings_and_output
 from hqqtensor.serialization.gguf_file import open_gguf
 from hqqtensor.serialization.gguf_llama import llama_config
 from hqqtensor.serialization.hqq_export import to_flat
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         state = {name: tensor for name, tensor in state.items() if name not in hidden}
         aliases, hidden = {}, set()
     if args.to == "hqq":
+        state = _for_hqq(state, settings)
+        weights = quantized_weights(state)
         settings["quantization_config"] = hqq_config(weights)
         state = to_flat(state)
     elif args.to == "vllm":
@@ -86,9 +89,24 @@ def _for_vllm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
     converted = for_vllm(model_dir.empty_model(settings), state, dtypes.get(name, torch.float16))
     if converted.made_dense:
-        names = ", ".join(converted.made_dense)
-        print(f"stored dense, since vLLM quantizes linear layers alone: {names}", file=sys.stderr)
+        _say_dense("vLLM", converted.made_dense)
     return converted.state, converted.quantization_config
+
+
+def _for_hqq(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``state`` with dense weights where ``embedding_nbits`` quantized them: hqq leaves these layers alone."""
+    entry = settings.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("embedding_nbits") is None:
+        return dict(state)
+    ends = embeddings_and_output(model_dir.empty_model(settings))
+    dense = {n: t.dequantize() for n, t in quantized_weights(state).items() if n.rpartition(".")[0] in ends}
+    if dense:
+        _say_dense("hqq", list(dense))
+    return {**state, **dense}
+
+
+def _say_dense(library: str, names: list[str]) -> None:
+    print(f"stored dense, since {library} quantizes linear layers alone: {', '.join(names)}", file=sys.stderr)
 
 
 def hqqtensor_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, Any]) -> dict[str, Any]:
