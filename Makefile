@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hqqtensor
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
 # One wheel for every Python from 3.11 and every torch that pyproject.toml allows, on Linux for x86-64; and the sdist.
 # The oldest C library that it runs on: torch itself needs a newer one.
@@ -62,6 +63,7 @@ test-torch: $(STAMP)
 	$(PYTHON) -m venv build/torch-$(TORCH)
 	build/torch-$(TORCH)/bin/pip install -q $(TORCH_INDEX) torch==$(TORCH)
 	grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt | build/torch-$(TORCH)/bin/pip install -q --no-deps -r /dev/stdin
+	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
 # All kernels compiled by clang (zig's), and their tests.
@@ -70,7 +72,7 @@ clang: $(STAMP)
 	  $(BIN)/python setup.py -q build --build-base build/clang --build-lib build/clang/lib
 	cd build/clang/lib && PYTHONPATH=. $(PYTEST) -p no:cacheprovider $(KERNEL_TESTS)
 
-# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the extension, on every instruction set here.
+# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.
 SANITIZED := build/sanitized
 sanitize: $(STAMP)
 	HQQTENSOR_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)

@@ -23,7 +23,7 @@ def config_for(nbits: int, **options: Any) -> HqqConfig:
         raise NotHere(f"HqqConfig has no {sorted(lacking)}")
     if options.get("format", "int") not in format_names():
         raise NotHere(f"no format {options['format']!r}")
-    return HqqConfig(nbits, **{"solver": "rtn", **options})
+    return HqqConfig(nbits, **{"solver": "rtn", "group_size": 64, **options})
 
 
 def label(nbits: int, dtype: str, options: dict[str, Any]) -> str:

@@ -1,8 +1,12 @@
 """``python -m benchmarks.two_builds --before DIR``: the rows of benchmarks.cpu_linear, two builds in one run.
 
 Each build runs in a process of its own, started in its own checkout with the extension built in place. Both quantize
-the same weights and then take turns, a few milliseconds each, the order changed from round to round. The table shows
-the median of the ratios of neighbouring turns, and whether the two builds gave the same bits.
+the same weights and then take turns, a few milliseconds each, the order changed from round to round. A pair of
+processes gives for each row the median of the ratios of neighbouring turns.
+
+A process keeps its weights where its memory happens to lie, which alone changes a row by up to 7 %. So there are
+several pairs, each of new processes; the table shows the median of their ratios, the smallest and the largest, and
+whether the two builds gave the same bits.
 """
 
 import argparse
@@ -16,8 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SETTLE, TURN = 12e-3, 15e-3
-"""Seconds of untimed and of timed runs in a turn; see ``benchmarks.timing``."""
+from benchmarks.timing import SETTLE, TURN  # a worker's are those of its own checkout
 
 
 def worker() -> None:
@@ -65,7 +68,7 @@ def worker() -> None:
 
 
 class Build:
-    """A process that runs ``worker`` in a checkout."""
+    """A process that runs ``worker`` in a checkout; it ends with the ``with`` block."""
 
     def __init__(self, directory: Path) -> None:
         env = {**os.environ, "PYTHONPATH": str(directory)}
@@ -73,6 +76,13 @@ class Build:
         self.process = subprocess.Popen(
             command, cwd=directory, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+
+    def __enter__(self) -> "Build":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
 
     def ask(self, **question: Any) -> Any:
         """The worker's answer; RuntimeError where it has ended."""
@@ -82,6 +92,10 @@ class Build:
         if not answer:
             raise RuntimeError(f"the worker of {self.process.args} ended with {self.process.wait()}")
         return json.loads(answer)
+
+
+Row = tuple[str, int, str]
+"""Shape, tokens and name of the contender."""
 
 
 def compare(before: Build, after: Build, name: str, M: int, rounds: int) -> dict[str, Any]:
@@ -96,13 +110,33 @@ def compare(before: Build, after: Build, name: str, M: int, rounds: int) -> dict
             seconds[build].append(answer["seconds"])
         ratios.append(answers[after]["seconds"] / answers[before]["seconds"])
     ms = [1e3 * statistics.median(seconds[build]) for build in (before, after)]
+    return {"before ms": ms[0], "after ms": ms[1], "ratio": statistics.median(ratios), "same": same}
+
+
+def compare_all(before: Build, after: Build, args: argparse.Namespace) -> dict[Row, dict[str, Any]]:
+    """Every row that both builds have, by one pair of processes."""
+    out = {}
+    for shape in args.shapes:
+        weights = {"weights": [int(n) for n in shape.split("x")], "tokens": args.tokens, "bits": args.bits}
+        names = [build.ask(**weights, quick=args.quick) for build in (before, after)]
+        for M in args.tokens:
+            for name in [n for n in names[1] if n in names[0]]:
+                out[shape, M, name] = compare(before, after, name, M, args.rounds)
+    return out
+
+
+def summary(row: Row, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all pairs of processes say of a row."""
+    ratios = [pair["ratio"] for pair in pairs]
+    shape, M, name = row
     return {
-        "name": name,
+        "shape": shape,
         "M": M,
-        "before ms": ms[0],
-        "after ms": ms[1],
-        "ratio": statistics.median(ratios),
-        "same": same,
+        "name": name,
+        **{key: statistics.median(pair[key] for pair in pairs) for key in ("before ms", "after ms", "ratio")},
+        "smallest": min(ratios),
+        "largest": max(ratios),
+        "same": all(pair["same"] for pair in pairs),
     }
 
 
@@ -113,9 +147,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shapes", nargs="+", default=["11008x4096"], metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128], metavar="M")
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5, 4, 3, 2, 1])
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--pairs", type=int, default=5, metavar="P", help="pairs of processes, at least 1")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of a row in each process")
     parser.add_argument("--quick", action="store_true", help="fewer settings, as in benchmarks.cpu_linear")
-    parser.add_argument("--limit", type=float, default=1.03, help="rows above it are measured once more, and named")
+    parser.add_argument("--limit", type=float, default=1.03, help="rows whose median is above it are named")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -124,21 +159,20 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         return []
     if args.before is None:
         parser.error("--before is needed")
-    before, after = Build(args.before.resolve()), Build(args.after.resolve())
-    rows = []
-    for shape in args.shapes:
-        weights = {"weights": [int(n) for n in shape.split("x")], "tokens": args.tokens, "bits": args.bits}
-        names = [build.ask(**weights, quick=args.quick) for build in (before, after)]
-        for M in args.tokens:
-            for name in [n for n in names[1] if n in names[0]]:
-                row = compare(before, after, name, M, args.rounds)
-                if row["ratio"] > args.limit:
-                    row = compare(before, after, name, M, 3 * args.rounds)
-                rows.append({"shape": shape, **row})
-                note = "" if row["same"] else "  other bits"
-                note += "  SLOWER" if row["ratio"] > args.limit else ""
-                times = f"{row['before ms']:9.3f} {row['after ms']:9.3f}  {row['ratio']:.3f}"
-                print(f"{shape:>12} M={M:<4} {name:<34} {times}{note}", flush=True)
+    if args.pairs < 1 or args.rounds < 1:
+        parser.error(f"--pairs and --rounds must be at least 1, got {args.pairs} and {args.rounds}")
+    found: list[dict[Row, dict[str, Any]]] = []
+    for pair in range(args.pairs):
+        with Build(args.before.resolve()) as before, Build(args.after.resolve()) as after:
+            found.append(compare_all(before, after, args))
+        print(f"pair {pair + 1} of {args.pairs}", file=sys.stderr, flush=True)
+    rows = [summary(row, [pair[row] for pair in found]) for row in found[0]]
+    for row in rows:
+        note = "" if row["same"] else "  other bits"
+        note += "  SLOWER" if row["ratio"] > args.limit else ""
+        ratios = f"{row['ratio']:.3f} ({row['smallest']:.3f} to {row['largest']:.3f})"
+        times = f"{row['before ms']:9.3f} {row['after ms']:9.3f}  {ratios}"
+        print(f"{row['shape']:>12} M={row['M']:<4} {row['name']:<34} {times}{note}")
     slower = sum(row["ratio"] > args.limit for row in rows)
     other = sum(not row["same"] for row in rows)
     median = statistics.median(row["ratio"] for row in rows)

@@ -29,7 +29,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def without_cache(model: nn.Module) -> Iterator[None]:
     """A transformers model keeps no keys and values within the block; other models are left alone."""
     config = getattr(model, "config", None)
-    if not hasattr(config, "use_cache"):
+    if config is None or not hasattr(config, "use_cache"):
         yield
         return
     old, config.use_cache = config.use_cache, False

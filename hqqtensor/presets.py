@@ -7,7 +7,8 @@ from torch import nn
 
 from hqqtensor.config import HqqConfig, hqq_weight_only
 from hqqtensor.formats import get_format
-from hqqtensor.stored_size import META_GROUP
+from hqqtensor.selection import choose
+from hqqtensor.stored_size import META_GROUP, stored_bytes
 
 
 class UnknownPresetError(KeyError):
@@ -29,6 +30,11 @@ class Presets(dict[str, HqqConfig]):
 
 PRESETS = Presets(
     {
+        "8": hqq_weight_only(8, embedding_nbits=8),
+        "6": hqq_weight_only(6, embedding_nbits=8),
+        "4": hqq_weight_only(4, embedding_nbits=8),
+        "3": hqq_weight_only(3, embedding_nbits=6),
+        "2": hqq_weight_only(2, embedding_nbits=6),
         "8/64": hqq_weight_only(8, 64),
         "4/64": hqq_weight_only(4, 64),
         "4/128": hqq_weight_only(4, 128),
@@ -38,14 +44,15 @@ PRESETS = Presets(
         "1/32": hqq_weight_only(1, 32),
     }
 )
-"""Presets named bits/group size; 2/16 stores its many scales and zero points in 4 bits."""
+"""Presets named by bits are the recommended settings, embedding and output layer included. Those named bits/group size
+have plain scales and leave both dense; 2/16 stores its many scales and zero points in 4 bits."""
 
 BYTE_UNITS: dict[str, float] = {
     "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
 }  # fmt: skip
 """Bytes of each unit of a size."""
 
-_BEST_FIRST = ("8/64", "4/64", "4/128", "3/64", "2/16", "2/64", "1/32")
+_BEST_FIRST = ("8", "6", "4", "3", "2", "1/32")
 
 
 @dataclass(frozen=True)
@@ -82,16 +89,17 @@ def get_optimal_quant_config(
 
     model_size_or_model: a model, a number of parameters, or text such as "7B". memory_budget: bytes, or text such
     as "6GB" or "4GiB"; None asks for the recommended preset: 8 bits below a billion parameters, where small
-    weights are cheap and small models are hurt most, else 4 bits. ValueError where nothing fits.
+    weights are cheap and small models are hurt most, else 4 bits. ValueError where nothing fits. The bytes of a model
+    are those of its weights with each preset; of a number, all parameters count as layers.
     """
-    count = (
-        sum(p.numel() for p in model_size_or_model.parameters())
-        if isinstance(model_size_or_model, nn.Module)
-        else parse_size(model_size_or_model, "model size", {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12})
-    )
-    sizes = {name: int(count * bits_per_weight(PRESETS[name]) / 8) for name in _BEST_FIRST}
+    if isinstance(model_size_or_model, nn.Module):
+        count: float = sum(p.numel() for p in model_size_or_model.parameters())
+        sizes = {name: _model_bytes(model_size_or_model, PRESETS[name]) for name in _BEST_FIRST}
+    else:
+        count = parse_size(model_size_or_model, "model size", {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12})
+        sizes = {name: int(count * bits_per_weight(PRESETS[name]) / 8) for name in _BEST_FIRST}
     if memory_budget is None:
-        name = "8/64" if count < 1e9 else "4/64"
+        name = "8" if count < 1e9 else "4"
         size = "under" if count < 1e9 else "at least"
         return OptimalConfig(name, PRESETS[name], sizes[name], f"recommended for {size} a billion parameters")
     budget = parse_size(memory_budget, "memory budget", BYTE_UNITS)
@@ -100,6 +108,13 @@ def get_optimal_quant_config(
             reason = f"the best preset within {budget / 1e9:.2f} GB for {count / 1e9:.3g} billion parameters"
             return OptimalConfig(name, PRESETS[name], sizes[name], reason)
     raise ValueError(f"no preset fits {budget / 1e9:.2f} GB: the smallest, 1/32, takes {sizes['1/32'] / 1e9:.2f} GB")
+
+
+def _model_bytes(model: nn.Module, config: HqqConfig) -> int:
+    """Bytes of the parameters of ``model`` after ``quantize_(model, config)``; it may be on the meta device."""
+    choices, _ = choose(model, config)
+    quantized = {id(choice.weight): stored_bytes(choice.matrix_shape(), choice.settings) for choice in choices}
+    return sum(quantized.get(id(p), p.nbytes) for p in model.parameters())
 
 
 def parse_size(value: int | float | str, what: str, units: dict[str, float]) -> float:

@@ -38,14 +38,14 @@ def quantize_(
 
     Chosen are the ``nn.Linear`` modules, transformers' ``Conv1D`` and 3-D expert weights (or the modules that
     ``filter_fn(module, name)`` accepts), and embeddings and convolutions that a ``dynamic_config`` tag names, less
-    ``skip_modules``.
+    ``skip_modules``; with ``config.embedding_nbits`` the input embedding and the output layer too.
     All checks come first and all new weights are made before the first is swapped in, so that an error leaves the
     model as it was. Tied weights are quantized once and stay tied. Weights that are quantized already are left
     alone with a warning. ``device``: where to quantize and where the whole model is afterwards.
     ``progress(done, total, name)``: called after each weight; done and total are numbers of elements.
-    ``calibration``: from ``hqqtensor.calibration.calibrate``, or what to calibrate on: "self" (text that the model writes
-    itself), "random" (random tokens), the path of a text file (needs ``tokenizer``), or batches. Layers that it has not
-    seen are quantized without.
+    ``calibration``: from ``hqqtensor.calibration.calibrate``, or what to calibrate on: "self" (text that the model
+    writes itself), "random" (random tokens), the path of a text file (needs ``tokenizer``), or batches. Layers that it
+    has not seen are quantized without.
     ``quality``: "fast" looks at the weights alone, or weighs columns where there is a calibration; "good" feeds errors
     back, block by block; "best" also learns how weights are rounded, which takes minutes where the others take seconds.
     None is "good" with a calibration and "fast" without one. "good" and "best" without one take "self", or "random" for
@@ -133,6 +133,11 @@ def dequantize_(model: nn.Module) -> None:
 
 def check_without_names(config: HqqConfig) -> None:
     """ValueError for settings by the name of a module, which torchao's ``quantize_`` does not pass on."""
+    if config.embedding_nbits is not None:
+        raise ValueError(
+            f"embedding_nbits {config.embedding_nbits} needs the whole model, which torchao's quantize_ does not pass; "
+            "use hqqtensor's, or leave it out"
+        )
     if config.dynamic_config:
         raise ValueError("dynamic_config needs module names, which torchao's quantize_ does not pass; use FqnToConfig")
     if set(config.skip_modules) - {"lm_head"}:

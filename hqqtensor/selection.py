@@ -15,6 +15,13 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
 from hqqtensor.tensor import HQQTensor
 
+OUTPUT_LAYER = "lm_head"
+"""The tag that stands for the output layer of a transformers model, whatever its name."""
+
+MIN_EMBEDDING_ROWS = 1024
+"""Rows from which on an ``nn.Embedding`` of a model that does not say which one is its input embedding counts as one:
+smaller ones (positions, token types) save nothing."""
+
 _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 
@@ -23,7 +30,8 @@ class Choice:
     """A parameter to quantize.
 
     names: more than one where it is tied. settings: of this parameter alone, without tags. transposed: the module
-    stores it as ``[..., K, N]``, in_features before out_features. row_dims: as in ``HQQTensor``.
+    stores it as ``[..., K, N]``, in_features before out_features. row_dims: as in ``HQQTensor``. is_embedding: whether
+    the settings are those of ``embedding_nbits``.
     """
 
     names: tuple[str, ...]
@@ -31,6 +39,7 @@ class Choice:
     settings: HqqConfig
     transposed: bool = False
     row_dims: int = 1
+    is_embedding: bool = False
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
         """``weight``, the values of this parameter (on any device), as a quantized parameter of the same shape."""
@@ -40,10 +49,7 @@ class Choice:
 
     def matrix_shape(self) -> list[int]:
         """``[..., N, K]``: the weight's shape as it is grouped."""
-        shape = self.weight.shape
-        if self.transposed:
-            return [*shape[:-2], shape[-1], shape[-2]]
-        return [*shape[: -self.row_dims], math.prod(shape[-self.row_dims :])]
+        return _matrix_shape(self.weight, self.transposed, self.row_dims)
 
     def check(self, weight: Tensor) -> None:
         """Raise TypeError or ValueError, naming the parameter, where ``weight`` cannot be quantized as wanted."""
@@ -56,7 +62,8 @@ class Choice:
 class _Request:
     """What one module asks for its parameter ``name``.
 
-    tag: the ``dynamic_config`` entry that says so, None for the default settings. settings: None leaves it alone.
+    tag: the ``dynamic_config`` entry that says so, None for other settings. settings: None leaves it alone.
+    is_embedding: whether the settings are those of ``embedding_nbits``.
     """
 
     name: str
@@ -65,6 +72,12 @@ class _Request:
     settings: HqqConfig | None
     transposed: bool
     row_dims: int
+    is_embedding: bool
+
+    @property
+    def rank(self) -> int:
+        """Of two requests for a tied weight the one of higher rank is followed."""
+        return 2 if self.tag is not None else int(self.is_embedding)
 
 
 def choose(
@@ -77,17 +90,26 @@ def choose(
 
     Taken are linear layers and experts (or the modules that ``filter_fn`` accepts), and the embeddings and
     convolutions that a ``dynamic_config`` tag names, less ``skip_modules``, of which "lm_head" stands for the output
-    layer of a transformers model under any name. Tied weights take the settings that a tag gives to any of their
-    modules, else the default ones. Works on the meta device. ``ties``: names of parameters that will be the same one
-    as another, {name: other name}, in a model where they are not yet.
+    layer of a transformers model under any name. With ``embedding_nbits`` the input embedding (``get_input_embeddings``
+    of a transformers model, elsewhere every ``nn.Embedding`` of at least MIN_EMBEDDING_ROWS rows) and the output layer
+    are taken too, "lm_head" or not. Tied weights take the settings that a tag gives to any of their modules, else those
+    of ``embedding_nbits`` if it is for one of them, else the default ones.
+
+    Works on the meta device. ``ties``: names of parameters that will be the same one as another, {name: other name}, in
+    a model where they are not yet.
 
     Raises ValueError for a tag that matches nothing, and for tied weights of which ``skip_modules`` names one or tags
     ask for different settings; TypeError for a weight that is computed (parametrized).
     """
     tags = config.dynamic_config or {}
     settings_of: dict[str | None, HqqConfig | None] = {tag: config.for_tag(tag) for tag in (None, *tags)}
-    heads = _other_heads(model) if "lm_head" in config.skip_modules else []
-    config = dataclasses.replace(config, skip_modules=[*config.skip_modules, *heads])
+    embeddings: set[nn.Module] = set()
+    if config.embedding_nbits is not None:
+        embeddings = _embeddings(model)
+        skip = [tag for tag in config.skip_modules if tag != OUTPUT_LAYER]
+    else:
+        skip = config.skip_modules + (output_layers(model) if OUTPUT_LAYER in config.skip_modules else [])
+    config = dataclasses.replace(config, skip_modules=skip)
     used_tags: set[str] = set()
     requests: dict[int, list[_Request]] = {}
     already: list[str] = []
@@ -95,7 +117,8 @@ def choose(
         parameters = _candidates(module)
         matching = [tag for tag in tags if parameters and tag_matches(tag, name)]
         used_tags.update(matching)
-        is_taken = filter_fn(module, name) if filter_fn is not None else _by_default(module)
+        is_embedding = module in embeddings
+        is_taken = filter_fn(module, name) if filter_fn is not None else _by_default(module) or is_embedding
         is_named = matching and filter_fn is None and isinstance(module, (nn.Embedding, _ConvNd))
         if not (is_taken or is_named) or skipped(name, config):
             continue
@@ -103,12 +126,14 @@ def choose(
         for leaf, transposed, row_dims in parameters:
             full = f"{name}.{leaf}" if name else leaf
             weight, settings = module._parameters.get(leaf), settings_of[tag]
+            if tag is None and is_embedding and weight is not None:
+                settings = config.for_embedding(_matrix_shape(weight, transposed, row_dims)[-1])
             if settings is not None and isinstance(getattr(module, leaf), HQQTensor):
                 already.append(name)
             elif settings is not None and weight is None:
                 raise TypeError(f"{name}: its weight is computed (parametrized), not a parameter; remove that first")
             elif weight is not None:
-                request = _Request(full, weight, tag, settings, transposed, row_dims)
+                request = _Request(full, weight, tag, settings, transposed, row_dims, tag is None and is_embedding)
                 requests.setdefault(id(weight), []).append(request)
     unused = [tag for tag in tags if tag not in used_tags]
     if unused:
@@ -137,10 +162,10 @@ def _tied_requests(
 
 
 def _decide(requests: list[_Request], names: list[str], config: HqqConfig) -> Choice | None:
-    """What all modules that use one weight agree on, a tag before the default settings; None leaves it alone."""
+    """What all modules that use one weight agree on; None leaves it alone."""
     first = requests[0]
     explicit = [request for request in requests if request.tag is not None]
-    decisive = (explicit or requests)[0]
+    decisive = max(requests, key=lambda request: request.rank)  # the first of several
     for other in explicit[1:]:
         if other.settings != decisive.settings:
             raise ValueError(
@@ -157,13 +182,18 @@ def _decide(requests: list[_Request], names: list[str], config: HqqConfig) -> Ch
         if (other.transposed, other.row_dims) != (first.transposed, first.row_dims):
             raise ValueError(f"{other.name} is tied to {first.name}, but their modules store it differently")
     ordered = (first.name, *(name for name in names if name != first.name))
-    return Choice(ordered, first.weight, decisive.settings, first.transposed, first.row_dims)
+    layout = (first.transposed, first.row_dims)
+    return Choice(ordered, first.weight, decisive.settings, *layout, decisive.is_embedding)
 
 
 def selected_weights(model: nn.Module, config: HqqConfig) -> dict[str, nn.Parameter]:
-    """Dense weights ``[N, K]`` that ``quantize_`` would take, by the name of the (first) module that has each."""
+    """Dense weights ``[N, K]`` that ``quantize_`` would take, by the name of the (first) module that has each.
+
+    Those that ``embedding_nbits`` has settings for are left out.
+    """
     choices, _ = choose(model, config)
-    return {c.names[0].rpartition(".")[0]: c.weight for c in choices if c.weight.ndim == 2 and not c.transposed}
+    plain = [c for c in choices if c.weight.ndim == 2 and not c.transposed and not c.is_embedding]
+    return {choice.names[0].rpartition(".")[0]: choice.weight for choice in plain}
 
 
 def check_shapes(choices: list[Choice]) -> None:
@@ -177,11 +207,30 @@ def check_shapes(choices: list[Choice]) -> None:
             choice.check(torch.zeros((), dtype=weight.dtype, device="cpu").expand(weight.shape))
 
 
-def _other_heads(model: nn.Module) -> list[str]:
-    """Names of a transformers model's output layer: "lm_head" means it, whatever its name."""
+def output_layers(model: nn.Module) -> list[str]:
+    """Names of the modules that "lm_head" stands for."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    return [] if head is None else [name for name, module in model.named_modules() if module is head]
+    return [name for name, module in model.named_modules() if module is head or tag_matches(OUTPUT_LAYER, name)]
+
+
+def embeddings_and_output(model: nn.Module) -> set[str]:
+    """Names of all embeddings and of the output layer of a transformers model: what other libraries keep dense."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head} - {""}
+
+
+def _embeddings(model: nn.Module) -> set[nn.Module]:
+    """The input embedding and the output layer, as far as they can be quantized."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        inputs = [get()] if callable(get) else None
+    except NotImplementedError:  # transformers says so where a model has none of a known name
+        inputs = None
+    if inputs is None:
+        inputs = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= MIN_EMBEDDING_ROWS]
+    outputs = [model.get_submodule(name) for name in output_layers(model)]
+    return {m for m in inputs if isinstance(m, nn.Embedding)} | {m for m in outputs if _by_default(m)}
 
 
 def _by_default(module: nn.Module) -> bool:
@@ -191,6 +240,13 @@ def _by_default(module: nn.Module) -> bool:
 def row_dims(module: nn.Module) -> int:
     """``HQQTensor.row_dims`` of the module's weight: a convolution's kernels lie in its rows."""
     return module.weight.ndim - 1 if isinstance(module, _ConvNd) else 1
+
+
+def _matrix_shape(weight: Tensor, transposed: bool, row_dims: int) -> list[int]:
+    shape = weight.shape
+    if transposed:
+        return [*shape[:-2], shape[-1], shape[-2]]
+    return [*shape[:-row_dims], math.prod(shape[-row_dims:])]
 
 
 def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:

@@ -45,16 +45,24 @@ LAYER_SETTINGS = r"must be None or a dict of \['nbits', 'group_size', .*'rotatio
         ({"nbits": 1.58}, WIDTHS + r"1\.58"),
         ({"nbits": True}, WIDTHS + "True"),
         ({"nbits": 5, "format": "nf4"}, r"nbits must be an integer out of \[4\] for format 'nf4', got 5"),
-        ({"group_size": 0}, "group_size must be a positive integer or None, got 0"),
-        ({"group_size": -64}, "group_size must be a positive integer or None, got -64"),
+        ({"group_size": 0}, 'group_size must be a positive integer, None or "auto", got 0'),
+        ({"group_size": -64}, 'group_size must be a positive integer, None or "auto", got -64'),
+        ({"group_size": "best"}, "group_size must be a positive integer, None or \"auto\", got 'best'"),
+        ({"nbits": [4]}, WIDTHS + r"\[4\]"),
+        ({"quant_scale": "yes"}, "quant_scale must be True or False, got 'yes'"),
+        ({"embedding_nbits": 9}, "embedding_nbits must be None or an integer from 1 to 8, got 9"),
+        ({"embedding_nbits": 0}, "embedding_nbits must be None or an integer from 1 to 8, got 0"),
+        ({"embedding_nbits": True}, "embedding_nbits must be None or an integer from 1 to 8, got True"),
         ({"axis": 2}, r"axis must be 0 \(along out_features\) or 1 \(along in_features\), got 2"),
+        ({"format": []}, r"format must be one of .*, got \[\]"),
+        ({"solver": []}, r"solver must be one of .*, got \[\]"),
         ({"solver": "magic"}, r"solver must be one of \[.*'hqq', 'hqq_joint', .*'rtn'.*\], got 'magic'"),
         ({"format": "float5"}, r"format must be one of \[.*'fp4', 'fp6', 'fp8', 'int', 'nf4'\], got 'float5'"),
         ({"bits": 4}, r"unknown HqqConfig options \['bits'\]; options are \['nbits', 'group_size', "),
         ({"scale_dtype": "int8"}, r"scale_dtype must be None or one of \[torch.float16, .*\], got torch.int8"),
         ({"scale_dtype": "float17"}, "scale_dtype must be a torch.dtype or its name, got 'float17'"),
         ({"lp_norm": 0}, "lp_norm must be over 0 and at most 2, got 0"),
-        ({"meta_nbits": 4}, "meta_nbits 4 needs quant_scale=True or quant_zero=True"),
+        ({"group_size": 64, "meta_nbits": 4}, "meta_nbits 4 needs quant_scale=True or quant_zero=True"),
         ({"meta_nbits": 6, "quant_scale": True}, r"meta_nbits must be one of \[4, 8\], got 6"),
         ({"meta_nbits": 0}, r"meta_nbits must be one of \[4, 8\], got 0"),
         ({"meta_nbits": "4"}, r"meta_nbits must be one of \[4, 8\], got '4'"),
@@ -259,11 +267,11 @@ def test_an_unknown_preset_names_those_on_offer() -> None:
     with pytest.raises(KeyError) as caught:
         PRESETS["5/64"]
     assert str(caught.value) == (
-        "there is no preset '5/64', only 8/64, 4/64, 4/128, 3/64, 2/64, 2/16, 1/32; "
+        "there is no preset '5/64', only 8, 6, 4, 3, 2, 8/64, 4/64, 4/128, 3/64, 2/64, 2/16, 1/32; "
         "for other settings use hqq_weight_only(nbits, group_size)"
     )
     assert "5/64" not in PRESETS and PRESETS.get("5/64") is None and PRESETS["4/64"] == HqqConfig(4, 64)
-    assert isinstance(PRESETS, dict) and next(iter(PRESETS)) == "8/64" and len(PRESETS) == 7
+    assert isinstance(PRESETS, dict) and next(iter(PRESETS)) == "8" and len(PRESETS) == 12
     for same in (copy.deepcopy(PRESETS), pickle.loads(pickle.dumps(PRESETS))):
         assert same == PRESETS
     with pytest.raises(KeyError, match="no preset 4"):
@@ -272,8 +280,8 @@ def test_an_unknown_preset_names_those_on_offer() -> None:
 
 
 def test_optimal_config_fits_the_budget() -> None:
-    assert get_optimal_quant_config("7B").name == "4/64"
-    assert get_optimal_quant_config("7B", "4GB").name == "4/64"
+    assert get_optimal_quant_config("7B").name == "4" and get_optimal_quant_config("500M").name == "8"
+    assert [get_optimal_quant_config("7B", f"{gb}GB").name for gb in (8, 6, 4, 3.2, 2.2, 1.8)] == [*"86432", "1/32"]
     assert get_optimal_quant_config("7B", "3.2GB").estimated_bytes <= 3.2e9
     with pytest.raises(ValueError, match="no preset fits"):
         get_optimal_quant_config("70B", "1GB")

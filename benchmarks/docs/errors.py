@@ -1,5 +1,7 @@
 """Tables of docs/quality.md and README.md: errors of quantized models by method and bits."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.docs.figures import quality
@@ -50,6 +52,11 @@ def settings() -> str:
     return table(header, out)
 
 
+def by_kind(kinds: dict[str, str], cell: Callable[[str], str]) -> list[list[str]]:
+    """A row of cells for 4, 3 and 2 bits for each kind of method: its label, and the method's name with {} for bits."""
+    return [[label, *(cell(method.format(bits)) for bits in (4, 3, 2))] for label, method in kinds.items()]
+
+
 def at_equal_bits() -> str:
     """The best of each kind near 4.5, 3.5 and 2.5 bits a weight."""
     kinds = {
@@ -64,14 +71,14 @@ def at_equal_bits() -> str:
         "**hqqtensor, groups of 22, column scales**": COLUMNS,
         "**hqqtensor, groups of 32, calibrated on text**": TEXT,
     }
+
+    def error(model: str, method: str) -> str:
+        one = of(model, method)
+        return f"{one['main'][0]:.4f} ({one['bits']:.2f})"
+
     out = []
     for model, unit in MODELS.items():
-        for label, method in kinds.items():
-            cells = []
-            for bits in (4, 3, 2):
-                one = of(model, method.format(bits))
-                cells.append(f"{one['main'][0]:.4f} ({one['bits']:.2f})")
-            out.append([f"{model}, {unit}", label, *cells])
+        out += [[f"{model}, {unit}", *row] for row in by_kind(kinds, partial(error, model))]
     return table(["model", "method", "4 bits", "3 bits", "2 bits"], out)
 
 
@@ -82,18 +89,15 @@ def readme() -> str:
         "llama.cpp": "llama.cpp Q{}_K",
         "GPTQ, calibrated on text (paper)": "GPTQ {}-bit g64 (paper)",
         "**hqqtensor, `hqq_weight_only(bits, 64)`**": "hqqtensor {}-bit g64",
-        "**hqqtensor, groups of 20, 4-bit metadata**": GROUPS_20,
+        "**hqqtensor, `hqq_weight_only(bits)`: the default**": GROUPS_20,
         "**hqqtensor, groups of 32, calibrated on text**": TEXT,
     }
-    out = []
-    for label, method in kinds.items():
-        cells = []
-        for bits in (4, 3, 2):
-            name = method.format(bits)
-            doclm, minilm = (ratio(model, name) for model in MODELS)
-            cells.append(f"{doclm} / {minilm} at {of('doclm', name)['bits']:.2f}")
-        out.append([label, *cells])
-    return table(["error over the hqq library's, doclm / MiniLM, at bits a weight", "4 bits", "3 bits", "2 bits"], out)
+
+    def ratios(method: str) -> str:
+        return f"{' / '.join(ratio(model, method) for model in MODELS)} at {of('doclm', method)['bits']:.2f}"
+
+    header = ["error over the hqq library's, doclm / MiniLM, at bits a weight", "4 bits", "3 bits", "2 bits"]
+    return table(header, by_kind(kinds, ratios))
 
 
 def every_method(model: str) -> str:

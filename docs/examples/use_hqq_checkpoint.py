@@ -21,7 +21,8 @@ def main(directory: str | None = None) -> None:
     work = Path(tempfile.mkdtemp())
     if directory is None:  # make one
         directory = str(work / "hqq")
-        assert hqqtensor(["quantize", DOCLM, str(work / "q"), "--bits", "3", "--json"]) == 0
+        plain = ["--group-size", "64", "--embeddings", "none"]  # what hqq has a form for
+        assert hqqtensor(["quantize", DOCLM, str(work / "q"), "--bits", "3", *plain, "--json"]) == 0
         assert hqqtensor(["convert", str(work / "q"), directory, "--to", "hqq"]) == 0
 
     # Any layout, also qmodel.pt, to one that from_pretrained and load_model read without repacking:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hqqtensor.calibration.blocks import Chain, block_lists, trace
@@ -14,7 +13,8 @@ from hqqtensor.calibration.build import check_calibrated, from_calibrated
 from hqqtensor.calibration.chain import ChainRun
 from hqqtensor.calibration.collect import Calibration
 from hqqtensor.calibration.inputs import mask_of, watch, whole_passes
-from hqqtensor.calibration.moments import InputMoments
+from hqqtensor.calibration.moments import InputMoments, MomentSums
+from hqqtensor.calibration.train import STEPS
 from hqqtensor.forward import evaluating
 from hqqtensor.selection import Choice
 
@@ -25,7 +25,7 @@ MANY_STAGES = 12
 def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
     """ValueError naming the layer for settings that calibration does not serve, or inputs of another size."""
     for choice in choices:
-        full, weight = choice.names[0], choice.weight
+        full, weight = _calibrated_name(choice, calibration), choice.weight
         name = _module(full)
         if name in calibration.moments:
             check_calibrated(choice.settings, full, calibration.mode)
@@ -34,7 +34,7 @@ def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
                     f"{full}: calibrated on {len(calibration.moments[name])} inputs, the weight has "
                     f"{weight.shape[-1]}; calibrate this model"
                 )
-    if not any(_module(choice.names[0]) in calibration.moments for choice in choices):
+    if not any(_module(_calibrated_name(choice, calibration)) in calibration.moments for choice in choices):
         raise ValueError("the calibration has none of the layers to quantize; calibrate this model")
 
 
@@ -72,6 +72,7 @@ def _in_order(work: "_Work", folder: Path) -> None:
     chain_of = {block: i for i, chain in enumerate(chains) for block in chain.names}
     masks = [mask_of(batch) for batch in calibration.batches]
     finished: set[int] = set()
+    steps = STEPS if calibration.mode == "trained" else 0
     outside = 0
     for stage in calibration.stages:
         index = next((i for block, i in chain_of.items() if stage[0].startswith(f"{block}.")), None)
@@ -81,7 +82,7 @@ def _in_order(work: "_Work", folder: Path) -> None:
             finished.add(index)
             dense = chains[index]
             now = dense if not work.replaced else _traced_again(model, calibration.batches, dense)
-            chain = ChainRun(model, dense, now, masks, folder, calibration.called_once)
+            chain = ChainRun(model, dense, now, masks, folder, calibration.called_once, steps)
             for i, block in enumerate(dense.names):
                 of_block = [s for s in calibration.stages if s[0].startswith(f"{block}.")]
                 chain.run_block(i, block, work.wanted(of_block), work.quantize)
@@ -106,7 +107,7 @@ class _Work:
         done: Callable[[nn.Parameter, str], None],
     ) -> None:  # fmt: skip
         self.model, self.calibration, self.done = model, calibration, done
-        self.by_module = {_module(choice.names[0]): choice for choice in choices}
+        self.by_module = {_module(_calibrated_name(choice, calibration)): choice for choice in choices}
         self.quantized_by_id: dict[int, nn.Parameter] = {}
         self.replaced: list[tuple[nn.Module, nn.Parameter]] = []
 
@@ -118,15 +119,18 @@ class _Work:
     def quantize_stage(self, stage: Sequence[str]) -> int:
         """Quantize the modules of a stage by a pass through the whole model; how many passes were made (0 or 1)."""
         names = next(iter(self.wanted([stage])), [])
-        is_full = self.calibration.mode == "full"
+        is_full = self.calibration.mode != "diagonal"
         moments = _second_moments(self.model, names[0], self.calibration) if names and is_full else None
         for name in names:
             self.quantize(name, moments or InputMoments(self.calibration.moments[name]))
         return int(bool(names) and is_full)
 
     def quantize(self, name: str, moments: InputMoments) -> Tensor | None:
-        """Quantize the weight of a module; with whole moments it takes its place in the model."""
-        full, weight = self.by_module[name].names[0], self.by_module[name].weight
+        """Quantize the weight of a module; with whole moments it takes its place in the model.
+
+        Gives by how many codes each weight lay above its code, where errors were fed back.
+        """
+        full, weight = f"{name}.weight", self.by_module[name].weight
         try:
             quantized, above = from_calibrated(weight, self.by_module[name].settings, moments)
         except ValueError as error:
@@ -140,28 +144,23 @@ class _Work:
         return above
 
     def restore(self) -> None:
-        """Put the dense weights back."""
+        """Put the dense weights back; the quantized ones are noted as they are by then."""
         for module, weight in self.replaced:
+            self.quantized_by_id[id(weight)] = module._parameters["weight"]  # type: ignore[assignment]
             module._parameters["weight"] = weight
 
 
 def _second_moments(model: nn.Module, name: str, calibration: Calibration) -> InputMoments:
     """Moments ``[K, K]`` of the inputs of ``name`` in the model as it is now."""
-    size = len(calibration.moments[name])
-    total: Tensor | None = None
-    count = 0
+    sums = MomentSums()
+    passes = whole_passes(model, calibration.batches)
+    watch(model, [name], passes, lambda _name, x: sums.add(x), stop=calibration.called_once)
+    return InputMoments(sums.means()[0])
 
-    def add(_name: str, x: Tensor) -> None:
-        nonlocal total, count
-        if total is None:
-            total = torch.zeros(size, size, dtype=torch.float32, device=x.device)
-        x = x.to(torch.float32)
-        total.addmm_(x.T, x)
-        count += len(x)
 
-    watch(model, [name], whole_passes(model, calibration.batches), add, stop=calibration.called_once)
-    assert total is not None
-    return InputMoments(total / max(1, count))
+def _calibrated_name(choice: Choice, calibration: Calibration) -> str:
+    """The weight's name in a module that was calibrated, else its first: a tied embedding may come before lm_head."""
+    return next((name for name in choice.names if _module(name) in calibration.moments), choice.names[0])
 
 
 def _module(full: str) -> str:

@@ -16,7 +16,7 @@ from hqqtensor.transforms import prepare
 
 def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:
     """ValueError naming ``name`` for settings that calibration in this mode does not serve."""
-    if config.rotation and mode != "full":
+    if config.rotation and mode == "diagonal":
         raise ValueError(f'{name}: rotation mixes inputs; calibrate with mode "full", not {mode!r}')
     if config.format != "int" or config.axis != 1:
         raise ValueError(f"{name}: calibration serves format 'int' and axis 1, got {config.format!r} and {config.axis}")
@@ -31,8 +31,8 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) ->
 
     With it comes, where errors were fed back, by how many codes each weight lay above its code, float32 ``[N, K]``.
 
-    moments: of the weight's inputs; their diagonal weighs the errors of columns, whole ones serve error feedback towards
-    the dense model's outputs. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
+    moments: of the weight's inputs; their diagonal weighs the errors of columns, whole ones serve error feedback
+    towards the dense model's outputs. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
     """
     w, _, act, block = prepare(weight, config)
     w = w.to(torch.float32)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor.calibration.blocks import BlockCall, Chain
-from hqqtensor.calibration.inputs import Pass, watch
-from hqqtensor.calibration.moments import InputMoments
+from hqqtensor.calibration.inputs import Pass, unpadded, watch
+from hqqtensor.calibration.moments import InputMoments, MomentSums
 from hqqtensor.calibration.train import Rounding, train_rounding
 
-TRAIN = 0
-RESIDUAL = True
 IN_MEMORY = 4 << 30
 """Bytes of hidden states above which they are kept in files that are mapped into memory."""
 
@@ -43,40 +41,41 @@ class Stream:
 
 
 class ChainRun:
-    """A chain with its two streams; ``dense`` and ``quantized`` are traces of the same batches."""
+    """A chain with its two streams. dense, quantized: traces of the same batches. training_steps: see ``train``."""
 
     def __init__(
         self, model: nn.Module, dense: Chain, quantized: Chain, masks: Sequence[Tensor | None], folder: Path | None,
-        called_once: bool,
+        called_once: bool, training_steps: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.masks, self.called_once = model, masks, called_once
+        self.training_steps = training_steps
         self.dense_calls, self.calls = dense.calls, quantized.calls
         self.dense = Stream(dense.hidden, folder, "dense")
         self.quantized = Stream(quantized.hidden, folder, "quantized")
 
     def run_block(
-        self, index: int, name: str, stages: Sequence[Sequence[str]], quantize: Callable[[str, InputMoments], Tensor | None]
-    ) -> None:
+        self, index: int, name: str, stages: Sequence[Sequence[str]],
+        quantize: Callable[[str, InputMoments], Tensor | None],
+    ) -> None:  # fmt: skip
         """Quantize the layers of block ``index``; quantize(name, moments) is called for each and puts it into place.
 
-        stages: layers of the block with a common input, in the order of calls.
+        It gives by how many codes weights lay above their codes, or None. stages: layers of the block with a common
+        input, in the order of calls.
         """
         block = self.model.get_submodule(name)
-        above: dict[str, Tensor | None] = {}
+        above: dict[str, Tensor] = {}
         dense_rows = self._dense_rows(block, index, [stage[0] for stage in stages])
         for stage in stages:
-            if RESIDUAL and stage is stages[-1] and len(stage) == 1 and self._ends_in(block, index, stage[0]):
-                moments = self._last_moments(block, index, stage[0])
-            else:
-                moments = self._moments(block, index, stage[0], dense_rows.pop(stage[0]))
+            rows = dense_rows.pop(stage[0])
+            is_last = stage is stages[-1] and len(stage) == 1 and self._is_added(block, index, stage[0])
+            find = self._last_moments if is_last else functools.partial(self._moments, dense_rows=rows)
+            moments = find(block, index, stage[0])
             for layer in stage:
-                above[layer] = quantize(layer, moments)
-        if TRAIN:
-            layers = [name for stage in stages for name in stage]
-            roundings = [Rounding(self.model.get_submodule(n), above[n]) for n in layers]
-            calls = self.calls[index]
-            got = train_rounding(roundings, lambda i: calls[i](block, self.quantized.tensors[i]), self.dense.tensors, self.masks, TRAIN)
-            print(index, "%.3e %.3e" % got, flush=True)
+                lay_above = quantize(layer, moments)
+                if lay_above is not None:
+                    above[layer] = lay_above
+        if self.training_steps and above:
+            self._train(block, index, above)
         watch(self.model, [], self._passes(block, self.calls[index], self.quantized, keep=True), _ignore)
 
     def _passes(self, block: nn.Module, calls: Sequence[BlockCall], stream: Stream, keep: bool) -> list[Pass]:
@@ -99,65 +98,58 @@ class ChainRun:
         return rows
 
     def _moments(self, block: nn.Module, index: int, leader: str, dense_rows: list[Tensor]) -> InputMoments:
-        """Moments of the inputs of ``leader`` in the quantized stream."""
-        second = cross = torch.empty(0)
-        count = position = 0
+        """Moments of the inputs of ``leader`` in the quantized stream, crossed with those in the dense one."""
+        sums = MomentSums()
+        calls = iter(dense_rows)
 
         def add(_name: str, x: Tensor) -> None:
-            nonlocal second, cross, count, position
-            x = x.to(torch.float32)
-            if count == 0:
-                second, cross = (torch.zeros(x.shape[-1], x.shape[-1], device=x.device) for _ in range(2))
-            second.addmm_(x.T, x)
-            dense = dense_rows[position] if position < len(dense_rows) else x
-            if dense.shape == x.shape:  # experts may be given other tokens in the two streams
-                cross.addmm_((dense.to(torch.float32) - x).T, x)
-            count += len(x)
-            position += 1
+            dense = next(calls, x)
+            # Experts may be given other tokens in the two streams.
+            sums.add(x, dense - x if dense.shape == x.shape else torch.zeros_like(x))
 
         passes = self._passes(block, self.calls[index], self.quantized, keep=False)
         watch(self.model, [leader], passes, add, stop=self.called_once)
-        return InputMoments(second / max(1, count), cross / max(1, count))
+        second, cross = sums.means()
+        return InputMoments(second, cross=cross)
 
     @torch.no_grad()
-    def _ends_in(self, block: nn.Module, index: int, name: str) -> bool:
-        """Whether what the layer ``name`` gives is added to the block's output as it is."""
+    def _is_added(self, block: nn.Module, index: int, name: str) -> bool:
+        """Whether what the layer ``name`` gives is added to the block's output as it is: found by adding to it."""
         layer, call, hidden = self.model.get_submodule(name), self.calls[index][0], self.quantized.tensors[0]
-        before = call(block, hidden)
-        bump = before.abs().mean() * torch.linspace(-1, 1, before.shape[-1], device=before.device).to(before.dtype)
-        if getattr(layer, "out_features", None) != before.shape[-1]:
+        before = call(block, hidden).to(torch.float32)
+        width = before.shape[-1]
+        if getattr(layer, "out_features", None) != width:
             return False
-        handle = layer.register_forward_hook(lambda _module, _args, out: out + bump)
+        bump = before.abs().mean() * torch.linspace(-1, 1, width, device=before.device)
+        handle = layer.register_forward_hook(lambda _module, _args, out: out + bump.to(out.dtype))
         try:
-            after = call(block, hidden)
+            change = call(block, hidden).to(torch.float32) - before
         finally:
             handle.remove()
-        return bool(((after - before - bump).abs().amax() <= 0.05 * bump.abs().amax()))
+        return bool((change - bump).abs().mean() <= 0.05 * bump.abs().mean())
 
     def _last_moments(self, block: nn.Module, index: int, name: str) -> InputMoments:
-        """Moments of the inputs of the layer that ends the block, with what the block's output lacks before it is quantized."""
-        second = missing = torch.empty(0)
-        count = 0
-        seen: list[Tensor] = []
-        calls = self.calls[index]
+        """Moments of the inputs of the layer ``name``, with what the block's output lacks while the layer is dense."""
+        sums = MomentSums()
+        inputs: list[Tensor] = []
 
         def run(i: int) -> None:
-            nonlocal second, missing, count
-            seen.clear()
-            lacks = self.dense.tensors[i].to(torch.float32) - calls[i](block, self.quantized.tensors[i]).to(torch.float32)
-            mask = self.masks[i]
-            padded = mask is not None and lacks.ndim == 3 and mask.shape == lacks.shape[:2]
-            lacks = lacks[mask] if padded else lacks.flatten(0, -2)
-            x = torch.cat(seen).to(torch.float32)
-            if count == 0:
-                second, missing = (torch.zeros(n, x.shape[1], device=x.device) for n in (x.shape[1], lacks.shape[1]))
-            second.addmm_(x.T, x)
-            missing.addmm_(lacks.T, x)
-            count += len(x)
+            inputs.clear()
+            lacks = self.dense.tensors[i] - self.calls[index][i](block, self.quantized.tensors[i])
+            sums.add(torch.cat(inputs), unpadded(lacks, self.masks[i]))
 
         passes = [Pass(functools.partial(run, i), mask) for i, mask in enumerate(self.masks)]
-        watch(self.model, [name], passes, lambda _name, x: seen.append(x))
-        return InputMoments(second / max(1, count), missing=missing / max(1, count))
+        watch(self.model, [name], passes, lambda _name, x: inputs.append(x))
+        second, missing = sums.means()
+        return InputMoments(second, missing=missing)
+
+    def _train(self, block: nn.Module, index: int, above: dict[str, Tensor]) -> None:
+        """Train the codes of the block's layers towards the dense stream behind it."""
+        roundings = [Rounding(self.model.get_submodule(name), above[name]) for name in above]
+        calls, hidden = self.calls[index], self.quantized.tensors
+        train_rounding(
+            roundings, lambda i: calls[i](block, hidden[i]), self.dense.tensors, self.masks, self.training_steps, index
+        )
 
 
 def _ignore(_name: str, _rows: Tensor) -> None:

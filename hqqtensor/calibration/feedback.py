@@ -53,8 +53,9 @@ def feed_back(
     group_size: int,
     read_back: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes uint8 ``[N, K]``, scale and zero point float32 ``[N, groups]`` of ``weight`` ``[N, K]``; and, float32 ``[N, K]``,
-    by how many codes each weight lay above the code that it was given.
+    """Codes uint8 ``[N, K]``, scale and zero point float32 ``[N, groups]`` of ``weight`` ``[N, K]``.
+
+    And, float32 ``[N, K]``, by how many codes each weight lay above the code that it was given.
 
     upper: float32 ``[K, K]``, ``moments.inverse_factor`` of the inputs. read_back(scale, zero): both ``[N, 1]``, as
     storage rounds them. Codes are chosen for the rounded ones; the scales and zero points returned are not rounded.

@@ -16,6 +16,12 @@ class _AllSeen(Exception):
     """Ends a forward pass early: every watched module has had its input."""
 
 
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x [..., K]`` as rows ``[tokens, K]``, without those that ``mask``, bool ``[B, S]``, hides in ``[B, S, K]``."""
+    hides = mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]
+    return x[mask] if hides else x.flatten(0, -2)
+
+
 class _InputRows:
     """Turns inputs of layers into rows ``[tokens, K]`` without padding, once for layers called on the same input."""
 
@@ -32,8 +38,7 @@ class _InputRows:
         version = 0 if x.is_inference() else x._version
         if self.rows is None or not self._is_last(x) or version != self.last_version:
             self.last_input, self.last_version = x, version
-            padded = self.mask is not None and x.ndim == 3 and self.mask.shape == x.shape[:2]
-            self.rows = x[self.mask] if padded else x.flatten(0, -2)
+            self.rows = unpadded(x, self.mask)
         return self.rows
 
     def _is_last(self, x: Tensor) -> bool:

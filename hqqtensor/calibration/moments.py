@@ -18,9 +18,9 @@ SHIFT, SHIFT_DAMPING = 0.5, 0.01
 class InputMoments:
     """Moments of the inputs x of a layer, over the tokens of the calibration.
 
-    second: float32 mean of x x^T ``[K, K]``, or its diagonal ``[K]``. cross: float32 ``[K, K]``, mean of (d - x) x^T with
-    d the inputs that the dense model has at the same tokens; None where they are not known. missing: float32 ``[N, K]``,
-    mean of t x^T with t what the output of a layer's block lacks, for a layer whose outputs are added to that.
+    second: float32 mean of x x^T ``[K, K]``, or its diagonal ``[K]``. cross: float32 ``[K, K]``, mean of (d - x) x^T
+    with d the inputs that the dense model has at the same tokens; None where they are not known. missing: float32
+    ``[N, K]``, mean of t x^T with t what the output of a layer's block lacks, for a layer whose outputs are added to it.
     """
 
     second: Tensor
@@ -78,6 +78,30 @@ class InputMoments:
         return InputMoments(
             both(self.second), None if cross is None else both(cross), None if missing is None else right(missing)
         )
+
+
+class MomentSums:
+    """Adds up moments of the inputs of a layer, and of something else with them."""
+
+    def __init__(self) -> None:
+        self.second = self.other = torch.empty(0)
+        self.count = 0
+
+    def add(self, x: Tensor, other: Tensor | None = None) -> None:
+        """Inputs ``x [tokens, K]``, and ``other [tokens, N]`` at the same tokens."""
+        x = x.to(torch.float32)
+        if self.count == 0:
+            size = x.shape[1]
+            self.second = torch.zeros(size, size, device=x.device)
+            self.other = torch.zeros(0 if other is None else other.shape[1], size, device=x.device)
+        self.second.addmm_(x.T, x)
+        if other is not None:
+            self.other.addmm_(other.to(torch.float32).T, x)
+        self.count += len(x)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of x x^T ``[K, K]`` and of other x^T ``[N, K]``, float32."""
+        return self.second / max(1, self.count), self.other / max(1, self.count)
 
 
 def inverse_factor(moments: Tensor) -> Tensor:

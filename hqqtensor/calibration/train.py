@@ -20,10 +20,10 @@ from hqqtensor.tensor import HQQTensor
 from hqqtensor.transforms import to_inputs
 
 STEPS = 60
-REACH = 0.5
+REACH = 0.25
 """Codes by which a weight may move in all."""
 EDGE = 0.49
-"""How far from its code a weight may lie at first, in codes: error feedback may have chosen another than the nearest."""
+"""How far from its code a weight may lie at first, in codes: weights beyond the range are farther."""
 
 
 class Rounding:

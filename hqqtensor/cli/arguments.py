@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hqqtensor import __version__
 
@@ -47,9 +47,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def group_size(text: str) -> int | None:
-    """A number, or "none" for one group a row."""
+def number_or_none(text: str) -> int | None:
+    """A number, or None for "none"."""
     return None if text.lower() == "none" else int(text)
+
+
+def group_size(text: str) -> int | str | None:
+    """A number, "auto", or None for "none": one group a row."""
+    return "auto" if text.lower() == "auto" else number_or_none(text)
 
 
 def _sentence(text: str) -> str:
@@ -74,21 +79,33 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
     add("--bits", type=int, default=4, metavar="N", help="bits a weight, 1 to 8 (default: 4)")
     add(
-        "--group-size", type=group_size, default=64, metavar="N",
-        help="weights that share a scale, or 'none' for a whole row (default: 64)",
+        "--group-size", type=group_size, default="auto", metavar="N",
+        help="weights that share a scale, or 'none' for a whole row (default: auto, the best for the bits; up to 4 "
+        "bits that is 20 with scales and zero points of 4 bits, else 64)",
+    )  # fmt: skip
+    add(
+        "--embeddings", type=number_or_none, default=8, metavar="N",
+        help="bits of the input embedding and the output layer, 1 to 8, or 'none' to leave them dense (default: 8)",
     )  # fmt: skip
     add("--axis", type=int, default=1, metavar="N", help="1 groups along inputs, 0 along outputs (default: 1)")
     add("--solver", default="hqq_joint", metavar="NAME", help="hqq_joint, hqq or rtn (default: hqq_joint)")
     add(
         "--layers", nargs="+", default=[], metavar="TAG=BITS/GROUP",
-        help="other settings for some layers, such as self_attn.q_proj=3/32; TAG=none leaves them dense",
+        help="other settings for some layers, such as self_attn.q_proj=3/32 or, with the best groups, q_proj=3; "
+        "TAG=none leaves them dense",
     )  # fmt: skip
-    add("--skip", nargs="*", metavar="TAG", help="modules to leave dense; replaces the default (default: lm_head)")
+    add("--skip", nargs="*", metavar="TAG", help="modules to leave dense, such as lm_head (default: none of their own)")
     add(
         "--quant-metadata", type=int, nargs="?", const=8, metavar="BITS",
-        help="store scales and zero points in 8 bits, or in 4 (default: as floats; 8 without a number)",
+        help="store scales and zero points in 8 bits, or in 4 (default: with the best groups 4, else as floats; 8 "
+        "without a number)",
     )  # fmt: skip
-    add("--target-bpw", type=float, metavar="BITS", help="choose settings by layer for this average of bits a weight")
+    add(
+        "--target-bpw",
+        type=float,
+        metavar="BITS",
+        help="choose settings by layer for this average of their bits a weight",
+    )
     add("--target-size", metavar="SIZE", help="choose settings by layer for a model of this size, such as 4GiB")
     add(
         "--sensitivity", type=Path, metavar="FILE",
@@ -135,10 +152,16 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--original", type=Path, metavar="DIR",
         help="for a quantized DIR: the dense model (default: the directory of the recorded name beside DIR)",
     )  # fmt: skip
-    add("--bits", type=int, metavar="N", help="for a dense DIR: bits a weight, 1 to 8 (default: 4)")
+    # What is not given is not there, so that a quantized DIR can refuse what is.
+    for_dense: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": "N"}
+    add("--bits", type=int, **for_dense, help="for a dense DIR: bits a weight, 1 to 8 (default: 4)")
     add(
-        "--group-size", type=group_size, default=-1, metavar="N",
-        help="for a dense DIR: weights that share a scale, or 'none' for a whole row (default: 64)",
+        "--group-size", type=group_size, **for_dense,
+        help="for a dense DIR: weights that share a scale, or 'none' for a whole row (default: auto, as for quantize)",
+    )  # fmt: skip
+    add(
+        "--embeddings", type=number_or_none, **for_dense,
+        help="for a dense DIR: bits of input embedding and output layer, or 'none' for dense ones (default: 8)",
     )  # fmt: skip
     add("--context", type=int, default=256, metavar="N", help="tokens a window (default: 256)")
     add("--max-tokens", type=int, metavar="N", help="use at most N tokens of the text (default: all)")
@@ -153,8 +176,9 @@ _Command = tuple[str, str, Callable[[argparse.ArgumentParser], None]]
 _COMMANDS: dict[str, _Command] = {
     "quantize": (
         "quantize a Hugging Face model directory",
-        "  hqqtensor quantize ./llama ./llama-4bit --bits 4 --group-size 64\n"
-        "  hqqtensor quantize ./llama ./llama-3bit --target-bpw 3.25 --sensitivity llama.json",
+        "  hqqtensor quantize ./llama ./llama-3bit --bits 3\n"
+        "  hqqtensor quantize ./llama ./llama-4bit --bits 4 --group-size 64 --embeddings none\n"
+        "  hqqtensor quantize ./llama ./llama-mixed --target-bpw 3.25 --sensitivity llama.json",
         _add_quantize,
     ),
     "convert": (

@@ -1,7 +1,6 @@
 """``hqqtensor convert``: checkpoints of hqq, GPTQ, AWQ and GGUF in, hqqtensor's layout out; or out to others."""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.diagnostics.table import megabytes
 from hqqtensor.integrations.vllm import for_vllm
 from hqqtensor.presets import BYTE_UNITS, parse_size
+from hqqtensor.selection import embeddings_and_output
 from hqqtensor.serialization.gguf_file import open_gguf
 from hqqtensor.serialization.gguf_llama import llama_config
 from hqqtensor.serialization.hqq_export import to_flat
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         state = {name: tensor for name, tensor in state.items() if name not in hidden}
         aliases, hidden = {}, set()
     if args.to == "hqq":
+        state = _for_hqq(state, settings)
+        weights = quantized_weights(state)
         settings["quantization_config"] = hqq_config(weights)
         state = to_flat(state)
     elif args.to == "vllm":
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         save_state(state, work, aliases, sorted(hidden), args.max_shard_size, torchao=args.to == "vllm")
         if args.config is not None or args.src.is_dir():
             model_dir.copy_companions(args.config or args.src, work)
-        (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        model_dir.write_config(work, settings, next(iter(weights.values())).dtype)
     size = sum(file.stat().st_size for file in args.dst.glob("*.safetensors"))
     if args.json:
         print_json({"dst": str(args.dst), "layout": args.to, "quantized_weights": len(weights), "bytes": size})
@@ -87,9 +89,24 @@ def _for_vllm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
     converted = for_vllm(model_dir.empty_model(settings), state, dtypes.get(name, torch.float16))
     if converted.made_dense:
-        names = ", ".join(converted.made_dense)
-        print(f"stored dense, since vLLM quantizes linear layers alone: {names}", file=sys.stderr)
+        _say_dense("vLLM", converted.made_dense)
     return converted.state, converted.quantization_config
+
+
+def _for_hqq(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``state`` with dense weights where ``embedding_nbits`` quantized them: hqq leaves these layers alone."""
+    entry = settings.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("embedding_nbits") is None:
+        return dict(state)
+    ends = embeddings_and_output(model_dir.empty_model(settings))
+    dense = {n: t.dequantize() for n, t in quantized_weights(state).items() if n.rpartition(".")[0] in ends}
+    if dense:
+        _say_dense("hqq", list(dense))
+    return {**state, **dense}
+
+
+def _say_dense(library: str, names: list[str]) -> None:
+    print(f"stored dense, since {library} quantizes linear layers alone: {', '.join(names)}", file=sys.stderr)
 
 
 def hqqtensor_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hqqtensor.kernels import cpu
 from hqqtensor.ops.backend import describe_backends
 from hqqtensor.registration import without_torchao_notes
 
-_PACKAGES = ("torch", "torchao", "safetensors", "transformers", "accelerate", "peft")
+_PACKAGES = ("torchao", "safetensors", "transformers", "accelerate", "peft")
 _FLAGS = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vnni", "avx_vnni",
     "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
@@ -62,6 +62,7 @@ def collect() -> dict[str, Any]:
         "versions": {
             "hqqtensor": hqqtensor.__version__,
             "python": platform.python_version(),
+            "torch": str(torch.__version__),  # with the kind of its build, which the package's metadata may lack
             **{name: _version(name) for name in _PACKAGES},
         },
         "platform": platform.platform(),

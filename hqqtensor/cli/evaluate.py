@@ -15,6 +15,9 @@ from hqqtensor.diagnostics.language import LanguageComparison, compare_language_
 from hqqtensor.diagnostics.size import ModelSize
 from hqqtensor.selection import check_shapes, choose
 
+_DENSE_OPTIONS = {"bits": "nbits", "group_size": "group_size", "embeddings": "embedding_nbits"}
+"""Options for a dense DIR and the settings that they are; the arguments have only those that were given."""
+
 
 def run(args: argparse.Namespace) -> int:
     """Check all that the arguments say, open both models, compare them on the text, report."""
@@ -53,15 +56,14 @@ def _dense_config(args: argparse.Namespace) -> HqqConfig:
     if args.original is not None:
         raise UsageError(f"{args.dir} is dense: --original is for a quantized DIR")
     with from_arguments():
-        return HqqConfig(
-            nbits=4 if args.bits is None else args.bits, group_size=64 if args.group_size == -1 else args.group_size
-        )
+        given = {name: getattr(args, option) for option, name in _DENSE_OPTIONS.items() if hasattr(args, option)}
+        return HqqConfig(**{"embedding_nbits": 8, **given})
 
 
 def original_of(args: argparse.Namespace, entry: dict[str, Any]) -> Path:
     """The dense model of a quantized directory: ``--original``, or the directory of the recorded name beside it."""
-    if args.bits is not None or args.group_size != -1:
-        raise UsageError(f"{args.dir} is quantized already: --bits and --group-size are for a dense DIR")
+    if any(hasattr(args, option) for option in _DENSE_OPTIONS):
+        raise UsageError(f"{args.dir} is quantized already: --bits, --group-size and --embeddings are for a dense DIR")
     if args.original is not None:
         return args.original
     name = entry.get("source")

@@ -41,7 +41,11 @@ def import_transformers() -> Any:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory. UsageError where there is none, CommandError where it is damaged."""
+    """``config.json`` of a model directory. UsageError where there is none, CommandError where it is damaged.
+
+    What a run that was killed while it replaced the directory left behind is put in order first.
+    """
+    _settle_killed(directory.resolve())
     path = directory / "config.json"
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a directory")
@@ -54,6 +58,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CommandError(f"{path} does not hold a JSON object")
     return config
+
+
+def write_config(directory: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """``config.json`` of a model directory, with the model's ``dtype`` where ``settings`` name none.
+
+    Without it transformers would take the dtype of the first tensor in the file, which is that of a scale.
+    """
+    if settings.get("dtype") is None and settings.get("torch_dtype") is None:
+        settings = {**settings, "dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:

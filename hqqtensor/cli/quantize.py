@@ -1,7 +1,8 @@
 """``hqqtensor quantize``: a Hugging Face model directory in, a quantized one out."""
 
 import argparse
-import json
+import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from hqqtensor.cli.errors import from_arguments, writing
 from hqqtensor.cli.output import print_json, progress_on_stderr
 from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.language import token_windows
+from hqqtensor.diagnostics.left_dense import DenseGroup, left_dense
 from hqqtensor.diagnostics.size import ModelSize
 from hqqtensor.diagnostics.table import megabytes
 from hqqtensor.presets import BYTE_UNITS, parse_size
-from hqqtensor.selection import check_shapes, choose
+from hqqtensor.selection import OUTPUT_LAYER, check_shapes, choose, output_layers
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     settings = model_dir.read_dense_config(source)
     model_dir.check_output(out, source, args.overwrite)
     text = None if args.text is None else model_dir.read_text(args.text)
-    check_model(model_dir.empty_model_of(source), config, target_bytes, args)
+    empty = model_dir.empty_model_of(source)
+    config = skip_output_layer(empty, config, args)
+    check_model(empty, config, target_bytes, args)
 
     model = model_dir.open_dense(source)
     before = model_size(model)
@@ -48,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     with writing(out), model_dir.written_at_once(out) as work:
         save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
         model_dir.copy_companions(source, work)
-        (work / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    report(out, before, model_size(model), seconds, config, args.json)
+        model_dir.write_config(work, settings, next(model.parameters()).dtype)
+    report(out, before, model_size(model), left_dense(model, config), seconds, config, args.json)
     return 0
 
 
 def parse_layers(entries: list[str]) -> dict[str, dict[str, Any] | None] | None:
-    """``["self_attn.q_proj=4/64", "mlp=none"]`` as a ``dynamic_config``; ValueError for anything else."""
+    """``["self_attn.q_proj=4/64", "v_proj=6", "mlp=none"]`` as a ``dynamic_config``; ValueError for anything else."""
     layers: dict[str, dict[str, Any] | None] = {}
     for entry in entries:
         tag, _, settings = entry.partition("=")
@@ -73,17 +77,36 @@ def parse_layers(entries: list[str]) -> dict[str, dict[str, Any] | None] | None:
 
 def make_config(args: argparse.Namespace) -> HqqConfig:
     """The HqqConfig that the arguments ask for; ValueError where it refuses."""
+    metadata = {"quant_scale": True, "quant_zero": True, "meta_nbits": args.quant_metadata}
     return HqqConfig(
         nbits=args.bits,
         group_size=args.group_size,
         axis=args.axis,
         solver=args.solver,
-        quant_scale=args.quant_metadata is not None,
-        quant_zero=args.quant_metadata is not None,
-        **({} if args.quant_metadata is None else {"meta_nbits": args.quant_metadata}),
+        **({} if args.quant_metadata is None else metadata),
+        embedding_nbits=args.embeddings,
         dynamic_config=parse_layers(args.layers),
         **({} if args.skip is None else {"skip_modules": args.skip}),
     )
+
+
+def skip_output_layer(empty: Any, config: HqqConfig, args: argparse.Namespace) -> HqqConfig:
+    """``config`` that leaves the output layer dense if ``--skip`` names it, and so an embedding that is tied to it.
+
+    In ``config`` alone "lm_head" would give way to ``embedding_nbits``, since it is in skip_modules by default.
+    """
+    if config.embedding_nbits is None or OUTPUT_LAYER not in (args.skip or []):
+        return config
+    matrices = {name: w for name, w in empty.named_parameters(remove_duplicate=False) if w.ndim > 1}
+    layers = [name for name in output_layers(empty) if f"{name}.weight" in matrices]
+    own = {id(matrices[f"{name}.weight"]) for name in layers}
+    tied = [name for name, w in matrices.items() if id(w) in own and name.removesuffix(".weight") not in layers]
+    if tied:
+        print(
+            f"--skip {OUTPUT_LAYER} leaves {', '.join(tied)} dense too: it is tied to the output layer", file=sys.stderr
+        )
+    tags = {**dict.fromkeys(layers), **(config.dynamic_config or {})}
+    return dataclasses.replace(config, dynamic_config=tags or None)
 
 
 def is_search(args: argparse.Namespace) -> bool:
@@ -151,8 +174,11 @@ def search(
         return choose_config(model, sensitivity, config, args.target_bpw, target_bytes).config
 
 
-def report(out: Path, before: ModelSize, after: ModelSize, seconds: float, config: HqqConfig, as_json: bool) -> None:
-    """Print what was written and how large it is."""
+def report(
+    out: Path, before: ModelSize, after: ModelSize, dense: list[DenseGroup], seconds: float, config: HqqConfig,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Print what was written, how large it is, and what stayed dense."""
     if as_json:
         print_json(
             {
@@ -161,6 +187,7 @@ def report(out: Path, before: ModelSize, after: ModelSize, seconds: float, confi
                 "bytes_after": after.nbytes,
                 "quantized_weights": after.quantized_weights,
                 "bits_per_weight": after.bits_per_weight,
+                "left_dense": [dataclasses.asdict(group) for group in dense],
                 "seconds": seconds,
                 "config": config.to_dict(),
             }
@@ -171,4 +198,7 @@ def report(out: Path, before: ModelSize, after: ModelSize, seconds: float, confi
     print(f"size: {megabytes(before.nbytes)} -> {megabytes(after.nbytes)} ({ratio:.2f}x smaller)")
     millions = after.quantized_weights / 1e6
     print(f"quantized: {millions:.2f} million weights at {after.bits_per_weight:.3f} bits, metadata counted")
+    print(f"left dense: {megabytes(after.nbytes - after.quantized_nbytes)}")
+    for group in dense:
+        print(f"  {group}")
     print(f"time to quantize: {seconds:.1f} s")

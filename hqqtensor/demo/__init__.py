@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from hqqtensor import hqq_weight_only, quantize_
 from hqqtensor.cli.errors import CommandError
 from hqqtensor.cli.output import print_table
+from hqqtensor.demo.models import DOCLM, load_doclm, load_minilm
 from hqqtensor.diagnostics import collect_quantization_debug_info, model_size
 from hqqtensor.diagnostics.language import LanguageComparison, compare_language_models, token_windows
-from hqqtensor.demo.models import DOCLM, load_doclm, load_minilm
 from hqqtensor.diagnostics.table import megabytes
 
 BITS, GROUP_SIZE, CONTEXT = (8, 4, 3, 2), 64, 256
@@ -161,4 +161,3 @@ def main() -> int:
         print(f"hqqtensor demo: {error}", file=sys.stderr)
         return 1
     return 0
-

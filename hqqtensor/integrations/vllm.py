@@ -20,6 +20,7 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.formats import get_format
 from hqqtensor.packing import row_bytes
 from hqqtensor.quantize import show_quantized
+from hqqtensor.selection import embeddings_and_output
 from hqqtensor.tensor import HQQTensor
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -46,6 +47,8 @@ class HqqStoredConfig(AOBaseConfig):
     activation: str = "float"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.group_size, int):  # nothing is chosen here: the file has the groups
+            raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
         HqqConfig(**dataclasses.asdict(self))
 
 
@@ -85,10 +88,8 @@ def for_vllm(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) 
     the weight for what the loader cannot cut and join: axis 0, quantized scales, codebooks, ``act_pre_scale``,
     transposed and 3-D weights, and layers that it fuses (``FUSED``) with unequal settings.
     """
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = output()
-    modules = dict(model.named_modules())
-    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+    ends = embeddings_and_output(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - ends
     configs: dict[str, HqqStoredConfig] = {}
     out: dict[str, Tensor] = {}
     dense: list[str] = []
@@ -96,7 +97,7 @@ def for_vllm(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) 
         module, _, leaf = name.rpartition(".")
         if not isinstance(tensor, HQQTensor):
             out[name] = tensor
-        elif isinstance(modules.get(module), nn.Embedding) or (head is not None and modules.get(module) is head):
+        elif module in ends:
             out[name] = tensor.dequantize(dtype)
             dense.append(name)
         elif module in linears and leaf == "weight":
@@ -146,7 +147,7 @@ def _stored_config(name: str, tensor: HQQTensor) -> HqqStoredConfig:
         "a weight that is no matrix": tensor.ndim != 2,
         "a transposed weight": tensor.transposed,
         "axis 0, whose groups run across rows": tensor.axis != 1,
-        "quantized scales or zero points": tensor.nested,
+        "quantized scales or zero points (quantize with group_size=64, or another number)": tensor.nested,
         "a learned codebook": tensor.codebook is not None,
         "act_pre_scale": tensor.act_pre_scale is not None,
     }

@@ -183,7 +183,7 @@ def _checked(name: str) -> str:
     name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name == "auto":
         return name
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise ValueError(f"backend must be one of {['auto', *_BACKENDS]}, got {name!r}")
     reason = _BACKENDS[name].why_unavailable()
     if reason is not None:

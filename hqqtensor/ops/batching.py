@@ -4,10 +4,8 @@
 import torch
 from torch.utils._pytree import tree_leaves
 
-from hqqtensor.ops.definitions import LIBRARY, PRODUCTS, SCHEMAS
-
-_WITH_LEADING_DIMENSIONS = ("linear", "embedding")
-"""Operators whose first argument may have any leading dimensions: what is mapped over becomes one more."""
+from hqqtensor.ops.definitions import LIBRARY, OPS, PRODUCTS, SCHEMAS
+from hqqtensor.ops.packed import flat, structured
 
 
 def _refuse(name: str):
@@ -23,28 +21,37 @@ def _refuse(name: str):
     return rule
 
 
-def _with_leading_dimension(name: str):
+def mapped_linear(product, in_dims, x, w, bias, act_pre_scale, activation):
+    """``product``, a linear layer, mapped over x, the bias or both, which becomes a leading dimension of the result.
+
+    in_dims: the dimension of each following argument that is mapped over, None where none is.
+    """
+    x_dim, w_dims, bias_dim, act_dim, _ = in_dims
+    if any(dim is not None for dim in tree_leaves((w_dims, act_dim))):
+        _refuse("linear")(None, in_dims)
+    x = x[None] if x_dim is None else x.movedim(x_dim, 0)
+    if bias_dim is None:
+        return product(x, w, bias, act_pre_scale, activation), 0
+    out = product(x, w, None, act_pre_scale, activation)
+    bias = bias.movedim(bias_dim, 0)
+    return out + bias.view(-1, *[1] * (out.ndim - 2), bias.shape[-1]), 0
+
+
+def _linear(info, in_dims, *args):
     # The public operator: what is mapped over may need a gradient that the mapped tensor does not tell of.
-    operator = getattr(torch.ops.hqqtensor, name.removeprefix("_")).default
-    bias = {argument.name: place for place, argument in enumerate(operator._schema.arguments)}.get("bias")
+    def product(*args):
+        return OPS.linear(*flat("linear", args))
 
-    def rule(info, in_dims, *args):
-        """``in_dims``: of each argument the dimension that is mapped over, None where none is."""
-        mapped = {place for place, dim in enumerate(in_dims) if any(d is not None for d in tree_leaves(dim))}
-        if mapped - {0, bias}:
-            _refuse(name)(info, in_dims, *args)
-        first, *others = args
-        if bias is None or bias not in mapped:
-            return operator(first.movedim(in_dims[0], 0), *others), 0
-        others[bias - 1] = None
-        out = operator(first.movedim(in_dims[0], 0) if 0 in mapped else first[None], *others)
-        added = args[bias].movedim(in_dims[bias], 0)
-        return out + added.view(-1, *[1] * (out.ndim - 2), added.shape[-1]), 0
-
-    return rule
+    return mapped_linear(product, structured("linear", in_dims), *structured("linear", args))
 
 
+def _embedding(info, in_dims, indices, *weight):
+    if any(dim is not None for dim in tree_leaves(in_dims[1:])):
+        _refuse("embedding")(info, in_dims)
+    return OPS.embedding(indices.movedim(in_dims[0], 0), *weight), 0
+
+
+_RULES = {"linear": _linear, "embedding": _embedding}
 for _op in SCHEMAS:
     for _name in (_op, f"registry_{_op}", *([f"_{_op}"] if _op in PRODUCTS else [])):
-        _rule = _with_leading_dimension if _op in _WITH_LEADING_DIMENSIONS else _refuse
-        torch.library.register_vmap(f"hqqtensor::{_name}", _rule(_name), lib=LIBRARY)
+        torch.library.register_vmap(f"hqqtensor::{_name}", _RULES.get(_op, _refuse(_name)), lib=LIBRARY)

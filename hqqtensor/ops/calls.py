@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hqqtensor.ops import gradients
 from hqqtensor.ops.definitions import OPS, join_many
@@ -43,7 +44,9 @@ def linear(
     # Written out: this is the call that decoding makes hundreds of times for a token.
     if activation == "float" and _precision() != "highest" and x.dtype == torch.float32:
         activation = "high"
-    if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if forward_ad._current_level >= 0 or (
+        _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
         return gradients.linear(x, w, bias, act_pre_scale, activation)
     qdata, scale, zero, meta, nbits, format, group_size, axis, K = w
     return _linear(

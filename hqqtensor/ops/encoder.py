@@ -35,7 +35,7 @@ class ColumnSteps(Protocol):
         """Round column by column; each error goes into the columns after it by its row of ``upper [g, g]``.
 
         scale, zero_point: ``[N, 1]``. Writes the codes into ``codes``, uint8 ``[N, g]``, and gives the errors, float32
-        ``[N, g]``, each divided by its entry on the diagonal of ``upper``. What ``group`` holds afterwards is left open.
+        ``[N, g]``, each divided by its entry on the diagonal of ``upper``. What ``group`` holds afterwards is open.
         """
 
 

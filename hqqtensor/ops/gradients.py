@@ -1,29 +1,40 @@
-"""Gradients of the products: to the activations (and bias), never to codes."""
+"""Gradients of the products, backward and forward: to the activations (and bias), never to codes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from hqqtensor.ops import reference
+from hqqtensor.ops.batching import mapped_linear
 from hqqtensor.ops.definitions import LIBRARY, OPS, split_many
 from hqqtensor.ops.packed import PackedWeight, flat, structured
 
 
+def forward_mode() -> bool:
+    """Whether code runs within ``torch.func.jvp`` or ``forward_ad.dual_level``, where any tensor may have a tangent."""
+    return forward_ad._current_level >= 0
+
+
 def wanted(*tensors: Tensor | None) -> bool:
     """Whether a product of these must have a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return asked or forward_mode()
 
 
 def _save(ctx: Any, w: PackedWeight, act_pre_scale: Tensor | None, *more: Tensor) -> None:
-    ctx.save_for_backward(w.qdata, w.scale, w.zero_point, act_pre_scale, *more, *(w.meta or ()))
+    tensors = (w.qdata, w.scale, w.zero_point, act_pre_scale, *more, *(w.meta or ()))
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
     ctx.settings, ctx.more = w[4:], len(more)
 
 
-def _saved(ctx: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The dense weight, the scale of the activations, and what else was saved."""
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The packed weight, the scale of the activations, and what else was saved."""
     qdata, scale, zero_point, act_pre_scale, *rest = ctx.saved_tensors
-    w = OPS.dequantize(qdata, scale, zero_point, rest[ctx.more :] or None, *ctx.settings, dtype)
+    w = PackedWeight(qdata, scale, zero_point, rest[ctx.more :] or None, *ctx.settings)
     return w, act_pre_scale, *rest[: ctx.more]
 
 
@@ -31,15 +42,21 @@ def _scaled(grad: Tensor, act_pre_scale: Tensor | None) -> Tensor:
     return grad if act_pre_scale is None else grad * act_pre_scale.to(grad.dtype)
 
 
-class _Linear(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """What all products have: they are linear in x and bias, so a tangent goes through the same product.
+
+    The tangent's activations stay "float", as in ``backward``, where those of the product itself may be "int8".
+    """
+
+
+class _Linear(_Product):
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        w, act_pre_scale, activation = rest
-        return OPS._linear(*flat("linear", (x, w, bias, act_pre_scale, activation)))
+    def forward(x: Tensor, *rest: Any) -> Tensor:
+        return OPS._linear(*flat("linear", (x, *rest)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, bias, w, act_pre_scale, _ = inputs
+        _, w, bias, act_pre_scale, _ = inputs
         _save(ctx, w, act_pre_scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -47,14 +64,23 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            w, act = _saved(ctx, grad.dtype)
-            grad_x = _scaled(grad @ w, act)
-        if ctx.needs_input_grad[1]:
+            w, act = _saved(ctx)
+            grad_x = _scaled(grad @ OPS.dequantize(*w, grad.dtype), act)
+        if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None
+        return grad_x, None, grad_bias, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, w: Any, bias: Tensor | None, *_: Any) -> Tensor:
+        packed, act = _saved(ctx)
+        return linear(x, packed, bias, act, "float")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:  # type: ignore[override]
+        return mapped_linear(linear, in_dims, *args)
 
 
-class _Batched(torch.autograd.Function):
+class _Batched(_Product):
     @staticmethod
     def forward(x: Tensor, *rest: Any) -> Tensor:
         return OPS._batched_linear(*flat("batched_linear", (x, *rest)))
@@ -65,11 +91,16 @@ class _Batched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        w, act = _saved(ctx, grad.dtype)
-        return _scaled(torch.bmm(grad, w), act), None, None, None
+        w, act = _saved(ctx)
+        return _scaled(torch.bmm(grad, OPS.dequantize(*w, grad.dtype)), act), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
+        w, act = _saved(ctx)
+        return batched_linear(x, w, act, "float")
 
 
-class _Grouped(torch.autograd.Function):
+class _Grouped(_Product):
     @staticmethod
     def forward(x: Tensor, *rest: Any) -> Tensor:
         return OPS._grouped_linear(*flat("grouped_linear", (x, *rest)))
@@ -81,17 +112,23 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        w, act, offsets = _saved(ctx, grad.dtype)
+        packed, act, offsets = _saved(ctx)
+        w = OPS.dequantize(*packed, grad.dtype)
         out, first = grad.new_zeros(grad.shape[0], w.shape[-1]), 0
         for expert, last in enumerate(offsets.tolist()):
             out[first:last] = grad[first:last] @ w[expert]
             first = max(first, last)
         return _scaled(out, act), None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
+        w, act, offsets = _saved(ctx)
+        return grouped_linear(x, offsets, w, act, "float")
+
 
 def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, activation: str) -> Tensor:
     """``hqqtensor::linear`` with a gradient."""
-    return _Linear.apply(x, bias, w, act_pre_scale, activation)
+    return _Linear.apply(x, w, bias, act_pre_scale, activation)
 
 
 def batched_linear(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str) -> Tensor:
@@ -109,7 +146,7 @@ def grouped_linear(
 def linear_many(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str) -> Tensor:
     """``hqqtensor::linear_many`` with a gradient: a product for each weight, of the same results to the last bit."""
     each = zip(weights, biases, strict=True)
-    return torch.cat([_Linear.apply(x, b, w, None, activation) for w, b in each], -1)
+    return torch.cat([_Linear.apply(x, w, b, None, activation) for w, b in each], -1)
 
 
 def _public(op: str, differentiable: Any) -> Any:
@@ -118,18 +155,26 @@ def _public(op: str, differentiable: Any) -> Any:
 
     def run(*args: Any) -> Tensor:
         ours = structured(op, args)
-        if wanted(args[0], ours[2] if op == "linear" else None):
+        if not wanted(args[0], ours[2] if op == "linear" else None):
+            return plain(*args)
+        if not torch._C._are_functorch_transforms_active():
             return differentiable(*ours)
-        return plain(*args)
+        # No autograd.Function can be called below torch's dispatcher within torch.func.
+        if ours[-1] == "int8":
+            raise NotImplementedError(f"hqqtensor::{op}: torch.func cannot differentiate int8 activations here")
+        return getattr(reference, op)(*ours)
 
     return run
 
 
 def _public_many(*args: Any) -> Tensor:
     x, weights, biases, activation = split_many(*args)
-    if wanted(x, *biases):
+    if not wanted(x, *biases):
+        return OPS._linear_many(*args)
+    if not torch._C._are_functorch_transforms_active():
         return linear_many(x, weights, biases, activation)
-    return OPS._linear_many(*args)
+    each = zip(weights, biases, strict=True)
+    return torch.cat([OPS.linear(*flat("linear", (x, w, b, None, activation))) for w, b in each], -1)
 
 
 for _function in (linear, batched_linear, grouped_linear):

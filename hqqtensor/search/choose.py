@@ -12,7 +12,7 @@ from torch import nn
 from hqqtensor.config import HqqConfig
 from hqqtensor.search.knapsack import best_choice
 from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, candidate_configs, check_fits, fits
-from hqqtensor.selection import selected_weights
+from hqqtensor.selection import choose, selected_weights
 from hqqtensor.stored_size import stored_bytes
 
 
@@ -34,22 +34,29 @@ class _Target:
     """A target for the weights ``[N, K]`` of a model, by module name, as bytes of the quantized weights."""
 
     def __init__(
-        self, model: nn.Module, weights: dict[str, nn.Parameter], target_bpw: float | None, target_bytes: int | None
+        self,
+        model: nn.Module,
+        config: HqqConfig,
+        weights: dict[str, nn.Parameter],
+        target_bpw: float | None,
+        target_bytes: int | None,
     ) -> None:
         if (target_bpw is None) == (target_bytes is None):
             raise ValueError("give one of target_bpw and target_bytes")
         if not weights:
             raise ValueError("the model has no weights to choose settings for outside skip_modules")
-        chosen = {id(weight) for weight in weights.values()}
+        others = [choice for choice in choose(model, config)[0] if choice.is_embedding]
+        fixed_bytes = {id(choice.weight): stored_bytes(choice.matrix_shape(), choice.settings) for choice in others}
+        fixed_bytes |= {id(weight): 0 for weight in weights.values()}
         self.weights = sum(weight.numel() for weight in weights.values())
-        self.dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in chosen)
+        self.rest_bytes = sum(fixed_bytes.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
         if target_bpw is not None:
             if not 0 < target_bpw < math.inf:
                 raise ValueError(f"target_bpw must be over 0 and finite, got {target_bpw}")
             self.text, self.budget = f"{target_bpw} bits", int(target_bpw * self.weights / 8)
         else:
             assert target_bytes is not None
-            self.text, self.budget = f"{target_bytes} bytes", int(target_bytes) - self.dense_bytes
+            self.text, self.budget = f"{target_bytes} bytes", int(target_bytes) - self.rest_bytes
 
     def check(self, smallest: int, largest: int) -> None:
         """ValueError where ``smallest`` is over the budget, naming what can be had: bytes of the quantized weights."""
@@ -62,7 +69,7 @@ class _Target:
     def _describe(self, nbytes: int) -> str:
         return (
             f"{8 * nbytes / self.weights:.3f} bits a weight "
-            f"({nbytes + self.dense_bytes} bytes with all that stays dense)"
+            f"({nbytes + self.rest_bytes} bytes with all other parameters)"
         )
 
 
@@ -81,7 +88,7 @@ def check_target(
     """
     config = config or HqqConfig()
     weights = selected_weights(model, config)
-    target = _Target(model, weights, target_bpw, target_bytes)
+    target = _Target(model, config, weights, target_bpw, target_bytes)
     configs, smallest, largest = candidate_configs(config, candidates), 0, 0
     for name, weight in weights.items():
         check_fits(name, weight.shape, configs)
@@ -100,13 +107,14 @@ def choose_config(
 ) -> Choice:
     """The settings of least total loss within a budget, exactly.
 
-    config: as given to ``measure_sensitivity``. target_bpw: bits a quantized weight, metadata counted. target_bytes: of
-    the whole model, what stays dense counted. Exactly one of the two. ValueError for a budget that cannot be met (it
-    names the smallest and the largest; ``check_target`` tells before measuring) or a layer that was not measured.
+    config: as given to ``measure_sensitivity``. target_bpw: bits a weight of the layers chosen for, metadata counted.
+    target_bytes: of the whole model, all other parameters counted (those of embedding_nbits in its bits). Exactly one
+    of the two. ValueError for a budget that cannot be met (it names the smallest and the largest; ``check_target``
+    tells before measuring) or a layer that was not measured.
     """
     config = config or HqqConfig()
     weights = selected_weights(model, config)
-    target = _Target(model, weights, target_bpw, target_bytes)
+    target = _Target(model, config, weights, target_bpw, target_bytes)
     missing = [name for name in weights if name not in sensitivity.layers]
     if missing:
         raise ValueError(f"{missing[0]}: not in the sensitivities ({len(missing)} such); measure this model")
@@ -123,7 +131,8 @@ def choose_config(
     loss = sum(each[k][1] for each, k in zip(options, best, strict=True))
     candidates = [sensitivity.candidates[each[k]] for each, k in zip(usable, best, strict=True)]
     counts = Counter(_label(candidate) for candidate in candidates)
-    layer_config = dataclasses.replace(config, dynamic_config=_tags(model, list(weights.values()), candidates))
+    tags = {**(config.dynamic_config or {}), **_tags(model, list(weights.values()), candidates)}
+    layer_config = dataclasses.replace(config, dynamic_config=tags, **config.given_groups())
     return Choice(layer_config, nbytes, 8 * nbytes / target.weights, loss, dict(sorted(counts.items())))
 
 

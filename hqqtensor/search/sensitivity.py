@@ -86,7 +86,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure each layer that ``quantize_(model, config)`` would take; the model is left as it was.
 
-    config: what all candidates share (solver, skip_modules, ...). batches: None to look at weights only, else
+    config: what all candidates share (solver, skip_modules, ...); layers that its embedding_nbits serves are left out.
+        batches: None to look at weights only, else
         batches (mappings, tuples or tensors) whose outputs are compared: of text, or of ``random_tokens`` where there
         is none. Their outputs are kept in memory: a few thousand tokens serve.
     file: results are written there after each layer, and layers already in it, measured on the same weights and
@@ -96,8 +97,11 @@ def measure_sensitivity(
     measured), for outputs without logits, and for outputs that are not finite.
     """
     config = config or HqqConfig()
-    if config.dynamic_config:
-        raise ValueError("the search chooses the settings of all layers: leave dynamic_config out, use skip_modules")
+    if any(entry is not None for entry in (config.dynamic_config or {}).values()):
+        raise ValueError(
+            "the search chooses the settings of all layers: dynamic_config may only leave some dense (None), as "
+            "skip_modules does"
+        )
     configs = candidate_configs(config, candidates)
     weights = selected_weights(model, config)
     for name, weight in weights.items():
@@ -141,8 +145,13 @@ def random_tokens(vocabulary: int, length: int = 256, count: int = 8, seed: int 
 
 
 def candidate_configs(config: HqqConfig, candidates: Sequence[dict[str, Any]]) -> list[HqqConfig]:
-    """``config`` with the settings of each candidate; ValueError for settings that HqqConfig refuses."""
-    shared = {k: v for k, v in config.to_dict().items() if k != "dynamic_config"}
+    """``config`` with the settings of each candidate; ValueError for settings that HqqConfig refuses.
+
+    A candidate is read as an entry of dynamic_config is: one with a group size has plain scales unless it, or what
+    ``config`` was made of, says otherwise.
+    """
+    shared = {k: v for k, v in config.to_dict().items() if k not in ("dynamic_config", "embedding_nbits")}
+    shared |= config.given_groups()
     return [HqqConfig.from_dict({**shared, **candidate}) for candidate in candidates]
 
 

@@ -47,6 +47,44 @@ def read_packed(
     "error", or "dense", its exact values in the scales' dtype. CheckpointError naming the layer for anything that
     does not fit; shapes are held against one another and the settings before a code is read.
     """
+    nbits, awq = settings.nbits, settings.version == "awq"
+    part = _checked_parts(name, entries, settings)
+    rows, columns, size, index = part.scale.shape[1], part.columns, part.group_size, part.index
+    zero = _zero_points(part.zeros, settings)[:, :rows].t().to(part.scale.dtype)  # [N, groups]
+    scale = part.scale.t().contiguous()
+    words = part.words
+    codes = _unpack_columns(words, settings).t()[:rows] if awq else unpack_words(words.t(), nbits)[:, :columns]
+    if index is not None:
+        step = _neighbours(index, size)
+        if step != size and nbits + 32 / step > 16:
+            if unordered == "dense":
+                return (codes - zero[:, index]) * scale[:, index]
+            raise InputError(
+                f"{name}: its inputs are grouped in an order of their own (desc_act) that groups of neighbouring "
+                "inputs cannot express; hqqtensor convert --act-order dense keeps such layers as dense weights"
+            )
+        if step != size or bool((index != torch.arange(columns) // size).any()):
+            size, first = step, index[::step]
+            scale, zero = scale[:, first].contiguous(), zero[:, first]
+    zero = zero.contiguous()
+    shape = torch.Size((rows, columns))
+    return HQQTensor(pack(codes.contiguous(), nbits), scale, nbits, size, 1, shape, scale.dtype, zero_point=zero)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The stored tensors of a layer, which fit one another and the settings."""
+
+    words: Tensor
+    zeros: Tensor
+    scale: Tensor  # [groups, N], finite
+    index: Tensor | None  # [K], each below the number of groups
+    columns: int  # K
+    group_size: int
+
+
+def _checked_parts(name: str, entries: Mapping[str, Tensor], settings: PackedSettings) -> _Parts:
+    """Take the tensors of the layer ``name`` from ``entries``; CheckpointError where one does not fit."""
 
     def take(key: str, dtypes: tuple[torch.dtype, ...], rank: int) -> Tensor:
         t = entries.get(key)
@@ -78,27 +116,9 @@ def read_packed(
             )
     if not bool(scale.isfinite().all()):
         raise CheckpointError(f"{name}: scales hold NaN or Inf")
-
-    zero = _zero_points(zeros, settings)[:, :rows].t().to(scale.dtype)  # [N, groups]
-    scale = scale.t().contiguous()
-    codes = _unpack_columns(words, settings).t()[:rows] if awq else unpack_words(words.t(), nbits)[:, :columns]
-    if index is not None:
-        if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= groups:
-            raise CheckpointError(f"{name}: g_idx should be {columns} numbers of groups below {groups}")
-        step = _neighbours(index, size)
-        if step != size and nbits + 32 / step > 16:
-            if unordered == "dense":
-                return (codes - zero[:, index]) * scale[:, index]
-            raise InputError(
-                f"{name}: its inputs are grouped in an order of their own (desc_act) that groups of neighbouring "
-                "inputs cannot express; hqqtensor convert --act-order dense keeps such layers as dense weights"
-            )
-        if step != size or bool((index != torch.arange(columns) // size).any()):
-            size, first = step, index[::step]
-            scale, zero = scale[:, first].contiguous(), zero[:, first]
-    zero = zero.contiguous()
-    shape = torch.Size((rows, columns))
-    return HQQTensor(pack(codes.contiguous(), nbits), scale, nbits, size, 1, shape, scale.dtype, zero_point=zero)
+    if index is not None and (index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= groups):
+        raise CheckpointError(f"{name}: g_idx should be {columns} numbers of groups below {groups}")
+    return _Parts(words, zeros, scale, index, columns, size)
 
 
 def _words(codes: int, nbits: int) -> int:

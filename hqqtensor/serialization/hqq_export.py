@@ -40,7 +40,8 @@ def export_layer(name: str, tensor: HQQTensor) -> dict[str, Tensor]:
     elif packing is None:
         reason = f"it has {bits} bits, hqq has {sorted(b for b in WIDTHS if b != 1.58)}"
     elif groups * size != (columns if tensor.axis else rows) or numel == 0:
-        reason = f"group_size {size} does not divide its {columns if tensor.axis else rows} weights"
+        extent = columns if tensor.axis else rows
+        reason = f"group_size {size} does not divide its {extent} weights (quantize with one that does, such as 64)"
     if reason or packing is None:
         raise ValueError(f"{name}: cannot be kept in hqq's layout: {reason}")
     scale, zero = _plain(tensor.scale), _plain(tensor.zero_point)

@@ -60,7 +60,7 @@ def register_solver(name: str, solver: Solver) -> None:
 
 def get_solver(name: str) -> Solver:
     """The solver called ``name``; ValueError names those on offer."""
-    if name not in _SOLVERS:
+    if not isinstance(name, str) or name not in _SOLVERS:
         raise ValueError(f"solver must be one of {solver_names()}, got {name!r}")
     return _SOLVERS[name]
 

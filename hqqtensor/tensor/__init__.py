@@ -171,15 +171,6 @@ class HQQTensor(TorchAOBaseTensor):
         settings = (self.nbits, self.format, self.group_size, self.axis, self.in_features)
         return tuple.__new__(PackedWeight, (qdata, scale, zero, meta, *settings))  # half the time of PackedWeight(...)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``qdata``, ``scale`` and ``zero_point`` as the ops take them."""
-        return self.operand()[:3]
-
-    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
-        """(meta, nbits, format, group_size, axis, in_features): what the ops take after the data."""
-        packed = self.operand()
-        return list(packed.meta or ()), *packed[4:]
-
     @property
     def codebook(self) -> str | None:
         """For the format "codebook", whether the "tensor" or each "row" has entries of its own; else None."""
@@ -190,6 +181,8 @@ class HQQTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The dense weight of the logical shape, in ``output_dtype`` or the tensor's own dtype."""
         dtype = output_dtype or self.dtype
+        if not self.in_features:  # an empty slice has no codes to decode
+            return self.qdata.new_empty(self.shape, dtype=dtype)
         packed = self.operand()
         if packed.qdata.shape[-1] != row_bytes(self.in_features, self.nbits):  # see meta_from_encoded
             packed = packed._replace(qdata=pack(unpack_meta(packed.qdata, self.in_features), self.nbits))

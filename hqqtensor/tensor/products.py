@@ -36,6 +36,9 @@ def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
     """``x [..., K]`` times the transpose of a weight ``[N, K]`` that is not transposed, plus ``bias``."""
     if isinstance(x, HQQTensor):
         x = x.dequantize()
+    if not weight.in_features:  # an empty slice: kernels take no row without codes
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, x.new_empty(weight.out_features, 0), bias)
     # As `_inputs`, without the calls: decoding comes here hundreds of times for a token.
     act = weight.act_pre_scale
     if weight.rotation or _is_autocast():
@@ -48,7 +51,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(weight, HQQTensor) and weight.transposed and not isinstance(x, HQQTensor):
         if weight.ndim == 2:
             return linear(x, weight, None)
-        if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0]:
+        if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0] and weight.in_features:
             x, act = _inputs(x, weight)
             return ops.batched_linear(x, weight.operand(), act, weight.activation)
     first = isinstance(x, HQQTensor) and x.row_dims == 1 and not x.transposed and not isinstance(weight, HQQTensor)
@@ -86,6 +89,8 @@ def _(func, types, args, kwargs):
             raise NotImplementedError(
                 "grouped_mm: needs x [S, K], offs and a transposed 3-D HQQTensor [E, K, N], and no bias"
             )
+        if not weight.in_features:
+            return x.new_zeros(x.shape[0], weight.out_features, dtype=out_dtype)
         x, act = _inputs(x, weight)
         out = ops.grouped_linear(x, offs, weight.operand(), act, weight.activation)
         return out if out_dtype is None else out.to(out_dtype)
@@ -134,6 +139,8 @@ def _(func, types, args, kwargs):
         weight, indices = args[0], args[1]
     if not isinstance(weight, HQQTensor) or weight.ndim != 2 or weight.transposed:
         raise NotImplementedError("embedding: needs a 2-D HQQTensor weight that is not transposed")
+    if not weight.in_features:
+        return torch.nn.functional.embedding(indices, weight.dequantize())
     out = ops.embedding(indices, weight.operand(), torch.float32 if weight.rotation else weight.dtype)
     if weight.rotation:
         out = rotate(out, weight.rotation).to(weight.dtype)

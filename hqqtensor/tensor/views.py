@@ -13,17 +13,24 @@ aten = torch.ops.aten
 implements = HQQTensor.implements
 
 
-@implements([aten.t.default, aten.transpose.int])
+@implements([aten.t.default, aten.transpose.int, aten.permute.default])
 def _(func, types, args, kwargs):
-    self = args[0]
+    self, *dims = args
     ndim = self.ndim
-    dims = {d % ndim for d in args[1:]} if func is aten.transpose.int else {0, 1}
-    if func is aten.transpose.int and len(dims) == 1:
+    order = list(range(ndim))
+    if func is aten.permute.default:
+        order = [d % ndim for d in dims[0]]
+    else:
+        first, second = dims or (0, 1)
+        order[first], order[second] = order[second], order[first]
+    if order == list(range(ndim)):
         new = self.with_data()
     elif self.row_dims > 1:
         raise NotImplementedError("transpose: the weight of a convolution stays as it is; dequantize() first")
-    elif dims != {ndim - 2, ndim - 1}:
-        raise NotImplementedError(f"transpose: only the last two dimensions of an HQQTensor can be swapped, got {dims}")
+    elif order != [*range(ndim - 2), ndim - 1, ndim - 2]:
+        raise NotImplementedError(
+            f"transpose: only the last two dimensions of an HQQTensor can be swapped, got the order {order}"
+        )
     else:
         shape = torch.Size([*self.shape[:-2], self.shape[-1], self.shape[-2]])
         new = self.with_data(shape=shape, transposed=not self.transposed)

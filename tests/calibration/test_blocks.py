@@ -22,12 +22,16 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks in a list between two layers; ``skips`` adds the first hidden states again halfway, which breaks the chain."""
+    """Blocks in a list between two layers; ``skips`` adds the first hidden states again, which breaks the chain."""
 
     def __init__(self, depth: int = 3, skips: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.layers, self.head = nn.Linear(32, 64), nn.ModuleList(Block() for _ in range(depth)), nn.Linear(64, 16)
+        self.first, self.layers, self.head = (
+            nn.Linear(32, 64),
+            nn.ModuleList(Block() for _ in range(depth)),
+            nn.Linear(64, 16),
+        )
         self.skips = skips
 
     def forward(self, x):

@@ -324,3 +324,30 @@ def test_a_layer_called_twice_a_pass_is_seen_both_times():
     quantize_(model, CONFIG, calibration=calibration)
     dequantize_(model)
     assert output_error(Twice(), model) < 0.2
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's too and comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(80, 64), nn.Linear(64, 80, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.embedding(torch.arange(len(x))))
+
+
+@pytest.mark.parametrize("mode", ["diagonal", "full"])
+def test_an_output_layer_is_calibrated_though_a_tied_embedding_comes_first(mode: str) -> None:
+    config = HqqConfig(3, 32, skip_modules=[], dynamic_config={"embedding": {}, "head": {}})
+    model = Tied()
+    calibrated, plain = copy.deepcopy(model), copy.deepcopy(model)
+    moments = calibrate(calibrated, BATCHES, mode)
+    quantize_(calibrated, config, calibration=moments)
+    quantize_(plain, config)
+    assert isinstance(calibrated.head.weight, HQQTensor) and calibrated.head.weight is calibrated.embedding.weight
+    x = correlated(80, 1000)
+    errors = [(m.head(x) - model.head(x)).square().sum().item() for m in (calibrated, plain)]
+    assert errors[0] < 0.95 * errors[1]

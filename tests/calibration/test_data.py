@@ -29,7 +29,10 @@ def test_self_is_text_that_the_model_writes():
     batches = batches_of("self", model, tokens=512)
     ids = torch.cat([batch["input_ids"] for batch in batches])
     assert ids.shape == (8, 64) and (ids[:, 0] == model.config.bos_token_id).all()
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, batches_of("self", model, tokens=512), strict=True))
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"])
+        for a, b in zip(batches, batches_of("self", model, tokens=512), strict=True)
+    )
     other = batches_of("self", model, tokens=512, seed=1)
     assert not torch.equal(ids, torch.cat([batch["input_ids"] for batch in other]))
     with torch.no_grad():

@@ -67,6 +67,9 @@ WRONG = [
     # command line, and what the message says
     ("quantize dense out --bits 9", "nbits must be"),
     ("quantize dense out --bits four", "invalid int value: 'four'"),
+    ("quantize dense out --embeddings 9", "embedding_nbits must be None or an integer from 1 to 8, got 9"),
+    ("quantize dense out --embeddings few", "argument --embeddings: invalid"),
+    ("quantize dense out --group-size best", "argument --group-size: invalid group_size value: 'best'"),
     ("quantize dense out --speed fast", "unrecognized arguments"),
     ("quantize dense out --max-shard-size much", "--max-shard-size must be a number"),
     ("quantize dense out --layers no_such_layer=4/64", "no_such_layer"),

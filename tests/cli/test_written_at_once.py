@@ -3,12 +3,10 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+from killing import run_script
 
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.errors import UsageError
@@ -119,25 +117,16 @@ def test_a_block_that_raises_leaves_the_old_model_and_nothing_beside_it(tmp_path
 
 
 KILLED = """
-    import os, shutil, signal, sys
+    import os, shutil, sys
     from pathlib import Path
     from hqqtensor.cli import model_dir
+    from killing import kill_at
 
-    out, count = Path(sys.argv[1]) / "model", 0
-
-    def wrap(real):
-        def call(*args, **kwargs):
-            global count
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-        return call
+    out = Path(sys.argv[1]) / "model"
 
     def replace():
         # The calls of the system below Path and shutil: the removal of a directory has many.
-        for name in ("rename", "mkdir", "rmdir", "unlink"):
-            setattr(os, name, wrap(getattr(os, name)))
+        kill_at(step, *((os, name) for name in ("rename", "mkdir", "rmdir", "unlink")))
         with model_dir.written_at_once(out) as work:
             for name in ("config.json", "model.safetensors"):
                 (work / name).write_text("new")
@@ -163,9 +152,8 @@ KILLED = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_next_run_restores_what_a_killed_one_left(tmp_path) -> None:
-    script = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "parent")]
     (tmp_path / "parent").mkdir()
-    run = subprocess.run(script, capture_output=True, text=True)
+    run = run_script(KILLED, tmp_path / "parent")
     rows = [line.split() for line in run.stdout.splitlines()]
     assert run.returncode == 0 and len(rows) > 6, run.stdout + run.stderr
     assert all(row[1] == str(int(signal.SIGKILL)) for row in rows[:-1]) and rows[-1][1] == "0"
@@ -205,6 +193,14 @@ def test_without_locks_only_a_missing_model_is_restored(tmp_path, monkeypatch, c
     with pytest.raises(UsageError, match="is not empty; --overwrite replaces it"):
         check_output(out, tmp_path / "source", overwrite=False)
     assert held(out) == "old" and not work.exists() and unfinished.exists() is not locks
+    assert f"{out}: put the model that was here back" in capsys.readouterr().err
+
+
+def test_reading_a_model_restores_it_first(tmp_path, capsys) -> None:
+    out = tmp_path / "model"
+    work = leave_between_the_renames(out)
+    (work / "old" / "config.json").write_text('{"is": "old"}')
+    assert model_dir.read_config(out) == {"is": "old"} and not work.exists()
     assert f"{out}: put the model that was here back" in capsys.readouterr().err
 
 

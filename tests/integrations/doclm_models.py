@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from hqqtensor import HQQTensor
 
 DOCLM = str(Path(__file__).parents[1] / "assets" / "doclm")
+PLAIN = ("--group-size", "64", "--embeddings", "none")
+"""Settings of the command line that vLLM and the hqq library can read."""
 IDS = torch.arange(12)[None]
 
 

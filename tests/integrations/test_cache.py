@@ -85,7 +85,7 @@ def test_nothing_dense_is_kept_and_what_was_returned_is_the_callers_own(axes: tu
     third = cache.update(*states(1, 5), 0)
     for out, want in zip(third, copies, strict=True):
         assert torch.equal(out[:, :, : want.shape[2]], want)
-    held = [tensor for packed in layer(cache)._packed for tensor in packed.packed()] + [layer(cache).keys]  # type: ignore[union-attr]
+    held = [tensor for packed in layer(cache)._packed for tensor in packed.operand()[:3]] + [layer(cache).keys]  # type: ignore[union-attr]
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, layer(cache).values]}  # type: ignore[union-attr]
     assert sum(stored.values()) == layer(cache).nbytes
 

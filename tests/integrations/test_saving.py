@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchao
 import transformers as tf
-from doclm_models import DOCLM, IDS, load, quantized, same
+from doclm_models import DOCLM, IDS, PLAIN, load, quantized, same
 from safetensors import safe_open
 from torch import nn
 
@@ -142,7 +142,7 @@ def test_buffers_that_are_not_persistent_are_not_saved(tmp_path: Path) -> None:
     model = load(quantization_config=HqqConfig(4, 64))
     assert "model.rotary_emb.inv_freq" in dict(model.named_buffers())
     model.save_pretrained(tmp_path / "saved")
-    assert main(["quantize", DOCLM, str(tmp_path / "quantized"), "--json"]) == 0
+    assert main(["quantize", DOCLM, str(tmp_path / "quantized"), *PLAIN, "--json"]) == 0
     for directory in ("saved", "quantized"):
         assert not [key for key in keys_of(tmp_path / directory) if "inv_freq" in key]
         assert same(load(tmp_path / directory), model)
@@ -150,7 +150,7 @@ def test_buffers_that_are_not_persistent_are_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written_by", ["cli", "hqq"])
 def test_a_model_on_the_meta_device_gets_its_buffers_by_computing_them(written_by: str, tmp_path: Path) -> None:
-    assert main(["quantize", DOCLM, str(tmp_path / "cli"), "--json"]) == 0
+    assert main(["quantize", DOCLM, str(tmp_path / "cli"), *PLAIN, "--json"]) == 0
     assert main(["convert", str(tmp_path / "cli"), str(tmp_path / "hqq"), "--to", "hqq", "--json"]) == 0
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(DOCLM), dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from doclm_models import DOCLM, load, quantized
+from doclm_models import DOCLM, PLAIN, load, quantized
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
@@ -22,7 +22,7 @@ CONFIG = transformers.HqqConfig(nbits=4, group_size=64)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of the hqq library."""
     folder = tmp_path_factory.mktemp("hqq")
-    assert main(["quantize", DOCLM, str(folder / "ours"), "--json"]) == 0
+    assert main(["quantize", DOCLM, str(folder / "ours"), *PLAIN, "--json"]) == 0
     assert main(["convert", str(folder / "ours"), str(folder / "theirs"), "--to", "hqq", "--json"]) == 0
     return folder / "theirs"
 

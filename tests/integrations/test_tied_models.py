@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from doclm_models import load
+from doclm_models import load, same
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.cli import main, model_dir
@@ -50,3 +50,16 @@ def test_settings_that_differ_are_refused_before_weights_are_read(tied_doclm: Pa
         quantize_(load(tied_doclm), config)
     with pytest.raises(ValueError, match=match):
         load(tied_doclm, quantization_config=config)
+
+
+@pytest.mark.parametrize("nbits", [8, 3])
+def test_a_tied_pair_takes_embedding_nbits_while_it_is_loaded(tied_doclm: Path, tmp_path: Path, nbits: int) -> None:
+    config = HqqConfig(4, embedding_nbits=nbits)
+    model = load(tied_doclm, quantization_config=config)
+    model.save_pretrained(tmp_path / "saved")
+    quantize_(other := load(tied_doclm), config)
+    for m in (model, other, load(tmp_path / "saved")):
+        weight = m.lm_head.weight
+        assert weight is m.model.embed_tokens.weight and isinstance(weight, HQQTensor)
+        assert (weight.nbits, weight.group_size) == (nbits, 64 if nbits == 8 else 20)
+        assert same(m, model)

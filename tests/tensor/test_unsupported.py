@@ -24,7 +24,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "torch.Tensor.numpy": lambda w: w.numpy(),
     "torch.Tensor.tolist": lambda w: w.tolist(),
     "torch.Tensor.__array__": lambda w: np.asarray(w),
-    "torch.Tensor.T.__get__": lambda w: w.T,
+    "torch.Tensor.flip": lambda w: w.flip(0),
     "torch.Tensor.unbind": lambda w: list(w),
     "torch.sum": lambda w: torch.sum(w),
     "torch.mean": lambda w: torch.mean(input=w, dim=0),

@@ -2,7 +2,7 @@
 
 Importing this module loads the compiled library, which puts its kernels behind the operators for CPU tensors. Without
 it those run through the plain path. The library uses torch's stable ABI and no symbol of Python, so one build serves
-every Python and every torch from ``OLDEST_TORCH`` on.
+every Python and every torch that the package supports. Its stable ABI is that of ``OLDEST_TORCH``.
 """
 
 import re

@@ -99,7 +99,7 @@ def read(file: Path) -> dict[str, Tile]:
         content: Any = json.loads(file.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"autotuning: {file} cannot be read ({error}); it starts anew", stacklevel=2)
         return {}
     if not isinstance(content, dict):

@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(file: Path, monkeypatch) -
     assert sorted(p.name for p in file.parent.iterdir()) == ["triton.json", "triton.json.lock"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": 1'])
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": 1', "[" * 100_000])
 def test_a_broken_file_starts_anew(file: Path, content: str) -> None:
     file.parent.mkdir()
     file.write_text(content)

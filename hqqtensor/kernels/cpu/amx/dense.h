@@ -1,6 +1,6 @@
-// y = x W^T for many rows of x through AMX: a panel of weight rows is made dense in parts of bfloat16, in cache, and
-// multiplied part by part with all tokens, sums in float32. Whatever integers cannot stand for: every format, group size and
-// axis.
+// y = x W^T for many rows of x through AMX: a panel of rows of the weight is dequantized in cache as bf16 splits
+// (amx/splits.h), and each split is multiplied with the splits of all tokens; sums are float32. Serves every format, group size
+// and axis, also those that integer kernels do not.
 #pragma once
 #include "amx/lookup.h"
 #include "amx/tiles.h"
@@ -11,8 +11,8 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-// Which part of the weight meets which part of the activations, number i of `count`; what is left out is too small to tell.
-// Neighbours share a part, which is loaded once.
+// Which splits are multiplied: product i of `count` takes split w(i) of the weight and split x(i) of the activations. Products
+// that are too small to change the result are left out. Neighbours share a split, which is loaded once.
 struct Splits21 {
   static constexpr int W = 2, X = 1, count = 2;
   static constexpr int w(int i) { return 1 - i; }
@@ -34,7 +34,8 @@ struct Splits33Large {
   static constexpr int x(int) { return 0; }
 };
 
-// R x T tiles of the result, rows of the weight x tokens, in registers 0 to 3.
+// A register tile of R x T tiles of the result, rows of the weight x tokens. The eight tile registers:
+//   0..3  sums     4..6 (or 4, 5)  rows of the weight     6, 7 (or 7)  tokens
 template <int R, int T>
 struct Block {
   static constexpr int left(int r) { return 4 + r % (R > 2 ? 3 : 2); }
@@ -48,8 +49,7 @@ struct Block {
         if constexpr (i == 0 || P::x(i) != P::x(i - 1))
           unrolled<T>([&](auto t) { tile_load<right(t)>(b + t * b_tile + P::x(i) * kTileBytes); });
         unrolled<R>([&](auto r) {
-          if constexpr (i == 0 || P::w(i) != P::w(i - 1) || R > 2)
-            tile_load<left(r)>(a + r * a_tile + P::w(i) * kTileBytes);
+          if constexpr (i == 0 || P::w(i) != P::w(i - 1) || R > 2) tile_load<left(r)>(a + r * a_tile + P::w(i) * kTileBytes);
           unrolled<T>([&](auto t) { tile_multiply<r * T + t, left(r), right(t)>(); });
         });
       });
@@ -85,8 +85,8 @@ struct Block {
 using Multiply = void (*)(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
 template <int SPLITS>
 Multiply pick_multiply(int64_t rows, int64_t tokens) {
-  static constexpr Multiply one[] = {Block<1, 1>::multiply<SPLITS>, Block<2, 1>::multiply<SPLITS>, Block<3, 1>::multiply<SPLITS>,
-                                     Block<4, 1>::multiply<SPLITS>};
+  static constexpr Multiply one[] = {Block<1, 1>::multiply<SPLITS>, Block<2, 1>::multiply<SPLITS>,
+                                     Block<3, 1>::multiply<SPLITS>, Block<4, 1>::multiply<SPLITS>};
   static constexpr Multiply two[] = {Block<1, 2>::multiply<SPLITS>, Block<2, 2>::multiply<SPLITS>};
   return (tokens == 1 ? one : two)[rows - 1];
 }
@@ -114,9 +114,7 @@ constexpr int64_t kDenseRows = 128;  // of a panel: with its sums and the tokens
 int64_t amx_scratch(const Problem& p, int splits) {
   return kDenseRows * (kSlice / 2 * (splits == 3 ? 3 : 2) + token_tiles(p.M) * 16);
 }
-int64_t linear_dense_scratch(const Problem& p) {
-  return amx_scratch(p, 3) + kernels_avx512()->linear_dense_scratch(p);
-}
+int64_t linear_dense_scratch(const Problem& p) { return amx_scratch(p, 3) + kernels_avx512()->linear_dense_scratch(p); }
 
 // To nearest even. Not the instruction for it, which makes the smallest numbers zero.
 inline __m256i to_bf16(Floats v) {
@@ -155,12 +153,60 @@ inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* i
   return bad;
 }
 
+// Bytes from 16 rows of a panel with W splits to the next 16.
+template <int W>
+constexpr int64_t kRowTile = kSlice / kTileColumns * W * kTileBytes;
+
+// Columns [k, k + depth) of rows index[0, count) into the panel, [16 rows][steps][W splits] tiles; what comes after them is
+// prefetched: their next columns, or the rows from position `end` on. put: what pick_row chose.
+template <int W, class PutRow>
+inline __attribute__((always_inline)) void fill_panel(const Weight& w, const RowBlock& block, int64_t end, const int64_t* index,
+                                                      int64_t count, int64_t k, int64_t depth, PutRow put, SliceValues& values,
+                                                      char* panel) {
+  const int64_t next = k + kSlice;
+  const auto make = [&](int64_t r) {
+    put(w, index[r], k, depth, values, panel + r / 16 * kRowTile<W> + r % 16 * 64);
+    const uint8_t* soon = nullptr;
+    if (next < w.K) {
+      soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
+    } else if (end + r < block.end) {
+      const int64_t row = block.row(end + r);
+      soon = w.qdata + row * w.row_stride;
+      if (w.axis == 1) prefetch_values(w.scale, row), prefetch_values(w.zero, row);
+    }
+    if (soon)
+      for (int64_t i = 0; i < kSlice / 8 * w.nbits; i += 64) prefetch(soon + i);
+  };
+  if (w.axis == 1) {
+    values.of_columns(w, k, depth);
+    for (int64_t r = 0; r < count; ++r) make(r);
+    return;
+  }
+  for (int64_t c = 0; c < block.width && c < count; ++c) {
+    values.of_rows(w, index[c] % w.groups, k, depth);
+    for (int64_t r = c; r < count; r += block.width) make(r);
+  }
+}
+
+// sums += the panel times the same columns of all tokens, of which `x` has the first: [row tiles][token tiles][16][16].
+template <int SPLITS, int W>
+inline __attribute__((always_inline)) void multiply_panel(const char* panel, int64_t row_tiles, const char* x, int64_t x_tile,
+                                                          int64_t tiles, int64_t steps, bool first, float* sums) {
+  for (int64_t t = 0, tokens; t < tiles; t += tokens) {
+    tokens = tiles - t < 2 ? 1 : 2;
+    for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
+      rows = row_tiles - r < most ? row_tiles - r : most;
+      pick_multiply<SPLITS>(rows, tokens)(panel + r * kRowTile<W>, kRowTile<W>, x + t * x_tile, x_tile, steps,
+                                          sums + (r * tiles + t) * 256, tiles * 256, first);
+    }
+  }
+}
+
 template <int SPLITS>
 void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
   constexpr int W = SPLITS == 3 ? 3 : 2;
   const Weight& w = p.w;
-  const int64_t tiles = token_tiles(p.M), all_steps = tile_steps(w.K), b_tile = all_steps * SPLITS * kTileBytes;
-  constexpr int64_t a_tile = kSlice / kTileColumns * W * kTileBytes;
+  const int64_t tiles = token_tiles(p.M), x_tile = tile_steps(w.K) * SPLITS * kTileBytes;
   char* panel = (char*)scratch;
   float* sums = scratch + kDenseRows * kSlice / 2 * W;
   const auto put = pick_row<W>(w);
@@ -177,44 +223,16 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
     for (int64_t r = 0; r < count; ++r) index[r] = block.row(n + r);
     const Tiles configured(shapes);
     for (int64_t k = 0; k < w.K; k += kSlice) {
-      const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice, steps = tile_steps(depth), next = k + kSlice;
-      const auto make = [&](int64_t r) {
-        put(w, index[r], k, depth, values, panel + r / 16 * a_tile + r % 16 * 64);
-        const uint8_t* soon = nullptr;
-        if (next < w.K) {
-          soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
-        } else if (end + r < block.end) {
-          const int64_t row = block.row(end + r);
-          soon = w.qdata + row * w.row_stride;
-          if (w.axis == 1) prefetch_values(w.scale, row), prefetch_values(w.zero, row);
-        }
-        if (soon)
-          for (int64_t i = 0; i < kSlice / 8 * w.nbits; i += 64) prefetch(soon + i);
-      };
-      if (w.axis == 1) {
-        values.of_columns(w, k, depth);
-        for (int64_t r = 0; r < count; ++r) make(r);
-      } else {
-        for (int64_t c = 0; c < block.width && c < count; ++c) {
-          values.of_rows(w, index[c] % w.groups, k, depth);
-          for (int64_t r = c; r < count; r += block.width) make(r);
-        }
-      }
-      for (int64_t t = 0, tokens; t < tiles; t += tokens) {
-        tokens = tiles - t < 2 ? 1 : 2;
-        const char* b = (const char*)x.packed + t * b_tile + k / kTileColumns * SPLITS * kTileBytes;
-        for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
-          rows = row_tiles - r < most ? row_tiles - r : most;
-          pick_multiply<SPLITS>(rows, tokens)(panel + r * a_tile, a_tile, b, b_tile, steps, sums + (r * tiles + t) * 256,
-                                             tiles * 256, k == 0);
-        }
-      }
+      const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice;
+      fill_panel<W>(w, block, end, index, count, k, depth, put, values, panel);
+      const char* columns = (const char*)x.packed + k / kTileColumns * SPLITS * kTileBytes;
+      multiply_panel<SPLITS, W>(panel, row_tiles, columns, x_tile, tiles, tile_steps(depth), k == 0, sums);
     }
     for (int64_t r = 0; r < row_tiles; ++r) {
       uint32_t bad = 0;
       for (int64_t t = 0; t < tiles; ++t)
         bad |= store_tile(p, sums + (r * tiles + t) * 256, index + 16 * r, count - 16 * r < 16 ? count - 16 * r : 16, 16 * t);
-      // Inf times the part of a number that is zero is NaN: only vectors say what such rows are.
+      // Inf times the split of a number that is zero is NaN: only vectors say what such rows are.
       for (; bad; bad &= bad - 1) {
         const int64_t row = index[16 * r + __builtin_ctz(bad)];
         kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p, SPLITS));

@@ -1,5 +1,5 @@
-// Rows of up to 5 bits whose groups fill tiles, as parts of bfloat16 (see amx/splits.h): what the codes of a group stand for is
-// split once, into a table of 32 words for each part, and codes look their words up.
+// Rows of up to 5 bits whose groups fill tiles, as bf16 splits (see amx/splits.h). The number of each code is split once for a
+// group, into a table of 32 words for each split; codes then look their words up.
 #pragma once
 #include <array>
 
@@ -43,19 +43,16 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
   }();
   alignas(64) uint8_t codes[kSlice + 128];
   unpack_slice(w, n, k, depth, codes);
-  const int64_t size = w.groups == 1 ? w.K : w.group_size, first = k / size, count = (k + depth - 1) / size + 1 - first;
-  float scales[kSlice / kTileColumns + 32], zeros[kSlice / kTileColumns + 32];
-  load_few(w.scale, n, first, count, scales);
-  if (w.zero.data) load_few(w.zero, n, first, count, zeros);
+  const GroupValues groups(w, n, k, depth);
   const Entries entries(w, n);
   const __m512i places = _mm512_loadu_si512(order.data());
   __m512i splits[SPLITS], both{};
-  int64_t end = first * size - k;  // of the group at hand
+  int64_t end = groups.first * groups.size - k;  // of the group at hand
   for (int64_t i = 0, g = 0; i < depth; i += kTileColumns, out += SPLITS * kTileBytes) {
     if (i >= end) {
-      const Floats s = f_set(scales[g]), z = f_set(w.zero.data ? zeros[g] : 0.0f);
+      const Floats s = f_set(groups.scale[g]), z = f_set(w.zero.data ? groups.zero[g] : 0.0f);
       split<SPLITS>(f_mul(entries(0, z), s), f_mul(entries(1, z), s), splits);
-      ++g, end += size;
+      ++g, end += groups.size;
     }
     both = i % 64 ? _mm512_srli_epi16(both, 8) : _mm512_permutexvar_epi8(places, _mm512_load_si512(codes + i));
     for (int part = 0; part < SPLITS; ++part)
@@ -66,7 +63,9 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
 template <int SPLITS>
 auto pick_row(const Weight& w) {
   if (can_look_up(w)) return w.table.values ? look_up_row<SPLITS, TableEntries> : look_up_row<SPLITS, IntegerEntries>;
-  return !w.table.values ? write_row<SPLITS, Integers> : w.nbits <= 4 ? write_row<SPLITS, Entries16> : write_row<SPLITS, Entries>;
+  return !w.table.values ? write_row<SPLITS, Integers>
+         : w.nbits <= 4  ? write_row<SPLITS, Entries16>
+                         : write_row<SPLITS, Entries>;
 }
 
 }  // namespace

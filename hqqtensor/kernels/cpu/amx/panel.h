@@ -15,13 +15,11 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kMinRowsForAmx = 16;   // from here on: a tile of fewer takes as long
-constexpr int64_t kPanelChunks = 8;  // of 64 columns at a time: 16 KiB for each digit of a code
+constexpr int64_t kMinRowsForAmx = 16;  // M from which AMX is used: a tile of fewer tokens takes as long
+constexpr int64_t kPanelChunks = 8;     // of 64 columns at a time: 16 KiB for each digit of a code
 
 // True where groups are chunks, or long enough parts of them: a product costs the same for 8 columns as for 64.
-inline bool amx_serves(const Weight& w) {
-  return w.axis == 0 || (chunk_groups(w) && (w.groups == 1 || w.group_size >= 32));
-}
+inline bool amx_serves(const Weight& w) { return w.axis == 0 || (chunk_groups(w) && (w.groups == 1 || w.group_size >= 32)); }
 
 // Columns whose products are one sum of integers.
 struct AmxSegment {
@@ -29,11 +27,8 @@ struct AmxSegment {
   int64_t byte;           // of a chunk, where the run begins
   int64_t group, step;    // what it is scaled by
 };
-// Groups within a chunk.
-inline int64_t chunk_parts(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size < 64 ? 64 / w.group_size : 1; }
-
 int64_t amx_segments(const Weight& w, int64_t first, int64_t chunks, AmxSegment* out) {
-  const int64_t parts = chunk_parts(w), each = step_per_group(w) && w.group_size == 128 ? 2 : 1;
+  const int64_t parts = steps_of_chunk(w), each = step_spans_two_chunks(w) ? 2 : 1;
   int64_t count = 0;
   for (int64_t c = 0; c < chunks; c += each)
     for (int64_t part = 0; part < parts; ++part) {
@@ -50,21 +45,16 @@ struct AmxTile {
   int64_t tokens;
   const float* scale;  // of the first row; rows scale_stride apart
   int64_t scale_stride;
-  const float* step;  // [entries][16]
-  float* sums;        // [16 rows][16 tokens]
-  int32_t* level_sums;      // [2][3][16][16]
+  const float* step;    // [entries][16]
+  float* sums;          // [16 rows][16 tokens]
+  int32_t* level_sums;  // [2][3][16][16]
 };
 
-// Sums of row r: its levels put together.
-template <int L, bool SEVEN>
+// The sums of row r over all levels.
+template <int L, int SHIFT>
 inline __attribute__((always_inline)) __m512 tile_sum(const int32_t* level_sums, int r) {
-  constexpr int shift = SEVEN ? 7 : 8;
-  const auto level = [&](int l) __attribute__((always_inline)) { return _mm512_load_si512(level_sums + l * 256 + r * 16); };
-  __m512i low = level(L - 1);
-  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(level(L - 2), shift));
-  if constexpr (L < 3) return _mm512_cvtepi32_ps(low);
-  // 32 bits do not hold the top digits as well.
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(level(0)), _mm512_set1_ps((float)(1 << (2 * shift))), _mm512_cvtepi32_ps(low));
+  return combine_levels<L, SHIFT>(
+      [=](int l) __attribute__((always_inline)) { return _mm512_load_si512(level_sums + l * 256 + r * 16); });
 }
 
 // One chunk, or a part of it: digit i of the codes times digit d of the activations goes to level i + d, what falls below the
@@ -102,7 +92,8 @@ void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
     each_level<L>(nullptr);
     const uint8_t* codes = t.panel + segment.chunk * W * 1024 + segment.byte;
     const int8_t* x = t.x + (segment.chunk * D * 16 + segment.byte / 4) * t.tokens * 4;
-    for (int64_t c = 0; c < segment.chunks; ++c, codes += W * 1024, x += D * t.tokens * 64) chunk_dots<D, W>(codes, x, t.tokens);
+    for (int64_t c = 0; c < segment.chunks; ++c, codes += W * 1024, x += D * t.tokens * 64)
+      chunk_dots<D, W>(codes, x, t.tokens);
     each_level<L>(level_sums(i));
   };
   multiply(0);
@@ -111,8 +102,10 @@ void amx_tile(const AmxSegment* segments, int64_t count, const AmxTile& t) {
     const float* scale = t.scale + segments[i].group;
     const __m512 step = _mm512_load_ps(t.step + 16 * segments[i].step);
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r)
-      acc[r] = _mm512_fmadd_ps(tile_sum<L, (W > 1)>(level_sums(i), r), _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
+    for (int r = 0; r < 16; ++r) {
+      const __m512 sum = tile_sum<L, (W > 1 ? 7 : 8)>(level_sums(i), r);
+      acc[r] = _mm512_fmadd_ps(sum, _mm512_mul_ps(step, _mm512_set1_ps(scale[r * t.scale_stride])), acc[r]);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) _mm512_store_ps(t.sums + 16 * r, acc[r]);
@@ -127,7 +120,7 @@ void transpose_per_token(const float* from, int64_t stride, int64_t tokens, int6
 }
 
 // Sums of 32 rows begin with what takes zero points out: shift [32][width] times the sums of x [groups][16].
-void begin_sums(const float* shift, int64_t width, const float* sums_x, int64_t groups, float* sums) {
+void begin_tile(const float* shift, int64_t width, const float* sums_x, int64_t groups, float* sums) {
   for (int64_t r = 0; r < kPanelRows; r += 8, sums += 8 * 16) {
     __m512 acc[8] = {};
     for (int64_t g = 0; g < groups; ++g) {
@@ -167,19 +160,12 @@ void unpack_panel(const Weight& w, const uint8_t* const* rows, int64_t first, in
   });
 }
 
-// Scales (times the unit of codes) and what the sums of x are multiplied with: rows `width` apart. Zeros follow the last
-// group: a chunk may have parts beyond it.
+// What scale_and_shift makes of each row, `width` apart. Zeros follow the last group: a chunk may have parts beyond it.
 void load_scales(const Weight& w, const int64_t* rows, int digits, int64_t width, float* scale, float* shift) {
-  const Floats unit = f_set(code_unit(w, digits)), offset = f_set(w.table.offset * w.table.unit);
+  const float unit = code_unit(w, digits), offset = w.table.offset * w.table.unit;
   for (int64_t r = 0; r < kPanelRows; ++r, scale += width, shift += width) {
-    load_values(w.scale, rows[r], 0, w.groups, scale);
-    if (w.zero.data) load_values(w.zero, rows[r], 0, w.groups, shift);
+    scale_and_shift(w, rows[r], unit, offset, scale, shift);
     for (int64_t g = w.groups; g < width; ++g) scale[g] = shift[g] = 0;
-    for (int64_t g = 0; g < w.groups; g += kFloats) {
-      const Floats s = f_load(scale + g);
-      f_store(shift + g, f_mul(f_sub(f_zero(), s), w.zero.data ? f_load(shift + g) : offset));
-      f_store(scale + g, f_mul(s, unit));
-    }
   }
 }
 
@@ -188,12 +174,25 @@ struct AmxScratch {
   int64_t panel, level_sums, width, tiles, entries, groups, sums;
 
   AmxScratch(const Weight& w, int64_t M)
-      : panel(2 * kPanelChunks * 3 * 1024 / 4), level_sums(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)), tiles((M + 15) / 16),
-        entries(steps_per_row(w)), groups(w.axis == 1 ? padded(w.groups) : 0), sums(tiles * kPanelRows * 16) {}
+      : panel(2 * kPanelChunks * 3 * 1024 / 4), level_sums(6 * 256), width(padded(w.axis == 1 ? w.groups : 1)),
+        tiles((M + 15) / 16), entries(steps_per_row(w)), groups(w.axis == 1 ? padded(w.groups) : 0),
+        sums(tiles * kPanelRows * 16) {}
   int64_t floats() const {
     return panel + level_sums + 2 * kPanelRows * width + tiles * 16 * (entries + groups) + 2 * sums + 128;
   }
 };
+
+// The sums of all tokens, see above; zeros for axis 0.
+inline void begin_sums(const Weight& w, const AmxScratch& size, const float* shift, const float* sums_x, float* sums) {
+  if (w.axis == 0) return (void)__builtin_memset(sums, 0, sizeof(float) * (size_t)size.sums);
+  for (int64_t t = 0; t < size.tiles; ++t)
+    begin_tile(shift, size.width, sums_x + t * 16 * size.groups, w.groups, sums + t * 16 * kPanelRows);
+}
+
+// Sums [tokens / 16][2 halves][16 rows][16 tokens] to [tokens][32 rows].
+inline void transpose_sums(const float* sums, int64_t tiles, float* out) {
+  for (int64_t i = 0; i < 2 * tiles; ++i) transpose_floats(sums + 256 * i, 16, out + i / 2 * 16 * kPanelRows + i % 2 * 16);
+}
 
 template <int D, int W>
 void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
@@ -214,33 +213,29 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
   }
   if (w.axis == 0)
     for (int64_t r = 0; r < kPanelRows; ++r) scale[r * size.width] = 1;
-  const uint8_t k_bytes = (uint8_t)(64 / chunk_parts(w)), quads = (uint8_t)(16 / chunk_parts(w));
+  const uint8_t k_bytes = (uint8_t)(64 / steps_of_chunk(w)), quads = (uint8_t)(16 / steps_of_chunk(w));
   AmxSegment segments[2 * kPanelChunks];
   const auto tiles = [&](int64_t tokens) {
     const Tiles::Shape codes{16, k_bytes}, x{quads, (uint16_t)(4 * tokens)}, sum{16, (uint16_t)(4 * tokens)};
     return Tiles({sum, sum, sum, codes, codes, x, x, x});
   };
   for (int64_t n = first; n < last; n += kPanelRows * step) {
-    const PanelRows<kPanelRows> rows(w, n, step, last);
+    const PanelRows rows(w, n, step, last);
     if (w.axis == 1) load_scales(w, rows.index, d.count, size.width, scale, shift);
-    if (w.axis == 0)
-      __builtin_memset(sums, 0, sizeof(float) * (size_t)size.sums);
-    else
-      for (int64_t m = 0; m < p.M; m += 16)
-        begin_sums(shift, size.width, sums_x + m * size.groups, w.groups, sums + m * kPanelRows);
+    begin_sums(w, size, shift, sums_x, sums);
     for (int64_t c = 0; c < d.chunks; c += kPanelChunks) {
-      const int64_t chunks = d.chunks - c < kPanelChunks ? d.chunks - c : kPanelChunks, next = 64 * (c + kPanelChunks);
+      const int64_t chunks = d.chunks - c < kPanelChunks ? d.chunks - c : kPanelChunks;
       unpack_panel<W>(w, rows.data, c, chunks, panel);
       const int64_t count = amx_segments(w, c, chunks, segments);
-      const int64_t bytes = (next < w.K && w.K - next < 64 * kPanelChunks ? w.K - next : 64 * chunks) / 8 * w.nbits;
-      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, next < w.K ? next / 8 * w.nbits : 0, 0, (bytes + 63) / 64 * kPanelRows};
+      Prefetcher prefetcher(w, rows.data, rows.after, kPanelRows, 64 * c, 64 * chunks);
+      const int64_t lines_each = prefetcher.lines() / (2 * size.tiles) + 1;
       const auto multiply = [&](int64_t m, int64_t tokens) {
         for (int64_t half = 0; half < 2; ++half) {
           amx_tile<D, W>(segments, count,
-                         {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64, tokens,
-                          scale + half * 16 * size.width, size.width, steps + m * size.entries,
+                         {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64,
+                          tokens, scale + half * 16 * size.width, size.width, steps + m * size.entries,
                           sums + (m * kPanelRows + half * 256), level_sums});
-          prefetcher.run(prefetcher.count / (2 * size.tiles) + 1);
+          prefetcher.run(lines_each);
         }
       };
       const int64_t whole = p.M / 16 * 16;
@@ -253,23 +248,13 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
         multiply(whole, p.M - whole);
       }
     }
-    for (int64_t m = 0; m < p.M; m += 16)
-      for (int64_t half = 0; half < 2; ++half)
-        transpose_floats(sums + m * kPanelRows + half * 256, 16, result + m * kPanelRows + half * 16);
-    store_panel(p, d, result, n, rows.count, step);
+    transpose_sums(sums, size.tiles, result);
+    store_panel(p, w.axis == 0 ? d.sum : nullptr, n, step, rows.count, result);
   }
 }
 
-template <int D>
-void run_amx_panel_digits(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  if (p.w.table.count > 1) return run_amx_panel<D, D == 1 ? 2 : D>(p, d, first, last, step, scratch);
-  run_amx_panel<D, 1>(p, d, first, last, step, scratch);
-}
-
 void linear_amx(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  if (d.count == 1) return run_amx_panel_digits<1>(p, d, first, last, step, scratch);
-  if (d.count == 2) return run_amx_panel_digits<2>(p, d, first, last, step, scratch);
-  run_amx_panel_digits<3>(p, d, first, last, step, scratch);
+  with_digits(p.w, d.count, [&](auto x, auto codes) { run_amx_panel<x.value, codes.value>(p, d, first, last, step, scratch); });
 }
 
 void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {

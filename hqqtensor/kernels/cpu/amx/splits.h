@@ -1,8 +1,15 @@
-// Numbers as parts of bfloat16 for amx/dense.h: hi + lo, hi + mid + lo. A tile has 32 columns of 16 rows, or of 16 tokens; a
-// lane of 32 bits is column i, then i + 16.
+// Numbers as bf16 splits for amx/dense.h: a float32 is the sum of two or three numbers of bfloat16, hi + lo or hi + mid + lo.
+//
+//   one tile of the weight: 16 rows x 32 columns of one split = 1024 bytes; dword i of a row holds, i = 0..15,
+//     bits 0..15   column i
+//     bits 16..31  column i + 16
+//   one tile of the activations is such a tile transposed: row i has dword i of 16 tokens
+//
+//   panel of the weight  [16 rows each][steps of 32 columns][splits] tiles
+//   packed activations   [16 tokens each][steps of 32 columns][splits] tiles
 #pragma once
 #include "amx/target.h"
-#include "generic/rows.h"
+#include "avx512/transpose.h"
 
 HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
@@ -58,10 +65,22 @@ inline void load_few(const Values& v, int64_t row, int64_t first, int64_t count,
       continue;
     }
     const __m256i half = _mm256_maskz_loadu_epi16(some, data + 2 * i);
-    f_store(out + i, v.type == DType::f16 ? _mm512_cvtph_ps(half)
-                                          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+    f_store(out + i, v.type == DType::f16 ? _mm512_cvtph_ps(half) : from_bf16(half));
   }
 }
+
+// Scales and zero points of the groups of columns [k, k + depth) of row n, for axis 1. Up to 15 numbers of no meaning follow.
+struct GroupValues {
+  int64_t size, first;  // columns of a group; the group of column k
+  float scale[kSlice + 32], zero[kSlice + 32];
+
+  GroupValues(const Weight& w, int64_t n, int64_t k, int64_t depth)
+      : size(w.groups == 1 ? w.K : w.group_size), first(k / size) {
+    const int64_t count = (k + depth - 1) / size + 1 - first;
+    load_few(w.scale, n, first, count, scale);
+    if (w.zero.data) load_few(w.zero, n, first, count, zero);
+  }
+};
 
 // How the columns of a slice find their scales and zero points: what rows of a panel have in common.
 struct SliceValues {
@@ -91,11 +110,11 @@ struct SliceValues {
 // `count` columns from whole vectors of codes into tiles, SPLITS of each.
 template <int SPLITS, class Numbers, class Scale, class Zero>
 inline __attribute__((always_inline)) void write_columns(const Numbers& numbers, const uint8_t* codes, int64_t count,
-                                                       Scale scale, Zero zero, char* out) {
+                                                         Scale scale, Zero zero, char* out) {
   for (int64_t i = 0; i < count; i += kTileColumns, out += SPLITS * kTileBytes) {
     __m512i splits[SPLITS];
     split<SPLITS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
-                 splits);
+                  splits);
     for (int part = 0; part < SPLITS; ++part) _mm512_store_si512(out + part * kTileBytes, splits[part]);
   }
 }
@@ -115,52 +134,26 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
   unpack_slice(w, n, k, depth, codes);
   const Numbers numbers(w, n);
   if (w.axis == 1) {
-    float scales[kSlice + 32], zeros[kSlice + 32];
-    const int64_t size = w.groups == 1 ? w.K : w.group_size, first = k / size, count = (k + depth - 1) / size + 1 - first;
-    load_few(w.scale, n, first, count, scales);
-    if (w.zero.data) load_few(w.zero, n, first, count, zeros);
+    const GroupValues groups(w, n, k, depth);
+    const int64_t size = groups.size;
     if (w.groups == 1 || size % kTileColumns == 0) {
       for (int64_t g = 0, i = 0; i < depth; ++g) {
-        const Floats s = f_set(scales[g]), z = f_set(zeros[g]);
-        const int64_t end = (first + g + 1) * size - k < depth ? (first + g + 1) * size - k : depth;
-        write_columns<SPLITS>(numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
-                           out + i / kTileColumns * SPLITS * kTileBytes);
+        const Floats s = f_set(groups.scale[g]), z = f_set(groups.zero[g]);
+        const int64_t stop = (groups.first + g + 1) * size - k, end = stop < depth ? stop : depth;
+        write_columns<SPLITS>(
+            numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
+            out + i / kTileColumns * SPLITS * kTileBytes);
         i = end;
       }
       return;
     }
-    return write_columns<SPLITS>(numbers, codes, depth, [&](int64_t i) { return values.pick(scales, i); },
-                              [&](int64_t i) { return values.pick(zeros, i); }, out);
+    return write_columns<SPLITS>(
+        numbers, codes, depth, [&](int64_t i) { return values.pick(groups.scale, i); },
+        [&](int64_t i) { return values.pick(groups.zero, i); }, out);
   }
-  write_columns<SPLITS>(numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
-                     [&](int64_t i) { return f_load(values.zero + i); }, out);
-}
-
-// 16 x 16 numbers of 32 bits, rows to columns.
-inline void transpose16x16(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 2; ++h) {
-      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-    }
-  // r[4 q + c]: columns c, c + 4, c + 8, c + 12 of rows 4 q to 4 q + 3.
-  for (int c = 0; c < 4; ++c) {
-    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-  }
-  for (int c = 0; c < 4; ++c) {
-    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
-    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
-    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
-  }
+  write_columns<SPLITS>(
+      numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
+      [&](int64_t i) { return f_load(values.zero + i); }, out);
 }
 
 inline __m512 load_columns(const float* x, int64_t left) {
@@ -170,8 +163,7 @@ inline __m512 load_columns(const float* x, int64_t left) {
 // Tokens of small numbers only lose parts, since tiles know none below 2^-126; NaN and Inf would spread.
 inline bool can_split(const float* x, int64_t K) {
   __m512i top = _mm512_setzero_si512();
-  for (int64_t k = 0; k < K; k += 16)
-    top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
+  for (int64_t k = 0; k < K; k += 16) top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(x + k, K - k))));
   const uint32_t bits = _mm512_reduce_max_epu32(top), least = (127 - 60) << 23;
   return bits == 0 || (bits >= least && bits < 0x7f800000);
 }
@@ -198,7 +190,9 @@ void pack_tile(const float* x, int64_t stride, int64_t tokens, int64_t K, char* 
 
 inline int64_t tile_steps(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 inline int64_t token_tiles(int64_t M) { return (M + 15) / 16; }
-int64_t packed_activations_size(int64_t M, int64_t K, int splits) { return token_tiles(M) * tile_steps(K) * splits * kTileBytes / 4; }
+int64_t packed_activations_size(int64_t M, int64_t K, int splits) {
+  return token_tiles(M) * tile_steps(K) * splits * kTileBytes / 4;
+}
 
 bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; ++m)

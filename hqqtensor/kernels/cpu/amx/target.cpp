@@ -1,4 +1,5 @@
-// Products through AMX; everything else is as kernels_avx512 has it. Only dispatch/select.cpp may call in here, after has_amx().
+// Products through AMX; everything else is as kernels_avx512 has it. Only dispatch/select.cpp may call in here, after
+// has_amx().
 #include "amx/target.h"
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // of headers shared with avx512/target.cpp

@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kAmxTileRows = 16;
 
-// Shapes of the eight tiles while in scope; with them the registers are lost. Nothing that another function may do to tiles,
-// torch's own kernels say, holds between two scopes. (Not the compiler's intrinsics, here and below: they take numbers of tiles
-// as text only, and say little of the memory that they read and write.)
+// Shapes of the eight tiles while in scope; with them the registers are lost. Other code, such as
+// torch's own kernels, may reconfigure the tile registers, so every scope loads its configuration again and relies on nothing
+// that was set before. (Assembly, here and below: the compiler's intrinsics take a register's number as a literal only, and do
+// not tell the compiler what memory they read and write.)
 class Tiles {
  public:
   // bytes: of a row; rows: how many.

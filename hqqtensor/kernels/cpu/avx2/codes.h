@@ -54,9 +54,8 @@ inline __m256i decode_quarter(const uint8_t* b) {
   if constexpr (NB == 5) return _mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(16, plane<1, 4, V>(b + 64)));
   if constexpr (NB == 6) return _mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(48, plane<2, 4, V>(b + 64)));
   if constexpr (NB == 7)
-    return _mm256_or_si256(
-        _mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(48, plane<2, 4, V>(b + 64))),
-        keep(64, plane<1, 6, V>(b + 96)));
+    return _mm256_or_si256(_mm256_or_si256(keep(15, plane<4, 0, V>(b)), keep(48, plane<2, 4, V>(b + 64))),
+                           keep(64, plane<1, 6, V>(b + 96)));
   return plane<8, 0, V>(b);
 }
 
@@ -177,7 +176,8 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const ChunkDigits& t, cons
 }
 // Each quad of codes has a scale: `index` says which.
 template <int NB, int D, int DW>
-inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index, float step) {
+inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index,
+                            float step) {
   const __m256 s = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(step));
   const auto scales_of = [&](int i) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(index + 8 * i))); };
   add_halves<NB, D, DW>(acc, c, t, _mm256_permutevar8x32_ps(s, scales_of(0)), _mm256_permutevar8x32_ps(s, scales_of(1)));

@@ -1,6 +1,9 @@
-// y = x W^T in float32, AVX2: codes of a panel of rows, turned so that lanes are rows, become dense numbers column by
-// column, in L1, and are multiplied with all tokens. Exact activations of several tokens and more, and whatever integers
-// cannot stand for: every format, group size and axis.
+// y = x W^T in float32, AVX2: the codes of a panel of rows are transposed so that lanes are rows, dequantized column by column
+// in the first level of cache, and multiplied with all tokens. For exact activations of several tokens and more, and for every
+// format, group size and axis that integer kernels do not serve.
+//
+//   dequantized panel  [2 pairs][kDenseDepth columns][16 rows]     a pair is 16 rows: two vectors
+//   packed tokens      [6 tokens each][K][tokens of the tile]
 #pragma once
 #include <utility>
 
@@ -11,7 +14,7 @@ namespace hqqtensor {
 namespace {
 
 constexpr int64_t kDenseDepth = 128, kDenseQuads = kDenseDepth / 4;  // columns at a time: what is made of them stays in L1
-constexpr int64_t kDenseTokens = 6;  // of a tile: 12 of 16 registers hold its sums
+constexpr int64_t kDenseTokens = 6;                                  // of a tile: 12 of 16 registers hold its sums
 
 // Tokens [first, last), `first` a multiple of kDenseTokens, as [K][tokens of the tile], tiles M K / kDenseTokens apart.
 bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
@@ -37,9 +40,8 @@ inline __attribute__((always_inline)) void dense_steps(const float* w, const flo
     ((acc = _mm256_fmadd_ps(_mm256_load_ps(w + I % V / 2 * pair + 8 * (I % 2)), _mm256_broadcast_ss(x + I / V), acc)), ...);
     (keep_in_register(acc), ...);
   }
-  const auto put = [](float* to, __m256 sum) __attribute__((always_inline)) {
-    _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), sum));
-  };
+  const auto put = [](float* to, __m256 sum)
+                       __attribute__((always_inline)) { _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), sum)); };
   (put(out + I / V * kPanelRows + 8 * (I % V), acc), ...);
 }
 
@@ -56,13 +58,13 @@ void dense_run(const float* w, const float* x, int64_t depth, float* out) {
 // The widest tile for some pairs of rows and tokens, and its pairs.
 inline DenseRun pick_dense(int64_t pairs, int64_t tokens, int64_t* taken) {
   static constexpr DenseRun one[] = {dense_run<2, 1>, dense_run<2, 2>, dense_run<2, 3>,
-                              dense_run<2, 4>, dense_run<2, 5>, dense_run<2, 6>};
+                                     dense_run<2, 4>, dense_run<2, 5>, dense_run<2, 6>};
   static constexpr DenseRun two[] = {dense_run<4, 1>, dense_run<4, 2>};
   *taken = pairs == 2 && tokens <= 2 ? 2 : 1;
   return (*taken == 2 ? two : one)[tokens - 1];
 }
 
-// What turns codes, one in each lane, into numbers before scaling.
+// The numbers of 8 codes, one in each lane, before scaling.
 struct PlainCodes {
   explicit PlainCodes(const Weight&, const int64_t*) {}
   Floats operator()(__m256i codes) const { return _mm256_cvtepi32_ps(codes); }
@@ -78,8 +80,7 @@ struct Table8 {
 };
 struct Table16 {
   __m256 low, high;
-  Table16(const Weight& w, const int64_t*)
-      : low(_mm256_loadu_ps(w.table.values)), high(_mm256_loadu_ps(w.table.values + 8)) {}
+  Table16(const Weight& w, const int64_t*) : low(_mm256_loadu_ps(w.table.values)), high(_mm256_loadu_ps(w.table.values + 8)) {}
   Floats operator()(__m256i codes) const {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes),
                             _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
@@ -124,16 +125,19 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
   const Numbers numbers[2] = {Numbers(w, rows), Numbers(w, rows + 8)};
   const __m256i* const end = codes + (depth + 3) / 4 * 2;
   if (w.axis == 0) {
-    for (const float *s = values.scale + k, *z = values.shift + k; codes != end; codes += 2, out += 4 * kPairRows, s += 4, z += 4)
-      dense_quad(codes, numbers, [&](int c, int) { return _mm256_broadcast_ss(s + c); },
-                 [&](int c, int) { return _mm256_broadcast_ss(z + c); }, out);
+    for (const float *s = values.scale + k, *z = values.shift + k; codes != end;
+         codes += 2, out += 4 * kPairRows, s += 4, z += 4)
+      dense_quad(
+          codes, numbers, [&](int c, int) { return _mm256_broadcast_ss(s + c); },
+          [&](int c, int) { return _mm256_broadcast_ss(z + c); }, out);
     return;
   }
   const int64_t size = w.groups == 1 ? w.K + 4 : w.group_size;
   int64_t group = k / size, left = size - k % size;
   while (codes != end) {
     const float *scale = values.scale + group * kPanelRows, *shift = values.shift + group * kPanelRows;
-    const __m256 s[] = {_mm256_load_ps(scale), _mm256_load_ps(scale + 8)}, z[] = {_mm256_load_ps(shift), _mm256_load_ps(shift + 8)};
+    const __m256 s[] = {_mm256_load_ps(scale), _mm256_load_ps(scale + 8)},
+                 z[] = {_mm256_load_ps(shift), _mm256_load_ps(shift + 8)};
     const int64_t here = end - codes, whole = left / 4 * 2 < here ? left / 4 * 2 : here;
     for (const __m256i* stop = codes + whole; codes != stop; codes += 2, out += 4 * kPairRows)
       dense_quad(codes, numbers, [&](int, int v) { return s[v]; }, [&](int, int v) { return z[v]; }, out);
@@ -146,8 +150,9 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
         o = (group < w.groups ? group : w.groups - 1) * kPanelRows;
         if (--left == 0) ++group, left = size;
       }
-      dense_quad(codes, numbers, [&](int c, int v) { return _mm256_load_ps(values.scale + of[c] + 8 * v); },
-                 [&](int c, int v) { return _mm256_load_ps(values.shift + of[c] + 8 * v); }, out);
+      dense_quad(
+          codes, numbers, [&](int c, int v) { return _mm256_load_ps(values.scale + of[c] + 8 * v); },
+          [&](int c, int v) { return _mm256_load_ps(values.shift + of[c] + 8 * v); }, out);
       codes += 2, out += 4 * kPairRows;
     }
   }
@@ -155,7 +160,7 @@ void dense_columns(const Weight& w, const int64_t* rows, const __m256i* codes, c
 
 void dense_panel(const Weight& w, const int64_t* rows, const __m256i* codes, DenseValues values, int64_t k, int64_t depth,
                  int64_t pairs, float* out) {
-  const auto run = !w.table.values                       ? dense_columns<PlainCodes>
+  const auto run = !w.table.values                      ? dense_columns<PlainCodes>
                    : w.table.stride != 0 || w.nbits > 4 ? dense_columns<TableRows>
                    : w.nbits == 4                       ? dense_columns<Table16>
                                                         : dense_columns<Table8>;
@@ -213,14 +218,13 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
       rows[r] = w.qdata + index[r] * w.row_stride;
       after[r] = w.qdata + order.row(end + r < last ? end + r : n) * w.row_stride;
     }
-    if (w.axis == 1) transpose_scales(w, index, pairs, 1, 0, lines, scale, shift);
+    if (w.axis == 1) transpose_scales(w, index, pairs * kPairRows, 1, 0, lines, scale, shift, transpose_floats);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
     for (int64_t k = 0; k < w.K; k += kDenseDepth) {
-      const int64_t depth = w.K - k < kDenseDepth ? w.K - k : kDenseDepth, next = k + kDenseDepth;
+      const int64_t depth = w.K - k < kDenseDepth ? w.K - k : kDenseDepth;
       transpose_codes<false>(w, rows, pairs, k, depth, kDenseQuads, codes);
       dense_panel(w, index, codes, {scale, shift}, k, depth, pairs, panel);
-      const int64_t bytes = (next < w.K && w.K - next < kDenseDepth ? w.K - next : depth) / 8 * w.nbits;
-      Prefetcher prefetcher{next < w.K ? rows : after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
+      Prefetcher prefetcher(w, rows, after, pairs * kPairRows, k, depth);
       const int64_t lines_each = prefetcher.lines() / ((p.M + kDenseTokens - 1) / kDenseTokens) + 1;
       for (int64_t m = 0; m < p.M; m += kDenseTokens) {
         const int64_t tokens = p.M - m < kDenseTokens ? p.M - m : kDenseTokens;
@@ -230,7 +234,7 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
         prefetcher.run(lines_each);
       }
     }
-    store_panel(p, sums, index, end - n);
+    store_panel(p, nullptr, index[0], order.groups, end - n, sums);
   }
 }
 

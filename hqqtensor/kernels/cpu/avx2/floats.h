@@ -80,8 +80,8 @@ inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {
   return _mm256_i32gather_ps(table, index, 4);
 }
 inline __m128i to_bytes(__m256i v) {  // the low byte of each of 8 lanes, in the low 8 bytes
-  const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
-                                        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
+                                        -1, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m256i b = _mm256_shuffle_epi8(v, pick);
   return _mm_unpacklo_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
 }
@@ -89,8 +89,7 @@ inline void f_to_codes(Floats v, uint8_t* p) { _mm_storel_epi64((__m128i*)p, to_
 // Which of up to 16 levels a number belongs to: the number of thresholds below it, found in four comparisons.
 class Search {
  public:
-  explicit Search(const Levels& l)
-      : half_(_mm256_set1_ps(l.thresholds[7])), codes_(_mm_loadu_si128((const __m128i*)l.codes)) {
+  explicit Search(const Levels& l) : half_(_mm256_set1_ps(l.thresholds[7])), codes_(_mm_loadu_si128((const __m128i*)l.codes)) {
     for (int i = 0; i < 8; ++i) {  // an index found so far looks up its next threshold
       quarter_[i] = l.thresholds[i % 2 * 8 + 3];
       eighth_[i] = l.thresholds[i % 4 * 4 + 1];
@@ -121,9 +120,7 @@ class Search {
   __m128i codes_;
 };
 inline Floats f_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline void f_store_f16(uint16_t* p, Floats v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void f_store_f16(uint16_t* p, Floats v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 inline Floats f_load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }

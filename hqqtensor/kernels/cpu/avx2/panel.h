@@ -1,4 +1,4 @@
-// y = x W^T with integers for several tokens and more, AVX2: a panel of rows is turned so that lanes are rows, sums stay
+// y = x W^T with integers for several tokens and more, AVX2: a panel of rows is transposed so that lanes are rows, sums stay
 // integers over a whole group, and scaling costs one multiplication for each group and token.
 //   - Activations of 16 bits (16-bit floats; 8-bit ones where codes have more than 6 bits) meet codes of 16 bits:
 //     vpmaddwd adds 2 of the 4 codes that each of 4 rows has in a vector.
@@ -15,8 +15,8 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns turned at a time
-constexpr int kTileTokens = 6;  // 12 of 16 registers hold their sums
+constexpr int64_t kPanelDepth = 256, kPanelQuads = kPanelDepth / 4;  // columns transposed at a time
+constexpr int kTileTokens = 6;                                       // 12 of 16 registers hold their sums
 
 inline bool int16_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
 
@@ -30,19 +30,13 @@ PanelShape panel_shape(const Weight& w, int64_t, int digits) {
           .max_rows_for_integers = costly ? 6 : INT64_MAX};
 }
 
-struct Segment {
-  int64_t first, last;  // quads of the panel
-  int64_t group, step;
-  bool opens;  // the first segment of its group, which takes the zero point out
-};
-
 // Activations of T tokens against a part of the panel.
 struct IntegerTile {
-  const int8_t* x;               // [quads][T][4] integers of 8 or 16 bits, from where the panel begins
+  const int8_t* x;                 // [quads][T][4] integers of 8 or 16 bits, from where the panel begins
   const float* step[kTileTokens];  // steps of a token
   const float* sum[kTileTokens];   // its sums of groups
-  float* out;                    // [T][kPanelRows]
-  const float *scale, *shift;    // [groups][kPanelRows]; no shift for axis 0
+  float* out;                      // [T][kPanelRows]
+  const float *scale, *shift;      // [groups][kPanelRows]; no shift for axis 0
 };
 
 // What a token has of two vectors of the panel.
@@ -51,7 +45,8 @@ struct Sums {
 };
 
 // Quads of a panel from w to `end` times T tokens: WIDE integers of 16 bits into `total`, else of 8, summed in 16 bits and
-// then added to it. In assembly, since gcc 12 keeps moving the 12 sums between registers and memory; sanitizers get the loop below.
+// then added to it. In assembly, since gcc 12 keeps moving the 12 sums between registers and memory; sanitizers get the loop
+// below.
 #if defined(__SANITIZE_ADDRESS__)
 template <bool WIDE, int T>
 void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* total) {
@@ -75,6 +70,7 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
   }
 }
 #else
+// clang-format off
 #define HQQTENSOR_ZERO(t, a, b) "vpxor %%ymm" #a ", %%ymm" #a ", %%ymm" #a "\n\tvpxor %%ymm" #b ", %%ymm" #b ", %%ymm" #b "\n\t"
 #define HQQTENSOR_WIDE(t, a, b)              \
   "vpbroadcastq 8 * " #t "(%[x]), %%ymm14\n\t" \
@@ -110,6 +106,7 @@ void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* tota
                : [end] "r"(end), [by] "i"(T * (WIDE ? 8 : 4)), [total] "r"(total), [ones] "m"(ones)                 \
                : "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11",  \
                  "ymm12", "ymm13", "ymm14", "ymm15", "memory", "cc")
+// clang-format on
 
 template <bool WIDE, int T>
 inline __attribute__((always_inline)) void add_quads(const __m256i* w, const __m256i* end, const int8_t* x, Sums* total) {
@@ -135,7 +132,8 @@ inline __attribute__((always_inline)) void add_scaled(__m256i sum, float step, c
                                                       const float* shift, float* out) {
   __m256 old = _mm256_load_ps(out);
   if constexpr (SHIFT) old = _mm256_fmadd_ps(_mm256_set1_ps(total), _mm256_load_ps(shift), old);
-  _mm256_store_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_set1_ps(step), _mm256_load_ps(scale)), old));
+  _mm256_store_ps(out,
+                  _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_set1_ps(step), _mm256_load_ps(scale)), old));
 }
 
 template <bool WIDE, bool SHIFT, int... t>
@@ -202,27 +200,15 @@ inline int table_middle(const Weight& w) { return w.axis == 1 && w.table.count >
 
 inline int64_t longest_segment(const Weight& w, int digits) {
   if (digits == 2 && w.table.count > 1) return w.axis == 1 ? 32 : 16;
-  return step_per_group(w) && w.group_size == 128 ? 128 : 64;
+  return step_spans_two_chunks(w) ? 128 : 64;
 }
 
 // The segments of all panels, from columns 0, kPanelDepth, ... on: those of panel i are [starts[i], starts[i + 1]).
-void panel_segments(const Weight& w, int64_t longest, Segment* out, int64_t* starts) {
+void all_segments_of(const Weight& w, int64_t longest, Segment* out, int64_t* starts) {
   int64_t count = 0;
-  for (int64_t k = 0, at_k = 0; k < w.K; k += kPanelDepth) {
-    const int64_t end = w.K - k < kPanelDepth ? w.K : k + kPanelDepth;
+  for (int64_t k = 0; k < w.K; k += kPanelDepth) {
     *starts++ = count;
-    while (at_k < end) {
-      int64_t stop = (at_k / longest + 1) * longest, group = 0;
-      bool opens = at_k == 0;
-      if (w.axis == 1 && w.groups > 1) {
-        group = at_k / w.group_size;
-        opens = at_k % w.group_size == 0;
-        stop = (group + 1) * w.group_size < stop ? (group + 1) * w.group_size : stop;
-      }
-      stop = stop < end ? stop : end;
-      out[count++] = {(at_k - k) / 4, (stop - k + 3) / 4, group, step_index(w, at_k / 64), opens};
-      at_k = stop;
-    }
+    count += panel_segments(w, k, w.K - k < kPanelDepth ? w.K - k : kPanelDepth, longest, out + count);
   }
   *starts = count;
 }
@@ -268,8 +254,6 @@ void integer_columns(const Weight& w, const uint8_t* const* rows, int64_t pairs,
   }
 }
 
-int64_t panel_groups(const Weight& w) { return w.axis == 1 ? w.groups : 1; }
-
 int64_t linear_panel_scratch(const Problem& p) {
   const int64_t values = padded(panel_groups(p.w));
   return kPanelQuads * 4 * 16 + (2 * kPanelRows + 16) * values + (p.M + 1) * kPanelRows +
@@ -284,25 +268,25 @@ void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first
   float *lines = shift + kPanelRows * values, *sums = lines + 16 * values;
   Segment* all_segments = (Segment*)(sums + (p.M + 1) * kPanelRows);
   int64_t* starts = (int64_t*)(all_segments + (w.K + 3) / 4 + 1);
-  panel_segments(w, longest_segment(w, d.count), all_segments, starts);
+  all_segments_of(w, longest_segment(w, d.count), all_segments, starts);
   const int top = w.table.count ? 31 : (1 << w.nbits) - 1;
   const bool wide = d.layout == Layout::tiles_int16;
   const int64_t bytes_each = d.bytes() * 4;  // of 4 activations
   const float unit = w.table.values ? w.table.unit : 1;
+  const float offset = (w.table.offset - (float)table_middle(w)) * w.table.unit;
   if (w.axis == 0)  // whose steps have the table's unit already, times what digits left out would be
     for (int64_t r = 0; r < kPanelRows; ++r) scale[r] = unit / code_unit(w, d.count);
   for (int64_t n = first; n < last; n += kPanelRows * step) {
-    const PanelRows<kPanelRows> rows(w, n, step, last);
+    const PanelRows rows(w, n, step, last);
     const int64_t pairs = (rows.count + kPairRows - 1) / kPairRows, pieces = wide ? (rows.count + 7) / 8 : pairs;
-    if (w.axis == 1) transpose_scales(w, rows.index, pairs, unit, (w.table.offset - (float)table_middle(w)) * w.table.unit, lines, scale, shift);
+    if (w.axis == 1) transpose_scales(w, rows.index, pairs * kPairRows, unit, offset, lines, scale, shift, transpose_floats);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
-      const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth, next = k + kPanelDepth;
+      const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth;
       integer_columns(w, rows.data, pairs, k, depth, wide, panel);
       const Segment* segments = all_segments + starts[k / kPanelDepth];
       const int64_t parts = starts[k / kPanelDepth + 1] - starts[k / kPanelDepth];
-      const int64_t bytes = (next < w.K && w.K - next < kPanelDepth ? w.K - next : depth) / 8 * w.nbits;
-      Prefetcher prefetcher{next < w.K ? rows.data : rows.after, pairs * kPairRows, next < w.K ? next / 8 * w.nbits : 0, bytes};
+      Prefetcher prefetcher(w, rows.data, rows.after, pairs * kPairRows, k, depth);
       const int64_t lines_each = prefetcher.lines() / ((p.M + d.tile - 1) / d.tile * pieces) + 1;
       for (int64_t m = 0; m < p.M; m += d.tile) {
         const int64_t tokens = p.M - m < d.tile ? p.M - m : d.tile;
@@ -323,10 +307,7 @@ void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first
         }
       }
     }
-    if (w.axis == 0)
-      for (int64_t m = 0; m < p.M; ++m)
-        for (int64_t r = 0; r < rows.count; ++r) sums[m * kPanelRows + r] -= d.sum[m];
-    store_panel(p, sums, rows.index, rows.count);
+    store_panel(p, w.axis == 0 ? d.sum : nullptr, n, step, rows.count, sums);
   }
 }
 

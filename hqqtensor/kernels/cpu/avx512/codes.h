@@ -6,7 +6,7 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int kGemvRows = 4, kGemvTokens = 1;      // tile of linear_rows: rows of the weight x rows of the activations
+constexpr int kGemvRows = 4, kGemvTokens = 1;            // tile of linear_rows: rows of the weight x rows of the activations
 constexpr int kDenseTileRows = 6, kDenseTileTokens = 4;  // tile of linear_dense
 
 using Codes = __m512i;
@@ -15,6 +15,16 @@ struct Acc {
 };
 
 constexpr int digit_shift(int) { return 8; }
+
+// The bits of `mask` in each byte.
+inline __m512i keep(int mask, __m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
+// Lanes of 32 bits shifted to the right by R, to the left where R is negative.
+template <int R>
+inline __m512i shift_right(__m512i v) {
+  if constexpr (R > 0) return _mm512_srli_epi32(v, R);
+  if constexpr (R < 0) return _mm512_slli_epi32(v, -R);
+  return v;
+}
 
 // Plane of P bits, half H of a block of 128 codes, its bits moved to bit L of each byte; the other bits are noise.
 template <int P, int L, int H>
@@ -52,9 +62,8 @@ inline Codes decode(const uint8_t* b) {
   if constexpr (NB == 4) v = plane<4, 0, H>(b);
   if constexpr (NB == 5) v = select(15, plane<4, 0, H>(b), plane<1, 4, H>(b + 64));
   if constexpr (NB == 6) v = select(15, plane<4, 0, H>(b), plane<2, 4, H>(b + 64));
-  if constexpr (NB == 7)
-    v = select(15, plane<4, 0, H>(b), select(48, plane<2, 4, H>(b + 64), plane<1, 6, H>(b + 96)));
-  return _mm512_and_si512(v, _mm512_set1_epi8((1 << NB) - 1));
+  if constexpr (NB == 7) v = select(15, plane<4, 0, H>(b), select(48, plane<2, 4, H>(b + 64), plane<1, 6, H>(b + 96)));
+  return keep((1 << NB) - 1, v);
 }
 
 inline Codes load_codes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
@@ -110,7 +119,8 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const ChunkDigits& t, cons
 }
 // Each quad of codes has a scale: `index` says which.
 template <int NB, int D, int DW>
-inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index, float step) {
+inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index,
+                            float step) {
   const __m512i which = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index));
   const __m512 scale = _mm512_permutexvar_ps(which, _mm512_loadu_ps(scales));
   acc.v = scaled(acc.v, dot<D, DW>(c, t), _mm512_mul_ps(scale, _mm512_set1_ps(step)));

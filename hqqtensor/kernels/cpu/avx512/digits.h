@@ -39,7 +39,9 @@ inline void f_store_digits(int8_t* out, Floats v, int shift, int count, int64_t 
     _mm_storeu_si32(to + 2 * by_quad, _mm_srli_si128(b, 8));
     _mm_storeu_si32(to + 3 * by_quad, _mm_srli_si128(b, 12));
   };
-  if (shift == 8) {  // half a base more in all digits but the first: then each is a byte, less the same half
+  if (shift == 8) {
+    // Balanced digits: adding 0x80 to all but the top byte and flipping that bit back turns each byte into a signed digit in
+    // [-128, 127]; the carry goes to the digit above.
     const __m512i half = _mm512_set1_epi32(count == 3 ? 0x8080 : count == 2 ? 0x80 : 0);
     x = _mm512_xor_si512(_mm512_add_epi32(x, half), half);
     put(out + by_digit * (count - 1), _mm512_cvtepi32_epi8(x));
@@ -64,10 +66,9 @@ inline void f_store_chunk(int8_t* out, const float* in, float scale) {
   const __m512i transpose = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
   if constexpr (COUNT == 3) {
-    const __m512i half = _mm512_set1_epi32(0x8080);  // a digit with half a base more is a byte, less the same half
+    const __m512i half = _mm512_set1_epi32(0x8080);  // balanced digits, see f_store_digits
     __m512i v[4];
-    for (int i = 0; i < 4; ++i)
-      v[i] = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(number(i)), half), bytes);
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(number(i)), half), bytes);
     // From two vectors: digit d in the lower half, the next higher one in the upper half.
     const auto two = [&](int i, int d) __attribute__((always_inline)) {
       const __m512i index = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);

@@ -64,18 +64,13 @@ inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {
   if (entries <= 16) return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps((__mmask16)((1u << entries) - 1), table));
   return _mm512_i32gather_ps(index, table, 4);
 }
-inline void f_to_codes(Floats v, uint8_t* p) {
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
-}
+inline void f_to_codes(Floats v, uint8_t* p) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
 // Which of up to 16 levels a number belongs to: the number of thresholds below it, found in four comparisons.
 class Search {
  public:
   explicit Search(const Levels& l)
-      : half_(_mm512_set1_ps(l.thresholds[7])),
-        quarter_(_mm512_loadu_ps(l.thresholds + 3)),
-        eighth_(_mm512_loadu_ps(l.thresholds + 1)),
-        last_(_mm512_loadu_ps(l.thresholds)),
-        values_(_mm512_loadu_ps(l.values)),
+      : half_(_mm512_set1_ps(l.thresholds[7])), quarter_(_mm512_loadu_ps(l.thresholds + 3)),
+        eighth_(_mm512_loadu_ps(l.thresholds + 1)), last_(_mm512_loadu_ps(l.thresholds)), values_(_mm512_loadu_ps(l.values)),
         codes_(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)l.codes))) {}
   Floats value(Floats x) const { return _mm512_permutexvar_ps(index(x), values_); }
   void codes(Floats x, uint8_t* p) const {
@@ -99,10 +94,8 @@ inline Floats f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_load
 inline void f_store_f16(uint16_t* p, Floats v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Floats f_load_bf16(const uint16_t* p) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
+inline Floats from_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline Floats f_load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 
 // Into the second level: aimed at the first, prefetches of a stream from memory wait for its few free slots (1.4 x slower).
 // Not the intrinsic: GCC 12 takes a function that only prefetches for one without effects, and leaves out calls of it.

@@ -18,9 +18,7 @@ namespace hqqtensor {
 namespace {
 
 #define HQQTENSOR_HAS_PAIRS
-inline __m512i quarters(int a, int b, int c, int d) {
-  return _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a);
-}
+inline __m512i quarters(int a, int b, int c, int d) { return _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a); }
 inline __m512i by_halves(int even, int odd) {  // even lanes are of the first half of a block, odd ones of the second
   return _mm512_set_epi32(odd, even, odd, even, odd, even, odd, even, odd, even, odd, even, odd, even, odd, even);
 }
@@ -96,7 +94,8 @@ struct Pairs {
   }
   // Each quad of codes has one: `index` says which. Their sums get the steps of both halves.
   template <int D, int DW>
-  static void add_quads(Acc& acc, const Codes* c, const ChunkDigits* t, const float* scale, const uint8_t* index, const float* step) {
+  static void add_quads(Acc& acc, const Codes* c, const ChunkDigits* t, const float* scale, const uint8_t* index,
+                        const float* step) {
     constexpr int W = DW ? DW : 1;
     const __m512 scales = _mm512_loadu_ps(scale);
     const auto scales_of = [&](int i) {
@@ -105,7 +104,8 @@ struct Pairs {
     double both;
     __builtin_memcpy(&both, step, sizeof both);
     const __m512 first = _mm512_mul_ps(_mm512_cvtepi32_ps(hqqtensor::dot<D, DW>(c, t[0])), scales_of(0));
-    acc.v = _mm512_fmadd_ps(scaled(first, hqqtensor::dot<D, DW>(c + W, t[1]), scales_of(1)), _mm512_castpd_ps(_mm512_set1_pd(both)), acc.v);
+    acc.v = _mm512_fmadd_ps(scaled(first, hqqtensor::dot<D, DW>(c + W, t[1]), scales_of(1)),
+                            _mm512_castpd_ps(_mm512_set1_pd(both)), acc.v);
   }
   static void finish(Acc& acc) { acc.v = _mm512_mul_ps(acc.v, lane_factors()); }
 };

@@ -1,13 +1,16 @@
-// What panels of 32 rows have in common, AVX-512: matrices of 16 x 16 dwords turned, lines fetched ahead, results stored.
+// What the panels of AVX-512 and AMX share: transposes of dwords, and sums of several levels as floats.
+//
+//   a transpose of 16 rows: dword i of row l becomes lane l of vector i
+//     row 0   a0 a1 a2 ...          vector 0   a0 b0 c0 ...
+//     row 1   b0 b1 b2 ...    ->    vector 1   a1 b1 c1 ...
+//     row 2   c0 c1 c2 ...          vector 2   a2 b2 c2 ...
 #pragma once
 #include "avx512/target.h"
-#include "generic/rows.h"
+#include "generic/panel.h"
 
 HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
-
-constexpr int64_t kPanelRows = 32;
 
 // 16 bytes of each of 16 rows: out[i] holds bytes 4 i .. 4 i + 3 of row l in lane l.
 inline __attribute__((always_inline)) void transpose16(const uint8_t* const* rows, int64_t offset, __m512i* out) {
@@ -37,32 +40,41 @@ inline void transpose_floats(const float* in, int64_t in_stride, float* out) {
   }
 }
 
-// Lines of packed codes that will be turned next, fetched a few at a time while products keep the processor busy.
-struct Prefetcher {
-  const uint8_t* const* rows;
-  int64_t offset;  // of the first line in each row
-  int64_t next, count;
-
-  void run(int64_t lines) {
-    for (const int64_t end = next + lines < count ? next + lines : count; next < end; ++next)
-      prefetch(rows[next % kPanelRows] + offset + next / kPanelRows * 64);
+// 16 x 16 dwords in registers: dword i of r[l] becomes lane l of r[i].
+inline void transpose16x16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
   }
-};
-
-// Results of 32 rows from n on for all tokens: sums, less what zero points of axis 0 add, plus bias.
-void store_panel(const Problem& p, const QuantizedActivations& d, float* sums, int64_t n, int64_t count, int64_t step) {
-  const int64_t size = size_of(p.x_type);
-  for (int64_t m = 0; m < p.M; ++m, sums += kPanelRows) {
-    if (p.w.axis == 0)
-      for (int64_t r = 0; r < count; ++r) sums[r] -= d.sum[m];
-    if (p.bias)
-      for (int64_t r = 0; r < count; ++r) sums[r] += p.bias[n + r * step];
-    char* y = (char*)p.y + (m * p.y_stride + n) * size;
-    if (step == 1)
-      from_float(sums, count, p.x_type, y);
-    else
-      for (int64_t r = 0; r < count; ++r) from_float(sums + r, 1, p.x_type, y + r * step * size);
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+    }
+  // r[4 q + c]: columns c, c + 4, c + 8, c + 12 of rows 4 q to 4 q + 3.
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
   }
+  for (int c = 0; c < 4; ++c) {
+    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
+    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
+    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
+    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
+  }
+}
+
+// Sums of L levels as floats: level(0) counts most, each of the next 2^SHIFT times less.
+template <int L, int SHIFT, class Level>
+inline __attribute__((always_inline)) __m512 combine_levels(Level level) {
+  __m512i low = level(L - 1);
+  if constexpr (L > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(level(L - 2), SHIFT));
+  if constexpr (L < 3) return _mm512_cvtepi32_ps(low);
+  // 32 bits do not hold the top digits of a whole group as well.
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(level(0)), _mm512_set1_ps((float)(1 << (2 * SHIFT))), _mm512_cvtepi32_ps(low));
 }
 
 }  // namespace

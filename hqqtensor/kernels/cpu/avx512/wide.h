@@ -122,7 +122,8 @@ struct Wide {
 
   // Sums of the codes of kGemvRows rows times digit d, in a[d]; all of a step.
   template <int D, size_t... V>
-  static void dots(const uint8_t* const* rows, int64_t at, const int8_t* x, __m512i (*a)[kGemvRows], std::index_sequence<V...>) {
+  static void dots(const uint8_t* const* rows, int64_t at, const int8_t* x, __m512i (*a)[kGemvRows],
+                   std::index_sequence<V...>) {
     Codes bytes[kGemvRows];
     const auto vector = [&]<int I>(std::integral_constant<int, I>) __attribute__((always_inline)) {
       Codes c[kGemvRows];

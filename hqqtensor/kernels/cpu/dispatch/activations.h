@@ -9,8 +9,8 @@ namespace hqqtensor {
 // One product y = x W^T + bias.
 struct Problem {
   Weight w;
-  const void* x;           // [M, K] of x_type
-  int64_t x_stride;        // numbers from a row of x to the next
+  const void* x;     // [M, K] of x_type
+  int64_t x_stride;  // numbers from a row of x to the next
   int64_t M;
   DType x_type;
   const float* bias;       // [N] or null
@@ -32,14 +32,14 @@ enum class Layout {
 // are signed bytes, the highest digit first:
 //   x = step * sum_d digit_d * 2^(shift * (count - 1 - d))
 struct QuantizedActivations {
-  int8_t* digits;         // in the order of `layout`
-  float* step;            // [M][steps_per_row]: one for each group or for each chunk, see step_per_group
-  float* sum;             // [M][padded(groups)]: sum of x over each group (axis 1), or of zero * x over all columns (axis 0)
+  int8_t* digits;  // in the order of `layout`
+  float* step;     // [M][steps_per_row]: one for each group or for each chunk, see step_per_group
+  float* sum;      // [M][padded(groups)]: sum of x over each group (axis 1), or of zero * x over all columns (axis 0)
   int64_t M;
-  int64_t chunks;         // of a row
+  int64_t chunks;  // of a row
   int64_t steps_per_row;
-  int count;              // digits: 3 are as exact as float32 sums, 2 finer than 16-bit floats, 1 is for 8-bit activations
-  int tile;               // tokens of a tile; 0 for Layout::rows
+  int count;  // digits: 3 are as exact as float32 sums, 2 finer than 16-bit floats, 1 is for 8-bit activations
+  int tile;   // tokens of a tile; 0 for Layout::rows
   Layout layout;
 
   // Bytes of one activation.
@@ -58,7 +58,10 @@ struct QuantizedActivations {
     const int64_t first = m / tile * tile, tokens = M - first < tile ? M - first : tile;
     const int64_t together = by_digit ? 1 : bytes();  // bytes of an activation that lie side by side
     return {digits + first * chunks * bytes() * 64 + (m - first) * together * 4,
-            by_digit ? tokens * 64 : layout == Layout::tiles_int16 ? 0 : 4, tokens * together * 4, tokens * bytes() * 64};
+            by_digit                        ? tokens * 64
+            : layout == Layout::tiles_int16 ? 0
+                                            : 4,
+            tokens * together * 4, tokens * bytes() * 64};
   }
 };
 

@@ -25,9 +25,9 @@ struct Levels {
   float values[16];      // the last level is repeated behind the others
   float thresholds[32];  // infinite behind the others
   uint8_t codes[16];
-  int mantissa;          // bits of a floating-point format's mantissa; -1 for the levels above
-  float least;           // the smallest number of a floating-point format that has a leading one
-  int sign;              // the sign's bit in a code of a floating-point format
+  int mantissa;  // bits of a floating-point format's mantissa; -1 for the levels above
+  float least;   // the smallest number of a floating-point format that has a leading one
+  int sign;      // the sign's bit in a code of a floating-point format
 };
 
 enum class Solver : int {

@@ -15,10 +15,10 @@
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kMaxRowsForGemvAlone = 16;     // M up to which linear_rows beats linear_dense where there is no linear_panel
-constexpr int64_t kMaxGroups = 32;               // axis 0: groups whose activations are quantized together
-constexpr int64_t kMaxGroupBytes = 256 << 10;    // their bytes: they stay in the second level of cache
-constexpr int64_t kMaxRows = 512;                // tokens of one pass: bounds the scratch memory
+constexpr int64_t kMaxRowsForGemvAlone = 16;   // M up to which linear_rows beats linear_dense where there is no linear_panel
+constexpr int64_t kMaxGroups = 32;             // axis 0: groups whose activations are quantized together
+constexpr int64_t kMaxGroupBytes = 256 << 10;  // their bytes: they stay in the second level of cache
+constexpr int64_t kMaxRows = 512;              // tokens of one pass: bounds the scratch memory
 
 // Activations in float32, multiplied by pre_scale.
 struct FloatRows {
@@ -52,8 +52,7 @@ PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
 bool linear_rows_serves(const Weight& w, int64_t M, int digits) {
   const PanelShape shape = panel_shape(w, M, digits);
   if (quad_rows(w)) return M <= (shape.max_rows_for_gemv + 1) / 2;
-  return chunk_groups(w) &&
-         (M <= shape.max_rows_for_gemv || (shape.layout == Layout::rows && w.axis == 0 && digits == 1));
+  return chunk_groups(w) && (M <= shape.max_rows_for_gemv || (shape.layout == Layout::rows && w.axis == 0 && digits == 1));
 }
 
 bool integers_serve(const Weight& w, int64_t M, int digits) {
@@ -103,8 +102,7 @@ struct ActivationScratch {
 void multiply(const Problem& p, const QuantizedActivations* x, int64_t first, int64_t last) {
   const Kernels& k = kernels();
   if (x->layout == Layout::rows)
-    return k.linear_rows(p, x, first, last,
-                         (float*)scratch(4 * k.linear_rows_scratch(p, x->steps_per_row), Scratch::kernel));
+    return k.linear_rows(p, x, first, last, (float*)scratch(4 * k.linear_rows_scratch(p, x->steps_per_row), Scratch::kernel));
   float* memory = (float*)scratch(4 * k.linear_panel_scratch(p), Scratch::kernel);
   if (p.w.axis == 1) return k.linear_panel(p, *x, first, last, 1, memory);
   for (int64_t g = first; g < last; ++g) k.linear_panel(p, x[g - first], g, p.w.N, p.w.groups, memory);
@@ -165,7 +163,7 @@ bool multiply_integers_axis0(const Problem& p, const FloatRows& x, int digits) {
 // Rounds x, [M, K], to 8-bit activations in place, as quantize_activations does: for products that no integer kernel serves.
 // False if x holds NaN or Inf.
 bool round_rows(const Weight& w, int64_t M, float* x) {
-  const int64_t run = step_per_group(w) && w.group_size == 128 ? 128 : 64;  // columns with one step
+  const int64_t run = step_spans_two_chunks(w) ? 128 : 64;  // columns with one step
   std::atomic<bool> all_finite{true};
   parallel_over(M, 1, 4 * M * w.K, [&](int64_t a, int64_t b) {
     for (int64_t i = a * w.K, end = b * w.K; i < end;) {
@@ -213,8 +211,8 @@ bool run_block(const Problem& p, int digits) {
   const ActivationScratch memory(p, integers && p.w.axis == 1 ? quantized_bytes(p.w, p.M, digits) : 0,
                                  k.pack_activations ? k.packed_activations_size(p.M, p.w.K, splits) : 0);
   FloatRows x = float_rows(p, memory.floats);
-  if (integers && (p.w.axis == 1 ? multiply_integers(&p, 1, x, digits, memory.quantized)
-                                 : multiply_integers_axis0(p, x, digits)))
+  if (integers &&
+      (p.w.axis == 1 ? multiply_integers(&p, 1, x, digits, memory.quantized) : multiply_integers_axis0(p, x, digits)))
     return true;
   if (digits == 1) {
     if (integers || p.w.axis == 0) return false;  // NaN, say; scales of axis 0 belong to the activations before rounding

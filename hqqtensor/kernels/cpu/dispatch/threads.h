@@ -17,8 +17,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(const voi
 // The same with f(a, b).
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  parallel_for(
-      begin, end, grain, [](const void* context, int64_t a, int64_t b) { (*(const F*)context)(a, b); }, &f);
+  parallel_for(begin, end, grain, [](const void* context, int64_t a, int64_t b) { (*(const F*)context)(a, b); }, &f);
 }
 
 // f(first, last) over [0, count), in one piece for each thread; pieces begin at multiples of `step`. work: multiply-adds in

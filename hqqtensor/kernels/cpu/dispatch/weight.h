@@ -19,14 +19,14 @@ inline int64_t nibble_bytes(int64_t columns) { return (columns + 1) / 2; }
 // A matrix of scales or of zero points. Numbers of 8 or 4 bits are themselves quantized, by a second level of scales and zero
 // points: number c of row r is (stored - meta_zero[r % meta_rows][c]) * meta_scale[r % meta_rows][c].
 struct Values {
-  const void* data;         // [rows][columns] of `type`; null where the format has none
+  const void* data;  // [rows][columns] of `type`; null where the format has none
   DType type;
   int64_t columns;
   int64_t stride;           // bytes from a row to the next
   const float* meta_scale;  // [meta_rows][columns]; null where the numbers are not quantized
   const float* meta_zero;   // [meta_rows][columns]
   int64_t meta_rows;
-  int64_t meta_stride;      // numbers from a row of meta_scale or meta_zero to the next
+  int64_t meta_stride;  // numbers from a row of meta_scale or meta_zero to the next
 
   bool quantized() const { return meta_scale != nullptr; }
   const char* row(int64_t r) const { return (const char*)data + r * stride; }
@@ -46,7 +46,11 @@ struct Table {
   alignas(16) uint8_t digits[3][16];
 };
 
-// A packed weight [N, K].
+// A packed weight [N, K]. A row is a run of blocks of 128 codes, the last one shorter. A block has planes of 4, 2 and 1 bits
+// that add up to the width (8 bits are one plane), the lowest bits of the codes first:
+//   4 bits, 64 bytes: byte i holds     3 bits, 32 + 16 bytes: byte i of the first 32 and of the next 16 hold
+//     bits 0..3  code i                  bits 2 f, 2 f + 1  bits 0, 1 of code i + 32 f     f = 0..3
+//     bits 4..7  code i + 64             bit f              bit 2 of code i + 16 f         f = 0..7
 //   axis 1: scale and zero are [N, groups];  column k belongs to group k / group_size
 //   axis 0: scale and zero are [groups, K];  row n belongs to group n % groups
 struct Weight {
@@ -91,9 +95,13 @@ inline bool costly_as_integers(const Weight& w, int digits) {
 
 // True if activations are quantized group by group, not chunk by chunk: groups of up to 128 columns that line up with chunks.
 // Then a row's scales and the steps of the activations are multiplied entry by entry.
-inline bool step_per_group(const Weight& w) {
-  return w.axis == 1 && w.groups > 1 && w.group_size <= 128 && chunk_groups(w);
-}
+inline bool step_per_group(const Weight& w) { return w.axis == 1 && w.groups > 1 && w.group_size <= 128 && chunk_groups(w); }
+
+// True if a step is that of two chunks, those of a group of 128.
+inline bool step_spans_two_chunks(const Weight& w) { return step_per_group(w) && w.group_size == 128; }
+
+// Steps of one chunk: one for each of its groups, all equal.
+inline int64_t steps_of_chunk(const Weight& w) { return step_per_group(w) && w.group_size < 64 ? 64 / w.group_size : 1; }
 
 // Steps of one row of quantized activations (one for each group or for each chunk), padded.
 inline int64_t steps_per_row(const Weight& w) { return padded(step_per_group(w) ? w.groups : (w.K + 63) / 64); }
@@ -101,7 +109,7 @@ inline int64_t steps_per_row(const Weight& w) { return padded(step_per_group(w) 
 // Index of the step of a chunk. Where a chunk has several groups these have equal steps, and this is the first one.
 inline int64_t step_index(const Weight& w, int64_t chunk) {
   if (!step_per_group(w)) return chunk;
-  return w.group_size == 128 ? chunk / 2 : chunk * (64 / w.group_size);
+  return step_spans_two_chunks(w) ? chunk / 2 : chunk * steps_of_chunk(w);
 }
 
 }  // namespace hqqtensor

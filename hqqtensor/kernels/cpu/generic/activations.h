@@ -1,4 +1,5 @@
-// Activations as integers (struct QuantizedActivations): what they are multiplied with before, how fine they are, how they lie.
+// Quantizes activations to integers (struct QuantizedActivations): the scale applied first, the number of digits, and the
+// memory layout.
 #pragma once
 #include "generic/rows.h"
 
@@ -22,15 +23,19 @@ inline float digit_limit(const Weight& w, int count) {
   return whole < fits ? whole : fits;
 }
 
-constexpr int64_t kChunksPerPiece = 16;  // chunks at a time: their steps come from one division, and floats stay in the first level
+// Chunks at a time: their steps come from one division, and floats stay in the first level of cache.
+constexpr int64_t kChunksPerPiece = 16;
 
-// Digits and steps of `count` chunks from `first` on, up to kChunksPerPiece, in `in` with zeros behind the last number. `rounded`,
-// where it is not null, gets what the digits stand for: integers with axis 1, whose sums they make, else times their steps.
-bool quantize_chunks(const float* in, const Weight& w, int64_t m, const QuantizedActivations& d, int64_t first, int64_t count, float* rounded) {
-  const float limit = d.layout == Layout::tiles_int16 && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
+// Digits and steps of `count` chunks from `first` on, up to kChunksPerPiece, in `in` with zeros behind the last number.
+// `rounded`, where it is not null, gets what the digits stand for: integers with axis 1, whose sums they make, else times their
+// steps.
+bool quantize_chunks(const float* in, const Weight& w, int64_t m, const QuantizedActivations& d, int64_t first, int64_t count,
+                     float* rounded) {
+  const float limit =
+      d.layout == Layout::tiles_int16 && d.count == 2 ? (w.table.count > 1 ? 8191.0f : 32767.0f) : digit_limit(w, d.count);
   const int shift = x_shift(w);
-  const bool by_group = step_per_group(w), shared = by_group && w.group_size == 128;  // by two chunks
-  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;                     // entries of a chunk
+  const bool shared = step_spans_two_chunks(w);
+  const int64_t each = steps_of_chunk(w);
   alignas(64) float top[kChunksPerPiece], unit[kChunksPerPiece], inverse[kChunksPerPiece];
   f_largest_each(in, count, top);
   bool served = true;
@@ -101,8 +106,8 @@ void reorder_for_gemv(const Weight& w, int64_t m, const QuantizedActivations& d)
     });
   if (!pairs_serve(w, d)) return;
   float* step = d.step + m * d.steps_per_row;
-  const bool by_group = step_per_group(w), shared = by_group && w.group_size == 128;  // see RowMeta for these
-  const int64_t each = by_group && w.group_size < 64 ? 64 / w.group_size : 1;
+  const bool shared = step_spans_two_chunks(w);  // then RowMeta divides the scale
+  const int64_t each = steps_of_chunk(w);
   for (int64_t b = 0; b < w.K / 128; ++b) {
     for (int i = 0; i < d.count; ++i) pair_digits(row + (2 * b * d.count + i) * 64, row + ((2 * b + 1) * d.count + i) * 64);
     if (codes_in_place(d.count, w.table.values != nullptr) && !shared)
@@ -110,7 +115,7 @@ void reorder_for_gemv(const Weight& w, int64_t m, const QuantizedActivations& d)
   }
 }
 
-// f(first, count, floats) for each piece of a row of K numbers: these, or, where they end within a chunk, a copy in `room`
+// f(first, count, floats) for each piece of a row of K numbers: these, or, where they end within a chunk, a copy in `buffer`
 // with zeros behind. False as soon as f is.
 template <class F>
 bool for_each_piece(const float* x, int64_t K, float* buffer, F f) {

@@ -13,7 +13,8 @@ class Minifloat {
  public:
   explicit Minifloat(const Levels& l)
       : first_(f_set(l.first)), last_(f_set(l.last)), least_(f_set(l.least)),
-        shifter_(f_set(1.5f * (float)(1 << (23 - l.mantissa)))), mantissa_(l.mantissa), sign_((uint32_t)l.sign), smallest_(l.least) {}
+        shifter_(f_set(1.5f * (float)(1 << (23 - l.mantissa)))), mantissa_(l.mantissa), sign_((uint32_t)l.sign),
+        smallest_(l.least) {}
 
   // Adding 1.5 * 2^(23 - mantissa) times x's own power of two leaves room for as many bits as the format has.
   Floats value(Floats x) const {

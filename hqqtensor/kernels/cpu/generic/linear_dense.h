@@ -1,5 +1,5 @@
 // y = x W^T for many rows of x: a panel of weight rows is made dense in cache and used for all of x.
-// Also serves groups that do not line up with lanes, and activations that integers cannot stand for.
+// Also serves groups that do not line up with lanes, and activations that cannot be quantized to integers.
 #pragma once
 #include "generic/rows.h"
 
@@ -41,8 +41,8 @@ void dense_tile(const float* w, int64_t w_stride, const float* x, int64_t x_stri
 }
 
 template <int T = kDenseTileTokens>
-void dense_column(int64_t tokens, const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth,
-                  float* out, int64_t out_stride) {
+void dense_column(int64_t tokens, const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, float* out,
+                  int64_t out_stride) {
   int64_t m = 0;
   for (; m + T <= tokens; m += T)
     dense_tile<T>(w, w_stride, x + m * x_stride, x_stride, depth, out + m * out_stride, out_stride);
@@ -55,7 +55,8 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
   const int64_t K = p.w.K, rows = dense_panel_rows(p);
   float *panel = scratch, *sums = scratch + rows * K;
   for (int64_t n = first; n < last; n += rows) {
-    const int64_t count = last - n < rows ? last - n : rows, whole = (count + kDenseTileRows - 1) / kDenseTileRows * kDenseTileRows;
+    const int64_t count = last - n < rows ? last - n : rows,
+                  whole = (count + kDenseTileRows - 1) / kDenseTileRows * kDenseTileRows;
     for (int64_t r = 0; r < count; ++r) dequantize_row(p.w, n + r, panel + r * K);
     __builtin_memset(panel + count * K, 0, sizeof(float) * (size_t)((whole - count) * K));
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * rows));
@@ -64,12 +65,7 @@ void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, in
       for (int64_t r = 0; r < whole; r += kDenseTileRows)
         dense_column(p.M, panel + r * K + k, K, x.x + k, x.stride, depth, sums + r, rows);
     }
-    for (int64_t m = 0; m < p.M; ++m) {
-      float* s = sums + m * rows;
-      if (p.bias)
-        for (int64_t r = 0; r < count; ++r) s[r] += p.bias[n + r];
-      from_float(s, count, p.x_type, (char*)p.y + (m * p.y_stride + n) * (p.x_type == DType::f32 ? 4 : 2));
-    }
+    for (int64_t m = 0; m < p.M; ++m) store_results(p, m, n, 1, count, sums + m * rows);
   }
 }
 

@@ -19,7 +19,7 @@ struct Tile {
   Floats start[kGemvRows][kGemvTokens];  // what is added to the lanes of a result
   const uint8_t* table;
   const uint8_t* prefetch_from;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
-  int64_t prefetch_distance;         // else bytes to the same place in the next tile
+  int64_t prefetch_distance;     // else bytes to the same place in the next tile
   float out[kGemvTokens][kGemvRows];
   const Quads* quads;
   const float* step[kGemvTokens];  // where quads have scales, of each chunk
@@ -31,7 +31,7 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
   const int64_t blocks = K / 128, tail = K % 128;
   Acc acc[kGemvRows][T] = {};
   constexpr int W = DW ? DW : 1;
-  const auto half = [&](int64_t chunk, const Codes (*codes)[2 * W]) __attribute__((always_inline)) {
+  const auto half = [&](int64_t chunk, const Codes(*codes)[2 * W]) __attribute__((always_inline)) {
     for (int t = 0; t < T; ++t) {
       const ChunkDigits x = load_chunk_digits<D>(tile.x[t] + chunk * D * 64);
       for (int r = 0; r < kGemvRows; ++r) {

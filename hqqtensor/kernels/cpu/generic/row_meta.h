@@ -75,8 +75,8 @@ struct RowMeta {
     }
   }
   template <DType T>
-  void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens,
-              Out* out, Start* start) const {
+  void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens, Out* out,
+              Start* start) const {
     const auto with = [&](auto table) __attribute__((always_inline)) {
       constexpr bool TABLE = decltype(table)::value;
       if (quads) return blocks<T, TABLE, Store::quads>(s, z, first, last, token, tokens, out, start);

@@ -70,8 +70,7 @@ void unpack_tail(const uint8_t* b, int nbits, int64_t count, uint8_t* out) {
     if (!(nbits & plane)) continue;
     const int64_t width = count * plane / 8;
     for (int f = 0; f < 8 / plane; ++f)
-      for (int64_t i = 0; i < width; ++i)
-        out[f * width + i] |= (uint8_t)(((b[i] >> (plane * f)) & ((1 << plane) - 1)) << low);
+      for (int64_t i = 0; i < width; ++i) out[f * width + i] |= (uint8_t)(((b[i] >> (plane * f)) & ((1 << plane) - 1)) << low);
     b += width;
     low += plane;
   }
@@ -109,7 +108,8 @@ inline void scale_codes(const uint8_t* codes, const float* scale, const float* z
   for (; i + kFloats <= count; i += kFloats) step(i);
   if (i == count) return;
   if (count > kFloats) return step(count - kFloats);  // some once more: nothing is read or written outside
-  for (; i < count; ++i) out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
+  for (; i < count; ++i)
+    out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
 }
 
 // Columns [first, first + count) of one row of scales or zero points.
@@ -161,29 +161,22 @@ inline float code_unit(const Weight& w, int digits) {
   return w.table.unit * (float)(1 << (7 * (both - 1)));
 }
 
-// Rows n, n + step, ... before last, up to COUNT of them, and those after them. Places left over have the first row again.
-template <int64_t COUNT>
-struct PanelRows {
-  int64_t index[COUNT], count = 0;
-  const uint8_t *data[COUNT], *after[COUNT];
-
-  PanelRows(const Weight& w, int64_t n, int64_t step, int64_t last) {
-    for (int64_t r = 0; r < COUNT; ++r) {
-      const int64_t row = n + r * step, later = row + COUNT * step;
-      index[r] = row < last ? row : n;
-      data[r] = w.qdata + index[r] * w.row_stride;
-      after[r] = w.qdata + (later < last ? later : n) * w.row_stride;
-      count += row < last;
-    }
-  }
-};
+// Results of rows n, n + step, ... for token m: v, plus bias.
+inline void store_results(const Problem& p, int64_t m, int64_t n, int64_t step, int64_t count, float* v) {
+  const int64_t size = size_of(p.x_type);
+  if (p.bias)
+    for (int64_t r = 0; r < count; ++r) v[r] += p.bias[n + r * step];
+  char* y = (char*)p.y + (m * p.y_stride + n) * size;
+  if (step == 1) return from_float(v, count, p.x_type, y);
+  for (int64_t r = 0; r < count; ++r) from_float(v + r, 1, p.x_type, y + r * step * size);
+}
 
 constexpr int64_t kUnpackedCodes = 1024;  // codes unpacked at a time: they stay in L1
 
 // Dense numbers of `count` codes. `scale` and `zero`: functions of the place that give a vector, or one number.
 template <class Scale, class Zero>
 inline void dequantize_codes(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float* out, Scale scale,
-                   Zero zero) {
+                             Zero zero) {
   uint8_t padded_codes[kFloats] = {};
   for (int64_t i = 0; i < count; i += kFloats) {
     const uint8_t* c = codes + i;
@@ -201,6 +194,19 @@ inline void dequantize_codes(const Weight& w, const float* table, const uint8_t*
   }
 }
 
+// The same with a scale and a zero point for each code.
+inline void dequantize_columns(const Weight& w, const float* table, const uint8_t* codes, int64_t count, const float* scale,
+                               const float* zero, float* out) {
+  dequantize_codes(
+      w, table, codes, count, out, [&](int64_t i) { return f_load(scale + i); }, [&](int64_t i) { return f_load(zero + i); });
+}
+// The same with one scale and one zero point.
+inline void dequantize_group(const Weight& w, const float* table, const uint8_t* codes, int64_t count, float scale, float zero,
+                             float* out) {
+  const Floats s = f_set(scale), z = f_set(zero);
+  dequantize_codes(w, table, codes, count, out, [&](int64_t) { return s; }, [&](int64_t) { return z; });
+}
+
 void dequantize_row(const Weight& w, int64_t n, float* out) {
   const uint8_t* row = w.qdata + n * w.row_stride;
   const float* table = w.table.values ? w.table.values + n * w.table.stride : nullptr;
@@ -215,15 +221,13 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
   for (int64_t first = 0; first < w.K; first += kUnpackedCodes) {
     const int64_t count = w.K - first < kUnpackedCodes ? w.K - first : kUnpackedCodes;
     const int64_t whole = (first + count) / 128 > blocks ? blocks : (first + count) / 128;
-    with_nbits(w.nbits, [&](auto nb) {
-      unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes);
-    });
+    with_nbits(w.nbits,
+               [&](auto nb) { unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes); });
     if (first + count > whole * 128)
       unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
     if (w.axis == 0) {
       load(first, count);
-      dequantize_codes(w, table, codes, count, out + first, [&](int64_t i) { return f_load(scale + i); },
-             [&](int64_t i) { return f_load(zero + i); });
+      dequantize_columns(w, table, codes, count, scale, zero, out + first);
       continue;
     }
     for (int64_t k = first; k < first + count;) {
@@ -237,8 +241,8 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
         }
       }
       const int64_t end = group_end < first + count ? group_end : first + count;
-      const Floats s = f_set(scale[group - cached]), z = f_set(w.zero.data ? zero[group - cached] : 0.0f);
-      dequantize_codes(w, table, codes + (k - first), end - k, out + k, [&](int64_t) { return s; }, [&](int64_t) { return z; });
+      dequantize_group(w, table, codes + (k - first), end - k, scale[group - cached], w.zero.data ? zero[group - cached] : 0.0f,
+                       out + k);
       k = end;
     }
   }

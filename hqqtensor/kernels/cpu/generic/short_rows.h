@@ -32,13 +32,9 @@ template <int NB, int COUNT>
 inline void unpack_short(const uint8_t* b, uint8_t* out) {
   __builtin_memset(out, 0, COUNT);
   if constexpr (NB == 8) add_slabs<8, COUNT>(b, 0, out);
-  if constexpr (NB >= 4 && NB < 8) add_slabs<4, COUNT>(b, 0, out);
-  if constexpr (NB == 6 || NB == 7) add_slabs<2, COUNT>(b + COUNT / 2, 4, out);
-  if constexpr (NB == 2 || NB == 3) add_slabs<2, COUNT>(b, 0, out);
-  if constexpr (NB == 1) add_slabs<1, COUNT>(b, 0, out);
-  if constexpr (NB == 3) add_slabs<1, COUNT>(b + COUNT / 4, 2, out);
-  if constexpr (NB == 5) add_slabs<1, COUNT>(b + COUNT / 2, 4, out);
-  if constexpr (NB == 7) add_slabs<1, COUNT>(b + COUNT / 2 + COUNT / 4, 6, out);
+  if constexpr ((NB & 4) != 0) add_slabs<4, COUNT>(b, 0, out);
+  if constexpr ((NB & 2) != 0) add_slabs<2, COUNT>(b + COUNT / 8 * (NB & 4), NB & 4, out);
+  if constexpr ((NB & 1) != 0) add_slabs<1, COUNT>(b + COUNT / 8 * (NB & 6), NB & 6, out);
 }
 
 // Codes of a row of K: those of whole blocks, then those of the rest. Room for K + 128.
@@ -87,21 +83,17 @@ void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* 
       float* dense = type == DType::f32 ? (float*)out : line;
       unpack_row<NB>(w.qdata + (n + r) * w.row_stride, w.K, codes);
       if (w.axis == 0) {
-        dequantize_codes(w, nullptr, codes, w.K, dense, [&](int64_t i) { return f_load(scale + i); },
-               [&](int64_t i) { return f_load(zero + i); });
+        dequantize_columns(w, nullptr, codes, w.K, scale, zero, dense);
       } else {
-        for (int64_t k = 0, g = r * w.groups; k < w.K; k += size, ++g) {
-          const Floats s = f_set(scale[g]), z = f_set(zero[g]);
-          dequantize_codes(w, nullptr, codes + k, w.K - k < size ? w.K - k : size, dense + k, [&](int64_t) { return s; },
-                 [&](int64_t) { return z; });
-        }
+        for (int64_t k = 0, g = r * w.groups; k < w.K; k += size, ++g)
+          dequantize_group(w, nullptr, codes + k, w.K - k < size ? w.K - k : size, scale[g], zero[g], dense + k);
       }
       if (type != DType::f32) from_float(line, w.K, type, out);
     }
   }
 }
 
-// `line`: room for K floats.
+// line: scratch memory for K floats.
 void dequantize_rows(const Weight& w, int64_t first, int64_t last, DType type, char* out, int64_t stride, float* line) {
   if (short_rows_serve(w))
     return with_nbits(w.nbits, [&](auto nb) { short_rows<nb.value>(w, first, last, type, out, stride); });

@@ -1,5 +1,5 @@
-// Scales of groups whose codes stand for fixed levels, many groups at a time as in generic/solve.h. What is computed is described in
-// hqqtensor/solvers/scale_only.py.
+// Scales of groups whose codes stand for fixed levels, many groups at a time as in generic/solve.h.
+// hqqtensor/solvers/scale_only.py describes what is computed.
 #pragma once
 #include <type_traits>
 
@@ -38,7 +38,7 @@ struct Scales {
       bottom = f_fma(t, t, bottom);
     }
     better = f_div(top, bottom);
-    // All codes zero, or a scale that turned round: the regression says nothing, keep what was.
+    // All codes are zero, or the scale changed its sign: the regression says nothing, so the old scale stays.
     better = f_pick(f_sub(f_zero(), f_mul(better, s)), better, s);
     return error;
   }
@@ -81,8 +81,8 @@ void solve_levels(const Levels& l, Solver solver, float* w, int64_t size, float*
   });
 }
 
-void lloyd_block(const Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error,
-                 double* top, double* bottom) {
+void lloyd_block(const Levels& l, const float* w, int64_t size, int64_t count, float* scale, double* error, double* top,
+                 double* bottom) {
   const Search nearest(l);
   Floats better;
   float errors[kFloats];

@@ -12,9 +12,8 @@ namespace {
 // that the compiler unrolls late they go through memory at every step.
 template <int COUNT, class F>
 inline __attribute__((always_inline)) void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, COUNT>());
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }(std::make_integer_sequence<int, COUNT>());
 }
 
 }  // namespace

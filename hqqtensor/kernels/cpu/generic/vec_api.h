@@ -42,9 +42,11 @@ extern int8_t* digits_out;
 extern int64_t n;
 
 // The set has `call`, and it gives `type`.
+// clang-format off
 #define HQQTENSOR_SUPPLIES(type, ...)                \
   static_assert(requires { { __VA_ARGS__ } -> Gives<type>; }, \
                 HQQTENSOR_VEC ": " #__VA_ARGS__ " must be of type " #type)
+// clang-format on
 template <class Found, class Wanted>
 concept Gives = std::is_same_v<std::remove_cvref_t<Found>, Wanted>;
 
@@ -63,7 +65,7 @@ static_assert(std::is_constructible_v<LaneScales, int64_t>, "LaneScales(group_si
 HQQTENSOR_SUPPLIES(Floats, f_zero());
 HQQTENSOR_SUPPLIES(Floats, f_set(0.0f));
 HQQTENSOR_SUPPLIES(Floats, f_load(in));
-HQQTENSOR_SUPPLIES(Floats, f_load_some(in, n));      // the first n < kFloats, then zeros; reads no more than n
+HQQTENSOR_SUPPLIES(Floats, f_load_some(in, n));  // the first n < kFloats, then zeros; reads no more than n
 HQQTENSOR_SUPPLIES(Floats, f_load_f16(halves));
 HQQTENSOR_SUPPLIES(Floats, f_load_bf16(halves));
 HQQTENSOR_SUPPLIES(void, f_store(out, a));
@@ -101,10 +103,10 @@ HQQTENSOR_SUPPLIES(Floats, search.value(a));
 HQQTENSOR_SUPPLIES(void, search.codes(a, bytes_out));
 
 // Chunks of codes.
-HQQTENSOR_SUPPLIES(Codes, decode<4, 0>(bytes));      // <NB, H>: half H of the packed block
-HQQTENSOR_SUPPLIES(Codes, load_codes(bytes));        // 64 bytes
+HQQTENSOR_SUPPLIES(Codes, decode<4, 0>(bytes));  // <NB, H>: half H of the packed block
+HQQTENSOR_SUPPLIES(Codes, load_codes(bytes));    // 64 bytes
 HQQTENSOR_SUPPLIES(void, store_codes(bytes_out, codes));
-HQQTENSOR_SUPPLIES(Codes, lookup(codes, bytes));     // table[code], a table of 16 bytes at a multiple of 16
+HQQTENSOR_SUPPLIES(Codes, lookup(codes, bytes));                    // table[code], a table of 16 bytes at a multiple of 16
 HQQTENSOR_SUPPLIES(ChunkDigits, load_chunk_digits<1>(digits_out));  // <D>: [D][64] digits at a multiple of 64
 
 // Bits of a digit of the activations, for codes of some bits.

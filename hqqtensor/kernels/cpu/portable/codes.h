@@ -25,21 +25,16 @@ inline void add_plane(const uint8_t* b, uint8_t* out) {
     for (int i = 0; i < 64; ++i) out[i] = b[64 * H + i];
   } else {
     for (int f = 0; f < fields / 2; ++f)
-      for (int i = 0; i < width; ++i)
-        out[f * width + i] |= (uint8_t)(((b[i] >> (P * (f + H * fields / 2))) & mask) << L);
+      for (int i = 0; i < width; ++i) out[f * width + i] |= (uint8_t)(((b[i] >> (P * (f + H * fields / 2))) & mask) << L);
   }
 }
 template <int NB, int H>
 inline Codes decode(const uint8_t* b) {
   Codes out{};
   if constexpr (NB == 8) add_plane<8, 0, H>(b, out.c);
-  if constexpr (NB >= 4 && NB < 8) add_plane<4, 0, H>(b, out.c);
-  if constexpr (NB == 2 || NB == 3) add_plane<2, 0, H>(b, out.c);
-  if constexpr (NB == 1) add_plane<1, 0, H>(b, out.c);
-  if constexpr (NB == 3) add_plane<1, 2, H>(b + 32, out.c);
-  if constexpr (NB == 5) add_plane<1, 4, H>(b + 64, out.c);
-  if constexpr (NB >= 6 && NB < 8) add_plane<2, 4, H>(b + 64, out.c);
-  if constexpr (NB == 7) add_plane<1, 6, H>(b + 96, out.c);
+  if constexpr ((NB & 4) != 0) add_plane<4, 0, H>(b, out.c);
+  if constexpr ((NB & 2) != 0) add_plane<2, NB & 4, H>(b + 16 * (NB & 4), out.c);
+  if constexpr ((NB & 1) != 0) add_plane<1, NB & 6, H>(b + 16 * (NB & 6), out.c);
   return out;
 }
 inline Codes load_codes(const uint8_t* p) {
@@ -92,7 +87,8 @@ inline void add_chunk_lanes(Acc& acc, const Codes* c, const ChunkDigits& t, cons
 }
 // Each quad of codes has a scale: `index` says which.
 template <int NB, int D, int DW>
-inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index, float step) {
+inline void add_chunk_quads(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const uint8_t* index,
+                            float step) {
   int32_t s[16];
   dot<NB, D, DW>(c, t, s);
   for (int i = 0; i < 16; ++i) acc.v[i] += (float)s[i] * (scales[index[i]] * step);

@@ -19,7 +19,8 @@ void read_settings(Call& c, PackedArguments& a) {
 
 FloatVector::FloatVector(const Tensor& t, const char* name, int64_t size) {
   if (!t) return;
-  HQQ_CHECK(t.dim() == 1 && t.size(0) == size && is_floating(t.scalar()), name, " must be floating-point [", size, "], got ", t);
+  HQQ_CHECK(t.dim() == 1 && t.size(0) == size && is_floating(t.scalar()), name, " must be floating-point [", size, "], got ",
+            t);
   const auto type = dtype_of(t.scalar());
   if (!type || !t.is_contiguous()) {
     copy_ = converted(t, Scalar::float32);

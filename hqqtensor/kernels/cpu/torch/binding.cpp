@@ -1,12 +1,29 @@
-// Registers the operators with torch, through its stable ABI alone: this library has no symbol of Python and runs on every torch
-// from TORCH_TARGET_VERSION on. The public operators are defined in hqqtensor/ops/definitions.py; those defined here belong to
-// hqqtensor/kernels/cpu/__init__.py.
+// Registers the operators with torch, through its stable ABI alone: this library has no symbol of Python and runs on every
+// torch from TORCH_TARGET_VERSION on. The public operators are defined in hqqtensor/ops/definitions.py; those defined here
+// belong to hqqtensor/kernels/cpu/__init__.py.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/operators.h"
 
 namespace hqqtensor {
 namespace {
+
+bool instruction_set(Call& c) {
+  c.give(std::string_view(kernels().name));
+  return true;
+}
+
+bool define_table(Call& c) {
+  const std::string_view format = c.text();
+  const int64_t nbits = c.integer();
+  set_table(format, nbits, c.tensor());
+  return true;
+}
+
+bool set_choice(Call& c) {
+  set_choice_is_automatic(c.integer() != 0);
+  return true;
+}
 
 // Letters: see Call. Settings of a packed weight: meta, nbits, format, group_size, axis, in_features.
 constexpr Operator kLinear{"tttTTTLisiiis", linear, "hqqtensor::registry_linear"};
@@ -28,21 +45,9 @@ constexpr Operator kEmptyPacked{"n", empty_packed, nullptr};
 constexpr Operator kPoolNew{"", pool_new, nullptr};
 constexpr Operator kPoolDelete{"i", pool_delete, nullptr};
 constexpr Operator kPoolEmpty{"ini", pool_empty, nullptr};
-
-constexpr Operator kInstructionSet{"", [](Call& c) {
-                                     c.give(std::string_view(kernels().name));
-                                     return true;
-                                   }, nullptr};
-constexpr Operator kSetTable{"sit", [](Call& c) {
-                               const std::string_view format = c.text();
-                               const int64_t nbits = c.integer();
-                               set_table(format, nbits, c.tensor());
-                               return true;
-                             }, nullptr};
-constexpr Operator kSetChoice{"i", [](Call& c) {
-                                set_choice_is_automatic(c.integer() != 0);
-                                return true;
-                              }, nullptr};
+constexpr Operator kInstructionSet{"", instruction_set, nullptr};
+constexpr Operator kSetTable{"sit", define_table, nullptr};
+constexpr Operator kSetChoice{"i", set_choice, nullptr};
 
 }  // namespace
 }  // namespace hqqtensor
@@ -52,8 +57,9 @@ using namespace hqqtensor;
 STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
   m.def("_solve(Tensor weight, int nbits, int group_size, int axis, str solver) -> (Tensor, Tensor)");
   m.def("_assign(Tensor(a!) out, Tensor weight, Tensor inverse, Tensor zero_point, int nbits, int group_size, int axis) -> ()");
-  m.def("_solve_levels(Tensor weight, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least, int group_size, "
-        "int axis, str solver) -> Tensor");
+  m.def(
+      "_solve_levels(Tensor weight, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least, int group_size, "
+      "int axis, str solver) -> Tensor");
   m.def("_assign_levels(Tensor(a!) out, Tensor weight, Tensor inverse, Tensor values, Tensor thresholds, Tensor codes, "
         "int mantissa, float least, int nbits, int group_size, int axis) -> ()");
   m.def("_lloyd(Tensor groups, Tensor scales, Tensor values, Tensor thresholds, Tensor codes, int mantissa, float least) "

@@ -45,8 +45,8 @@ Call::Call(StableIValue* stack, uint64_t arguments, const char* kinds, bool opti
     : stack_(stack), kinds_(kinds), count_(std::strlen(kinds)), optional_result_(optional_result) {
   if (arguments == count_) return;
   // Arguments of unknown kinds cannot be freed.
-  fail("hqqtensor's operators and its compiled kernels are of different versions: ", (int64_t)arguments, " arguments instead of ",
-       (int64_t)count_, "; build the kernels again");
+  fail("hqqtensor's operators and its compiled kernels are of different versions: ", (int64_t)arguments,
+       " arguments instead of ", (int64_t)count_, "; build the kernels again");
 }
 
 Call::~Call() {
@@ -57,7 +57,8 @@ Call::~Call() {
 }
 
 StableIValue Call::next(char kind) {
-  HQQ_CHECK(position_ < count_ && kinds_[position_] == kind, "argument ", (int64_t)position_, " of an operator is read as another kind");
+  HQQ_CHECK(position_ < count_ && kinds_[position_] == kind, "argument ", (int64_t)position_,
+            " of an operator is read as another kind");
   return stack_[position_++];
 }
 

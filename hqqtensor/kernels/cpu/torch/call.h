@@ -57,7 +57,8 @@ struct Operator {
   const char* registry;  // the operator that asks Python's registry of backends; null where none does
 };
 
-// How an operator is called: as it chooses itself, or as the kernel of the backend "cpu", which gives None if it does not serve.
+// How an operator is called: as it chooses itself, or as the kernel of the backend "cpu", which gives None if it does not
+// serve.
 enum class Mode { automatic, by_name };
 
 // False while the choice of backend is Python's: another one is the process's default, or one was chosen for a block of code.

@@ -91,8 +91,9 @@ bool dequantize_into(Call& c) {
   std::vector<int64_t> sizes(a.qdata.sizes().begin(), a.qdata.sizes().end());
   sizes.back() = weights.K();
   const Sizes want(sizes);
-  HQQ_CHECK(out.sizes() == want && (out.stride(-1) == 1 || sizes.back() == 1) && no_overlap(out), "dequantize: out must be ", want,
-            " with the numbers of a row beside each other and none sharing memory, got ", out, ", strides ", out.strides());
+  HQQ_CHECK(out.sizes() == want && (out.stride(-1) == 1 || sizes.back() == 1) && no_overlap(out), "dequantize: out must be ",
+            want, " with the numbers of a row beside each other and none sharing memory, got ", out, ", strides ",
+            out.strides());
   dense_into(out, *type, weights);
   return true;
 }
@@ -109,8 +110,7 @@ bool embedding(Call& c) {
   HQQ_CHECK(is_integer(indices.scalar()), "embedding: indices must be integers, got ", indices);
   const Weight w = weights.at(0);
   const auto rows = integers_of(indices);
-  for (const int64_t row : rows)
-    HQQ_CHECK(row >= 0 && row < w.N, "embedding: index ", row, " is not in 0 to ", w.N - 1);
+  for (const int64_t row : rows) HQQ_CHECK(row >= 0 && row < w.N, "embedding: index ", row, " is not in 0 to ", w.N - 1);
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
   sizes.push_back(w.K);
   Tensor out = empty(sizes, scalar);

@@ -39,8 +39,8 @@ template <class... Parts>
 }
 
 // The parts of the message are evaluated only if the condition does not hold.
-#define HQQ_CHECK(condition, ...) \
-  do {                            \
+#define HQQ_CHECK(condition, ...)                     \
+  do {                                                \
     if (!(condition)) ::hqqtensor::fail(__VA_ARGS__); \
   } while (0)
 

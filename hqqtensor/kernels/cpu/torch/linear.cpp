@@ -88,20 +88,40 @@ std::vector<PackedArguments> split(Call& c, std::vector<Tensor>& bias, std::stri
 
 // Runs of rows of x [S, K], the e-th up to row ends[e], each times its own weight, into y [S, N]; rows after the last run are
 // zero. False where no kernel serves.
-bool by_expert(const Rows& x, const Activation& how, const std::vector<int64_t>& ends, const PackedWeights& weights,
-               const FloatVector& pre_scale, const Tensor& y) {
+bool multiply_runs(const Rows& x, const Activation& how, const std::vector<int64_t>& ends, const PackedWeights& weights,
+                   const FloatVector& pre_scale, const Tensor& y) {
   const int64_t size = size_of(how.type), N = weights.N();
   auto* out = (char*)y.mutable_data();
   int64_t first = 0;
   for (int64_t e = 0; e < weights.count(); ++e) {
     const int64_t last = ends[(size_t)e];
     if (last == first) continue;
-    const Problem run{weights.at(e), x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr, pre_scale.data,
-                      out + first * N * size, N};
+    const Problem run{weights.at(e),  x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr,
+                      pre_scale.data, out + first * N * size,           N};
     if (!run_linear(run, how.digits)) return false;
     first = last;
   }
   if (first < x.count && N) std::memset(out + first * N * size, 0, (size_t)((x.count - first) * N * size));
+  return true;
+}
+
+// An operator with a weight [E, N, K] of several experts; `rank` is that of x. ends_of(weights): where the run of rows of each
+// expert ends, after checks.
+template <class Ends>
+bool multiply_experts(Call& c, const char* op, const Tensor& x, int64_t rank, const Ends& ends_of) {
+  PackedArguments a;
+  read_packed(c, a);
+  const Tensor pre_scale = c.optional_tensor();
+  read_settings(c, a);
+  const auto how = activation_of(x, c.text(), a);
+  if (!how) return false;
+  const PackedWeights w(a, 3, how->digits);
+  check_input(op, x, rank, w.K());
+  const std::vector<int64_t> ends = ends_of(w);
+  const FloatVector pre32(pre_scale, "act_pre_scale", w.K());
+  Tensor y = output_like(x, w.N());
+  if (!multiply_runs(Rows(x, w.K()), *how, ends, w, pre32, y)) return false;
+  c.give(std::move(y));
   return true;
 }
 
@@ -154,49 +174,29 @@ bool linear_many(Call& c) {
 }
 
 bool grouped_linear(Call& c) {
-  PackedArguments a;
   const Tensor x = c.tensor(), offsets = c.tensor();
-  read_packed(c, a);
-  const Tensor pre_scale = c.optional_tensor();
-  read_settings(c, a);
-  const auto how = activation_of(x, c.text(), a);
-  if (!how) return false;
-  const PackedWeights w(a, 3, how->digits);
-  check_input("grouped_linear", x, 2, w.K());
-  HQQ_CHECK(offsets.dim() == 1 && offsets.size(0) == w.count() && is_integer(offsets.scalar()),
-            "grouped_linear: offsets must be integers [", w.count(), "], got ", offsets);
-  const auto ends = integers_of(offsets);
-  int64_t first = 0;
-  for (const int64_t last : ends) {
-    HQQ_CHECK(last >= first && last <= x.size(0), "grouped_linear: offsets must rise from 0 to at most ", x.size(0), ", got ", last,
-              " after ", first);
-    first = last;
-  }
-  const FloatVector pre32(pre_scale, "act_pre_scale", w.K());
-  Tensor y = output_like(x, w.N());
-  if (!by_expert(Rows(x, w.K()), *how, ends, w, pre32, y)) return false;
-  c.give(std::move(y));
-  return true;
+  return multiply_experts(c, "grouped_linear", x, 2, [&](const PackedWeights& w) {
+    HQQ_CHECK(offsets.dim() == 1 && offsets.size(0) == w.count() && is_integer(offsets.scalar()),
+              "grouped_linear: offsets must be integers [", w.count(), "], got ", offsets);
+    const auto ends = integers_of(offsets);
+    int64_t first = 0;
+    for (const int64_t last : ends) {
+      HQQ_CHECK(last >= first && last <= x.size(0), "grouped_linear: offsets must rise from 0 to at most ", x.size(0), ", got ",
+                last, " after ", first);
+      first = last;
+    }
+    return ends;
+  });
 }
 
 bool batched_linear(Call& c) {
-  PackedArguments a;
   const Tensor x = c.tensor();
-  read_packed(c, a);
-  const Tensor pre_scale = c.optional_tensor();
-  read_settings(c, a);
-  const auto how = activation_of(x, c.text(), a);
-  if (!how) return false;
-  const PackedWeights w(a, 3, how->digits);
-  check_input("batched_linear", x, 3, w.K());
-  HQQ_CHECK(x.size(0) == w.count(), "batched_linear: input ", x, " does not fit ", w.count(), " weights");
-  std::vector<int64_t> ends;
-  for (int64_t e = 1; e <= w.count(); ++e) ends.push_back(e * x.size(1));
-  const FloatVector pre32(pre_scale, "act_pre_scale", w.K());
-  Tensor y = output_like(x, w.N());
-  if (!by_expert(Rows(x, w.K()), *how, ends, w, pre32, y)) return false;
-  c.give(std::move(y));
-  return true;
+  return multiply_experts(c, "batched_linear", x, 3, [&](const PackedWeights& w) {
+    HQQ_CHECK(x.size(0) == w.count(), "batched_linear: input ", x, " does not fit ", w.count(), " weights");
+    std::vector<int64_t> ends;
+    for (int64_t e = 1; e <= w.count(); ++e) ends.push_back(e * x.size(1));
+    return ends;
+  });
 }
 
 }  // namespace hqqtensor

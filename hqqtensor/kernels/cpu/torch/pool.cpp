@@ -58,7 +58,8 @@ void Pool::give_back(Piece piece) {
   const std::lock_guard<std::mutex> hold(lock_);
   free_.push_back(piece);
   if (free_.size() <= kKept) return;
-  const auto smallest = std::min_element(free_.begin(), free_.end(), [](const Piece& a, const Piece& b) { return a.bytes < b.bytes; });
+  const auto smallest =
+      std::min_element(free_.begin(), free_.end(), [](const Piece& a, const Piece& b) { return a.bytes < b.bytes; });
   hqqtensor::release(smallest->data, smallest->bytes);
   free_.erase(smallest);
 }

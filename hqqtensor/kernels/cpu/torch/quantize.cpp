@@ -30,8 +30,12 @@ struct Matrix {
   Matrix(const Tensor& t, int64_t rows, int64_t columns)
       : data((const char*)t.data()), type(*dtype_of(t.scalar())), N(rows), K(columns), stride(columns) {}
 
-  const char* at(int64_t row, int64_t column) const {
-    return data + (row * stride + column) * (type == DType::f32 ? 4 : 2);
+  const char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * (type == DType::f32 ? 4 : 2); }
+  // `count` numbers from there on as float32: these, or a copy in `line`.
+  const float* floats(const char* from, int64_t count, std::vector<float>& line) const {
+    if (type == DType::f32) return (const float*)from;
+    kernels().to_float(from, type, count, line.data());
+    return line.data();
   }
 };
 
@@ -61,16 +65,13 @@ void solve_groups(const Matrix& w, const G& g, bool by_range, float* inverse, fl
   const Kernels& k = kernels();
   const int64_t lanes = k.lanes, groups = kPiece * lanes, item = size_of(w.type);
   parallel_for(0, (count + groups - 1) / groups, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> block((size_t)(std::max<int64_t>(size, 2) * lanes)), line((size_t)std::max(size, lanes)), s((size_t)lanes), z((size_t)lanes);
+    std::vector<float> block((size_t)(std::max<int64_t>(size, 2) * lanes)), line((size_t)std::max(size, lanes)),
+        s((size_t)lanes), z((size_t)lanes);
     for (int64_t i = first * groups; i < std::min(last * groups, count); i += lanes) {
       const int64_t real = g.real(i);
-      if (step == item) {  // along rows: numbers of a group are neighbours
+      if (step == item) {                      // along rows: numbers of a group are neighbours
         for (int64_t l = 0; l < lanes; ++l) {  // missing groups repeat the first: any numbers will do
-          const float* in = (const float*)start(i + (l < real ? l : 0));
-          if (w.type != DType::f32) {
-            k.to_float(in, w.type, size, line.data());
-            in = line.data();
-          }
+          const float* in = w.floats(start(i + (l < real ? l : 0)), size, line);
           if (by_range)
             k.extremes(in, size, &block[(size_t)l], &block[(size_t)(lanes + l)]);
           else
@@ -113,9 +114,10 @@ void solve_part(const Matrix& w, std::string_view solver, int nbits, const G& g,
   const Kernels& k = kernels();
   if (solver != "hqq") {
     const Solver which = solver == "rtn" ? Solver::rtn : Solver::joint;
-    solve_groups(w, g, which == Solver::rtn, inverse, zero, [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
-      k.solve_block(which, block, size, nbits, s, z);
-    });
+    solve_groups(w, g, which == Solver::rtn, inverse, zero,
+                 [&](float* block, int64_t size, int64_t, float* s, float* z, int64_t) {
+                   k.solve_block(which, block, size, nbits, s, z);
+                 });
     return;
   }
   // When to stop is a matter of all groups: all rounds once for their errors, then those needed for the results.
@@ -164,11 +166,6 @@ std::vector<int64_t> scales_shape(const Matrix& w, int64_t group_size, int64_t a
   return axis == 1 ? std::vector<int64_t>{w.N, groups} : std::vector<int64_t>{groups, w.K};
 }
 
-// A tensor as contiguous float32.
-Tensor plain_floats(const Tensor& t) {
-  return t.scalar() == Scalar::float32 && t.is_contiguous() ? t.borrow() : converted(t, Scalar::float32);
-}
-
 // What codes stand for at scale 1, as an operator takes it: values and thresholds, floating-point [L] and [L - 1] or a row of
 // them for every row of the weight; the code of each level, uint8 [L]; for floating-point formats the bits of the mantissa
 // (else -1, and L <= 16) and the smallest number with a leading one.
@@ -180,11 +177,11 @@ struct LevelArguments {
   explicit LevelArguments(Call& c)
       : values(c.tensor()), thresholds(c.tensor()), codes(c.tensor()), mantissa(c.integer()), least(c.real()) {
     const int64_t count = values.dim() >= 1 ? values.size(-1) : 0, rows = count ? values.numel() / count : 0;
-    HQQ_CHECK(count >= 2 && rows >= 1 && is_floating(values.scalar()) && is_floating(thresholds.scalar()) && thresholds.dim() >= 1 &&
-                  thresholds.size(-1) == count - 1 && thresholds.numel() == rows * (count - 1) && codes.scalar() == Scalar::uint8 &&
-                  codes.dim() == 1 && codes.size(0) == count && codes.is_contiguous(),
-              "levels must be floating-point with as many uint8 codes and one threshold fewer, got ", values, ", ", codes, " and ",
-              thresholds);
+    HQQ_CHECK(count >= 2 && rows >= 1 && is_floating(values.scalar()) && is_floating(thresholds.scalar()) &&
+                  thresholds.dim() >= 1 && thresholds.size(-1) == count - 1 && thresholds.numel() == rows * (count - 1) &&
+                  codes.scalar() == Scalar::uint8 && codes.dim() == 1 && codes.size(0) == count && codes.is_contiguous(),
+              "levels must be floating-point with as many uint8 codes and one threshold fewer, got ", values, ", ", codes,
+              " and ", thresholds);
     HQQ_CHECK(mantissa >= 0 ? rows == 1 && mantissa <= 8 && least > 0 : count <= 16,
               "levels must be up to 16, or those of a floating-point format, got ", values);
   }
@@ -243,11 +240,7 @@ void assign_rows(const Tensor& out, const Tensor& weight, const Tensor& inverse,
     const Kernels& k = kernels();
     std::vector<float> line(w.type == DType::f32 ? 0 : (size_t)w.K);
     for (int64_t n = a; n < b; ++n) {
-      const float* in = (const float*)w.at(n, 0);
-      if (w.type != DType::f32) {
-        k.to_float(w.at(n, 0), w.type, w.K, line.data());
-        in = line.data();
-      }
+      const float* in = w.floats(w.at(n, 0), w.K, line);
       const int64_t meta = (axis == 1 ? n : n % shape[0]) * shape[1];
       const Levels* l = levels.empty() ? nullptr : &levels[levels.size() == 1 ? 0 : (size_t)n];
       k.assign_row(l, in, sp + meta, zp + meta, w.K, (int)nbits, group_size, (int)axis, to + n * bytes);
@@ -299,16 +292,18 @@ bool solve_levels(Call& c) {
   HQQ_CHECK(solver == "rtn" || solver == "hqq_joint", "there is no kernel for solver '", solver, "'");
   const Matrix w(weight);
   const bool by_row = rows.size() > 1;
-  HQQ_CHECK(!by_row || ((int64_t)rows.size() == w.N && axis == 1), "levels of ", (int64_t)rows.size(), " rows for ", w.N, ", axis ", axis);
+  HQQ_CHECK(!by_row || ((int64_t)rows.size() == w.N && axis == 1), "levels of ", (int64_t)rows.size(), " rows for ", w.N,
+            ", axis ", axis);
   Tensor inverse = empty(scales_shape(w, group_size, axis), Scalar::float32);
   auto* s = (float*)inverse.mutable_data();
   const Kernels& k = kernels();
   const Solver which = solver == "rtn" ? Solver::rtn : Solver::joint;
   over_parts(w, group_size, axis, by_row, [&](const auto& part) {
     const int64_t columns = part.count / w.N;
-    solve_groups(w, part, which == Solver::rtn, s, nullptr, [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
-      k.solve_levels(rows[by_row ? (size_t)(first / columns) : 0], which, block, size, found);
-    });
+    solve_groups(w, part, which == Solver::rtn, s, nullptr,
+                 [&](float* block, int64_t size, int64_t, float* found, float*, int64_t first) {
+                   k.solve_levels(rows[by_row ? (size_t)(first / columns) : 0], which, block, size, found);
+                 });
   });
   c.give(std::move(inverse));
   return true;
@@ -318,12 +313,14 @@ bool lloyd(Call& c) {
   const Tensor groups = c.tensor(), scales = c.tensor();
   const LevelArguments arguments(c);
   const std::vector<Levels> rows = levels_of(arguments);
-  HQQ_CHECK(groups.dim() == 3 && groups.scalar() == Scalar::float32 && groups.is_contiguous() && groups.is_cpu() && groups.numel() > 0,
+  HQQ_CHECK(groups.dim() == 3 && groups.scalar() == Scalar::float32 && groups.is_contiguous() && groups.is_cpu() &&
+                groups.numel() > 0,
             "groups must be contiguous float32 [R, C, group] on the CPU, got ", groups);
   const int64_t R = groups.size(0), C = groups.size(1), size = groups.size(2), count = arguments.values.size(-1);
   const Tensor given = checked_scales(scales, "scales", {R, C});
   const bool by_row = rows.size() > 1;
-  HQQ_CHECK((!by_row || (int64_t)rows.size() == R) && rows[0].mantissa < 0, "levels of ", (int64_t)rows.size(), " rows for ", R);
+  HQQ_CHECK((!by_row || (int64_t)rows.size() == R) && rows[0].mantissa < 0, "levels of ", (int64_t)rows.size(), " rows for ",
+            R);
   for (int64_t i = 0; i < count; ++i)
     HQQ_CHECK(rows[0].codes[i] == i, "codes of a codebook must be 0 to ", count - 1, ", got ", (int64_t)rows[0].codes[i]);
   const Kernels& k = kernels();
@@ -335,9 +332,10 @@ bool lloyd(Call& c) {
   std::vector<double> sums(rows.size() * (size_t)(pieces * kSums));
   parallel_for(0, (int64_t)rows.size(), 1, [&](int64_t a, int64_t b) {
     for (int64_t row = a; row < b; ++row)
-      solve_groups(w, Groups{all, size, 4, [&](int64_t i) { return std::min<int64_t>(k.lanes, all - i); },
-                             [&](int64_t i) { return w.at(0, (row * all + i) * size); },
-                             [&](int64_t i) { return row * all + i; }, all * size},
+      solve_groups(w,
+                   Groups{all, size, 4, [&](int64_t i) { return std::min<int64_t>(k.lanes, all - i); },
+                          [&](int64_t i) { return w.at(0, (row * all + i) * size); }, [&](int64_t i) { return row * all + i; },
+                          all * size},
                    false, s, nullptr, [&](float* block, int64_t, int64_t real, float* found, float*, int64_t first) {
                      for (int64_t l = 0; l < k.lanes; ++l) found[l] = s[row * all + first + (l < real ? l : 0)];
                      double* sum = sums.data() + (row * pieces + first / piece) * kSums;

@@ -173,7 +173,8 @@ Strides::Strides(Sizes sizes) {
 Tensor empty(Sizes sizes, Scalar scalar) {
   const Strides strides(sizes);
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(sizes.count, sizes.data, strides.data, code_of(scalar), aoti_torch_device_type_cpu(), -1, &handle),
+  check_torch(aoti_torch_empty_strided(sizes.count, sizes.data, strides.data, code_of(scalar), aoti_torch_device_type_cpu(), -1,
+                                       &handle),
               "allocating a tensor");
   return {handle, true};
 }
@@ -184,12 +185,16 @@ Tensor converted(const Tensor& t, Scalar scalar) {
   return out;
 }
 
+Tensor plain_floats(const Tensor& t) {
+  return t.scalar() == Scalar::float32 && t.is_contiguous() ? t.borrow() : converted(t, Scalar::float32);
+}
+
 Tensor from_blob(void* data, Sizes sizes, Scalar scalar, void (*release)(void*, void*), void* context) {
   const Strides strides(sizes);
   AtenTensorHandle handle = nullptr;
   const AOTITorchError code =
-      torch_from_blob(data, sizes.count, sizes.data, strides.data, 0, code_of(scalar), aoti_torch_device_type_cpu(), -1, &handle,
-                      aoti_torch_layout_strided(), nullptr, 0, release, context);
+      torch_from_blob(data, sizes.count, sizes.data, strides.data, 0, code_of(scalar), aoti_torch_device_type_cpu(), -1,
+                      &handle, aoti_torch_layout_strided(), nullptr, 0, release, context);
   if (code != AOTI_TORCH_SUCCESS) release(data, context);
   check_torch(code, "making a tensor of memory");
   return {handle, true};

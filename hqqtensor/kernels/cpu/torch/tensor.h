@@ -13,7 +13,9 @@
 namespace hqqtensor {
 
 enum class Scalar : uint8_t {
+  // clang-format off
   float32, float16, bfloat16, float64, uint8, int8, int16, int32, int64, uint16, uint32, uint64, boolean, other
+  // clang-format on
 };
 void append(std::string& to, Scalar);
 Scalar scalar_of(int32_t code);  // of torch's code for a dtype
@@ -76,6 +78,8 @@ struct Strides {
 Tensor empty(Sizes, Scalar);
 // A contiguous copy.
 Tensor converted(const Tensor&, Scalar);
+// Contiguous float32: the tensor itself, which must then outlive the result, or a copy.
+Tensor plain_floats(const Tensor&);
 // As `empty`, in memory that `release(data, context)` frees when no tensor uses it any more.
 Tensor from_blob(void* data, Sizes, Scalar, void (*release)(void* data, void* context), void* context);
 

@@ -28,9 +28,7 @@ int64_t matrix_distance(const Tensor& t) {
   return distance;
 }
 
-void check_device(const Tensor& t, const char* name) {
-  HQQ_CHECK(t.is_cpu(), name, " is on ", t.device(), ", qdata on cpu");
-}
+void check_device(const Tensor& t, const char* name) { HQQ_CHECK(t.is_cpu(), name, " is on ", t.device(), ", qdata on cpu"); }
 
 }  // namespace
 
@@ -120,8 +118,10 @@ Values PackedWeights::read_values(const PackedArguments& a, const Tensor& t, con
   v.type = quantized ? (full ? DType::u8 : DType::u4) : dtype_of(t.scalar()).value_or(DType::f32);
   v.meta_rows = 1;
   if (!quantized) return v;
-  HQQ_CHECK(a.meta.size() >= used_ + 2, "meta must begin with a scale and a zero point of the uint8 scale, then those of the uint8 "
-            "zero_point; got ", (int64_t)a.meta.size(), " tensors");
+  HQQ_CHECK(a.meta.size() >= used_ + 2,
+            "meta must begin with a scale and a zero point of the uint8 scale, then those of the uint8 "
+            "zero_point; got ",
+            (int64_t)a.meta.size(), " tensors");
   int64_t zero_rows = 0;
   part.meta_scale = read_meta(a, columns, &v.meta_rows);
   part.meta_zero = read_meta(a, columns, &zero_rows);
@@ -137,15 +137,14 @@ Matrices PackedWeights::read_meta(const PackedArguments& a, int64_t columns, int
   const Tensor& t = a.meta[used_++];
   const std::string name = "meta[" + std::to_string(used_ - 1) + "]";
   *rows = t.dim() >= 2 ? t.size(-2) : 0;
-  HQQ_CHECK(is_floating(t.scalar()) && *rows >= 1 && has_shape(t, *rows, columns), name,
-            " must be floating-point ", expected(1, columns), " or with more rows, got ", t);
+  HQQ_CHECK(is_floating(t.scalar()) && *rows >= 1 && has_shape(t, *rows, columns), name, " must be floating-point ",
+            expected(1, columns), " or with more rows, got ", t);
   check_device(t, name.c_str());
-  const bool as_it_is = t.scalar() == Scalar::float32 && t.is_contiguous();
-  Tensor copy = as_it_is ? Tensor() : converted(t, Scalar::float32);
-  Matrices m = matrices_of(as_it_is ? t : copy);
+  Tensor floats = plain_floats(t);
+  Matrices m = matrices_of(floats);
   // One row may have any stride.
   m.row_stride = columns * 4, m.matrix_stride = *rows * columns * 4;
-  m.copy = std::move(copy);
+  m.copy = std::move(floats);
   return m;
 }
 
@@ -163,12 +162,11 @@ void PackedWeights::read_codebook(const PackedArguments& a) {
   const Tensor& t = a.zero;
   const bool shared = t && ((t.dim() == 1 && t.size(0) == entries) || (t.dim() == 2 && t.size(0) == 1 && t.size(1) == entries));
   const bool own = t && (has_shape(t, first_.N, entries) || has_shape(t, 1, entries));
-  HQQ_CHECK((shared || own) && is_floating(t.scalar()), "a codebook must be floating-point [", entries, "], ", expected(1, entries), " or ",
-            expected(first_.N, entries), ", got ", t);
+  HQQ_CHECK((shared || own) && is_floating(t.scalar()), "a codebook must be floating-point [", entries, "], ",
+            expected(1, entries), " or ", expected(first_.N, entries), ", got ", t);
   check_device(t, "zero_point");
-  const bool as_it_is = t.scalar() == Scalar::float32 && t.is_contiguous();
-  if (!as_it_is) codebook_.copy = converted(t, Scalar::float32);
-  codebook_.data = (const char*)(as_it_is ? t : codebook_.copy).data();
+  codebook_.copy = plain_floats(t);
+  codebook_.data = (const char*)codebook_.copy.data();
   const int64_t rows = shared ? 1 : t.size(-2);
   codebook_.matrix_stride = shared ? 0 : rows * entries * 4;
   // Digits of a codebook that is not this one are made in `at`.
