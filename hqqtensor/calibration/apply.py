@@ -22,6 +22,13 @@ MANY_STAGES = 12
 """Passes through the whole model that are made without a warning."""
 
 
+def check_settings(choices: Iterable[Choice], mode: str) -> None:
+    """ValueError naming the first layer whose settings calibration in this mode does not serve."""
+    for choice in choices:
+        if choice.weight.ndim == 2 and not choice.transposed:
+            check_calibrated(choice.settings, choice.names[0], mode)
+
+
 def check_plan(choices: Sequence[Choice], calibration: Calibration) -> None:
     """ValueError naming the layer for settings that calibration does not serve, or inputs of another size."""
     for choice in choices:

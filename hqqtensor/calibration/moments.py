@@ -20,7 +20,7 @@ class InputMoments:
 
     second: float32 mean of x x^T ``[K, K]``, or its diagonal ``[K]``. cross: float32 ``[K, K]``, mean of (d - x) x^T
     with d the inputs that the dense model has at the same tokens; None where they are not known. missing: float32
-    ``[N, K]``, mean of t x^T with t what the output of a layer's block lacks, for a layer whose outputs are added to it.
+    ``[N, K]``, mean of t x^T with t what the output of a layer's block lacks, for a layer that adds its output to that.
     """
 
     second: Tensor

@@ -101,6 +101,16 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "without a number)",
     )  # fmt: skip
     add(
+        "--quality", choices=("fast", "good", "best"),
+        help="fast: weights alone; good: also what the layers see, block by block, about a minute for 100 million "
+        "weights; best: learned rounding too, many minutes (default: good with --calibrate, else fast)",
+    )  # fmt: skip
+    add(
+        "--calibrate", metavar="self|random|FILE",
+        help="calibrate on text that the model writes itself, on random tokens, or on a UTF-8 text file "
+        "(default for --quality good and best: self, or random where the model cannot write)",
+    )  # fmt: skip
+    add(
         "--target-bpw",
         type=float,
         metavar="BITS",
@@ -178,6 +188,7 @@ _COMMANDS: dict[str, _Command] = {
         "quantize a Hugging Face model directory",
         "  hqqtensor quantize ./llama ./llama-3bit --bits 3\n"
         "  hqqtensor quantize ./llama ./llama-4bit --bits 4 --group-size 64 --embeddings none\n"
+        "  hqqtensor quantize ./llama ./llama-3bit --bits 3 --calibrate self\n"
         "  hqqtensor quantize ./llama ./llama-mixed --target-bpw 3.25 --sensitivity llama.json",
         _add_quantize,
     ),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hqqtensor import HqqConfig, quantize_, save_model
-from hqqtensor.cli import model_dir
+from hqqtensor.cli import calibration, model_dir
 from hqqtensor.cli.arguments import group_size
 from hqqtensor.cli.errors import from_arguments, writing
 from hqqtensor.cli.output import print_json, progress_on_stderr
@@ -36,14 +36,16 @@ def run(args: argparse.Namespace) -> int:
     empty = model_dir.empty_model_of(source)
     config = skip_output_layer(empty, config, args)
     check_model(empty, config, target_bytes, args)
+    calibration.check(empty, config, args)
 
     model = model_dir.open_dense(source)
     before = model_size(model)
     if is_search(args):
         config = search(model, config, target_bytes, text, args)
     started = time.perf_counter()
+    options = calibration.arguments_of_quantize(model, args)
     with progress_on_stderr("quantizing", not args.json) as progress:
-        quantize_(model, config, progress=progress)
+        quantize_(model, config, progress=progress, **options)
     seconds = time.perf_counter() - started
 
     # The name of the original's directory says what it was; its place on this machine concerns nobody else.

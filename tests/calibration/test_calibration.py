@@ -62,14 +62,14 @@ def test_each_step_of_calibration_brings_the_output_nearer(solver):
 def test_diagonal_calibration_spares_the_inputs_that_are_large():
     w = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     moments = torch.where(torch.arange(64) % 4 == 0, 100.0, 0.01)
-    weighted = from_calibrated(w, HqqConfig(2, 32), InputMoments(moments)).dequantize() - w
+    weighted = from_calibrated(w, HqqConfig(2, 32), InputMoments(moments))[0].dequantize() - w
     plain = HQQTensor.from_hp(w, HqqConfig(2, 32)).dequantize() - w
     assert (weighted.square() @ moments).sum() < 0.5 * (plain.square() @ moments).sum()
 
 
 def test_even_diagonal_calibration_is_as_good_as_none():
     w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    weighted = (from_calibrated(w, CONFIG, InputMoments(torch.ones(64))).dequantize() - w).square().sum()
+    weighted = (from_calibrated(w, CONFIG, InputMoments(torch.ones(64)))[0].dequantize() - w).square().sum()
     plain = (HQQTensor.from_hp(w, CONFIG).dequantize() - w).square().sum()
     assert weighted == pytest.approx(plain.item(), rel=0.02)
 
@@ -81,7 +81,7 @@ def test_what_feedback_counted_on_is_what_is_stored(options, group_size):
     moments = x.T @ x / 512
     w = torch.randn(130, 64, generator=torch.Generator().manual_seed(2))
     config = HqqConfig(4, group_size, quant_scale=bool(options), quant_zero=bool(options), **options)
-    got = from_calibrated(w, config, InputMoments(moments))
+    got, _ = from_calibrated(w, config, InputMoments(moments))
     plain = HQQTensor.from_hp(w, config).dequantize() - w
     e = got.dequantize() - w
     # Were scales stored other than they were used, the fine balance of errors would be lost.
@@ -90,7 +90,8 @@ def test_what_feedback_counted_on_is_what_is_stored(options, group_size):
 
 def test_feedback_without_correlations_is_rounding():
     w = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
-    codes, scale, zero = feed_back(w, torch.eye(32), 4, 32, lambda s, z: (s, z))
+    codes, scale, zero, above = feed_back(w, torch.eye(32), 4, 32, lambda s, z: (s, z))
+    torch.testing.assert_close(above + codes, w / scale + zero, rtol=0, atol=1e-4)
     assert torch.equal(codes.float(), (w / scale + zero).round().clamp(0, 15))
 
 

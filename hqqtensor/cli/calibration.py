@@ -1,0 +1,55 @@
+"""``--calibrate`` and ``--quality`` of ``hqqtensor quantize``."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from hqqtensor import HqqConfig
+from hqqtensor.cli import model_dir
+from hqqtensor.cli.errors import from_arguments
+from hqqtensor.selection import choose
+
+NAMES = ("self", "random")
+"""What ``--calibrate`` takes besides the name of a file."""
+
+
+def is_calibrated(args: argparse.Namespace) -> bool:
+    """Whether the arguments ask for more than a look at the weights."""
+    return args.calibrate is not None or args.quality in ("good", "best")
+
+
+def check(empty: Any, config: HqqConfig, args: argparse.Namespace) -> None:
+    """UsageError where calibration does not serve the model or the settings; ``empty`` holds no numbers."""
+    if not is_calibrated(args):
+        return
+    from hqqtensor.calibration.apply import check_settings
+    from hqqtensor.calibration.data import writes_text
+    from hqqtensor.quantize import QUALITIES
+
+    with from_arguments():
+        check_settings(choose(empty, config)[0], QUALITIES[args.quality or "good"])
+        if args.calibrate == "self" and not writes_text(empty):
+            raise ValueError(
+                f"--calibrate self: {type(empty).__name__} cannot write text; use --calibrate random or a text file"
+            )
+        if args.calibrate != "self" and not isinstance(getattr(empty.config, "vocab_size", None), int):
+            raise ValueError(f"{args.model_dir}: the model takes no tokens, so it cannot be calibrated here")
+    if args.calibrate not in (None, *NAMES):
+        model_dir.read_text(Path(args.calibrate))
+
+
+def arguments_of_quantize(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What ``quantize_`` is to be called with besides the settings; says on stderr what it calibrates on."""
+    if not is_calibrated(args):
+        return {}
+    from hqqtensor.calibration.data import TOKENS, batches_of, writes_text
+
+    source = args.calibrate or ("self" if writes_text(model) else "random")
+    if not args.json:
+        what = {"self": "text that the model writes", "random": "random tokens"}.get(source, source)
+        print(f"calibrating on about {TOKENS} tokens: {what}", file=sys.stderr)
+    tokenizer = None if source in NAMES else model_dir.open_tokenizer(args.model_dir)
+    with from_arguments():
+        batches = batches_of(source, model, tokenizer)
+    return {"calibration": batches, "quality": args.quality or "good"}
