@@ -28,19 +28,20 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
     # The action is noted before sys.modules is asked: a module that another thread imports in between is not missed.
     _actions.setdefault(name, []).append(action)
     if name in sys.modules:
-        if _is_half_imported(name):
+        if is_half_imported(name):
             _unfinished.add(name)
         else:
             action()
 
 
-def _is_half_imported(name: str) -> bool:
+def is_half_imported(name: str) -> bool:
+    """Whether the module ``name`` is being executed now."""
     return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
 
 def _run_late_actions() -> None:
     for name in tuple(_unfinished):
-        if not _is_half_imported(name):
+        if not is_half_imported(name):
             _unfinished.discard(name)
             if name in sys.modules:
                 _run_actions(name)

@@ -170,3 +170,19 @@ def test_only_torchaos_notes_are_held_back_and_only_while_it_is_imported(
     source.warning(message, *about)
     assert caplog.records[-1].levelname == "WARNING" and not source.filters
     source.manager._clear_cache()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ["quantizer", "config", "model", "experts", "offload"])
+def test_our_part_of_transformers_may_be_imported_before_theirs(module) -> None:
+    code = f"""if True:
+        import warnings
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        import hqqtensor.integrations.transformers.{module}
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        from hqqtensor.integrations.patches import patches
+        assert "hqqtensor" in AUTO_QUANTIZER_MAPPING
+        print([p.target for p in patches() if p.problem])
+    """
+    done = python("-c", code)
+    assert done.returncode == 0 and done.stdout == "[]\n", done.stderr

@@ -5,8 +5,10 @@ Every change of another library goes through ``hqqtensor.integrations.patches``.
 
 import functools
 import importlib
+import sys
+from collections.abc import Callable
 
-from hqqtensor.import_hook import when_imported
+from hqqtensor.import_hook import is_half_imported, when_imported
 from hqqtensor.integrations import patches, versions
 
 _SET_UPS = (
@@ -31,7 +33,10 @@ _SET_UPS = (
 def register_when_imported() -> None:
     """Register with each library as soon as the user imports it; the second call does nothing."""
     for module, ours, function in _SET_UPS:
-        when_imported(module, functools.partial(_set_up, module, ours, function))
+        set_up = functools.partial(_set_up, module, ours, function)
+        when_imported(module, set_up)
+        # Where the user imports our module first, it is what imports the other one, and is not ready at that time.
+        when_imported(f"{__name__}.{ours}", functools.partial(_if_imported, module, set_up))
 
 
 def changed_modules() -> list[str]:
@@ -39,10 +44,18 @@ def changed_modules() -> list[str]:
     return sorted({module for module, _, _ in _SET_UPS})
 
 
+def _if_imported(module: str, set_up: Callable[[], None]) -> None:
+    if module in sys.modules and not is_half_imported(module):
+        set_up()
+
+
 def _set_up(module: str, ours: str, function: str) -> None:
     """Run a function of ``_SET_UPS``. Its error becomes a warning: the user's import of ``module`` is not to fail."""
+    name = f"{__name__}.{ours}"
     try:
-        getattr(importlib.import_module(f"{__name__}.{ours}"), function)()
+        our_module = importlib.import_module(name)
+        if hasattr(our_module, function) or not is_half_imported(name):
+            getattr(our_module, function)()
     except Exception as error:
         tested_with = getattr(versions, module.partition(".")[0].upper())
         patches.failed(module, error, f"what hqqtensor.integrations.{ours} does", tested_with)
