@@ -55,7 +55,7 @@ struct Entries {
 };
 
 // load_values for a few at a time; up to 15 more are written, since numbers written under a mask are slow to read back.
-inline void load_few(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
+inline __attribute__((always_inline)) void load_few(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
   if (v.quantized()) return load_values(v, row, first, count, out);
   const char* data = element(v.row(row), v.type, first);
   for (int64_t i = 0; i < count; i += 16) {

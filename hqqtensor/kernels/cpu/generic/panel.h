@@ -118,10 +118,13 @@ class Prefetcher {
     bytes_ = (left > 0 && left < depth ? left : depth) / 8 * w.nbits;
   }
   void run(int64_t lines) {
-    for (; lines > 0 && bytes_ > 0; --lines) {
-      prefetch(rows_[row_] + offset_);
-      if (++row_ == count_) row_ = 0, offset_ += 64, bytes_ -= 64;
+    // In registers meanwhile: the compiler cannot know that a prefetch changes no member.
+    int64_t row = row_, offset = offset_, bytes = bytes_;
+    for (; lines > 0 && bytes > 0; --lines) {
+      prefetch(rows_[row] + offset);
+      if (++row == count_) row = 0, offset += 64, bytes -= 64;
     }
+    row_ = row, offset_ = offset, bytes_ = bytes;
   }
   // Lines that are left.
   int64_t lines() const { return (bytes_ + 63) / 64 * count_ - row_; }
