@@ -66,11 +66,11 @@ test-torch: $(STAMP)
 	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
-# All kernels compiled by clang (zig's), and their tests.
+# All kernels compiled by clang (zig's), and their tests on the best instruction set here, or on the one of HQQTENSOR_CPU.
 clang: $(STAMP)
 	CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target x86_64-linux-gnu" \
 	  $(BIN)/python setup.py -q build --build-base build/clang --build-lib build/clang/lib
-	cd build/clang/lib && PYTHONPATH=. $(PYTEST) -p no:cacheprovider $(KERNEL_TESTS)
+	cd build/clang/lib && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set' $(KERNEL_TESTS)
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.
 SANITIZED := build/sanitized
