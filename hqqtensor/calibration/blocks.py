@@ -66,24 +66,27 @@ def block_lists(model: nn.Module) -> list[list[str]]:
 def trace(model: nn.Module, batches: Sequence[Any], lists: Sequence[Sequence[str]]) -> list[Chain]:
     """Run ``batches`` and note what blocks are called with; the lists that turn out to be chains.
 
-    Memory: the hidden states before each chain, and what else its blocks are given, most of which they share. The
-    model is to be in eval mode.
+    The first batch runs through the blocks and shows which lists are chains. Where there is one list, and its blocks
+    give hidden states and nothing else, they let later batches pass as they are: what else blocks are called with does
+    not depend on what they give. Memory: the hidden states before each chain, and the other arguments, which most
+    blocks share. The model is to be in eval mode.
     """
     tracers = [_Tracer(names) for names in lists]
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_cache(model))
         for tracer in tracers:
             stack.enter_context(tracer.watching(model))
-        for batch in batches:
+        for i, batch in enumerate(batches):
             for tracer in tracers:
                 tracer.begin()
             run(model, batch)
             for tracer in tracers:
                 tracer.end()
+            tracers = [t for t in tracers if t.is_chain]
+            if i == 0 and len(lists) == len(tracers) == 1 and tracers[0].gives_hidden_only:
+                stack.enter_context(tracers[0].passing_through(model))
     return [
-        Chain(list(t.names), t.hidden, [[batch[i] for batch in t.calls] for i in range(len(t.names))])
-        for t in tracers
-        if t.is_chain
+        Chain(list(t.names), t.hidden, [[batch[i] for batch in t.calls] for i in range(len(t.names))]) for t in tracers
     ]
 
 
@@ -92,7 +95,7 @@ class _Tracer:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self.is_chain = True
+        self.is_chain = self.gives_hidden_only = True
         self.hidden: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []  # by batch and block
         self.last: Tensor | None = None
@@ -106,6 +109,21 @@ class _Tracer:
                 stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(self._after).remove)
             yield
+
+    @contextlib.contextmanager
+    def passing_through(self, model: nn.Module) -> Iterator[None]:
+        """Blocks return the hidden states that they are given."""
+        blocks = [model.get_submodule(name) for name in self.names]
+        own = [block.__dict__.get("forward") for block in blocks]
+        try:
+            for block in blocks:
+                block.forward = _pass_through  # type: ignore[method-assign, assignment]
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                del block.__dict__["forward"]
+                if forward is not None:
+                    block.forward = forward
 
     def begin(self) -> None:
         self.calls.append([])
@@ -129,6 +147,11 @@ class _Tracer:
 
     def _after(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self.last = _hidden_of(output)
+        self.gives_hidden_only = self.gives_hidden_only and isinstance(output, Tensor)
+
+
+def _pass_through(*args: Any, **kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs[_HIDDEN]
 
 
 def _hidden_of(output: Any) -> Tensor:

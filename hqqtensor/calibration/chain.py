@@ -8,6 +8,7 @@ the dense layer gives in the first. Then the block, quantized, hands its stream 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from hqqtensor.calibration.blocks import BlockCall, Chain
 from hqqtensor.calibration.inputs import Pass, unpadded, watch
 from hqqtensor.calibration.moments import InputMoments, MomentSums
 from hqqtensor.calibration.train import Rounding, train_rounding
+from hqqtensor.tensor import HQQTensor
 
 IN_MEMORY = 4 << 30
 """Bytes of hidden states above which they are kept in files that are mapped into memory."""
@@ -52,6 +54,7 @@ class ChainRun:
         self.dense_calls, self.calls = dense.calls, quantized.calls
         self.dense = Stream(dense.hidden, folder, "dense")
         self.quantized = Stream(quantized.hidden, folder, "quantized")
+        self.added: dict[tuple[type, str], bool] = {}  # see _is_added
 
     def run_block(
         self, index: int, name: str, stages: Sequence[Sequence[str]],
@@ -65,17 +68,25 @@ class ChainRun:
         block = self.model.get_submodule(name)
         above: dict[str, Tensor] = {}
         dense_rows = self._dense_rows(block, index, [stage[0] for stage in stages])
+        last: _LastLayer | None = None
         for stage in stages:
             rows = dense_rows.pop(stage[0])
-            is_last = stage is stages[-1] and len(stage) == 1 and self._is_added(block, index, stage[0])
-            find = self._last_moments if is_last else functools.partial(self._moments, dense_rows=rows)
-            moments = find(block, index, stage[0])
+            may_be_last = self.called_once and stage is stages[-1] and len(stage) == 1
+            if may_be_last and self._is_added(block, index, name, stage[0]):
+                last = _LastLayer(self.model.get_submodule(stage[0]))
+                moments = self._last_moments(block, index, last)
+            else:
+                moments = self._moments(block, index, stage[0], rows)
             for layer in stage:
                 lay_above = quantize(layer, moments)
                 if lay_above is not None:
                     above[layer] = lay_above
         if self.training_steps and above:
             self._train(block, index, above)
+        elif last is not None:
+            for i in range(len(self.masks)):
+                self.quantized.put(i, last.output(i))
+            return
         watch(self.model, [], self._passes(block, self.calls[index], self.quantized, keep=True), _ignore)
 
     def _passes(self, block: nn.Module, calls: Sequence[BlockCall], stream: Stream, keep: bool) -> list[Pass]:
@@ -112,34 +123,25 @@ class ChainRun:
         second, cross = sums.means()
         return InputMoments(second, cross=cross)
 
-    @torch.no_grad()
-    def _is_added(self, block: nn.Module, index: int, name: str) -> bool:
-        """Whether what the layer ``name`` gives is added to the block's output as it is: found by adding to it."""
-        layer, call, hidden = self.model.get_submodule(name), self.calls[index][0], self.quantized.tensors[0]
-        before = call(block, hidden).to(torch.float32)
-        width = before.shape[-1]
-        if getattr(layer, "out_features", None) != width:
-            return False
-        bump = before.abs().mean() * torch.linspace(-1, 1, width, device=before.device)
-        handle = layer.register_forward_hook(lambda _module, _args, out: out + bump.to(out.dtype))
-        try:
-            change = call(block, hidden).to(torch.float32) - before
-        finally:
-            handle.remove()
-        return bool((change - bump).abs().mean() <= 0.05 * bump.abs().mean())
+    def _is_added(self, block: nn.Module, index: int, name: str, layer: str) -> bool:
+        """Whether what ``layer`` gives is added to the block's output as it is: tried once for each class of blocks."""
+        key = type(block), layer.removeprefix(name)
+        if key not in self.added:
+            self.added[key] = _adds(
+                block, self.model.get_submodule(layer), self.calls[index][0], self.quantized.tensors[0]
+            )
+        return self.added[key]
 
-    def _last_moments(self, block: nn.Module, index: int, name: str) -> InputMoments:
-        """Moments of the inputs of the layer ``name``, with what the block's output lacks while the layer is dense."""
+    def _last_moments(self, block: nn.Module, index: int, last: "_LastLayer") -> InputMoments:
+        """Moments of the inputs of the last layer, with what the block's output lacks while that layer is dense."""
         sums = MomentSums()
-        inputs: list[Tensor] = []
 
         def run(i: int) -> None:
-            inputs.clear()
-            lacks = self.dense.tensors[i] - self.calls[index][i](block, self.quantized.tensors[i])
-            sums.add(torch.cat(inputs), unpadded(lacks, self.masks[i]))
+            output = last.run(self.calls[index][i], block, self.quantized.tensors[i])
+            lacks = self.dense.tensors[i] - output
+            sums.add(unpadded(last.inputs[i], self.masks[i]), unpadded(lacks, self.masks[i]))
 
-        passes = [Pass(functools.partial(run, i), mask) for i, mask in enumerate(self.masks)]
-        watch(self.model, [name], passes, lambda _name, x: inputs.append(x))
+        watch(self.model, [], [Pass(functools.partial(run, i), mask) for i, mask in enumerate(self.masks)], _ignore)
         second, missing = sums.means()
         return InputMoments(second, missing=missing)
 
@@ -150,6 +152,57 @@ class ChainRun:
         train_rounding(
             roundings, lambda i: calls[i](block, hidden[i]), self.dense.tensors, self.masks, self.training_steps, index
         )
+
+
+class _LastLayer:
+    """The layer whose output a block adds to its own, with its inputs and the block's outputs while it is dense.
+
+    Once it is quantized, the block's outputs differ by what the layer's do: the block need not run again.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.dense: Tensor = layer.weight  # type: ignore[assignment]
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def run(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What the block gives of ``hidden``; notes it, and the layer's input."""
+
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs.append((args[0] if args else kwargs["input"]).detach())
+
+        handle = self.layer.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self.outputs.append(call(block, hidden))
+        finally:
+            handle.remove()
+        return self.outputs[-1]
+
+    @torch.no_grad()
+    def output(self, i: int) -> Tensor:
+        """What the block gives for batch ``i`` with the layer as it is now."""
+        weight = self.layer.weight
+        assert isinstance(weight, HQQTensor)
+        change = weight.dequantize(torch.float32) - self.dense.detach().to(torch.float32)
+        output = self.outputs[i]
+        return (output + nn.functional.linear(self.inputs[i].to(torch.float32), change)).to(output.dtype)
+
+
+@torch.no_grad()
+def _adds(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -> bool:
+    """Whether the block's output changes by what is added to the layer's."""
+    before = call(block, hidden).to(torch.float32)
+    width = before.shape[-1]
+    if getattr(layer, "out_features", None) != width:
+        return False
+    bump = before.abs().mean() * torch.linspace(-1, 1, width, device=before.device)
+    handle = layer.register_forward_hook(lambda _module, _args, out: out + bump.to(out.dtype))
+    try:
+        change = call(block, hidden).to(torch.float32) - before
+    finally:
+        handle.remove()
+    return bool((change - bump).abs().mean() <= 0.05 * bump.abs().mean())
 
 
 def _ignore(_name: str, _rows: Tensor) -> None:

@@ -21,24 +21,29 @@ class Block(nn.Module):
         return (hidden_states + scale * self.down(torch.relu(self.up(self.norm(hidden_states)))),)
 
 
+class PlainBlock(Block):
+    """A block that gives hidden states and nothing else."""
+
+    def forward(self, hidden_states, scale=1.0):
+        return super().forward(hidden_states, scale)[0]
+
+
 class Stack(nn.Module):
     """Blocks in a list between two layers; ``skips`` adds the first hidden states again, which breaks the chain."""
 
-    def __init__(self, depth: int = 3, skips: bool = False) -> None:
+    def __init__(self, depth: int = 3, skips: bool = False, block: type = Block) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.layers, self.head = (
-            nn.Linear(32, 64),
-            nn.ModuleList(Block() for _ in range(depth)),
-            nn.Linear(64, 16),
-        )
+        self.first, self.head = nn.Linear(32, 64), nn.Linear(64, 16)
+        self.layers = nn.ModuleList(block() for _ in range(depth))
         self.skips = skips
 
     def forward(self, x):
         h = start = self.first(x)
         for i, layer in enumerate(self.layers):
-            h = layer(hidden_states=h, scale=0.5) if i % 2 else layer(h, 0.5)
-            h = h[0] + start if self.skips and i == 0 else h[0]
+            h = layer(hidden_states=h, scale=1.0) if i % 2 else layer(h, 1.0)
+            h = h if isinstance(h, torch.Tensor) else h[0]
+            h = h + start if self.skips and i == 0 else h
         return self.head(h)
 
 
@@ -68,6 +73,51 @@ def test_blocks_that_hand_hidden_states_on_are_a_chain():
     for name, calls in zip(found.names, found.calls, strict=True):
         hidden = calls[1](model.get_submodule(name), hidden)
     assert torch.equal(model.head(hidden), model(inputs[1]))
+
+
+def test_blocks_of_one_list_let_batches_after_the_first_pass():
+    runs = {}
+    for block in (Block, PlainBlock):
+        model, inputs = Stack(block=block), batches()
+        counts: list[int] = []
+        model.layers[0].up.register_forward_pre_hook(lambda *_, counts=counts: counts.append(1))
+        (found,) = trace(model, inputs, block_lists(model))
+        runs[block] = len(counts)
+        assert len(found.hidden) == len(found.calls[0]) == 3
+        assert all(torch.equal(h, model.first(x)) for h, x in zip(found.hidden, inputs, strict=True))
+        assert "forward" not in vars(model.layers[0])
+    assert runs == {Block: 3, PlainBlock: 1}
+
+
+class Scaled(PlainBlock):
+    """Its output is not what it adds up: the last layer's output is scaled."""
+
+    def forward(self, hidden_states, scale=1.0):
+        return 0.5 * super().forward(hidden_states, scale)
+
+
+@pytest.mark.parametrize("mode", ["full", "trained"])
+@pytest.mark.parametrize("block", [Block, PlainBlock, Scaled])
+def test_the_stream_is_what_the_quantized_blocks_give(monkeypatch, block, mode):
+    streams = []
+    run_block = chain.ChainRun.run_block
+
+    def spy(self, *args):
+        run_block(self, *args)
+        streams.append((self.added, [t.clone() for t in self.quantized.tensors]))
+
+    monkeypatch.setattr(chain.ChainRun, "run_block", spy)
+    config = HqqConfig(3, 32, skip_modules=["first"])
+    model, inputs = Stack(block=block), batches()
+    (found,) = trace(model, inputs, block_lists(model))
+    quantize_(model, config, calibration=calibrate(model, inputs, mode))
+    hidden = list(found.hidden)
+    for name, calls, (added, stream) in zip(found.names, found.calls, streams, strict=True):
+        assert list(added.values()) == [block is not Scaled]
+        with torch.no_grad():
+            hidden = [call(model.get_submodule(name), h) for call, h in zip(calls, hidden, strict=True)]
+        for got, want in zip(stream, hidden, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_with_something_between_them_are_no_chain():
