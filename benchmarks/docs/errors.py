@@ -100,6 +100,23 @@ def readme() -> str:
     return table(header, by_kind(kinds, ratios))
 
 
+def chat_model() -> str:
+    """SmolLM2, most bits first; 4 bits marked, since its weights are those of a file of 4 bits."""
+    needs = {"none": "nothing", "model": "its own text or random tokens", "text": "text"}
+    out = []
+    for one in quality()["rows"]:
+        if one["task"] == "SmolLM2":
+            name = f"**{one['method']}**" if one["ours"] else one["method"]
+            over = "" if one["to hqq"] is None else f"{one['to hqq'][0]:.2f}"
+            kl, same = f"{one['main'][0]:.3f}", f"{one['top1']:.0%}"
+            mark = " (flattered)" if one["nbits"] == 4 else ""
+            out.append(
+                [name + mark, needs[one["data"]], f"{one['bits']:.2f}", kl, over, f"{one['perplexity']:.1f}", same]
+            )
+    header = ["method", "needs", "bits a weight", "KL", "over hqq's", "perplexity", "same next token"]
+    return table(header, out)
+
+
 def every_method(model: str) -> str:
     """All that was measured on one model."""
     out = []

@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings by error": errors.settings,
     "errors at equal bits": errors.at_equal_bits,
     "errors, short": errors.readme,
+    "chat model": errors.chat_model,
     "every method, doclm": lambda: errors.every_method("doclm"),
     "every method, MiniLM": lambda: errors.every_method("MiniLM"),
 }

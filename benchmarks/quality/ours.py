@@ -9,6 +9,7 @@ from benchmarks.quality.method import Method
 from benchmarks.quality.task import Task
 from hqqtensor import HqqConfig, dequantize_, quantize_
 from hqqtensor.calibration import calibrate, finetune
+from hqqtensor.calibration.data import batches_of
 from hqqtensor.diagnostics import model_size
 from hqqtensor.search import CANDIDATES, LEARNED, Sensitivity, choose_config, measure_sensitivity
 
@@ -20,17 +21,31 @@ CACHE = Path(".quality")
 
 
 def _apply(model: nn.Module, task: Task, config: HqqConfig, data: str) -> float:
-    """Quantize with error feedback from ``data``, "model" or "text"; "" quantizes from weights alone."""
+    """Quantize with error feedback from ``data``: "self" (the model writes it), "model" (random tokens) or "text".
+
+    "" quantizes from weights alone.
+    """
     names = set(task.layers)
     calibration = None
-    if data:
+    if data == "self":
+        calibration = calibrate(model, _written(task), "full")
+    elif data:
         batches = task.random_tokens(0) if data == "model" else task.tuning
-        # Half of what GPTQ and AWQ are given here: enough, and quicker.
-        calibration = calibrate(model, batches[: len(batches) // 2], "full")
+        # Half of what GPTQ and AWQ are given here: enough, and quicker. SmolLM2 has 8,192 tokens for all.
+        calibration = calibrate(model, batches if task.name == "SmolLM2" else batches[: len(batches) // 2], "full")
     quantize_(model, config, filter_fn=lambda _, name: name in names, calibration=calibration)
     bits = 8.0 * model_size(model).quantized_nbytes
     dequantize_(model)
     return bits
+
+
+def _written(task: Task) -> list[dict[str, torch.Tensor]]:
+    """8,192 tokens that the dense model writes, kept in ``CACHE``: all methods see the same."""
+    file = CACHE / f"written-{task.name}.pt"
+    if not file.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.save(batches_of("self", task.model), file)
+    return torch.load(file)
 
 
 def _finetuned(model: nn.Module, task: Task, config: HqqConfig) -> float:
@@ -72,7 +87,10 @@ def methods() -> list[Method]:
 
     def add(name: str, nbits: int, config: HqqConfig, data: str = "") -> None:
         found.append(
-            Method(f"hqqtensor {name}", nbits, lambda m, t: _apply(m, t, config, data), data=data, ours=True)
+            Method(
+                f"hqqtensor {name}", nbits, lambda m, t: _apply(m, t, config, data),
+                data="model" if data == "self" else data, ours=True,
+            )
         )  # fmt: skip
 
     for b in (8, 4, 3, 2):
@@ -84,8 +102,12 @@ def methods() -> list[Method]:
         # Fewer bits than GPTQ's.
         add(f"{b}-bit g32 4-bit meta, random tokens", b, HqqConfig(b, 32, **META), "model")
         add(f"{b}-bit g32 4-bit meta, full calibration", b, HqqConfig(b, 32, **META), "text")
+        # The default, calibrated.
+        add(f"{b}-bit g20 4-bit meta, own text", b, HqqConfig(b, 20, **META), "self")
+        add(f"{b}-bit g20 4-bit meta, full calibration", b, HqqConfig(b, 20, **META), "text")
     add("2-bit g64, rotated", 2, HqqConfig(2, 64, rotation=True))
     add("2-bit g16 4-bit meta", 2, HqqConfig(2, 16, **META))
+    add("2-bit g16 4-bit meta, own text", 2, HqqConfig(2, 16, **META), "self")
     add("2-bit g16 4-bit meta, columns", 2, HqqConfig(2, 16, solver="column_scaled", **META))
     add("2-bit g20 4-bit meta, random tokens", 2, HqqConfig(2, 20, **META), "model")
     for g in (10, 12):

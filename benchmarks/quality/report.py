@@ -11,7 +11,7 @@ import torch
 from benchmarks.quality.statistics import mean_interval, ratio_interval
 from hqqtensor.diagnostics.table import text_table
 
-MAIN = {"doclm": "kl", "MiniLM": "distance"}
+MAIN = {"SmolLM2": "kl", "doclm": "kl", "MiniLM": "distance"}
 DATA = ("", "model", "text")
 """What a method looks at besides the weights, least first: nothing, the model run on random tokens, text."""
 Result = dict[str, Any]
@@ -56,7 +56,7 @@ def rows(results: list[Result]) -> list[dict[str, Any]]:
             row |= {f"{kind} error": r["errors"][kind] for kind in ("weight", "output")}
             row["main"] = mean_interval(main)
             row["to hqq"] = base and ratio_interval(main, base["windows"][MAIN[task]])
-            if task == "doclm":
+            if MAIN[task] == "kl":
                 row["perplexity"] = math.exp(_mean(windows["loss"]))
                 row["rise"] = row["perplexity"] / math.exp(_mean(windows["dense_loss"])) - 1
                 row |= {key: _mean(windows[key]) for key in ("top1", "top5")}

@@ -10,7 +10,7 @@ from hqqtensor.transforms import rotate
 
 DAMPING = 0.01
 """Share of the diagonal's mean that is added to the diagonal before a matrix is inverted."""
-SHIFT, SHIFT_DAMPING = 0.5, 0.01
+SHIFT = 0.5
 """How far a weight moves to make up for inputs that quantized layers before it have changed; see ``InputMoments``."""
 
 
@@ -33,9 +33,14 @@ class InputMoments:
         return self.second if self.second.ndim == 1 else self.second.diagonal()
 
     @functools.cached_property
+    def lower(self) -> Tensor | None:
+        """``damped_factor`` of ``second``."""
+        return damped_factor(self.second)
+
+    @functools.cached_property
     def upper(self) -> Tensor:
         """``inverse_factor`` of ``second``."""
-        return inverse_factor(self.second)
+        return inverse_factor(self.second, self.lower)
 
     def towards_dense(self, weight: Tensor) -> Tensor:
         """``weight`` float32 ``[N, K]`` moved so that its outputs on x are nearest what the dense model has there.
@@ -51,14 +56,6 @@ class InputMoments:
             return weight
         change = torch.cholesky_solve(lacks.to(torch.float64).T, self.lower).T
         return weight + SHIFT * change.to(torch.float32)
-
-    @functools.cached_property
-    def lower(self) -> Tensor | None:
-        """Cholesky factor, float64, of the damped second moments; None where they have none."""
-        h = self.second.to(torch.float64).clone()
-        h.diagonal().add_(SHIFT_DAMPING * float(h.diagonal().mean()))
-        lower, info = torch.linalg.cholesky_ex(h)
-        return lower if int(info) == 0 else None
 
     def prepared(self, act: Tensor | None, block: int) -> "InputMoments":
         """Moments of the inputs times ``act`` ``[K]``, then rotated in blocks (0: not at all)."""
@@ -104,24 +101,39 @@ class MomentSums:
         return self.second / max(1, self.count), self.other / max(1, self.count)
 
 
-def inverse_factor(moments: Tensor) -> Tensor:
-    """Upper triangular U ``[K, K]`` with U^T U the inverse of the damped ``moments``.
+def damped_factor(moments: Tensor, more: float = 0.0) -> Tensor | None:
+    """Lower Cholesky factor, float64 ``[K, K]``, of the damped ``moments``; None where all inputs are zero.
 
-    moments: float32 ``[K, K]``; the factor is float32. 1 % of the diagonal's mean is added to the diagonal, ten times
-    more as long as that does not make the matrix positive definite. Inputs that are always zero get the mean.
+    moments: float32 ``[K, K]``. ``DAMPING`` of the diagonal's mean is added to the diagonal, ten times more as long as
+    that does not make the matrix positive definite, and ``more`` times the mean at first. Inputs that are always zero
+    get the mean.
     """
     h = moments.to(torch.float64).clone()
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:
-        return torch.eye(len(h), dtype=torch.float32, device=h.device)
+        return None
     diagonal[diagonal == 0] = mean
+    diagonal.add_(more * mean)
     damping = DAMPING * mean
     while True:
         diagonal.add_(damping)
         lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                return upper.to(torch.float32).contiguous()
+            return lower
         damping *= 10
+
+
+def inverse_factor(moments: Tensor, lower: Tensor | None) -> Tensor:
+    """Upper triangular U, float32 ``[K, K]``, with U^T U the inverse of the damped ``moments``; see ``damped_factor``.
+
+    lower: that factor.
+    """
+    more = DAMPING
+    while lower is not None:
+        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if int(info) == 0:
+            return upper.to(torch.float32).contiguous()
+        more *= 10
+        lower = damped_factor(moments, more)
+    return torch.eye(len(moments), dtype=torch.float32, device=moments.device)

@@ -9,7 +9,7 @@ from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
 from hqqtensor.calibration import calibrate, finetune
 from hqqtensor.calibration.build import from_calibrated
 from hqqtensor.calibration.feedback import feed_back
-from hqqtensor.calibration.moments import InputMoments, inverse_factor
+from hqqtensor.calibration.moments import InputMoments, damped_factor, inverse_factor
 
 
 class Net(nn.Module):
@@ -98,14 +98,14 @@ def test_feedback_without_correlations_is_rounding():
 def test_inverse_factor_is_that_of_the_damped_moments():
     x = correlated(512, 5)
     h = x.T @ x / 512
-    upper = inverse_factor(h)
+    upper = inverse_factor(h, damped_factor(h))
     assert torch.equal(upper, upper.triu())
     damped = h.double()
     mean = damped.diagonal().mean().item()
     damped.diagonal()[-1] = mean
     damped.diagonal().add_(0.01 * mean)
     torch.testing.assert_close((upper.double().T @ upper.double()) @ damped, torch.eye(64).double(), atol=1e-3, rtol=0)
-    assert torch.equal(inverse_factor(torch.zeros(4, 4)), torch.eye(4))
+    assert torch.equal(inverse_factor(torch.zeros(4, 4), damped_factor(torch.zeros(4, 4))), torch.eye(4))
 
 
 def test_report_names_unseen_layers_and_dead_inputs():
