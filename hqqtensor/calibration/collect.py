@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqqtensor.calibration.data import Source, batches_of
+from hqqtensor.calibration.data import BATCH, Source, batches_of
 from hqqtensor.calibration.inputs import watch, whole_passes
 
 MODES = ("diagonal", "full", "trained")
@@ -67,7 +67,8 @@ def calibrate(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    batches = batches_of(batches, model, tokenizer)
+    # A step of training sees one batch: many small ones are the quicker way.
+    batches = batches_of(batches, model, tokenizer, windows=1 if mode == "trained" else BATCH)
     if not batches:
         raise ValueError("calibrate needs at least one batch")
     names = [

@@ -19,13 +19,14 @@ Source = str | os.PathLike[str] | Iterable[Any]
 
 
 def batches_of(
-    source: Source, model: nn.Module, tokenizer: Any = None, tokens: int = TOKENS, seed: int = 0
+    source: Source, model: nn.Module, tokenizer: Any = None, tokens: int = TOKENS, seed: int = 0, windows: int = BATCH
 ) -> list[Any]:
     """Batches for ``model``, as ``calibrate`` takes them.
 
     source: "self" (the model writes the text: it must be able to generate), "random" (random tokens), the path of a
         UTF-8 text file, for which ``tokenizer`` is needed, or batches, which are returned as a list.
-    tokens: how many to take, a little fewer where they fill no whole window. seed: of "self" and "random".
+    tokens: how many to take, a little fewer where they fill no whole window. windows: windows of a batch. seed: of
+        "self" and "random".
     ValueError for a model that cannot do what is asked for, a text too short for a window, or a missing tokenizer.
     """
     if not isinstance(source, (str, os.PathLike)):
@@ -45,7 +46,7 @@ def batches_of(
     else:
         ids = _from_file(Path(source), tokenizer, count, context)
     device = next(model.parameters()).device
-    return [{"input_ids": part.to(device)} for part in ids.split(BATCH)]
+    return [{"input_ids": part.to(device)} for part in ids.split(windows)]
 
 
 def _from_file(path: Path, tokenizer: Any, count: int, context: int) -> Tensor:

@@ -18,7 +18,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0))
+    monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0, 4))
 
 
 @pytest.fixture
