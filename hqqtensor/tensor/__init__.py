@@ -171,6 +171,15 @@ class HQQTensor(TorchAOBaseTensor):
         settings = (self.nbits, self.format, self.group_size, self.axis, self.in_features)
         return tuple.__new__(PackedWeight, (qdata, scale, zero, meta, *settings))  # half the time of PackedWeight(...)
 
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``qdata``, ``scale`` and ``zero_point`` as the operators take them, for those who call one by its arguments."""
+        return self.operand()[:3]
+
+    def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
+        """(meta, nbits, format, group_size, axis, in_features): what the operators take after the data."""
+        packed = self.operand()
+        return list(packed.meta or ()), *packed[4:]
+
     @property
     def codebook(self) -> str | None:
         """For the format "codebook", whether the "tensor" or each "row" has entries of its own; else None."""

@@ -221,3 +221,11 @@ def test_constant_groups_are_exact() -> None:
         for solver in ("rtn", "hqq_joint"):
             w = torch.full((4, 64), value)
             assert torch.equal(HQQTensor.from_hp(w, HqqConfig(2, 64, solver=solver)).dequantize(), w)
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_scale": True, "quant_zero": True}], ids=str)
+def test_an_operator_can_be_called_by_its_arguments(options) -> None:
+    w = HQQTensor.from_hp(torch.randn(16, 64, generator=torch.manual_seed(0)), HqqConfig(4, 16, **options))
+    qdata, scale, zero_point = w.packed()
+    got = torch.ops.hqqtensor.dequantize(qdata, scale, zero_point, *w.settings(), w.dtype)
+    assert torch.equal(got, w.dequantize())
