@@ -172,7 +172,7 @@ class HQQTensor(TorchAOBaseTensor):
         return tuple.__new__(PackedWeight, (qdata, scale, zero, meta, *settings))  # half the time of PackedWeight(...)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``qdata``, ``scale`` and ``zero_point`` as the operators take them, for those who call one by its arguments."""
+        """``qdata``, ``scale`` and ``zero_point`` as the operators take them."""
         return self.operand()[:3]
 
     def settings(self) -> tuple[list[Tensor], int, str, int, int, int]:
