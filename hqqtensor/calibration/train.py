@@ -61,7 +61,10 @@ class Rounding:
 
 
 def _on_inputs(_module: nn.Module, args: tuple[Any, ...], *, weight: HQQTensor) -> tuple[Any, ...]:
-    return (to_inputs(args[0], weight.act_pre_scale, weight.rotation), *args[1:])
+    """The layer's input as its stored weight takes it."""
+    x, act = args[0], weight.act_pre_scale
+    assert act is not None
+    return (to_inputs(x, act, weight.rotation) if weight.rotation else x * act.to(x.dtype), *args[1:])
 
 
 def train_rounding(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
-from hqqtensor.calibration import apply, calibrate, chain
+from hqqtensor.calibration import apply, calibrate, chain, train
 from hqqtensor.calibration.blocks import block_lists, trace
 
 CONFIG = HqqConfig(3, 32)
@@ -118,6 +118,31 @@ def test_the_stream_is_what_the_quantized_blocks_give(monkeypatch, block, mode):
             hidden = [call(model.get_submodule(name), h) for call, h in zip(calls, hidden, strict=True)]
         for got, want in zip(stream, hidden, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "column_scaled"}, {"rotation": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_changes_codes_alone_and_only_where_the_block_gets_better(monkeypatch, options, dtype):
+    seen = []
+
+    def spy(roundings, *args):
+        before = [r.module.weight for r in roundings]
+        errors = train.train_rounding(roundings, *args)
+        seen.append((errors, before, [r.module.weight for r in roundings]))
+        return errors
+
+    monkeypatch.setattr(chain, "train_rounding", spy)
+    monkeypatch.setattr(train, "REACH", 0.05)
+    model = Stack().to(dtype)
+    inputs = [x.to(dtype) for x in batches(8)]
+    config = HqqConfig(2, 32, skip_modules=["first", "head"], **options)
+    quantize_(model, config, calibration=calibrate(model, inputs, "trained"))
+    assert len(seen) == 3 and any(after < before for (before, after), _, _ in seen)
+    for (before, after), old, new in seen:
+        for a, b in zip(old, new, strict=True):
+            assert torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)
+            assert torch.equal(a.qdata, b.qdata) == (not after < before)
+    assert torch.equal(model.layers[2].up.weight, seen[2][2][0])
 
 
 def test_blocks_with_something_between_them_are_no_chain():
