@@ -6,7 +6,6 @@ corpus) and reporting uses Wikipedia articles of 2016: both come with the packag
 
 import bz2
 import html
-import io
 import re
 import subprocess
 import sys
@@ -58,5 +57,5 @@ def _member(cache: Path, name: str) -> bytes:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), GENSIM]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wheels = list(cache.glob("gensim-*.whl"))
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(name) as file:
-        return io.BytesIO(file.read()).getvalue()
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return wheel.read(name)

@@ -26,10 +26,10 @@ IN_MEMORY = 4 << 30
 class Stream:
     """The hidden states of all batches between two blocks, in memory or in files of ``folder``."""
 
-    def __init__(self, hidden: Sequence[Tensor], folder: Path | None, name: str) -> None:
+    def __init__(self, hidden: Sequence[Tensor], folder: Path, name: str) -> None:
         self.tensors = list(hidden)
-        self.is_on_disk = folder is not None and sum(t.nbytes for t in hidden) > IN_MEMORY
-        if folder is not None and self.is_on_disk:
+        self.is_on_disk = sum(t.nbytes for t in hidden) > IN_MEMORY
+        if self.is_on_disk:
             for i, tensor in enumerate(hidden):
                 mapped = torch.from_file(str(folder / f"{name}{i}"), True, tensor.numel(), dtype=tensor.dtype)
                 self.tensors[i] = mapped.view(tensor.shape).copy_(tensor)
@@ -46,7 +46,7 @@ class ChainRun:
     """A chain with its two streams. dense, quantized: traces of the same batches. training_steps: see ``train``."""
 
     def __init__(
-        self, model: nn.Module, dense: Chain, quantized: Chain, masks: Sequence[Tensor | None], folder: Path | None,
+        self, model: nn.Module, dense: Chain, quantized: Chain, masks: Sequence[Tensor | None], folder: Path,
         called_once: bool, training_steps: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.masks, self.called_once = model, masks, called_once
@@ -84,8 +84,8 @@ class ChainRun:
         if self.training_steps and above:
             self._train(block, index, above)
         elif last is not None:
-            for i in range(len(self.masks)):
-                self.quantized.put(i, last.output(i))
+            for i, output in enumerate(last.quantized_outputs()):
+                self.quantized.put(i, output)
             return
         watch(self.model, [], self._passes(block, self.calls[index], self.quantized, keep=True), _ignore)
 
@@ -180,13 +180,15 @@ class _LastLayer:
         return self.outputs[-1]
 
     @torch.no_grad()
-    def output(self, i: int) -> Tensor:
-        """What the block gives for batch ``i`` with the layer as it is now."""
+    def quantized_outputs(self) -> list[Tensor]:
+        """What the block gives for each batch with the layer as it is now."""
         weight = self.layer.weight
         assert isinstance(weight, HQQTensor)
         change = weight.dequantize(torch.float32) - self.dense.detach().to(torch.float32)
-        output = self.outputs[i]
-        return (output + nn.functional.linear(self.inputs[i].to(torch.float32), change)).to(output.dtype)
+        return [
+            (output + nn.functional.linear(x.to(torch.float32), change)).to(output.dtype)
+            for x, output in zip(self.inputs, self.outputs, strict=True)
+        ]
 
 
 @torch.no_grad()
