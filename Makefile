@@ -26,7 +26,7 @@ demo: $(STAMP)
 
 # JOBS: tests at a time. Each still computes with two threads, so that threads are tested; idle ones do not spin.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -q --durations=25 -n $(JOBS) --dist worksteal
 KERNEL_TESTS := $(addprefix $(CURDIR)/tests/kernels/,test_cpu.py test_cpu_meta.py test_cpu_dense.py test_linear_many.py \
   test_cpu_solvers.py test_cpu_levels.py)
 
@@ -68,11 +68,11 @@ test-torch: $(STAMP)
 	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
-# All kernels compiled by clang (zig's), and their tests on the best instruction set here, or on the one of HQQTENSOR_CPU.
-clang: $(STAMP)
-	CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target x86_64-linux-gnu" \
-	  $(BIN)/python setup.py -q build --build-base build/clang --build-lib build/clang/lib
-	cd build/clang/lib && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set' $(KERNEL_TESTS)
+# The wheel's library is compiled by clang (zig's), the one of .venv by gcc: the kernels' tests on the former, on the best
+# instruction set here, or on the one of HQQTENSOR_CPU.
+clang: wheel
+	rm -rf build/clang && $(BIN)/python -m zipfile -e dist/*.whl build/clang
+	cd build/clang && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set' $(KERNEL_TESTS)
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.
 SANITIZED := build/sanitized
