@@ -32,7 +32,7 @@ ERRORS = {
     "llama.cpp Q2_K to Q4_K": ("llama.cpp Q{}_K", OCHRE, "^--"),
     "GPTQ, on text": ("GPTQ {}-bit g64 (paper)", PURPLE, "v--"),
     "hqqtensor, groups of 64": ("hqqtensor {}-bit g64", TEAL, "o-"),
-    "hqqtensor, groups of 20": ("hqqtensor {}-bit g20 4-bit meta", BLUE, "o-"),
+    "hqqtensor, the default": ("hqqtensor {}-bit default", BLUE, "o-"),
     "hqqtensor, on text": ("hqqtensor {}-bit g32 4-bit meta, full calibration", RED, "o-"),
 }
 """Lines of ``errors``: label, method, colour and style."""

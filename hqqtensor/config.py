@@ -19,22 +19,25 @@ _LAYER_FIELDS = (
     "compute_dtype", "view_as_float", "lp_norm", "activation", "codebook", "integer_zero", "rotation", "rotation_seed",
 )  # fmt: skip
 _DTYPE_FIELDS = ("scale_dtype", "compute_dtype")
-_GROUP_FIELDS = ("group_size", "quant_scale", "quant_zero", "meta_nbits")
+_GROUP_FIELDS = ("group_size", "quant_scale", "quant_zero", "meta_nbits", "solver")
 _WIDTHS = range(1, 9)
 
 AUTO: Any = "auto"
 """The group size that is chosen when a config is made. A config that exists has a number (or None) in its place, so
 that readers of ``group_size`` see ``int | None``."""
 
+_CHOSEN: Any = None
+"""The solver that is chosen when a config is made; a config that exists has a name in its place."""
+
 PLAIN_GROUP_SIZE = 64
 """The group size that "auto" takes with plain scales, as in the hqq library."""
 
 RECOMMENDED_GROUP_SIZE = {4: 20, 3: 20, 2: 20, 1: 20}
-"""By bits, the group size that "auto" takes with scales and zero points of 4 bits.
+"""By bits, the group size that "auto" takes with scales and zero points of 4 bits and column scales.
 
-Groups of 20 then cost 0.45 bits a weight, where groups of 64 with float16 scales cost 0.5, and the squared error is
-0.66 to 0.87 of theirs (weights of doclm; all four solvers gain). On SmolLM2-135M at 3 bits the KL to the dense model
-falls from 1.87 to 0.89. Above 4 bits the rounding of the scales would be most of the error.
+Groups of 20 then cost about 0.48 bits a weight, where groups of 64 with float16 scales cost 0.5. On SmolLM2-135M at 3
+bits the KL to the dense model falls from 1.73 to 0.56; docs/quality.md has all models. Above 4 bits the rounding of the
+scales would be most of the error.
 """
 
 
@@ -44,13 +47,15 @@ class HqqConfig(AOBaseConfig):
 
     nbits: bits a code, 1 to 8.
     group_size: weights that share a scale (and a zero point); None for a whole row (axis 1) or column (axis 0). "auto"
-        takes the best buy: ``RECOMMENDED_GROUP_SIZE`` with scales and zero points of 4 bits for integers of up to 4
-        bits grouped along in_features, else 64 with plain ones. It takes 64 too where integer_zero, quant_scale=False,
-        quant_zero=False or meta_nbits=8 ask for something else.
+        takes the best buy: ``RECOMMENDED_GROUP_SIZE`` with scales and zero points of 4 bits and column scales for
+        integers of up to 4 bits grouped along in_features, else 64 with plain ones. It takes 64 too where integer_zero,
+        quant_scale=False, quant_zero=False or meta_nbits=8 ask for something else.
     axis: 1 groups along in_features, 0 along out_features.
     format: number format of the codes: "int" (1 to 8 bits), "fp4", "fp6", "fp8", "nf4" or "codebook" (learned, 1 to 4
         bits), see ``hqqtensor.formats``. Only "int" has zero points.
-    solver: "hqq_joint", "hqq" (the published one, for "int" only), "rtn" or "column_scaled".
+    solver: "hqq_joint", "hqq" (the published one, for "int" only), "rtn" or "column_scaled". None is chosen with the
+        group size: "column_scaled" with the groups that "auto" recommends, unless the inputs are rotated, else
+        "hqq_joint".
     scale_dtype: storage dtype of scale and zero point (float16, bfloat16, float32). None takes float16 where
         it holds every scale and zero point of the weight well, else float32.
     quant_scale, quant_zero: store scales / zero points as integer codes, quantized in groups of 128 rows (axis 0). None
@@ -85,7 +90,7 @@ class HqqConfig(AOBaseConfig):
     group_size: int | None = AUTO
     axis: int = 1
     format: str = "int"
-    solver: str = "hqq_joint"
+    solver: str = _CHOSEN
     scale_dtype: torch.dtype | None = None
     quant_scale: bool | None = None
     quant_zero: bool | None = None
@@ -125,10 +130,15 @@ class HqqConfig(AOBaseConfig):
             if self._suits_coarse_scales() and _is_int(self.nbits):
                 recommended = RECOMMENDED_GROUP_SIZE.get(self.nbits)
             self.group_size = recommended or PLAIN_GROUP_SIZE
-        chosen = (self.group_size, False, False, 8) if recommended is None else (recommended, True, True, 4)
-        for name, value in zip(_GROUP_FIELDS[1:], chosen[1:], strict=True):
+        chosen = (
+            (False, False, 8, "hqq_joint") if recommended is None else (True, True, 4, self._scaled_unless_rotated())
+        )
+        for name, value in zip(_GROUP_FIELDS[1:], chosen, strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+    def _scaled_unless_rotated(self) -> str:
+        return "hqq_joint" if self.rotation else "column_scaled"
 
     def _suits_coarse_scales(self) -> bool:
         """Whether the groups of "auto" may be small ones with 4-bit scales and zero points."""
@@ -218,7 +228,7 @@ class HqqConfig(AOBaseConfig):
         return self.meta_nbits if self.quant_zero else None
 
     def given_groups(self) -> dict[str, Any]:
-        """group_size, quant_scale, quant_zero and meta_nbits as they were given, "auto" and None included.
+        """group_size, quant_scale, quant_zero, meta_nbits and solver as they were given, "auto" and None included.
 
         ``dataclasses.replace(config, nbits=8, **config.given_groups())`` chooses anew what was chosen for ``config``.
         """

@@ -11,7 +11,7 @@ MODELS = {"doclm": "KL", "MiniLM": "1 - cosine"}
 Found = dict[str, Any]
 
 GROUPS_20 = "hqqtensor {}-bit g20 4-bit meta"
-COLUMNS = "hqqtensor {}-bit g22 4-bit meta, columns"
+DEFAULT = "hqqtensor {}-bit default"
 TEXT = "hqqtensor {}-bit g32 4-bit meta, full calibration"
 RANDOM = "hqqtensor {}-bit g32 4-bit meta, random tokens"
 
@@ -43,7 +43,7 @@ def settings() -> str:
             add(str(bits), f"HqqConfig({bits}, 20, **META)", "nothing", GROUPS_20.format(bits))
         else:
             add(str(bits), "HqqConfig(2, 10, **LEARNED)", "nothing", "hqqtensor 2-bit g10 learned, 4-bit scales")
-        add(str(bits), f'HqqConfig({bits}, 22, solver="column_scaled", **META)', "nothing", COLUMNS.format(bits))
+        add(str(bits), f"HqqConfig({bits})", "nothing", DEFAULT.format(bits))
         add(str(bits), f"HqqConfig({bits}, 32, **META)", "calibrated on random tokens", RANDOM.format(bits))
         add(str(bits), f"HqqConfig({bits}, 32, **META)", "calibrated on text", TEXT.format(bits))
     for bpw in ("4.5", "3.5", "3.0", "2.5"):
@@ -68,7 +68,7 @@ def at_equal_bits() -> str:
         "AWQ, on text (paper)": "AWQ {}-bit g64 (paper)",
         "**hqqtensor, `HqqConfig(bits, 64)`**": "hqqtensor {}-bit g64",
         "**hqqtensor, groups of 20, 4-bit metadata**": GROUPS_20,
-        "**hqqtensor, groups of 22, column scales**": COLUMNS,
+        "**hqqtensor, the default: groups of 20, column scales**": DEFAULT,
         "**hqqtensor, groups of 32, calibrated on text**": TEXT,
     }
 
@@ -89,7 +89,7 @@ def readme() -> str:
         "llama.cpp": "llama.cpp Q{}_K",
         "GPTQ, calibrated on text (paper)": "GPTQ {}-bit g64 (paper)",
         "**hqqtensor, `hqq_weight_only(bits, 64)`**": "hqqtensor {}-bit g64",
-        "**hqqtensor, `hqq_weight_only(bits)`: the default**": GROUPS_20,
+        "**hqqtensor, `hqq_weight_only(bits)`: the default**": DEFAULT,
         "**hqqtensor, groups of 32, calibrated on text**": TEXT,
     }
 

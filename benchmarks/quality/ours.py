@@ -96,15 +96,15 @@ def methods() -> list[Method]:
     for b in (8, 4, 3, 2):
         add(f"{b}-bit g64", b, HqqConfig(b, 64))
     for b in (4, 3, 2):
-        # No more bits than hqq's, whose groups of 64 have 16-bit scale and zero point; column scales take some too.
+        # No more bits than hqq's, whose groups of 64 have 16-bit scale and zero point.
         add(f"{b}-bit g20 4-bit meta", b, HqqConfig(b, 20, **META))
-        add(f"{b}-bit g22 4-bit meta, columns", b, HqqConfig(b, 22, solver="column_scaled", **META))
+        # Groups of 20, 4-bit metadata and column scales.
+        add(f"{b}-bit default", b, HqqConfig(b))
         # Fewer bits than GPTQ's.
         add(f"{b}-bit g32 4-bit meta, random tokens", b, HqqConfig(b, 32, **META), "model")
         add(f"{b}-bit g32 4-bit meta, full calibration", b, HqqConfig(b, 32, **META), "text")
-        # The default, calibrated.
-        add(f"{b}-bit g20 4-bit meta, own text", b, HqqConfig(b, 20, **META), "self")
-        add(f"{b}-bit g20 4-bit meta, full calibration", b, HqqConfig(b, 20, **META), "text")
+        add(f"{b}-bit default, own text", b, HqqConfig(b), "self")
+        add(f"{b}-bit default, full calibration", b, HqqConfig(b), "text")
     add("2-bit g64, rotated", 2, HqqConfig(2, 64, rotation=True))
     add("2-bit g16 4-bit meta", 2, HqqConfig(2, 16, **META))
     add("2-bit g16 4-bit meta, own text", 2, HqqConfig(2, 16, **META), "self")

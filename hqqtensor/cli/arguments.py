@@ -88,7 +88,10 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         help="bits of the input embedding and the output layer, 1 to 8, or 'none' to leave them dense (default: 8)",
     )  # fmt: skip
     add("--axis", type=int, default=1, metavar="N", help="1 groups along inputs, 0 along outputs (default: 1)")
-    add("--solver", default="hqq_joint", metavar="NAME", help="hqq_joint, hqq or rtn (default: hqq_joint)")
+    add(
+        "--solver", metavar="NAME",
+        help="column_scaled, hqq_joint, hqq or rtn (default: column_scaled with the recommended groups, else hqq_joint)",
+    )  # fmt: skip
     add(
         "--layers", nargs="+", default=[], metavar="TAG=BITS/GROUP",
         help="other settings for some layers, such as self_attn.q_proj=3/32 or, with the best groups, q_proj=3; "
