@@ -90,7 +90,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--axis", type=int, default=1, metavar="N", help="1 groups along inputs, 0 along outputs (default: 1)")
     add(
         "--solver", metavar="NAME",
-        help="column_scaled, hqq_joint, hqq or rtn (default: column_scaled with the recommended groups, else hqq_joint)",
+        help="column_scaled, hqq_joint, hqq or rtn (default: column_scaled with the best groups, else hqq_joint)",
     )  # fmt: skip
     add(
         "--layers", nargs="+", default=[], metavar="TAG=BITS/GROUP",
