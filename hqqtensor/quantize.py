@@ -96,9 +96,9 @@ def _quantized_by_id(
     """The quantized parameter of each choice, by the id of the dense one; the model is left as it was."""
     total, done = sum(choice.weight.numel() for choice in choices), 0
 
-    def report(weight: nn.Parameter, name: str) -> None:
+    def report(elements: int, name: str) -> None:
         nonlocal done
-        done += weight.numel()
+        done += elements
         if progress is not None:
             progress(done, total, name)
 
@@ -106,9 +106,8 @@ def _quantized_by_id(
     if calibration is not None:
         from hqqtensor.calibration.apply import check_plan, quantize_calibrated  # costly to import, and seldom used
 
-        linears = [choice for choice in choices if choice.weight.ndim == 2 and not choice.transposed]
-        check_plan(linears, calibration)
-        quantized = quantize_calibrated(model, linears, calibration, report)
+        check_plan(choices, calibration)
+        quantized = quantize_calibrated(model, choices, calibration, report)
     for choice in choices:
         weight, name = choice.weight, choice.names[0]
         if id(weight) in quantized:
@@ -117,7 +116,7 @@ def _quantized_by_id(
             quantized[id(weight)] = choice.quantize(weight if device is None else weight.to(device))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        report(weight, name)
+        report(weight.numel(), name)
     return quantized
 
 
