@@ -16,6 +16,7 @@ from hqqtensor.calibration.collect import Calibration
 from hqqtensor.calibration.experts import Routed, joined, routed_calls, whole_moments
 from hqqtensor.calibration.inputs import mask_of, watch, whole_passes
 from hqqtensor.calibration.moments import InputMoments, MomentSums
+from hqqtensor.calibration.resume import ResumeFolder
 from hqqtensor.calibration.train import STEPS
 from hqqtensor.forward import evaluating
 from hqqtensor.selection import EXPERT_WEIGHTS, Choice
@@ -66,6 +67,7 @@ def quantize_calibrated(
     choices: Sequence[Choice],
     calibration: Calibration,
     done: Callable[[int, str], None],
+    kept: ResumeFolder | None = None,
 ) -> dict[int, nn.Parameter]:
     """The quantized weights of the calibrated layers of ``choices``, by id of the dense ones.
 
@@ -73,10 +75,12 @@ def quantize_calibrated(
     quantized one after the other (``calibration.chain``); for layers outside of blocks the batches run once for each
     stage (layers with a common input) in a model whose earlier layers are quantized already. The model is left as it
     was, whatever ends the work. ValueError naming the layer where its scales cannot be stored.
+    kept: an open folder, for what is finished; steps that are in it are not done again.
     """
-    work = _Work(model, choices, calibration, done)
+    work = _Work(model, choices, calibration, done, kept)
     with evaluating(model), tempfile.TemporaryDirectory(prefix="hqqtensor-") as folder:
         try:
+            work.report_finished()
             if calibration.mode == "diagonal":
                 for stage in calibration.stages:
                     work.quantize_stage(stage)
@@ -106,15 +110,28 @@ def _in_order(work: "_Work", folder: Path) -> None:
             dense = chains[index]
             now = dense if not work.replaced else _traced_again(model, calibration.batches, dense)
             chain = ChainRun(model, dense, now, masks, folder, calibration.called_once, steps)
-            for i, block in enumerate(dense.names):
-                of_block = [s for s in calibration.stages if s[0].startswith(f"{block}.")]
-                chain.run_block(i, block, work.wanted(of_block), work.quantize, work.quantize_experts)
+            _run_chain(work, chain, dense.names)
     if outside > MANY_STAGES:
         warnings.warn(
             f"calibration ran the whole model anew for each of {outside} sets of layers: they lie in no list of blocks "
             "that hand hidden states on",
             stacklevel=5,
         )
+
+
+def _run_chain(work: "_Work", chain: ChainRun, names: Sequence[str]) -> None:
+    """Quantize the blocks ``names`` of a chain; a run that was interrupted goes on behind its last finished block."""
+    is_behind = False
+    for i, name in enumerate(names):
+        if work.is_finished(name):
+            is_behind = True
+            continue
+        if is_behind and work.kept is not None:
+            chain.go_on(work.kept.streams(chain.dense.tensors[0].device, mmap=chain.dense.is_on_disk))
+            is_behind = False
+        stages = work.wanted(s for s in work.calibration.stages if s[0].startswith(f"{name}."))
+        chain.run_block(i, name, stages, work.quantize, work.quantize_experts)
+        work.keep(name, stages, chain.state() if i + 1 < len(names) else None)
 
 
 def _traced_again(model: nn.Module, batches: list[Any], chain: Chain) -> Chain:
@@ -126,9 +143,10 @@ class _Work:
     """The weights to quantize, and those that are quantized and in their places so far."""
 
     def __init__(
-        self, model: nn.Module, choices: Sequence[Choice], calibration: Calibration, done: Callable[[int, str], None]
-    ) -> None:
-        self.model, self.calibration, self.done = model, calibration, done
+        self, model: nn.Module, choices: Sequence[Choice], calibration: Calibration,
+        done: Callable[[int, str], None], kept: ResumeFolder | None,
+    ) -> None:  # fmt: skip
+        self.model, self.calibration, self.done, self.kept = model, calibration, done, kept
         self.by_name = {_calibrated_name(choice, calibration): choice for choice in choices}
         self.quantized_by_id: dict[int, nn.Parameter] = {}
         self.replaced: list[tuple[nn.Module, str, nn.Parameter]] = []  # module, name there, dense weight
@@ -146,15 +164,18 @@ class _Work:
     def quantize_stage(self, stage: Sequence[str]) -> int:
         """Quantize the modules of a stage by a pass through the whole model; how many passes were made (0 or 1)."""
         names = next(iter(self.wanted([stage])), [])
-        is_full = bool(names) and self.calibration.mode != "diagonal"
-        if names and names[0] in self.calibration.experts:
+        if not names or self.is_finished(stage[0]):
+            return 0
+        is_full = self.calibration.mode != "diagonal"
+        if names[0] in self.calibration.experts:
             passes = whole_passes(self.model, self.calibration.batches)
             once = self.calibration.called_once
             self.quantize_experts(names[0], routed_calls(self.model, names[0], passes, once) if is_full else [])
-            return int(is_full)
-        moments = _second_moments(self.model, names[0], self.calibration) if is_full else None
-        for name in names:
-            self.quantize(name, moments or InputMoments(self.calibration.moments[name]))
+        else:
+            moments = _second_moments(self.model, names[0], self.calibration) if is_full else None
+            for name in names:
+                self.quantize(name, moments or InputMoments(self.calibration.moments[name]))
+        self.keep(stage[0], [names])
         return int(is_full)
 
     def quantize(self, name: str, moments: InputMoments) -> Tensor | None:
@@ -187,6 +208,26 @@ class _Work:
                     lambda expert, size=size, full=full: self.done(size, f"{full}[{expert}]"),
                 )  # fmt: skip
             self.put(full, quantized.transpose(-1, -2) if choice.transposed else quantized)
+
+    def is_finished(self, step: str) -> bool:
+        """Whether a run that was interrupted has finished a step, the weights of which are then put in place."""
+        if self.kept is None or step not in self.kept.steps:
+            return False
+        for full, weight in self.kept.steps[step].items():
+            self.put(full, weight.to(self.by_name[full].weight.device))
+        return True
+
+    def keep(self, step: str, stages: Iterable[Sequence[str]], streams: Any = None) -> None:
+        """Keep the weights of the modules of a step, as they are in the model, for a run that goes on."""
+        if self.kept is not None:
+            names = [full for stage in stages for name in stage for full in self.weights(name)]
+            self.kept.finish(step, {full: self.model.get_parameter(full).detach() for full in names}, streams)
+
+    def report_finished(self) -> None:
+        """Count the weights that an interrupted run has finished."""
+        names = [] if self.kept is None else [full for step in self.kept.steps.values() for full in step]
+        if names:
+            self.done(sum(self.by_name[full].weight.numel() for full in names), "finished before")
 
     def put(self, full: str, quantized: Tensor) -> None:
         """Put a quantized weight into its place."""

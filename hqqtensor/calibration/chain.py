@@ -56,7 +56,18 @@ class ChainRun:
         self.dense_calls, self.calls = dense.calls, quantized.calls
         self.dense = Stream(dense.hidden, folder, "dense")
         self.quantized = Stream(quantized.hidden, folder, "quantized")
-        self.added: dict[tuple[type, str], bool] = {}  # see _is_added
+        self.added: dict[str, bool] = {}  # see _is_added
+
+    def state(self) -> dict[str, Any]:
+        """What a run needs to go on with the next block."""
+        return {"dense": self.dense.tensors, "quantized": self.quantized.tensors, "added": self.added}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        for stream in (self.dense, self.quantized):
+            for i, hidden in enumerate(state["dense" if stream is self.dense else "quantized"]):
+                stream.put(i, hidden)
+        self.added = state["added"]
 
     def run_block(
         self, index: int, name: str, stages: Sequence[Sequence[str]],
@@ -137,7 +148,7 @@ class ChainRun:
 
     def _is_added(self, block: nn.Module, index: int, name: str, layer: str) -> bool:
         """Whether what ``layer`` gives is added to the block's output as it is: tried once for each class of blocks."""
-        key = type(block), layer.removeprefix(name)
+        key = f"{type(block).__module__}.{type(block).__qualname__}{layer.removeprefix(name)}"
         if key not in self.added:
             self.added[key] = _adds(
                 block, self.model.get_submodule(layer), self.calls[index][0], self.quantized.tensors[0]

@@ -73,7 +73,8 @@ def calibrate(
         the model's device. The result holds them for "full". A few thousand tokens of typical text serve. Or "self",
         for text that the model writes itself, "random" for random tokens, or the path of a text file, which needs the
         model's ``tokenizer``: see ``hqqtensor.calibration.data.batches_of``.
-    progress: called as ``progress(done, total, name)`` after each batch.
+    progress: called as ``progress(done, total, name)`` after each token that is written ("writing text") and each
+        batch ("calibrating").
 
     The model is left as it was. Memory: K floats a layer or expert. Warns of modules of experts that do not work as
     those of transformers do. ValueError for an unknown mode, no batches, no layer reached, or inputs that are not
@@ -81,8 +82,7 @@ def calibrate(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    # A step of training sees one batch: many small ones are the quicker way.
-    batches = batches_of(batches, model, tokenizer, windows=1 if mode == "trained" else BATCH)
+    batches = batches_for(batches, model, mode, tokenizer, progress)
     if not batches:
         raise ValueError("calibrate needs at least one batch")
     names = [
@@ -107,6 +107,14 @@ def calibrate(
     return Calibration(
         mode, batches, moments, statistics.tokens, statistics.stages(), unseen, dead, called_once, of_experts
     )
+
+
+def batches_for(
+    source: Source, model: nn.Module, mode: str, tokenizer: Any, progress: Callable[[int, int, str], None] | None
+) -> list[Any]:
+    """The batches that ``calibrate`` runs in this mode."""
+    # A step of training sees one batch: many small ones are the quicker way.
+    return batches_of(source, model, tokenizer, windows=1 if mode == "trained" else BATCH, progress=progress)
 
 
 class _InputStatistics:
