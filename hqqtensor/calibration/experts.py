@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hqqtensor.calibration.inputs import Pass, unpadded, watch
 from hqqtensor.calibration.moments import InputMoments, MomentSums
 
-FLOOR = 256
+FLOOR = 128
 """Tokens that count as if an average expert had seen them, beside those that an expert did see.
 
 Moments of few tokens say little: an expert that saw none has the moments of all experts, one that saw ``FLOOR`` tokens
@@ -83,7 +83,8 @@ def expert_count(module: nn.Module) -> int:
 def inputs_of_down(module: nn.Module, expert: int, x: Tensor) -> Tensor:
     """What ``down_proj`` of an expert is given, ``[tokens, I]``, for the hidden states x ``[tokens, K]``."""
     if not len(x):
-        return x.new_empty(0, module.down_proj.shape[-2 if module.is_transposed else -1])
+        down: Any = module.down_proj
+        return x.new_empty(0, down.shape[-2 if module.is_transposed else -1])
     if module.has_gate:
         return module._apply_gate(_linear(module, "gate_up_proj", expert, x))  # type: ignore[operator]
     return module.act_fn(_linear(module, "up_proj", expert, x))  # type: ignore[operator]

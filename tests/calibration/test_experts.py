@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from hqqtensor import HqqConfig, HQQTensor, load_model, quantize_, save_model
-from hqqtensor.calibration import calibrate, experts
+from hqqtensor.calibration import calibrate, chain, experts, train
 from hqqtensor.calibration.build import experts_from_calibrated
 from hqqtensor.selection import is_experts
 
@@ -101,7 +101,13 @@ def layout(tensor: Any) -> Any:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, HqqConfig(3), HqqConfig(4, None), HqqConfig(4, 32, solver="column_scaled"), HqqConfig(2, 20, rotation=True)],
+    [
+        CONFIG,
+        HqqConfig(3),
+        HqqConfig(4, None),
+        HqqConfig(4, 32, solver="column_scaled"),
+        HqqConfig(2, 20, rotation=True),
+    ],
     ids=["g16", "auto", "rows", "column_scaled", "rotation"],
 )
 @pytest.mark.parametrize("name", FAMILIES)
@@ -220,11 +226,21 @@ def test_calibrated_experts_run_and_are_saved_and_loaded(name: str, implementati
         torch.testing.assert_close(again(**ids).logits, model(**ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_other_layers_of_a_block_are_trained_beside_experts() -> None:
-    full, trained = (quantized("qwen3_moe", mode) for mode in ("full", "trained"))
-    layers = [m.model.layers[0] for m in (full, trained)]
-    assert torch.equal(*(layer.mlp.experts.gate_up_proj.scale for layer in layers))
-    assert not torch.equal(*(layer.self_attn.o_proj.weight.qdata for layer in layers))
+def test_the_other_layers_of_a_block_are_trained_beside_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def spy(roundings: Any, *args: Any) -> Any:
+        seen.append(([r.module for r in roundings], train.train_rounding(roundings, *args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(chain, "train_rounding", spy)
+    monkeypatch.setattr(train, "REACH", 0.05)
+    model = quantized("qwen3_moe", "trained")
+    for layer, (modules, _) in zip(model.model.layers, seen, strict=True):
+        attention = layer.self_attn
+        assert modules == [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        assert isinstance(layer.mlp.experts.down_proj, HQQTensor)
+    assert any(after < before for _, (before, after) in seen)
 
 
 def test_a_module_that_is_not_understood_is_named_and_quantized_without_calibration(monkeypatch: Any) -> None:
