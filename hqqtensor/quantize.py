@@ -57,9 +57,9 @@ def quantize_(
     back, block by block; "best" also learns how weights are rounded, which takes minutes where the others take seconds.
     None is "good" with a calibration and "fast" without one. "good" and "best" without one take "self", or "random" for
     a model that cannot write.
-    ``resume``: a folder for what calibration has finished. After an interrupt or a kill the same call goes on from there
-    and gives the same weights, bit for bit. It holds the quantized weights and the hidden states of the tokens, and is
-    emptied at the end. ValueError where it holds the run of another call.
+    ``resume``: a folder for what calibration has finished. After an interrupt or a kill the same call goes on from
+    there and gives the same weights, bit for bit. It holds the quantized weights and the hidden states of the tokens,
+    and is emptied at the end. ValueError where it holds the run of another call.
 
     Raises TypeError or ValueError naming the module: bad weight, tag that matches nothing, nothing to quantize.
     """

@@ -1,6 +1,7 @@
 """What ``quantize_`` does with a calibration: it goes from layer to layer, the ones before quantized already."""
 
 import contextlib
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -199,15 +200,16 @@ class _Work:
         module, diagonal = self.model.get_submodule(name), self.calibration.experts[name].diagonal
         for full in self.weights(name):
             choice, leaf = self.by_name[full], full.removeprefix(f"{name}.")
-            size = choice.weight[0].numel()
             moments = whole_moments(module, joined(calls), leaf) if calls else _of_expert(diagonal[leaf])
             rows = choice.weight.detach()
+            rows = rows.transpose(-1, -2) if choice.transposed else rows
+            done = functools.partial(self._done_expert, full, rows[0].numel())
             with _naming(full):
-                quantized = experts_from_calibrated(
-                    rows.transpose(-1, -2) if choice.transposed else rows, choice.settings, moments,
-                    lambda expert, size=size, full=full: self.done(size, f"{full}[{expert}]"),
-                )  # fmt: skip
+                quantized = experts_from_calibrated(rows, choice.settings, moments, done)
             self.put(full, quantized.transpose(-1, -2) if choice.transposed else quantized)
+
+    def _done_expert(self, full: str, elements: int, expert: int) -> None:
+        self.done(elements, f"{full}[{expert}]")
 
     def is_finished(self, step: str) -> bool:
         """Whether a run that was interrupted has finished a step, the weights of which are then put in place."""

@@ -50,7 +50,7 @@ class ResumeFolder(os.PathLike[str]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.run: dict[str, Any] = {}
-        self.steps: dict[str, dict[str, HQQTensor]] = {}
+        self.steps: dict[str, dict[str, Tensor]] = {}
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -99,7 +99,7 @@ class ResumeFolder(os.PathLike[str]):
         """Keep tensors and plain values under a name."""
         self._write(f"{name}.pt", lambda file: torch.save(value, file))
 
-    def finish(self, step: str, weights: Mapping[str, HQQTensor], streams: Any = None) -> None:
+    def finish(self, step: str, weights: Mapping[str, Tensor], streams: Any = None) -> None:
         """Keep the weights of a step, and the streams that the next one needs."""
         number = f"{len(self.steps):05}"
         if streams is not None:
@@ -165,7 +165,7 @@ def digest(value: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             add([str(value.dtype), list(value.shape)])
-            result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             add([list(pair) for pair in value.items()])
         elif isinstance(value, (list, tuple)):

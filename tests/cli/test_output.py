@@ -1,6 +1,5 @@
 """Progress in lines: the share of the work that is done, and the time that is left."""
 
-import sys
 import types
 from typing import Any
 
@@ -13,7 +12,6 @@ from hqqtensor.cli import output
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(output, "time", clock)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     return clock
 
 
@@ -29,7 +27,7 @@ def test_a_line_at_every_tenth_says_what_is_done_and_left(capsys: Any, clock: An
     calls = [(float(i), i, 100, f"layer{i}") for i in range(1, 101)]
     printed = lines(capsys, clock, calls)
     assert len(printed) == 10
-    assert printed[0] == "quantizing layer10: 10%, about 90 s left".replace("90 s", "2 min")
+    assert printed[0] == "quantizing layer10: 10%, about 2 min left"
     assert printed[4] == "quantizing layer50: 50%, about 50 s left" and printed[-1] == "quantizing layer100: 100%"
 
 
@@ -40,7 +38,12 @@ def test_a_line_comes_every_minute_where_a_tenth_takes_longer(capsys: Any, clock
 
 
 def test_phases_begin_anew_and_have_names_of_their_own(capsys: Any, clock: Any) -> None:
-    calls = [(1.0, 1, 2, "writing text"), (11.0, 2, 2, "writing text"), (12.0, 1, 2, "calibrating"), (13.0, 10, 50, "a")]
+    calls = [
+        (1.0, 1, 2, "writing text"),
+        (11.0, 2, 2, "writing text"),
+        (12.0, 1, 2, "calibrating"),
+        (13.0, 10, 50, "a"),
+    ]
     assert lines(capsys, clock, calls) == [
         "writing text: 50%", "writing text: 100%", "calibrating: 50%", "quantizing a: 20%",
     ]  # fmt: skip
