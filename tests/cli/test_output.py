@@ -1,11 +1,13 @@
 """Progress in lines: the share of the work that is done, and the time that is left."""
 
+import sys
 import types
 from typing import Any
 
 import pytest
 
 from hqqtensor.cli import output
+from hqqtensor.quantize import PHASES
 
 
 @pytest.fixture
@@ -65,3 +67,13 @@ def test_time_is_said_as_people_say_it(seconds: float, text: str) -> None:
 def test_nothing_is_printed_where_nobody_wants_it(capsys: Any) -> None:
     with output.progress_on_stderr("quantizing", False) as progress:
         assert progress is None
+
+
+def test_a_terminal_has_a_bar_that_says_what_is_at_work(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for name in ("calibrating", "layer7"):
+        with output.progress_on_stderr("quantizing", True) as progress:
+            assert progress is not None
+            progress(1, 2, "calibrating")
+            progress(50, 100, name)
+        assert (name if name in PHASES else f"quantizing {name}") in capsys.readouterr().err
