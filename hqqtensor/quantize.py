@@ -1,6 +1,7 @@
 """quantize_ and dequantize_: choose the weights, check all of them, encode all of them, then swap them in."""
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,12 @@ from hqqtensor.tensor import HQQTensor
 if TYPE_CHECKING:
     from hqqtensor.calibration import Calibration
     from hqqtensor.calibration.data import Source
+    from hqqtensor.calibration.resume import ResumeFolder
 
 QUALITIES = {"fast": "diagonal", "good": "full", "best": "trained"}
 """Mode of calibration for each ``quality``."""
+PHASES = ("writing text", "calibrating")
+"""Names under which the progress of what comes before quantizing is reported."""
 
 
 def quantize_(
@@ -33,6 +37,7 @@ def quantize_(
     calibration: "Calibration | Source | None" = None,
     quality: str | None = None,
     tokenizer: Any = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> None:
     """Replace weights of ``model`` by HQQTensors, in place; every module stays the class it was.
 
@@ -42,7 +47,9 @@ def quantize_(
     All checks come first and all new weights are made before the first is swapped in, so that an error leaves the
     model as it was. Tied weights are quantized once and stay tied. Weights that are quantized already are left
     alone with a warning. ``device``: where to quantize and where the whole model is afterwards.
-    ``progress(done, total, name)``: called after each weight; done and total are numbers of elements.
+    ``progress(done, total, name)``: called after each weight (each expert of a stack where there is a calibration);
+    done and total are numbers of elements. Before that it counts the phases of calibrating under the names of
+    ``PHASES``: the tokens of each text that the model writes, and the batches of the first pass.
     ``calibration``: from ``hqqtensor.calibration.calibrate``, or what to calibrate on: "self" (text that the model
     writes itself), "random" (random tokens), the path of a text file (needs ``tokenizer``), or batches. Layers that it
     has not seen are quantized without.
@@ -50,6 +57,9 @@ def quantize_(
     back, block by block; "best" also learns how weights are rounded, which takes minutes where the others take seconds.
     None is "good" with a calibration and "fast" without one. "good" and "best" without one take "self", or "random" for
     a model that cannot write.
+    ``resume``: a folder for what calibration has finished. After an interrupt or a kill the same call goes on from
+    there and gives the same weights, bit for bit. It holds the quantized weights and the hidden states of the tokens,
+    and is emptied at the end. ValueError where it holds the run of another call.
 
     Raises TypeError or ValueError naming the module: bad weight, tag that matches nothing, nothing to quantize.
     """
@@ -68,37 +78,60 @@ def quantize_(
         if already:
             return
         raise ValueError("nothing to quantize: no nn.Linear (or module that filter_fn accepts) outside skip_modules")
-    calibration = _calibration(model, calibration, quality, tokenizer)
-    replace_parameters(model, _quantized_by_id(model, choices, device, progress, calibration))
+    kept = None if resume is None else _folder(resume, model, config, choices)
+    calibration = _calibration(model, calibration, quality, tokenizer, progress, kept)
+    replace_parameters(model, _quantized_by_id(model, choices, device, progress, calibration, kept))
     if device is not None:
         model.to(device)
+    if kept is not None and kept is not resume:
+        kept.empty()
+
+
+def _folder(
+    resume: str | os.PathLike[str], model: nn.Module, config: HqqConfig, choices: list[Choice]
+) -> "ResumeFolder":
+    from hqqtensor.calibration.resume import ResumeFolder  # costly to import, and seldom used
+
+    folder = resume if isinstance(resume, ResumeFolder) else ResumeFolder(resume)
+    folder.describe(model, config, [choice.names[0] for choice in choices])
+    return folder
 
 
 def _calibration(
-    model: nn.Module, calibration: "Calibration | Source | None", quality: str | None, tokenizer: Any
-) -> "Calibration | None":
+    model: nn.Module, calibration: "Calibration | Source | None", quality: str | None, tokenizer: Any,
+    progress: Callable[[int, int, str], None] | None, kept: "ResumeFolder | None",
+) -> "Calibration | None":  # fmt: skip
     """What the arguments of ``quantize_`` ask for."""
     if calibration is None and quality in (None, "fast"):
+        if kept is not None:
+            raise ValueError('resume is for calibration: give calibration or quality "good" or "best" too')
         return None
     from hqqtensor.calibration import Calibration, calibrate  # costly to import, and seldom used
     from hqqtensor.calibration.data import writes_text
+    from hqqtensor.calibration.resume import calibrated
 
+    mode = QUALITIES[quality or "good"]
     if isinstance(calibration, Calibration):
-        return calibration if quality is None else dataclasses.replace(calibration, mode=QUALITIES[quality])
-    source = ("self" if writes_text(model) else "random") if calibration is None else calibration
-    return calibrate(model, source, QUALITIES[quality or "good"], tokenizer=tokenizer)
+        mode = calibration.mode if quality is None else mode
+    elif calibration is None:
+        calibration = "self" if writes_text(model) else "random"
+    if kept is not None:
+        return calibrated(model, calibration, mode, tokenizer, progress, kept)
+    if isinstance(calibration, Calibration):
+        return dataclasses.replace(calibration, mode=mode)
+    return calibrate(model, calibration, mode, progress, tokenizer)
 
 
 def _quantized_by_id(
     model: nn.Module, choices: list[Choice], device: torch.device | str | None,
-    progress: Callable[[int, int, str], None] | None, calibration: "Calibration | None",
+    progress: Callable[[int, int, str], None] | None, calibration: "Calibration | None", kept: "ResumeFolder | None",
 ) -> dict[int, nn.Parameter]:  # fmt: skip
     """The quantized parameter of each choice, by the id of the dense one; the model is left as it was."""
     total, done = sum(choice.weight.numel() for choice in choices), 0
 
-    def report(weight: nn.Parameter, name: str) -> None:
+    def report(elements: int, name: str) -> None:
         nonlocal done
-        done += weight.numel()
+        done += elements
         if progress is not None:
             progress(done, total, name)
 
@@ -106,9 +139,8 @@ def _quantized_by_id(
     if calibration is not None:
         from hqqtensor.calibration.apply import check_plan, quantize_calibrated  # costly to import, and seldom used
 
-        linears = [choice for choice in choices if choice.weight.ndim == 2 and not choice.transposed]
-        check_plan(linears, calibration)
-        quantized = quantize_calibrated(model, linears, calibration, report)
+        check_plan(choices, calibration)
+        quantized = quantize_calibrated(model, choices, calibration, report, kept)
     for choice in choices:
         weight, name = choice.weight, choice.names[0]
         if id(weight) in quantized:
@@ -117,7 +149,7 @@ def _quantized_by_id(
             quantized[id(weight)] = choice.quantize(weight if device is None else weight.to(device))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        report(weight, name)
+        report(weight.numel(), name)
     return quantized
 
 

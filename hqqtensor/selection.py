@@ -22,7 +22,8 @@ MIN_EMBEDDING_ROWS = 1024
 """Rows from which on an ``nn.Embedding`` of a model that does not say which one is its input embedding counts as one:
 smaller ones (positions, token types) save nothing."""
 
-_EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
+"""Names of the 3-D weights of transformers' expert modules, in the order in which they are used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,11 @@ class Choice:
     transposed: bool = False
     row_dims: int = 1
     is_embedding: bool = False
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether this is a 3-D weight of a transformers module of experts."""
+        return self.names[0].rpartition(".")[2] in EXPERT_WEIGHTS
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
         """``weight``, the values of this parameter (on any device), as a quantized parameter of the same shape."""
@@ -234,7 +240,7 @@ def _embeddings(model: nn.Module) -> set[nn.Module]:
 
 
 def _by_default(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or _is_experts(module)
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_experts(module)
 
 
 def row_dims(module: nn.Module) -> int:
@@ -251,8 +257,8 @@ def _matrix_shape(weight: Tensor, transposed: bool, row_dims: int) -> list[int]:
 
 def _candidates(module: nn.Module) -> list[tuple[str, bool, int]]:
     """Parameters of rank 2 and more that may be quantized: (name, whether it is stored ``[..., K, N]``, row_dims)."""
-    if _is_experts(module):
-        weights = [(name, module._parameters.get(name)) for name in _EXPERT_WEIGHTS]
+    if is_experts(module):
+        weights = [(name, module._parameters.get(name)) for name in EXPERT_WEIGHTS]
         return [(name, bool(module.is_transposed), 1) for name, w in weights if w is not None and w.ndim == 3]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
@@ -266,7 +272,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """A transformers module of 3-D expert weights: its class went through ``use_experts_implementation``."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(type(module), "_apply_gate")
 

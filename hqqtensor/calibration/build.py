@@ -1,5 +1,10 @@
 """An HQQTensor from a weight and the second moments of its inputs."""
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,8 +40,41 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) ->
     towards the dense model's outputs. ValueError where ``config.scale_dtype`` cannot hold the scales or zero points.
     """
     w, _, act, block = prepare(weight, config)
-    w = w.to(torch.float32)
-    moments = moments.prepared(act, block)
+    encoded, above = _encode(w, config, moments.prepared(act, block))
+    return HQQTensor.from_encoded(encoded, config, weight.dtype, act, block), above
+
+
+def experts_from_calibrated(
+    weight: Tensor, config: HqqConfig, moments: Callable[[int], InputMoments], done: Callable[[int], None]
+) -> HQQTensor:
+    """``from_calibrated`` for a stack ``[E, N, K]``: moments(expert) are those of one matrix; done(expert): after it.
+
+    Column scales and rotation are those of the whole stack, as without calibration.
+    """
+    w, _, act, block = prepare(weight, config)
+    parts = []
+    for expert, matrix in enumerate(w.detach()):
+        parts.append(_encode(matrix.contiguous(), config, moments(expert).prepared(act, block))[0])
+        done(expert)
+    return HQQTensor.from_encoded(_stacked(parts), config, weight.dtype, act, block)
+
+
+def _stacked(parts: Sequence[Encoded]) -> Encoded:
+    """``[N, K]`` with the same settings as one ``[E, N, K]``; float16 scales become float32 where others are."""
+
+    def stack(values: Sequence[Any]) -> Any:
+        if values[0] is None or isinstance(values[0], Encoded):
+            return values[0] and _stacked(values)
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+        return torch.stack([value.to(dtype) for value in values])
+
+    data = {name: stack([getattr(part, name) for part in parts]) for name in ("qdata", "scale", "zero_point")}
+    return dataclasses.replace(parts[0], **data, shape=torch.Size([len(parts), *parts[0].shape]))
+
+
+def _encode(weight: Tensor, config: HqqConfig, moments: InputMoments) -> tuple[Encoded, Tensor | None]:
+    """Codes, scales and zero points of a prepared ``[N, K]``, and what ``from_calibrated`` gives with them."""
+    w = weight.to(torch.float32)
     size = config.group_size or w.shape[1]
     groups = -(-w.shape[1] // size)
     dtype, is_full = config.scale_dtype, moments.second.ndim == 2
@@ -68,8 +106,7 @@ def from_calibrated(weight: Tensor, config: HqqConfig, moments: InputMoments) ->
         inverse = torch.where(s == 0, 0.0, s.reciprocal())
         codes = (w * inverse).add_(z).round_().clamp_(0, 2**config.nbits - 1).to(torch.uint8)
     qdata = pack(codes, config.nbits)
-    encoded = Encoded(qdata, stored_scale, stored_zero, config.nbits, size, axis=1, shape=weight.shape)
-    return HQQTensor.from_encoded(encoded, config, weight.dtype, act, block), above
+    return Encoded(qdata, stored_scale, stored_zero, config.nbits, size, axis=1, shape=weight.shape), above
 
 
 def _grid(w: Tensor, size: int, nbits: int, importance: Tensor) -> tuple[Tensor, Tensor]:

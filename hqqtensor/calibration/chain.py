@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor.calibration.blocks import BlockCall, Chain
+from hqqtensor.calibration.experts import Routed, routed_calls
 from hqqtensor.calibration.inputs import Pass, unpadded, watch
 from hqqtensor.calibration.moments import InputMoments, MomentSums
 from hqqtensor.calibration.train import Rounding, train_rounding
+from hqqtensor.selection import is_experts
 from hqqtensor.tensor import HQQTensor
 
 IN_MEMORY = 4 << 30
@@ -54,22 +56,38 @@ class ChainRun:
         self.dense_calls, self.calls = dense.calls, quantized.calls
         self.dense = Stream(dense.hidden, folder, "dense")
         self.quantized = Stream(quantized.hidden, folder, "quantized")
-        self.added: dict[tuple[type, str], bool] = {}  # see _is_added
+        self.added: dict[str, bool] = {}  # see _is_added
+
+    def state(self) -> dict[str, Any]:
+        """What a run needs to go on with the next block."""
+        return {"dense": self.dense.tensors, "quantized": self.quantized.tensors, "added": self.added}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        for stream in (self.dense, self.quantized):
+            for i, hidden in enumerate(state["dense" if stream is self.dense else "quantized"]):
+                stream.put(i, hidden)
+        self.added = state["added"]
 
     def run_block(
         self, index: int, name: str, stages: Sequence[Sequence[str]],
         quantize: Callable[[str, InputMoments], Tensor | None],
+        quantize_experts: Callable[[str, Sequence[Routed]], None],
     ) -> None:  # fmt: skip
         """Quantize the layers of block ``index``; quantize(name, moments) is called for each and puts it into place.
 
-        It gives by how many codes weights lay above their codes, or None. stages: layers of the block with a common
-        input, in the order of calls.
+        It gives by how many codes weights lay above their codes, or None. quantize_experts(name, calls) does so for
+        modules of experts. stages: layers of the block with a common input, or such a module, in the order of calls.
         """
         block = self.model.get_submodule(name)
         above: dict[str, Tensor] = {}
-        dense_rows = self._dense_rows(block, index, [stage[0] for stage in stages])
+        experts = {stage[0] for stage in stages if is_experts(self.model.get_submodule(stage[0]))}
+        dense_rows = self._dense_rows(block, index, [stage[0] for stage in stages if stage[0] not in experts])
         last: _LastLayer | None = None
         for stage in stages:
+            if stage[0] in experts:
+                quantize_experts(stage[0], self._routed(block, index, stage[0]))
+                continue
             rows = dense_rows.pop(stage[0])
             may_be_last = self.called_once and stage is stages[-1] and len(stage) == 1
             if may_be_last and self._is_added(block, index, name, stage[0]):
@@ -87,7 +105,7 @@ class ChainRun:
             for i, output in enumerate(last.quantized_outputs()):
                 self.quantized.put(i, output)
             return
-        watch(self.model, [], self._passes(block, self.calls[index], self.quantized, keep=True), _ignore)
+        watch(self.model, [], self._passes(block, self.calls[index], self.quantized, keep=True))
 
     def _passes(self, block: nn.Module, calls: Sequence[BlockCall], stream: Stream, keep: bool) -> list[Pass]:
         """A pass through the block for each batch; ``keep``: its result takes the place of what it was given."""
@@ -108,6 +126,11 @@ class ChainRun:
         watch(self.model, leaders, passes, lambda name, x: rows[name].append(x.clone() if copied else x))
         return rows
 
+    def _routed(self, block: nn.Module, index: int, name: str) -> list[Routed]:
+        """What the module of experts ``name`` is called with in the quantized stream."""
+        passes = self._passes(block, self.calls[index], self.quantized, keep=False)
+        return routed_calls(self.model, name, passes, self.called_once)
+
     def _moments(self, block: nn.Module, index: int, leader: str, dense_rows: list[Tensor]) -> InputMoments:
         """Moments of the inputs of ``leader`` in the quantized stream, crossed with those in the dense one."""
         sums = MomentSums()
@@ -125,7 +148,7 @@ class ChainRun:
 
     def _is_added(self, block: nn.Module, index: int, name: str, layer: str) -> bool:
         """Whether what ``layer`` gives is added to the block's output as it is: tried once for each class of blocks."""
-        key = type(block), layer.removeprefix(name)
+        key = f"{type(block).__module__}.{type(block).__qualname__}{layer.removeprefix(name)}"
         if key not in self.added:
             self.added[key] = _adds(
                 block, self.model.get_submodule(layer), self.calls[index][0], self.quantized.tensors[0]
@@ -141,7 +164,7 @@ class ChainRun:
             lacks = self.dense.tensors[i] - output
             sums.add(unpadded(last.inputs[i], self.masks[i]), unpadded(lacks, self.masks[i]))
 
-        watch(self.model, [], [Pass(functools.partial(run, i), mask) for i, mask in enumerate(self.masks)], _ignore)
+        watch(self.model, [], [Pass(functools.partial(run, i), mask) for i, mask in enumerate(self.masks)])
         second, missing = sums.means()
         return InputMoments(second, missing=missing)
 
@@ -186,7 +209,7 @@ class _LastLayer:
         assert isinstance(weight, HQQTensor)
         change = weight.dequantize(torch.float32) - self.dense.detach().to(torch.float32)
         return [
-            (output + nn.functional.linear(x.to(torch.float32), change)).to(output.dtype)
+            (output + nn.functional.linear(x.to(torch.float32), change).view_as(output)).to(output.dtype)
             for x, output in zip(self.inputs, self.outputs, strict=True)
         ]
 
@@ -205,7 +228,3 @@ def _adds(block: nn.Module, layer: nn.Module, call: BlockCall, hidden: Tensor) -
     finally:
         handle.remove()
     return bool((change - bump).abs().mean() <= 0.05 * bump.abs().mean())
-
-
-def _ignore(_name: str, _rows: Tensor) -> None:
-    pass

@@ -1,7 +1,7 @@
 """Batches to calibrate on: text that the model writes itself, random tokens, a text file, or the user's own."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ Source = str | os.PathLike[str] | Iterable[Any]
 
 
 def batches_of(
-    source: Source, model: nn.Module, tokenizer: Any = None, tokens: int = TOKENS, seed: int = 0, windows: int = BATCH
-) -> list[Any]:
+    source: Source, model: nn.Module, tokenizer: Any = None, tokens: int = TOKENS, seed: int = 0, windows: int = BATCH,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Any]:  # fmt: skip
     """Batches for ``model``, as ``calibrate`` takes them.
 
     source: "self" (the model writes the text: it must be able to generate), "random" (random tokens), the path of a
         UTF-8 text file, for which ``tokenizer`` is needed, or batches, which are returned as a list.
     tokens: how many to take, a little fewer where they fill no whole window. windows: windows of a batch. seed: of
-        "self" and "random".
+        "self" and "random". progress: called as ``progress(done, total, "writing text")`` while the model writes.
     ValueError for a model that cannot do what is asked for, a text too short for a window, or a missing tokenizer.
     """
     if not isinstance(source, (str, os.PathLike)):
@@ -37,7 +38,7 @@ def batches_of(
     context = min(CONTEXT, tokens, getattr(config, "max_position_embeddings", None) or CONTEXT)
     count = max(1, tokens // context)
     if source == "self":
-        ids = _written(model, count, context, seed)
+        ids = _written(model, count, context, seed, progress)
     elif source == "random":
         vocabulary = getattr(config, "vocab_size", None)
         if not isinstance(vocabulary, int):
@@ -67,8 +68,24 @@ def writes_text(model: Any) -> bool:
     return callable(can) and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
+class _Counter:
+    """What transformers' ``generate`` takes for a streamer: it is told of the first tokens and of every one after."""
+
+    def __init__(self, total: int, progress: Callable[[int, int, str], None]) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def put(self, _tokens: Tensor) -> None:
+        self.done += 1
+        self.progress(self.done, self.total, "writing text")
+
+    def end(self) -> None:
+        pass
+
+
 @torch.no_grad()
-def _written(model: Any, count: int, context: int, seed: int) -> Tensor:
+def _written(
+    model: Any, count: int, context: int, seed: int, progress: Callable[[int, int, str], None] | None
+) -> Tensor:
     """``count`` texts of ``context`` tokens, sampled from the model's own distribution.
 
     Each begins with the token that begins texts, or with a random one where the model has none.
@@ -92,4 +109,6 @@ def _written(model: Any, count: int, context: int, seed: int) -> Tensor:
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=context - 1,
             min_new_tokens=context - 1, eos_token_id=model.config.eos_token_id, pad_token_id=0,
         )  # fmt: skip
-        return model.generate(begin, attention_mask=torch.ones_like(begin), generation_config=settings)
+        streamer = None if progress is None else _Counter(context, progress)
+        mask = torch.ones_like(begin)
+        return model.generate(begin, attention_mask=mask, generation_config=settings, streamer=streamer)

@@ -17,9 +17,13 @@ class _AllSeen(Exception):
 
 
 def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x [..., K]`` as rows ``[tokens, K]``, without those that ``mask``, bool ``[B, S]``, hides in ``[B, S, K]``."""
-    hides = mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]
-    return x[mask] if hides else x.flatten(0, -2)
+    """``x [..., K]`` as rows ``[tokens, K]``, without those that ``mask``, bool ``[B, S]``, hides.
+
+    It hides rows of ``[B, S, K]`` and of ``[B * S, K]``, as experts are given their inputs.
+    """
+    rows = x.flatten(0, -2)
+    hides = mask is not None and (mask.shape == x.shape[:-1] or (x.ndim == 2 and mask.numel() == len(x)))
+    return rows[mask.flatten()] if hides and mask is not None else rows
 
 
 class _InputRows:
@@ -73,9 +77,10 @@ def watch(
     model: nn.Module,
     names: Iterable[str],
     passes: Sequence[Pass],
-    observe: Callable[[str, Tensor], None],
+    observe: Callable[[str, Tensor], None] = lambda _name, _rows: None,
     stop: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    calls: Mapping[str, Callable[[tuple[Any, ...], dict[str, Any], Tensor | None], None]] | None = None,
 ) -> None:
     """Make ``passes`` and call ``observe(name, rows)`` with the inputs ``[tokens, K]`` of each module of ``names``.
 
@@ -83,13 +88,19 @@ def watch(
     not given. Modules called one right after the other on the same input (query, key and value) are given the same
     ``rows`` object. ``stop`` ends each pass once every module has been seen. The model is in eval mode meanwhile;
     afterwards every module has the mode that it had.
+
+    calls: for modules by name, what is called instead with the arguments of each call of theirs and the pass's mask.
     """
-    wanted = set(names)
+    calls = calls or {}
+    wanted = {*names, *calls}
     seen: set[str] = set()
     inputs = _InputRows(None)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> None:
-        observe(name, inputs.of((args[0] if args else kwargs["input"]).detach()))
+        if name in calls:
+            calls[name](args, kwargs, inputs.mask)
+        else:
+            observe(name, inputs.of((args[0] if args else kwargs["input"]).detach()))
         seen.add(name)
         if stop and seen == wanted:
             raise _AllSeen

@@ -1,13 +1,15 @@
 """``--calibrate`` and ``--quality`` of ``hqqtensor quantize``."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hqqtensor import HqqConfig
 from hqqtensor.cli import model_dir
-from hqqtensor.cli.errors import from_arguments
+from hqqtensor.cli.errors import UsageError, from_arguments
 from hqqtensor.selection import choose
 
 NAMES = ("self", "random")
@@ -51,3 +53,30 @@ def arguments_of_quantize(model: Any, args: argparse.Namespace) -> dict[str, Any
         print(f"calibrating on about {TOKENS} tokens: {what}", file=sys.stderr)
     tokenizer = None if source in NAMES else model_dir.open_tokenizer(args.model_dir)
     return {"calibration": source, "quality": args.quality or "good", "tokenizer": tokenizer}
+
+
+@contextlib.contextmanager
+def resumable(out: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The argument ``resume`` of ``quantize_`` for a run that writes ``out``, where it calibrates.
+
+    What is finished is kept beside ``out`` until the block ends without an error. Then it is removed.
+    """
+    if not is_calibrated(args):
+        yield {}
+        return
+    from hqqtensor.calibration.resume import ResumeError, ResumeFolder
+
+    folder = ResumeFolder(out.with_name(f"{out.name}.unfinished"))
+    if folder.is_begun and not args.json:
+        print(f"going on with what an interrupted run left in {folder.path}", file=sys.stderr)
+    try:
+        yield {"resume": folder}
+    except ResumeError as error:
+        raise UsageError(str(error)) from error
+    except BaseException:
+        if folder.is_begun:
+            print(f"what is finished is kept in {folder.path}: the same command goes on from there", file=sys.stderr)
+        raise
+    folder.empty()
+    with contextlib.suppress(OSError):  # someone has put something there
+        folder.path.rmdir()

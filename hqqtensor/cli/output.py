@@ -2,13 +2,18 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from hqqtensor.diagnostics.table import text_table
+from hqqtensor.quantize import PHASES
 
 Progress = Callable[[int, int, str], None]
+
+SECONDS = 60
+"""Longest time between two lines of progress, where there is any."""
 
 
 def print_json(data: Any) -> None:
@@ -41,7 +46,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 def progress_on_stderr(title: str, wanted: bool) -> Iterator[Progress | None]:
     """A ``progress(done, total, name)`` callback that draws on stderr; None where it is not ``wanted``.
 
-    A bar on a terminal that has rich, else a line at every tenth of the work.
+    A bar on a terminal that has rich, else a line at every tenth of the work and at least every minute. Each phase of
+    ``PHASES`` begins anew, with a time left of its own.
     """
     if not wanted:
         yield None
@@ -51,22 +57,57 @@ def progress_on_stderr(title: str, wanted: bool) -> Iterator[Progress | None]:
 
         with Bar(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None)
-            yield lambda done, total, name: bar.update(task, completed=done, total=total)
+            phase = None
+
+            def draw(done: int, total: int, name: str) -> None:
+                nonlocal phase
+                if phase != _phase(title, name):
+                    phase = _phase(title, name)
+                    bar.reset(task, total=total)
+                bar.update(task, completed=done, total=total, description=_label(title, name))
+
+            yield draw
     else:
-        yield _plain_progress(title)
+        yield _Lines(title).report
 
 
-def _plain_progress(title: str) -> Progress:
-    shown = 0
+def _phase(title: str, name: str) -> str:
+    return name if name in PHASES else title
 
-    def report(done: int, total: int, name: str) -> None:
-        nonlocal shown
+
+def _label(title: str, name: str) -> str:
+    return name if name in PHASES else f"{title} {name}"
+
+
+class _Lines:
+    """Progress in lines of text: what is at work, its share of the phase, and the time left by the speed so far."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.phase, self.tenth = title, "", 0
+        self.began = self.shown = time.monotonic()
+        self.first_done = 0
+
+    def report(self, done: int, total: int, name: str) -> None:
+        now = time.monotonic()
+        if self.phase != _phase(self.title, name):
+            # What is done at the first call, as by a run that was interrupted, says nothing of the speed.
+            self.phase, self.tenth, self.began, self.first_done = _phase(self.title, name), 0, now, done
         tenth = 10 * done // total
-        if tenth > shown:
-            shown = tenth
-            print(f"{title}: {100 * done // total}% ({name})", file=sys.stderr, flush=True)
+        if tenth > self.tenth or now - self.shown >= SECONDS:
+            self.tenth, self.shown = tenth, now
+            left = (now - self.began) * (total - done) / (done - self.first_done) if done > self.first_done else 0
+            line = f"{_label(self.title, name)}: {100 * done // total}%{time_left(left)}"
+            print(line, file=sys.stderr, flush=True)
 
-    return report
+
+def time_left(seconds: float) -> str:
+    """``", about 5 min left"``; nothing for less than a second."""
+    if seconds < 1:
+        return ""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f", about {round(seconds)} s left"
+    return f", about {minutes} min left" if minutes < 90 else f", about {minutes // 60} h {minutes % 60} min left"
 
 
 def _has_rich() -> bool:

@@ -42,19 +42,20 @@ def run(args: argparse.Namespace) -> int:
     before = model_size(model)
     if is_search(args):
         config = search(model, config, target_bytes, text, args)
-    started = time.perf_counter()
-    options = calibration.arguments_of_quantize(model, args)
-    with progress_on_stderr("quantizing", not args.json) as progress:
-        quantize_(model, config, progress=progress, **options)
-    seconds = time.perf_counter() - started
+    with calibration.resumable(out, args) as kept:
+        started = time.perf_counter()
+        options = {**calibration.arguments_of_quantize(model, args), **kept}
+        with progress_on_stderr("quantizing", not args.json) as progress:
+            quantize_(model, config, progress=progress, **options)
+        seconds = time.perf_counter() - started
 
-    # The name of the original's directory says what it was; its place on this machine concerns nobody else.
-    entry = {"quant_method": model_dir.QUANT_METHOD, **config.to_dict(), "source": source.name}
-    settings["quantization_config"] = entry
-    with writing(out), model_dir.written_at_once(out) as work:
-        save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
-        model_dir.copy_companions(source, work)
-        model_dir.write_config(work, settings, next(model.parameters()).dtype)
+        # The name of the original's directory says what it was; its place on this machine concerns nobody else.
+        entry = {"quant_method": model_dir.QUANT_METHOD, **config.to_dict(), "source": source.name}
+        settings["quantization_config"] = entry
+        with writing(out), model_dir.written_at_once(out) as work:
+            save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
+            model_dir.copy_companions(source, work)
+            model_dir.write_config(work, settings, next(model.parameters()).dtype)
     report(out, before, model_size(model), left_dense(model, config), seconds, config, args.json)
     return 0
 

@@ -18,7 +18,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0, 4))
+    monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0, 4, None))
 
 
 @pytest.fixture
@@ -80,3 +80,40 @@ def test_an_encoder_cannot_write_and_takes_random_tokens(tmp_path: Path, capsys)
     assert "random tokens" in capsys.readouterr().err
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert settings["nbits"] == 3
+
+
+def test_the_same_command_goes_on_after_an_interrupt(tiny: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    command = ["quantize", tiny, tmp_path / "out", "--bits", 3, "--calibrate", "self"]
+    kept = tmp_path / "out.unfinished"
+
+    def stop(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hqqtensor.cli.quantize.save_model", stop)
+        assert run(*command) == 130
+    assert (kept / "run.json").is_file() and not (tmp_path / "out").exists()
+    printed = capsys.readouterr().err
+    assert f"what is finished is kept in {kept}: the same command goes on from there" in printed
+    assert "writing text: 100%" in printed and "calibrating: 100%" in printed
+    assert run(*command[:4], 4, *command[5:]) == 2
+    assert "holds an interrupted run of another call: nbits was 3 and is 4" in capsys.readouterr().err
+    assert run(*command) == 0
+    printed = capsys.readouterr().err
+    assert f"going on with what an interrupted run left in {kept}" in printed and "writing text" not in printed
+    assert not kept.exists()
+    assert run("quantize", tiny, tmp_path / "other", *command[3:]) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "other")]
+    assert len(files[0]) == len(files[1])
+    got, want = (model_dir.open_quantized(tmp_path / name).state_dict() for name in ("out", "other"))
+    assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_run_without_calibration_keeps_nothing_to_go_on_with(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    def stop(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hqqtensor.cli.quantize.save_model", stop)
+    assert run("quantize", tiny, tmp_path / "out") == 130
+    assert list(tmp_path.iterdir()) == []

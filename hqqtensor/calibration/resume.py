@@ -1,0 +1,198 @@
+"""A calibrated quantization that goes on after it was interrupted: what is finished is kept in a folder.
+
+    run.json            what the run is: settings, and digests of the model and of what it is calibrated on
+    batches.pt          the text that the model wrote
+    calibration.pt      what the first pass saw
+    weights-00012.pt    quantized weights of a step: a block, or layers with a common input outside of blocks
+    streams-00012.pt    the hidden states behind that block, where another follows
+
+A file is written beside its place and then renamed, and streams before the weights of their step. So a step is finished
+if its weights are there, whenever the process was killed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqqtensor.calibration.collect import Calibration, batches_for, calibrate
+from hqqtensor.calibration.data import Source
+from hqqtensor.calibration.experts import ExpertMoments
+from hqqtensor.config import HqqConfig
+from hqqtensor.tensor import HQQTensor
+
+SAMPLE = 4096
+"""Numbers of each parameter that count for the digest of a model, evenly spread."""
+_RUN = "run.json"
+_UNFINISHED = ".part"
+_OURS = re.compile(r"(run\.json|(batches|calibration|(weights|streams)-\d{5})\.pt)(\.part)?")
+
+
+class ResumeError(ValueError):
+    """The folder does not hold an interrupted run of the same call."""
+
+
+class ResumeFolder(os.PathLike[str]):
+    """The folder ``path`` of one run, for ``quantize_(..., resume=...)``.
+
+    quantize_ empties a folder that it is given by name, and leaves a ``ResumeFolder`` to the caller, who may want to
+    keep it until the weights are saved. steps: the weights of each finished step by name, those of this process empty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.run: dict[str, Any] = {}
+        self.steps: dict[str, dict[str, Tensor]] = {}
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to go on with."""
+        return (self.path / _RUN).is_file()
+
+    def describe(self, model: nn.Module, config: HqqConfig, names: Sequence[str]) -> None:
+        """Say what the run is, but for its calibration: names of the weights to quantize."""
+        parameters = {name: (list(p.shape), str(p.dtype), _sample(p)) for name, p in model.named_parameters()}
+        self.run = {
+            "hqqtensor": sys.modules["hqqtensor"].__version__,  # an import would be a circle
+            "torch": torch.__version__,
+            "settings": config.to_dict(),
+            "names of the weights": digest(names),
+            "model": digest(parameters),
+        }
+
+    def open(self, mode: str, calibrated_on: str) -> None:
+        """Begin the run, or read what is finished of it. ResumeError where the folder holds something else."""
+        self.run |= {"mode": mode, "calibrated on": calibrated_on}
+        if not self.is_begun:
+            if self.path.exists() and any(not name.endswith(_UNFINISHED) for name in os.listdir(self.path)):
+                raise ResumeError(f"{self.path} is not empty and holds no interrupted run")
+            self._write(_RUN, lambda file: file.write(json.dumps(self.run, indent=1).encode()))
+            return
+        kept = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
+        different = _differences(kept, json.loads(json.dumps(self.run)))
+        if different:
+            raise ResumeError(
+                f"{self.path} holds an interrupted run of another call: {'; '.join(different)}. Go on with that call, "
+                "or remove the folder"
+            )
+        for file in sorted(self.path.glob("weights-*.pt")):
+            step = torch.load(file, map_location="cpu")
+            self.steps[step["step"]] = step["weights"]
+
+    def load(self, name: str, device: torch.device, mmap: bool = False) -> Any:
+        """What ``save`` was given under this name; None where it was not."""
+        file = self.path / f"{name}.pt"
+        return torch.load(file, map_location=device, mmap=mmap) if file.is_file() else None
+
+    def save(self, name: str, value: Any) -> None:
+        """Keep tensors and plain values under a name."""
+        self._write(f"{name}.pt", lambda file: torch.save(value, file))
+
+    def finish(self, step: str, weights: Mapping[str, Tensor], streams: Any = None) -> None:
+        """Keep the weights of a step, and the streams that the next one needs."""
+        number = f"{len(self.steps):05}"
+        if streams is not None:
+            self.save(f"streams-{number}", streams)
+        self.save(f"weights-{number}", {"step": step, "weights": dict(weights)})
+        self.steps[step] = {}
+        for file in self.path.glob("streams-*.pt"):
+            if file.stem != f"streams-{number}":
+                file.unlink()
+
+    def streams(self, device: torch.device, mmap: bool) -> Any:
+        """The streams behind the last finished step."""
+        return self.load(f"streams-{len(self.steps) - 1:05}", device, mmap)
+
+    def empty(self) -> None:
+        """Remove what this class has written, not the folder."""
+        for name in os.listdir(self.path):
+            if _OURS.fullmatch(name):
+                (self.path / name).unlink()
+
+    def _write(self, name: str, write: Callable[[Any], Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path / f"{name}{_UNFINISHED}"
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.path / name)
+
+
+def calibrated(
+    model: nn.Module, source: Source | Calibration, mode: str, tokenizer: Any,
+    progress: Callable[[int, int, str], None] | None, folder: ResumeFolder,
+) -> Calibration:  # fmt: skip
+    """The calibration that ``quantize_`` is to use, taken from ``folder`` as far as it is there; opens the folder."""
+    if isinstance(source, Calibration):
+        folder.open(mode, digest([source.batches, source.moments, source.stages]))
+        return dataclasses.replace(source, mode=mode)
+    device = next(model.parameters()).device
+    if isinstance(source, str) and source == "self":
+        folder.open(mode, source)
+        batches = folder.load("batches", device)
+        if batches is None:
+            batches = batches_for(source, model, mode, tokenizer, progress)
+            folder.save("batches", batches)
+    else:
+        batches = batches_for(source, model, mode, tokenizer, progress)
+        folder.open(mode, digest(batches))
+    seen = folder.load("calibration", device)
+    if seen is not None:
+        experts = {name: ExpertMoments(**moments) for name, moments in seen.pop("experts").items()}
+        return Calibration(batches=batches, experts=experts, **seen)
+    calibration = calibrate(model, batches, mode, progress)
+    seen = {f.name: getattr(calibration, f.name) for f in dataclasses.fields(calibration) if f.name != "batches"}
+    folder.save("calibration", seen | {"experts": {k: vars(v) for k, v in calibration.experts.items()}})
+    return calibration
+
+
+def digest(value: Any) -> str:
+    """Equal for equal nested lists, tuples and mappings of tensors, numbers and text."""
+    result = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            add([str(value.dtype), list(value.shape)])
+            result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            add([list(pair) for pair in value.items()])
+        elif isinstance(value, (list, tuple)):
+            result.update(f"{len(value)} of".encode())
+            for each in value:
+                add(each)
+        else:
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            result.update(repr(value if plain else type(value).__name__).encode())
+
+    add(value)
+    return result.hexdigest()[:32]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = (parameter.qdata if isinstance(parameter, HQQTensor) else parameter).detach().flatten()
+    return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two runs, in words: settings one by one, digests by name."""
+    found = []
+    for key in {**kept, **now}:
+        before, after = kept.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after)
+        elif before != after:
+            is_digest = key in ("names of the weights", "model", "calibrated on")
+            found.append(f"{key} differs" if is_digest else f"{key} was {before!r} and is {after!r}")
+    return found
