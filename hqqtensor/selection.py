@@ -192,16 +192,6 @@ def _decide(requests: list[_Request], names: list[str], config: HqqConfig) -> Ch
     return Choice(ordered, first.weight, decisive.settings, *layout, decisive.is_embedding)
 
 
-def selected_weights(model: nn.Module, config: HqqConfig) -> dict[str, nn.Parameter]:
-    """Dense weights ``[N, K]`` that ``quantize_`` would take, by the name of the (first) module that has each.
-
-    Those that ``embedding_nbits`` has settings for are left out.
-    """
-    choices, _ = choose(model, config)
-    plain = [c for c in choices if c.weight.ndim == 2 and not c.transposed and not c.is_embedding]
-    return {choice.names[0].rpartition(".")[0]: choice.weight for choice in plain}
-
-
 def check_shapes(choices: list[Choice]) -> None:
     """``Choice.check`` by shape and dtype alone, for parameters on the meta device that are loaded later."""
     seen: set[tuple[object, ...]] = set()

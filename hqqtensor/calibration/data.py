@@ -43,11 +43,16 @@ def batches_of(
         vocabulary = getattr(config, "vocab_size", None)
         if not isinstance(vocabulary, int):
             raise ValueError(f'calibration on "random" tokens: {type(model).__name__} has no config.vocab_size')
-        ids = torch.randint(0, vocabulary, (count, context), generator=torch.Generator().manual_seed(seed))
+        ids = random_ids(vocabulary, count, context, seed)
     else:
         ids = _from_file(Path(source), tokenizer, count, context)
     device = next(model.parameters()).device
     return [{"input_ids": part.to(device)} for part in ids.split(windows)]
+
+
+def random_ids(vocabulary: int, count: int, length: int, seed: int) -> Tensor:
+    """Token ids, int64 ``[count, length]``, uniformly random below ``vocabulary``."""
+    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 def _from_file(path: Path, tokenizer: Any, count: int, context: int) -> Tensor:

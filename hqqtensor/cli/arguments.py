@@ -57,6 +57,11 @@ def group_size(text: str) -> int | str | None:
     return "auto" if text.lower() == "auto" else number_or_none(text)
 
 
+def embedding_bits(text: str) -> int | str | None:
+    """A number, "auto", or None for "none"."""
+    return group_size(text)
+
+
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
@@ -84,8 +89,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "bits that is 20 with scales and zero points of 4 bits, else 64)",
     )  # fmt: skip
     add(
-        "--embeddings", type=number_or_none, default=8, metavar="N",
-        help="bits of the input embedding and the output layer, 1 to 8, or 'none' to leave them dense (default: 8)",
+        "--embeddings", type=embedding_bits, default="auto", metavar="N",
+        help="bits of the input embedding and the output layer, 1 to 8, or 'none' to leave them dense (default: 8; "
+        "with --target-* the search chooses them)",
     )  # fmt: skip
     add("--axis", type=int, default=1, metavar="N", help="1 groups along inputs, 0 along outputs (default: 1)")
     add(
@@ -114,11 +120,10 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "(default for --quality good and best: self, or random where the model cannot write)",
     )  # fmt: skip
     add(
-        "--target-bpw",
-        type=float,
-        metavar="BITS",
-        help="choose settings by layer for this average of their bits a weight",
-    )
+        "--target-bpw", type=float, metavar="BITS",
+        help="choose settings by layer for this average of their bits a weight; embedding and output layer count "
+        "unless --embeddings says otherwise",
+    )  # fmt: skip
     add("--target-size", metavar="SIZE", help="choose settings by layer for a model of this size, such as 4GiB")
     add(
         "--sensitivity", type=Path, metavar="FILE",
@@ -126,7 +131,12 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--text", type=Path, metavar="FILE",
-        help="UTF-8 text to measure on for --target-* (default: random tokens)",
+        help="UTF-8 text to measure on for --target-* (default: what --calibrate takes, else random tokens)",
+    )  # fmt: skip
+    add("--fast", action="store_true", help="measure for --target-* from weights alone, in seconds")
+    add(
+        "--time-limit", type=float, metavar="SECONDS",
+        help="stop measuring for --target-* after this time and estimate the layers that are left (default: none)",
     )  # fmt: skip
     _add_output(parser, "OUT_DIR")
     _add_json(parser, "the summary")

@@ -7,15 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hqqtensor import HqqConfig, quantize_, save_model
-from hqqtensor.cli import calibration, model_dir
+from hqqtensor.cli import calibration, model_dir, search
 from hqqtensor.cli.arguments import group_size
 from hqqtensor.cli.errors import from_arguments, writing
 from hqqtensor.cli.output import print_json, progress_on_stderr
 from hqqtensor.diagnostics import model_size
-from hqqtensor.diagnostics.language import token_windows
 from hqqtensor.diagnostics.left_dense import DenseGroup, left_dense
 from hqqtensor.diagnostics.size import ModelSize
 from hqqtensor.diagnostics.table import megabytes
@@ -28,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     source, out = args.model_dir.resolve(), args.out_dir.resolve()
     with from_arguments():
         config = make_config(args)
-        target_bytes = check_search(args)
+        target_bytes = search.check_arguments(args)
         parse_size(args.max_shard_size, "--max-shard-size", BYTE_UNITS)
     settings = model_dir.read_dense_config(source)
     model_dir.check_output(out, source, args.overwrite)
@@ -40,11 +37,12 @@ def run(args: argparse.Namespace) -> int:
 
     model = model_dir.open_dense(source)
     before = model_size(model)
-    if is_search(args):
-        config = search(model, config, target_bytes, text, args)
     with calibration.resumable(out, args) as kept:
-        started = time.perf_counter()
         options = {**calibration.arguments_of_quantize(model, args), **kept}
+        measured = None
+        if search.is_search(args):
+            config, measured = search.run(model, config, target_bytes, text, options, args)
+        started = time.perf_counter()
         with progress_on_stderr("quantizing", not args.json) as progress:
             quantize_(model, config, progress=progress, **options)
         seconds = time.perf_counter() - started
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
             model_dir.copy_companions(source, work)
             model_dir.write_config(work, settings, next(model.parameters()).dtype)
-    report(out, before, model_size(model), left_dense(model, config), seconds, config, args.json)
+    report(out, before, model_size(model), left_dense(model, config), seconds, config, measured, args.json)
     return 0
 
 
@@ -87,7 +85,7 @@ def make_config(args: argparse.Namespace) -> HqqConfig:
         axis=args.axis,
         solver=args.solver,
         **({} if args.quant_metadata is None else metadata),
-        embedding_nbits=args.embeddings,
+        embedding_nbits=8 if args.embeddings == "auto" else args.embeddings,
         dynamic_config=parse_layers(args.layers),
         **({} if args.skip is None else {"skip_modules": args.skip}),
     )
@@ -112,30 +110,6 @@ def skip_output_layer(empty: Any, config: HqqConfig, args: argparse.Namespace) -
     return dataclasses.replace(config, dynamic_config=tags or None)
 
 
-def is_search(args: argparse.Namespace) -> bool:
-    """Whether settings are to be chosen for each layer."""
-    return args.target_bpw is not None or args.target_size is not None
-
-
-def check_search(args: argparse.Namespace) -> int | None:
-    """The bytes that ``--target-size`` asks for; ValueError for options that do not go together or mean nothing."""
-    if not is_search(args):
-        if args.sensitivity is not None or args.text is not None:
-            raise ValueError("--sensitivity and --text are for --target-bpw or --target-size")
-        return None
-    if args.target_bpw is not None and args.target_size is not None:
-        raise ValueError("give one of --target-bpw and --target-size")
-    if args.layers:
-        raise ValueError(
-            "--target-bpw and --target-size choose the settings of all layers: leave --layers out, use --skip"
-        )
-    if args.target_bpw is not None and not 0 < args.target_bpw < float("inf"):
-        raise ValueError(f"--target-bpw must be over 0, got {args.target_bpw}")
-    if args.sensitivity is not None and not args.sensitivity.resolve().parent.is_dir():
-        raise ValueError(f"--sensitivity {args.sensitivity}: there is no directory {args.sensitivity.resolve().parent}")
-    return None if args.target_size is None else int(parse_size(args.target_size, "--target-size", BYTE_UNITS))
-
-
 def check_model(empty: Any, config: HqqConfig, target_bytes: int | None, args: argparse.Namespace) -> None:
     """UsageError where the arguments do not fit the model, of which ``empty`` has names and shapes and no numbers."""
     with from_arguments():
@@ -143,45 +117,15 @@ def check_model(empty: Any, config: HqqConfig, target_bytes: int | None, args: a
         check_shapes(choices)
         if not choices:
             raise ValueError(f"{args.model_dir}: nothing to quantize outside of --skip")
-        if is_search(args):
-            from hqqtensor.search import Sensitivity, check_target
-
-            if args.text is None and not isinstance(getattr(empty.config, "vocab_size", None), int):
-                raise ValueError(f"{args.model_dir}: the model takes no tokens, so --target-* cannot measure it")
-            # What stays dense counts for a size, in the dtype that config.json names for the weights.
-            dtype = getattr(empty.config, "dtype", None)
-            if args.target_bpw is not None or isinstance(dtype, torch.dtype):
-                check_target(empty.to(dtype), config, args.target_bpw, target_bytes)
-            if args.sensitivity is not None and args.sensitivity.exists():
-                Sensitivity.load(args.sensitivity).check_model(empty, args.sensitivity)
-
-
-def search(
-    model: Any, config: HqqConfig, target_bytes: int | None, text: str | None, args: argparse.Namespace
-) -> HqqConfig:
-    """``config`` with settings by layer for the target, measured on text or, without one, on random tokens."""
-    from hqqtensor.search import check_target, choose_config, measure_sensitivity, random_tokens
-
-    with from_arguments():  # again with the dtypes that the weights really have
-        check_target(model, config, args.target_bpw, target_bytes)
-    context = min(256, getattr(model.config, "max_position_embeddings", 256))
-    if text is None:
-        batches = random_tokens(model.config.vocab_size, context)
-    else:
-        with from_arguments():
-            windows = token_windows(model_dir.open_tokenizer(args.model_dir), text, context)
-        batches = [{"input_ids": windows[:8]}]
-    with progress_on_stderr("measuring", not args.json) as progress:
-        sensitivity = measure_sensitivity(model, config, batches, file=args.sensitivity, progress=progress)
-    with from_arguments():
-        return choose_config(model, sensitivity, config, args.target_bpw, target_bytes).config
+        if search.is_search(args):
+            search.check_model(empty, config, target_bytes, args)
 
 
 def report(
     out: Path, before: ModelSize, after: ModelSize, dense: list[DenseGroup], seconds: float, config: HqqConfig,
-    as_json: bool,
+    measured: dict[str, Any] | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Print what was written, how large it is, and what stayed dense."""
+    """Print what was written, how large it is, and what stayed dense. measured: what a search says of itself."""
     if as_json:
         print_json(
             {
@@ -193,6 +137,7 @@ def report(
                 "left_dense": [dataclasses.asdict(group) for group in dense],
                 "seconds": seconds,
                 "config": config.to_dict(),
+                **({} if measured is None else {"search": measured}),
             }
         )
         return

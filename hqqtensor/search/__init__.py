@@ -2,10 +2,12 @@
 
 from hqqtensor.search.choose import Choice, check_target, choose_config
 from hqqtensor.search.knapsack import best_choice
-from hqqtensor.search.sensitivity import CANDIDATES, LEARNED, Sensitivity, measure_sensitivity, random_tokens
+from hqqtensor.search.layers import CANDIDATES, EMBEDDINGS, LEARNED
+from hqqtensor.search.sensitivity import Sensitivity, measure_sensitivity, random_tokens
 
 __all__ = [
     "CANDIDATES",
+    "EMBEDDINGS",
     "LEARNED",
     "Choice",
     "Sensitivity",

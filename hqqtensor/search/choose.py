@@ -11,8 +11,9 @@ from torch import nn
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.search.knapsack import best_choice
-from hqqtensor.search.sensitivity import CANDIDATES, Sensitivity, candidate_configs, check_fits, fits
-from hqqtensor.selection import choose, selected_weights
+from hqqtensor.search.layers import CANDIDATES, Layer, layers_of
+from hqqtensor.search.sensitivity import Sensitivity
+from hqqtensor.selection import choose
 from hqqtensor.stored_size import stored_bytes
 
 
@@ -31,25 +32,24 @@ class Choice:
 
 
 class _Target:
-    """A target for the weights ``[N, K]`` of a model, by module name, as bytes of the quantized weights."""
+    """A target for the layers that settings are chosen for, as bytes of their quantized weights."""
 
     def __init__(
         self,
         model: nn.Module,
         config: HqqConfig,
-        weights: dict[str, nn.Parameter],
+        layers: Sequence[Layer],
         target_bpw: float | None,
         target_bytes: int | None,
     ) -> None:
         if (target_bpw is None) == (target_bytes is None):
             raise ValueError("give one of target_bpw and target_bytes")
-        if not weights:
+        if not layers:
             raise ValueError("the model has no weights to choose settings for outside skip_modules")
-        others = [choice for choice in choose(model, config)[0] if choice.is_embedding]
-        fixed_bytes = {id(choice.weight): stored_bytes(choice.matrix_shape(), choice.settings) for choice in others}
-        fixed_bytes |= {id(weight): 0 for weight in weights.values()}
-        self.weights = sum(weight.numel() for weight in weights.values())
-        self.rest_bytes = sum(fixed_bytes.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
+        other_bytes = {id(c.weight): stored_bytes(c.matrix_shape(), c.settings) for c in choose(model, config)[0]}
+        other_bytes |= {id(layer.weight): 0 for layer in layers}
+        self.weights = sum(layer.weight.numel() for layer in layers)
+        self.rest_bytes = sum(other_bytes.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
         if target_bpw is not None:
             if not 0 < target_bpw < math.inf:
                 raise ValueError(f"target_bpw must be over 0 and finite, got {target_bpw}")
@@ -87,14 +87,13 @@ def check_target(
     the weight's numbers, float16 counts for the smallest size and float32 for the largest.
     """
     config = config or HqqConfig()
-    weights = selected_weights(model, config)
-    target = _Target(model, config, weights, target_bpw, target_bytes)
-    configs, smallest, largest = candidate_configs(config, candidates), 0, 0
-    for name, weight in weights.items():
-        check_fits(name, weight.shape, configs)
-        usable = [c for c in configs if fits(weight.shape, c)]
-        smallest += min(stored_bytes(weight.shape, c, torch.float16) for c in usable)
-        largest += max(stored_bytes(weight.shape, c, torch.float32) for c in usable)
+    layers = layers_of(model, config, candidates)
+    target = _Target(model, config, layers, target_bpw, target_bytes)
+    smallest = largest = 0
+    for layer in layers:
+        usable = [settings for settings in layer.configs if settings is not None]
+        smallest += min(stored_bytes(layer.weight.shape, settings, torch.float16) for settings in usable)
+        largest += max(stored_bytes(layer.weight.shape, settings, torch.float32) for settings in usable)
     target.check(smallest, largest)
 
 
@@ -108,20 +107,23 @@ def choose_config(
     """The settings of least total loss within a budget, exactly.
 
     config: as given to ``measure_sensitivity``. target_bpw: bits a weight of the layers chosen for, metadata counted.
-    target_bytes: of the whole model, all other parameters counted (those of embedding_nbits in its bits). Exactly one
-    of the two. ValueError for a budget that cannot be met (it names the smallest and the largest; ``check_target``
-    tells before measuring) or a layer that was not measured.
+    target_bytes: of the whole model, all other parameters counted as ``config`` has them. Exactly one of the two.
+    Where ``EMBEDDINGS`` were among the candidates measured, the input embedding and the output layer are chosen for,
+    too: embedding_nbits of the result is theirs, or the larger of the two.
+
+    ValueError for a budget that cannot be met (it names the smallest and the largest; ``check_target`` tells before
+    measuring) or a layer that was not measured.
     """
     config = config or HqqConfig()
-    weights = selected_weights(model, config)
-    target = _Target(model, config, weights, target_bpw, target_bytes)
-    missing = [name for name in weights if name not in sensitivity.layers]
+    layers = layers_of(model, config, sensitivity.candidates)
+    target = _Target(model, config, layers, target_bpw, target_bytes)
+    missing = [layer.name for layer in layers if layer.name not in sensitivity.layers]
     if missing:
         raise ValueError(f"{missing[0]}: not in the sensitivities ({len(missing)} such); measure this model")
-    layers = [sensitivity.layers[name] for name in weights]
-    usable = [[i for i, nbytes in enumerate(layer["bytes"]) if nbytes is not None] for layer in layers]
+    entries = [sensitivity.layers[layer.name] for layer in layers]
+    usable = [[i for i, nbytes in enumerate(entry["bytes"]) if nbytes is not None] for entry in entries]
     options = [
-        [(layer["bytes"][i], layer["loss"][i]) for i in each] for layer, each in zip(layers, usable, strict=True)
+        [(entry["bytes"][i], entry["loss"][i]) for i in each] for entry, each in zip(entries, usable, strict=True)
     ]
     sizes = [[nbytes for nbytes, _ in each] for each in options]
     target.check(sum(map(min, sizes)), sum(map(max, sizes)))
@@ -129,27 +131,39 @@ def choose_config(
     best = best_choice(options, target.budget)
     nbytes = sum(each[k][0] for each, k in zip(options, best, strict=True))
     loss = sum(each[k][1] for each, k in zip(options, best, strict=True))
-    candidates = [sensitivity.candidates[each[k]] for each, k in zip(usable, best, strict=True)]
-    counts = Counter(_label(candidate) for candidate in candidates)
-    tags = {**(config.dynamic_config or {}), **_tags(model, list(weights.values()), candidates)}
-    layer_config = dataclasses.replace(config, dynamic_config=tags, **config.given_groups())
+    chosen = [each[k] for each, k in zip(usable, best, strict=True)]
+    counts = Counter(_label(sensitivity.candidates[i]) for i in chosen)
+    layer_config = _with_settings(config, layers, chosen, sensitivity.candidates)
     return Choice(layer_config, nbytes, 8 * nbytes / target.weights, loss, dict(sorted(counts.items())))
 
 
-def _tags(
-    model: nn.Module, weights: Sequence[nn.Parameter], candidates: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, Any] | None]:
-    """``dynamic_config`` with the candidate of each weight, for every module that uses it."""
-    by_id = {id(weight): dict(candidate) for weight, candidate in zip(weights, candidates, strict=True)}
-    return {
-        name: by_id[id(module.weight)]
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and id(module.weight) in by_id
-    }
+def _with_settings(
+    config: HqqConfig, layers: Sequence[Layer], chosen: Sequence[int], candidates: Sequence[dict[str, Any]]
+) -> HqqConfig:
+    """``config`` with a tag for every module that uses one of ``layers``, and embedding_nbits where those are chosen.
+
+    chosen: for each layer the place of its candidate.
+    """
+    widths = [candidates[i]["embedding_nbits"] for i in chosen if "embedding_nbits" in candidates[i]]
+    embedding_nbits = max(widths, default=config.embedding_nbits)
+    tags: dict[str, dict[str, Any] | None] = dict(config.dynamic_config or {})
+    for layer, i in zip(layers, chosen, strict=True):
+        settings = layer.configs[i]
+        if not layer.is_embedding:
+            tags |= {name: dict(candidates[i]) for name in layer.modules}
+        elif settings is not None and candidates[i]["embedding_nbits"] != embedding_nbits:
+            for_all = ("dynamic_config", "skip_modules", "embedding_nbits")
+            entry = {name: value for name, value in settings.to_dict().items() if name not in for_all}
+            tags |= {name: dict(entry) for name in layer.modules}
+    return dataclasses.replace(
+        config, dynamic_config=tags or None, embedding_nbits=embedding_nbits, **config.given_groups()
+    )
 
 
 def _label(candidate: dict[str, Any]) -> str:
     """A candidate in a few words, such as "3-bit g32, 4-bit metadata"."""
+    if "embedding_nbits" in candidate:
+        return f"{candidate['embedding_nbits']}-bit embedding"
     parts = [f"{candidate['nbits']}-bit g{candidate['group_size']}"]
     parts += [candidate["format"]] if candidate.get("format", "int") != "int" else []
     parts += [f"{candidate['meta_nbits']}-bit metadata"] if "meta_nbits" in candidate else []

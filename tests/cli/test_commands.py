@@ -284,7 +284,7 @@ def test_groups_are_the_best_for_the_bits_unless_they_are_given(tiny: Path, tmp_
         (["--embeddings", 6], 6, 6),
         (["--embeddings", "none"], None, None),
         (["--skip", "lm_head"], 8, None),
-        (["--skip", "lm_head", "--target-bpw", 4], 8, None),
+        (["--skip", "lm_head", "--target-bpw", 4, "--embeddings", 8], 8, None),
         (["--skip", "embed_tokens"], None, 8),
         (["--layers", "lm_head=5", "embed_tokens=none"], None, 5),
     ],

@@ -17,6 +17,7 @@ from hqqtensor.search import (
     random_tokens,
     sensitivity,
 )
+from hqqtensor.search.layers import fitting
 from hqqtensor.stored_size import stored_bytes
 
 
@@ -95,8 +96,8 @@ def test_a_stopped_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
         measure_sensitivity(model, file=file, progress=stop)
     assert list(json.loads(file.read_text())["layers"]) == ["first", "second"]
     measured = []
-    real = sensitivity._measure
-    monkeypatch.setattr(sensitivity, "_measure", lambda *a: measured.append(a[1]) or real(*a))
+    real = sensitivity.measure_layer
+    monkeypatch.setattr(sensitivity, "measure_layer", lambda *a: measured.append(a[0].weight) or real(*a))
     assert measure_sensitivity(model, file=file).layers == measure_sensitivity(Net()).layers
     assert measured[0] is model.third.weight and len(measured) == 1 + 3
 
@@ -203,7 +204,7 @@ MANY = [
 @pytest.mark.parametrize("settings", MANY, ids=str)
 def test_sizes_are_told_without_quantizing(settings, shape):
     config = HqqConfig(**settings)
-    if sensitivity.fits(shape, config) and not (len(shape) > 2 and config.format == "codebook"):
+    if fitting(config, shape) and not (len(shape) > 2 and config.format == "codebook"):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert stored_bytes(shape, config) == HQQTensor.from_hp(weight, config).nbytes
 
