@@ -11,7 +11,7 @@ from torch import nn
 
 from hqqtensor.config import HqqConfig
 from hqqtensor.search.knapsack import best_choice
-from hqqtensor.search.layers import CANDIDATES, Layer, layers_of
+from hqqtensor.search.layers import CANDIDATES, Layer, base_of, layers_of
 from hqqtensor.search.sensitivity import Sensitivity
 from hqqtensor.selection import choose
 from hqqtensor.stored_size import stored_bytes
@@ -86,7 +86,7 @@ def check_target(
     gives the smallest and the largest size that can be reached. Where a candidate leaves the dtype of its scales to
     the weight's numbers, float16 counts for the smallest size and float32 for the largest.
     """
-    config = config or HqqConfig()
+    config = base_of(config)
     layers = layers_of(model, config, candidates)
     target = _Target(model, config, layers, target_bpw, target_bytes)
     smallest = largest = 0
@@ -114,7 +114,7 @@ def choose_config(
     ValueError for a budget that cannot be met (it names the smallest and the largest; ``check_target`` tells before
     measuring) or a layer that was not measured.
     """
-    config = config or HqqConfig()
+    config = base_of(config)
     layers = layers_of(model, config, sensitivity.candidates)
     target = _Target(model, config, layers, target_bpw, target_bytes)
     missing = [layer.name for layer in layers if layer.name not in sensitivity.layers]

@@ -56,6 +56,15 @@ class Layer:
         return re.sub(r"\d+", "*", self.name), tuple(self.weight.shape)
 
 
+def base_of(config: HqqConfig | None) -> HqqConfig:
+    """What candidates share: ``config``, with column scales where it names no solver and can have them."""
+    config = config or HqqConfig()
+    given = config.given_groups()
+    if given["solver"] is not None or config.axis == 0 or config.rotation:
+        return config
+    return dataclasses.replace(config, **given | {"solver": "column_scaled"})
+
+
 def layers_of(model: nn.Module, config: HqqConfig, candidates: Sequence[dict[str, Any]]) -> list[Layer]:
     """The weights ``[N, K]`` that ``quantize_(model, config)`` would take, in the model's order.
 

@@ -14,7 +14,7 @@ from hqqtensor.calibration import Calibration
 from hqqtensor.calibration.build import check_calibrated
 from hqqtensor.calibration.data import random_ids
 from hqqtensor.config import HqqConfig
-from hqqtensor.search.layers import CANDIDATES, Layer, layers_of, measuring_order
+from hqqtensor.search.layers import CANDIDATES, Layer, base_of, layers_of, measuring_order
 from hqqtensor.search.measure import Outputs, key_of, measure_layer
 from hqqtensor.search.pace import Pace, estimate
 from hqqtensor.search.stored import VERSION, read_sensitivities
@@ -102,7 +102,7 @@ def measure_sensitivity(
     is damaged or of another model (all before any is measured), for outputs without logits, and for outputs that are
     not finite.
     """
-    config = config or HqqConfig()
+    config = base_of(config)
     _check_arguments(config, time_limit)
     tried = [dict(candidate) for candidate in candidates]
     layers = layers_of(model, config, tried)
