@@ -249,8 +249,10 @@ class HqqConfig(AOBaseConfig):
         """
         if self.embedding_nbits is None:
             return None
+        # Column scales are for few bits: with more they are not worth what they cost.
+        solver = _CHOSEN if self.solver == "column_scaled" else self.solver
         config = HqqConfig(
-            self.embedding_nbits, solver=_CHOSEN if self.solver == "column_scaled" else self.solver, scale_dtype=self.scale_dtype, compute_dtype=self.compute_dtype,
+            self.embedding_nbits, solver=solver, scale_dtype=self.scale_dtype, compute_dtype=self.compute_dtype,
             view_as_float=self.view_as_float, lp_norm=self.lp_norm, activation=self.activation,
         )  # fmt: skip
         assert config.group_size is not None
