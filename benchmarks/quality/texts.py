@@ -1,7 +1,7 @@
 """Texts of three sources, so that calibration, tuning and reporting never see the same one.
 
-Calibration uses the held-out half of Python's documentation that lies in ``tests/assets``. Tuning uses news (the Lee
-corpus) and reporting uses Wikipedia articles of 2016: both come with the package gensim as data for its tests.
+Calibration uses news (the Lee corpus) and reporting uses Wikipedia articles of 2016: both come with the package gensim
+as data for its tests. Tuning uses the held-out half of Python's documentation that lies in ``tests/assets``.
 """
 
 import bz2
@@ -20,13 +20,13 @@ _WIKIPEDIA = f"{_FOLDER}/enwiki-latest-pages-articles1.xml-p000000010p000030302-
 _NEWS = f"{_FOLDER}/lee_background.cor"
 
 
-def calibration_text() -> str:
-    """Python's documentation: the text that methods may calibrate on."""
+def documentation() -> str:
+    """Python's documentation: for choosing settings."""
     return (DOCLM / "valid.txt").read_text(encoding="utf-8")
 
 
 def news(cache: Path) -> str:
-    """The Lee corpus, an article a line: for choosing settings."""
+    """The Lee corpus, an article a line: the text that methods may calibrate on."""
     return _member(cache, _NEWS).decode("utf-8", errors="replace")
 
 

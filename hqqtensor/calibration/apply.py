@@ -186,6 +186,8 @@ class _Work:
         """
         full = f"{name}.weight"
         choice = self.by_name[full]
+        if not bool(moments.diagonal.isfinite().all()):
+            raise ValueError(f"{full}: its inputs are not finite on the calibration batches")
         with _naming(full):
             quantized, above = from_calibrated(choice.weight, choice.settings, moments)
         self.put(full, quantized)

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hqqtensor.calibration.data import BATCH, Source, batches_of
+from hqqtensor.calibration.data import MANY_TOKENS, Source, batches_of
 from hqqtensor.calibration.experts import FLOOR, ExpertMoments, ExpertSums, routed, why_not
 from hqqtensor.calibration.inputs import watch, whole_passes
 from hqqtensor.selection import is_experts
@@ -25,7 +25,9 @@ class Calibration:
         column, for which ``quantize_`` runs ``batches`` again, block by block. "trained": then the codes of each block
         are trained towards the dense block's outputs.
     moments: float32 ``[K]`` mean of x^2 for each input, by module name, in the order in which modules were called.
-    tokens: inputs seen by each module. stages: modules with a common input, in the order of calls.
+    tokens: inputs seen by each module in the first ``passes`` batches, which moments, stages and dead are of: all of
+        them in mode "diagonal"; else no more than show every layer and every input, since all run again later.
+    stages: modules with a common input, in the order of calls.
     unseen: linear layers and modules of experts that no batch reached, or that are not understood (calibrate warns of
         those): they are quantized without calibration.
     dead: number of inputs that were zero throughout, by module name, where there are any.
@@ -42,11 +44,12 @@ class Calibration:
     dead: dict[str, int]
     called_once: bool
     experts: dict[str, ExpertMoments] = dataclasses.field(default_factory=dict)
+    passes: int = 1
 
     def report(self) -> str:
         """A few lines for people: layers and tokens seen, experts that saw few, unseen layers, dead inputs."""
-        fewest = min(self.tokens.values())
-        lines = [f"{len(self.moments)} layers calibrated ({self.mode}), each on {fewest} tokens or more"]
+        fewest = min(self.tokens.values()) * len(self.batches) // self.passes
+        lines = [f"{len(self.moments)} layers calibrated ({self.mode}), each on about {fewest} tokens or more"]
         if self.experts:
             tokens = torch.cat([moments.tokens for moments in self.experts.values()])
             lines.append(
@@ -91,7 +94,14 @@ def calibrate(
     statistics = _InputStatistics()
     experts = {name: module for name, module in model.named_modules() if is_experts(module)}
     calls = {name: functools.partial(statistics.add_experts, name, module) for name, module in experts.items()}
-    watch(model, names, whole_passes(model, batches), statistics.add, progress=progress, calls=calls)
+    passes = 0
+    for passes, one in enumerate(whole_passes(model, batches), 1):
+        watch(model, names, [one], statistics.add, calls=calls)
+        is_enough = mode != "diagonal" and not experts and statistics.has_seen(names)
+        if progress is not None:
+            progress(len(batches) if is_enough else passes, len(batches), "calibrating")
+        if is_enough:
+            break
     if not statistics.sums:
         raise ValueError("no nn.Linear of the model was reached by the batches")
     moments = {name: total / max(1, statistics.tokens[name]) for name, total in statistics.sums.items()}
@@ -103,9 +113,9 @@ def calibrate(
             raise ValueError(f"{name}: its inputs are not finite on the calibration batches")
     dead = {name: int((value == 0).sum()) for name, value in moments.items() if bool((value == 0).any())}
     unseen = [name for name in [*names, *experts] if name not in seen]
-    called_once = all(count <= len(batches) for count in statistics.calls.values())
+    called_once = all(count <= passes for count in statistics.calls.values())
     return Calibration(
-        mode, batches, moments, statistics.tokens, statistics.stages(), unseen, dead, called_once, of_experts
+        mode, batches, moments, statistics.tokens, statistics.stages(), unseen, dead, called_once, of_experts, passes
     )
 
 
@@ -113,8 +123,10 @@ def batches_for(
     source: Source, model: nn.Module, mode: str, tokenizer: Any, progress: Callable[[int, int, str], None] | None
 ) -> list[Any]:
     """The batches that ``calibrate`` runs in this mode."""
+    if mode != "trained":
+        return batches_of(source, model, tokenizer, progress=progress)
     # A step of training sees one batch: many small ones are the quicker way.
-    return batches_of(source, model, tokenizer, windows=1 if mode == "trained" else BATCH, progress=progress)
+    return batches_of(source, model, tokenizer, MANY_TOKENS, windows=1, progress=progress)
 
 
 class _InputStatistics:
@@ -159,6 +171,10 @@ class _InputStatistics:
         self.calls[name] += 1
         self.leaders[name].add(self.last_name if is_shared else None)
         self.last_name, self.last_rows = name, rows
+
+    def has_seen(self, names: Collection[str]) -> bool:
+        """Whether all of ``names`` were called, and none of their inputs was zero throughout."""
+        return len(self.sums) == len(names) and all(bool((total != 0).all()) for total in self.sums.values())
 
     def stages(self) -> list[list[str]]:
         """Runs of modules that had the same input in every one of their calls, in the order of calls."""

@@ -13,6 +13,8 @@ from hqqtensor.forward import evaluating
 
 TOKENS, CONTEXT, BATCH = 8192, 512, 4
 """Tokens in all, tokens of a window, windows of a batch."""
+MANY_TOKENS = 4 * TOKENS
+"""Tokens in all for ``quality="best"``."""
 
 Source = str | os.PathLike[str] | Iterable[Any]
 """What ``batches_of`` takes."""

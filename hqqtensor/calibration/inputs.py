@@ -79,7 +79,6 @@ def watch(
     passes: Sequence[Pass],
     observe: Callable[[str, Tensor], None] = lambda _name, _rows: None,
     stop: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
     calls: Mapping[str, Callable[[tuple[Any, ...], dict[str, Any], Tensor | None], None]] | None = None,
 ) -> None:
     """Make ``passes`` and call ``observe(name, rows)`` with the inputs ``[tokens, K]`` of each module of ``names``.
@@ -110,10 +109,8 @@ def watch(
         for name in wanted:
             module, module_hook = model.get_submodule(name), functools.partial(hook, name=name)
             stack.callback(module.register_forward_pre_hook(module_hook, with_kwargs=True).remove)
-        for done, one in enumerate(passes, 1):
+        for one in passes:
             seen.clear()
             inputs = _InputRows(one.mask)
             with contextlib.suppress(_AllSeen):
                 one.run()
-            if progress is not None:
-                progress(done, len(passes), "calibrating")

@@ -45,12 +45,13 @@ def arguments_of_quantize(model: Any, args: argparse.Namespace) -> dict[str, Any
     """What ``quantize_`` is to be called with besides the settings; says on stderr what it calibrates on."""
     if not is_calibrated(args):
         return {}
-    from hqqtensor.calibration.data import TOKENS, writes_text
+    from hqqtensor.calibration.data import MANY_TOKENS, TOKENS, writes_text
 
     source = args.calibrate or ("self" if writes_text(model) else "random")
     if not args.json:
         what = {"self": "text that the model writes", "random": "random tokens"}.get(source, source)
-        print(f"calibrating on about {TOKENS} tokens: {what}", file=sys.stderr)
+        tokens = MANY_TOKENS if args.quality == "best" else TOKENS
+        print(f"calibrating on about {tokens} tokens: {what}", file=sys.stderr)
     tokenizer = None if source in NAMES else model_dir.open_tokenizer(args.model_dir)
     return {"calibration": source, "quality": args.quality or "good", "tokenizer": tokenizer}
 

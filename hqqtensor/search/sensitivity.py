@@ -193,7 +193,8 @@ def _check_served(layers: Sequence[Layer], calibration: Calibration) -> None:
 
 def _some_batches(calibration: Calibration) -> list[Any]:
     """Batches of about MEASURED_TOKENS tokens in all, spread evenly over those of the calibration."""
-    batches, tokens = calibration.batches, max(calibration.tokens.values())
+    batches = calibration.batches
+    tokens = max(calibration.tokens.values()) * len(batches) // calibration.passes
     step = max(1, tokens // MEASURED_TOKENS)
     return batches[::step]
 

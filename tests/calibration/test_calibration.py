@@ -321,7 +321,7 @@ def test_a_layer_called_twice_a_pass_is_seen_both_times():
 
     model = Twice()
     calibration = calibrate(model, BATCHES)
-    assert calibration.tokens["layer"] == 512 and not calibration.called_once
+    assert calibration.tokens["layer"] == 2 * 64 and not calibration.called_once
     quantize_(model, CONFIG, calibration=calibration)
     dequantize_(model)
     assert output_error(Twice(), model) < 0.2
@@ -352,3 +352,24 @@ def test_an_output_layer_is_calibrated_though_a_tied_embedding_comes_first(mode:
     x = correlated(80, 1000)
     errors = [(m.head(x) - model.head(x)).square().sum().item() for m in (calibrated, plain)]
     assert errors[0] < 0.95 * errors[1]
+
+
+def test_only_as_many_batches_are_run_first_as_show_every_layer_and_input() -> None:
+    live = [torch.randn(16, 8, generator=torch.manual_seed(i)) for i in range(4)]
+    half = torch.cat([live[0][:, :4], torch.zeros(16, 4)], 1)
+    model = nn.Linear(8, 8)
+    assert calibrate(model, live).passes == 1
+    assert calibrate(model, [half, *live]).passes == 2
+    assert calibrate(model, live, "diagonal").passes == 4
+    calls: list[tuple[int, int, str]] = []
+    calibrate(model, live, progress=lambda *call: calls.append(call))
+    assert calls == [(4, 4, "calibrating")]
+
+
+def test_inputs_of_a_later_batch_that_are_not_finite_are_an_error_that_names_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    batches = [torch.randn(8, 64), torch.full((8, 64), float("inf"))]
+    dense = model[0].weight
+    with pytest.raises(ValueError, match=r"0\.weight: its inputs are not finite"):
+        quantize_(model, HqqConfig(4, 64), calibration=batches)
+    assert model[0].weight is dense
