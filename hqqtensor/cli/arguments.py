@@ -86,7 +86,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add(
         "--group-size", type=group_size, default="auto", metavar="N",
         help="weights that share a scale, or 'none' for a whole row (default: auto, the best for the bits; up to 4 "
-        "bits that is 20 with scales and zero points of 4 bits, else 64)",
+        "bits that is 20 with scales and zero points of 4 bits and column scales, else 64)",
     )  # fmt: skip
     add(
         "--embeddings", type=embedding_bits, default="auto", metavar="N",
