@@ -19,11 +19,7 @@ QUESTION = "Why is the sky blue?"
 SETTINGS = (
     ("4 bits", HqqConfig(4, embedding_nbits=8), False),
     ("3 bits", HqqConfig(3, embedding_nbits=8), False),
-    (
-        "2 bits",
-        HqqConfig(2, 16, solver="column_scaled", quant_scale=True, quant_zero=True, meta_nbits=4, embedding_nbits=8),
-        True,
-    ),
+    ("2 bits", HqqConfig(2, 16, quant_scale=True, quant_zero=True, meta_nbits=4, embedding_nbits=8), True),
 )
 """Name, settings, and whether the model is calibrated on text that it writes itself."""
 CALIBRATION_TOKENS, TOKENS, CONTEXT, ANSWER = 4096, 2048, 512, 64
