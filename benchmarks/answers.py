@@ -37,11 +37,10 @@ QUESTIONS = (
 SETTINGS: dict[str, tuple[HqqConfig, bool]] = {
     "4 bits": (HqqConfig(4, embedding_nbits=8), False),
     "3 bits": (HqqConfig(3, embedding_nbits=8), False),
-    "3 bits, own text": (HqqConfig(3, embedding_nbits=8), True),
     "2 bits, own text": (HqqConfig(2, 16, embedding_nbits=8, **ours.META), True),
 }
 """Settings, and whether the model is calibrated on text that it writes itself."""
-BEGINNINGS, PROMPT, CONTINUATION, ANSWER = 50, 32, 64, 80
+BEGINNINGS, PROMPT, CONTINUATION, ANSWER = 50, 32, 64, 60
 
 
 @torch.no_grad()

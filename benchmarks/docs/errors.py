@@ -117,6 +117,26 @@ def chat_model() -> str:
     return table(header, out)
 
 
+def chat_model_short() -> str:
+    """SmolLM2 at about 3.5 and 2.5 bits: ours and the best peers."""
+    kinds = {
+        "hqq library": "hqq 3-bit g64",
+        "llama.cpp Q3_K": "llama.cpp Q3_K",
+        "llama.cpp IQ3_S, importance matrix": "llama.cpp IQ3_S, imatrix",
+        "**hqqtensor, `hqq_weight_only(3)`**": DEFAULT.format(3),
+        '**hqqtensor, `hqq_weight_only(3)`, `quality="good"`**': f"{DEFAULT.format(3)}, own text",
+        "llama.cpp Q2_K, importance matrix": "llama.cpp Q2_K, imatrix",
+        '**hqqtensor, 2 bits in groups of 16, `quality="good"`**': "hqqtensor 2-bit g16 4-bit meta, own text",
+    }
+    needs = {"none": "nothing", "model": "its own text", "text": "text"}
+    rows = []
+    for label, method in kinds.items():
+        one = of("SmolLM2", method)
+        figures = (f"{one['bits']:.2f}", f"{one['main'][0]:.2f}", f"{one['perplexity']:.1f}", f"{one['top1']:.0%}")
+        rows.append([label, needs[one["data"]], *figures])
+    return table(["SmolLM2-135M-Instruct", "needs", "bits a weight", "KL", "perplexity", "same next token"], rows)
+
+
 def agreement() -> str:
     """A chat model's greedy continuations beside the dense model's."""
     columns = answers()["columns"]

@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors at equal bits": errors.at_equal_bits,
     "errors, short": errors.readme,
     "chat model": errors.chat_model,
+    "chat model, short": errors.chat_model_short,
     "agreement": errors.agreement,
     "answers": errors.side_by_side,
     "every method, doclm": lambda: errors.every_method("doclm"),

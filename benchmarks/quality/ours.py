@@ -23,14 +23,12 @@ CACHE = Path(".quality")
 def _apply(model: nn.Module, task: Task, config: HqqConfig, data: str) -> float:
     """Quantize with error feedback from ``data``: "self" (the model writes it), "model" (random tokens) or "text".
 
-    "" quantizes from weights alone, "text, 32k" takes four times as much text.
+    "" quantizes from weights alone.
     """
     names = set(task.layers)
     calibration = None
     if data == "self":
         calibration = calibrate(model, _written(task), "full")
-    elif data == "text, 32k":
-        calibration = calibrate(model, task.more_text(), "full")
     elif data:
         batches = task.random_tokens(0) if data == "model" else task.tuning
         # Half of what GPTQ and AWQ are given here: enough, and quicker. On SmolLM2 all have the same 8,192 tokens.
@@ -91,7 +89,7 @@ def methods() -> list[Method]:
         found.append(
             Method(
                 f"hqqtensor {name}", nbits, lambda m, t: _apply(m, t, config, data),
-                data={"self": "model", "text, 32k": "text"}.get(data, data), ours=True,
+                data="model" if data == "self" else data, ours=True,
             )
         )  # fmt: skip
 
@@ -112,8 +110,6 @@ def methods() -> list[Method]:
     chat = HqqConfig(2, 16, **META)
     add("2-bit g16 4-bit meta, own text", 2, chat, "self")
     add("2-bit g16 4-bit meta, full calibration", 2, chat, "text")
-    add("2-bit g16 4-bit meta, 32,768 tokens", 2, chat, "text, 32k")
-    add("3-bit default, 32,768 tokens", 3, HqqConfig(3), "text, 32k")
     add("2-bit g16 4-bit meta, columns", 2, HqqConfig(2, 16, solver="column_scaled", **META))
     add("2-bit g20 4-bit meta, random tokens", 2, HqqConfig(2, 20, **META), "model")
     for g in (10, 12):

@@ -42,10 +42,6 @@ class Task:
         ids = torch.randint(0, self.vocabulary, (windows, self.context), generator=generator)
         return [{"input_ids": chunk} for chunk in ids.split(BATCH)]
 
-    def more_text(self) -> list[dict[str, Tensor]]:
-        """Four times as many batches of text as ``tuning`` has."""
-        raise ValueError(f"there is no more text for {self.name}")
-
     def measure(self, model: nn.Module, half: str) -> dict[str, list[float]]:
         """Figures of a quantized ``model`` for each window (or sentence) of ``half``, "tune" or "report"."""
         raise NotImplementedError
@@ -117,14 +113,10 @@ class LanguageTask(Task):
         batches = [{"input_ids": chunk} for chunk in tuning.split(BATCH)]
         super().__init__(name, model, layers, batches, model.config.vocab_size, context)
         self.halves, self.batch = halves, batch
-        self.more: Tensor | None = None
         self._before: dict[str, list[Tensor]] = {}
 
     def inputs(self, half: str) -> list[dict[str, Tensor]]:
         return [{"input_ids": chunk} for chunk in self.halves[half].split(self.batch)]
-
-    def more_text(self) -> list[dict[str, Tensor]]:
-        return super().more_text() if self.more is None else [{"input_ids": c} for c in self.more.split(BATCH)]
 
     @torch.no_grad()
     def measure(self, model: nn.Module, half: str) -> dict[str, list[float]]:
@@ -205,10 +197,7 @@ def smollm() -> LanguageTask:
         return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
     halves = {"tune": spread(texts.documentation(), WINDOWS), "report": spread(texts.wikipedia(CACHE), WINDOWS)}
-    news = texts.news(CACHE)
-    task = LanguageTask("SmolLM2", model, CONTEXT, halves, spread(news, 16), batch=2)
-    task.more = spread(news, 64)
-    return task
+    return LanguageTask("SmolLM2", model, CONTEXT, halves, spread(texts.news(CACHE), 16), batch=2)
 
 
 TASKS = {"SmolLM2": smollm, "doclm": doclm, "MiniLM": EmbeddingTask}

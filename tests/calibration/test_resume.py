@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
-from hqqtensor.calibration import apply, calibrate, chain, data
+from hqqtensor.calibration import apply, calibrate, chain, collect, data
 from hqqtensor.calibration.resume import ResumeError, ResumeFolder, digest
 from hqqtensor.quantize import PHASES
 
@@ -66,6 +66,7 @@ def qwen3_moe() -> Any:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.batches_of, "__defaults__", (None, 128, 0, 4, None))
+    monkeypatch.setattr(collect, "MANY_TOKENS", 128)
 
 
 def same(a: nn.Module, b: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
-from hqqtensor.calibration import data
+from hqqtensor.calibration import collect, data
 from hqqtensor.cli import main, model_dir
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -19,6 +19,7 @@ def run(*args: object) -> int:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0, 4, None))
+    monkeypatch.setattr(collect, "MANY_TOKENS", 512)
 
 
 @pytest.fixture

@@ -32,7 +32,9 @@ def test_a_loss_is_that_of_the_layer_quantized_with_the_calibration(name: str) -
     calibration = calibrate(model, batches, "diagonal")
     found = measure_sensitivity(model, candidates=ONE, calibration=calibration)
     quantized = copy.deepcopy(model)
-    quantize_(quantized, HqqConfig(3, 32), filter_fn=lambda _, n: n == name, calibration=calibration)
+    quantize_(
+        quantized, HqqConfig(3, 32, solver="column_scaled"), filter_fn=lambda _, n: n == name, calibration=calibration
+    )
     with torch.no_grad():
         dense, outputs = (m(batches[0]) for m in (model, quantized))
     assert found.layers[name]["loss"][0] == pytest.approx(
@@ -52,12 +54,14 @@ def test_settings_are_compared_by_errors_that_inputs_weigh() -> None:
     model = make_model()
     calibration = calibrate(model, make_batches(1), "full")
     two = ({"nbits": 3, "group_size": 32}, {"nbits": 2, "group_size": 16})
-    losses = measure_sensitivity(model, candidates=two, calibration=calibration).layers["0"]["loss"]
+    losses = measure_sensitivity(model, HqqConfig(solver="hqq_joint"), candidates=two, calibration=calibration).layers[
+        "0"
+    ]["loss"]
     importance, dense = calibration.moments["0"], model[0].weight.detach()
     errors = []
     for settings in two:
         quantized = copy.deepcopy(model)
-        config = HqqConfig(settings["nbits"], settings["group_size"])
+        config = HqqConfig(settings["nbits"], settings["group_size"], solver="hqq_joint")
         quantize_(quantized, config, filter_fn=lambda _, n: n == "0", calibration=calibration, quality="fast")
         errors.append(float(((quantized[0].weight.dequantize() - dense).square() * importance).sum()))
     assert losses[1] / losses[0] == pytest.approx(errors[1] / errors[0], rel=1e-4)

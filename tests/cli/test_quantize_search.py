@@ -20,7 +20,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0, 4))
+    monkeypatch.setattr(data.batches_of, "__defaults__", (None, 512, 0, 4, None))
 
 
 def test_settings_are_found_and_quantized_with_one_calibration(
