@@ -35,9 +35,9 @@ PLAIN_GROUP_SIZE = 64
 RECOMMENDED_GROUP_SIZE = {4: 20, 3: 20, 2: 20, 1: 20}
 """By bits, the group size that "auto" takes with scales and zero points of 4 bits and column scales.
 
-Groups of 20 then cost about 0.48 bits a weight, where groups of 64 with float16 scales cost 0.5. On SmolLM2-135M at 3
-bits the KL to the dense model falls from 1.73 to 0.56; docs/quality.md has all models. Above 4 bits the rounding of the
-scales would be most of the error.
+Groups of 20 then cost about 0.46 bits a weight in large layers, where groups of 64 with float16 scales cost 0.5. On
+SmolLM2-135M at 3 bits the KL to the dense model falls from 1.73 (groups of 64) to 0.54; docs/quality.md has all models.
+Above 4 bits the rounding of the scales would be most of the error.
 """
 
 
@@ -130,15 +130,11 @@ class HqqConfig(AOBaseConfig):
             if self._suits_coarse_scales() and _is_int(self.nbits):
                 recommended = RECOMMENDED_GROUP_SIZE.get(self.nbits)
             self.group_size = recommended or PLAIN_GROUP_SIZE
-        chosen = (
-            (False, False, 8, "hqq_joint") if recommended is None else (True, True, 4, self._scaled_unless_rotated())
-        )
+        scaled = "hqq_joint" if self.rotation else "column_scaled"
+        chosen = (False, False, 8, "hqq_joint") if recommended is None else (True, True, 4, scaled)
         for name, value in zip(_GROUP_FIELDS[1:], chosen, strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
-
-    def _scaled_unless_rotated(self) -> str:
-        return "hqq_joint" if self.rotation else "column_scaled"
 
     def _suits_coarse_scales(self) -> bool:
         """Whether the groups of "auto" may be small ones with 4-bit scales and zero points."""

@@ -9,6 +9,8 @@ from benchmarks.docs.markdown import table
 
 MODELS = {"doclm": "KL", "MiniLM": "1 - cosine"}
 Found = dict[str, Any]
+NEEDS = {"none": "nothing", "model": "its own text", "text": "text"}
+"""What methods look at besides the weights of SmolLM2."""
 
 GROUPS_20 = "hqqtensor {}-bit g20 4-bit meta"
 DEFAULT = "hqqtensor {}-bit default"
@@ -102,7 +104,6 @@ def readme() -> str:
 
 def chat_model() -> str:
     """SmolLM2, most bits first; 4 bits marked, since its weights are those of a file of 4 bits."""
-    needs = {"none": "nothing", "model": "its own text or random tokens", "text": "text"}
     out = []
     for one in quality()["rows"]:
         if one["task"] == "SmolLM2":
@@ -111,7 +112,7 @@ def chat_model() -> str:
             kl, same = f"{one['main'][0]:.3f}", f"{one['top1']:.0%}"
             mark = " (flattered)" if one["nbits"] == 4 else ""
             out.append(
-                [name + mark, needs[one["data"]], f"{one['bits']:.2f}", kl, over, f"{one['perplexity']:.1f}", same]
+                [name + mark, NEEDS[one["data"]], f"{one['bits']:.2f}", kl, over, f"{one['perplexity']:.1f}", same]
             )
     header = ["method", "needs", "bits a weight", "KL", "over hqq's", "perplexity", "same next token"]
     return table(header, out)
@@ -128,12 +129,11 @@ def chat_model_short() -> str:
         "llama.cpp Q2_K, importance matrix": "llama.cpp Q2_K, imatrix",
         '**hqqtensor, 2 bits in groups of 16, `quality="good"`**': "hqqtensor 2-bit g16 4-bit meta, own text",
     }
-    needs = {"none": "nothing", "model": "its own text", "text": "text"}
     rows = []
     for label, method in kinds.items():
         one = of("SmolLM2", method)
         figures = (f"{one['bits']:.2f}", f"{one['main'][0]:.2f}", f"{one['perplexity']:.1f}", f"{one['top1']:.0%}")
-        rows.append([label, needs[one["data"]], *figures])
+        rows.append([label, NEEDS[one["data"]], *figures])
     return table(["SmolLM2-135M-Instruct", "needs", "bits a weight", "KL", "perplexity", "same next token"], rows)
 
 

@@ -1,10 +1,8 @@
 """The three models, their texts cut into a half for tuning and a half for reporting, and what is measured on them."""
 
-import contextlib
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,8 @@ from torch.nn import functional as F
 
 from benchmarks.quality import texts
 from hqqtensor import demo
+from hqqtensor.calibration.inputs import watch, whole_passes
+from hqqtensor.calibration.moments import MomentSums
 from hqqtensor.demo.models import CACHE, load_smollm
 from hqqtensor.diagnostics.language import next_token_logits, token_windows
 
@@ -67,36 +67,11 @@ class Task:
         return {"weight": error / size, "output": output}
 
 
-@torch.no_grad()
 def second_moments(model: nn.Module, layers: Iterable[str], batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of x x^T, ``[K, K]``, over the inputs x that each layer sees."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def note(_module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
-        x = args[0].detach().float().flatten(0, -2)
-        sums[name] = sums.get(name, 0) + x.T @ x
-        counts[name] = counts.get(name, 0) + len(x)
-
-    def end(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        raise _AllSeen
-
-    layers = list(layers)
-    hooks = [model.get_submodule(name).register_forward_pre_hook(functools.partial(note, name=name)) for name in layers]
-    # Modules are called in the order of their names: nothing behind the last is needed.
-    hooks.append(model.get_submodule(layers[-1]).register_forward_hook(end))
-    try:
-        for batch in batches:
-            with contextlib.suppress(_AllSeen):
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
-
-
-class _AllSeen(Exception):
-    """Ends a pass: every layer has had its inputs."""
+    sums = {name: MomentSums() for name in layers}
+    watch(model, sums, whole_passes(model, batches), lambda name, x: sums[name].add(x), stop=True)
+    return {name: of_layer.means()[0] for name, of_layer in sums.items()}
 
 
 class LanguageTask(Task):

@@ -102,12 +102,15 @@ class _Lines:
 
 def time_left(seconds: float) -> str:
     """``", about 5 min left"``; nothing for less than a second."""
-    if seconds < 1:
-        return ""
-    minutes = round(seconds / 60)
+    return "" if seconds < 1 else f", about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as "40 s", "12 min" or "2 h 5 min"."""
     if seconds < 90:
-        return f", about {round(seconds)} s left"
-    return f", about {minutes} min left" if minutes < 90 else f", about {minutes // 60} h {minutes % 60} min left"
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _has_rich() -> bool:

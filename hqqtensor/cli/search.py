@@ -11,7 +11,7 @@ from hqqtensor import HqqConfig
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.calibration import is_calibrated
 from hqqtensor.cli.errors import from_arguments
-from hqqtensor.cli.output import progress_on_stderr
+from hqqtensor.cli.output import duration, progress_on_stderr
 from hqqtensor.diagnostics.language import token_windows
 from hqqtensor.presets import BYTE_UNITS, parse_size
 
@@ -129,8 +129,3 @@ def _shared_calibration(model: Any, options: dict[str, Any]) -> Any:
 def _announce(seconds: float, layers: int, limit: float | None) -> None:
     end = "" if limit is None or seconds < limit else f"; --time-limit ends it after {duration(limit)}"
     print(f"measuring {layers} more layers takes about {duration(seconds)}{end}", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, such as "40 s" or "12 min"."""
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"

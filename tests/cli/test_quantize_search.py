@@ -10,7 +10,7 @@ import transformers
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.calibration import calibrate, data
 from hqqtensor.cli import main, model_dir
-from hqqtensor.cli.search import duration
+from hqqtensor.cli.output import duration
 from hqqtensor.search import CANDIDATES, EMBEDDINGS, choose_config, measure, measure_sensitivity
 
 

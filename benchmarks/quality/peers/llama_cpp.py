@@ -20,19 +20,8 @@ from benchmarks.quality.task import Task, second_moments
 
 TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 WITH_MATRIX = (
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "Q2_K",
-    "IQ3_XXS",
-    "IQ3_S",
-    "Q3_K",
-    "Q4_0",
-    "Q4_1",
-    "IQ4_NL",
-    "Q4_K",
-    "Q5_0",
-)
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "Q4_0", "Q4_1", "IQ4_NL", "Q4_K", "Q5_0",
+)  # fmt: skip
 
 
 def _library() -> ctypes.CDLL:
