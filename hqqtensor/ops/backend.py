@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqtensor.ops.decoder import Decoder, DecoderShape
 from hqqtensor.ops.encoder import Encoder
 from hqqtensor.ops.packed import PackedWeight
 
@@ -29,7 +30,8 @@ class Backend:
     A kernel takes the arguments of ``hqqtensor.ops``'s function of that name, none left out, and gives its result, or
     NotImplemented for a format or a dtype that it does not serve. ``device_types`` None means every device.
     ``why_unavailable`` gives None, or the reason why the backend cannot run.
-    ``encoder``: quantizes weights on those devices, where the backend can.
+    ``encoder``: quantizes weights on those devices, where the backend can. ``decoder``: makes the decoder layers of a
+    transformer one operator; RuntimeError for a shape that it does not serve.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Backend:
     device_types: tuple[str, ...] | None = None
     why_unavailable: Callable[[], str | None] = field(default=lambda: None)
     encoder: Encoder | None = None
+    decoder: Callable[[DecoderShape], Decoder] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,12 @@ def encoder(device_type: str) -> Encoder | None:
     """The encoder for weights on a device under the backend chosen; None where torch's operations have to do."""
     candidates = (b for b in reversed(_BACKENDS.values()) if b.encoder is not None and serves(b.name, device_type))
     return next((candidate.encoder for candidate in candidates), None)
+
+
+def decoder_maker(device_type: str) -> Callable[[DecoderShape], Decoder] | None:
+    """What makes decoder layers on a device under the backend chosen; None where the model's own code has to do."""
+    candidates = (b for b in reversed(_BACKENDS.values()) if b.decoder is not None and serves(b.name, device_type))
+    return next((candidate.decoder for candidate in candidates), None)
 
 
 def _checked(name: str) -> str:

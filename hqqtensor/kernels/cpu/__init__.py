@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hqqtensor.formats import Format, Levels, TableFormat, get_format, observe_formats
+from hqqtensor.kernels.cpu.decoder import CompiledDecoder
 from hqqtensor.ops.backend import Backend, observe_choice, register_backend
 from hqqtensor.ops.encoder import ColumnSteps as ColumnStepsProtocol
 from hqqtensor.ops.encoder import EncodeSettings
@@ -219,7 +220,9 @@ class _Encoder:
 
 
 _OPERATORS = [op for op in LAYOUTS if op != "dequantize_into"]
-register_backend(Backend("cpu", {op: _by_name(op) for op in _OPERATORS}, ("cpu",), why_unavailable, _Encoder()))
+register_backend(
+    Backend("cpu", {op: _by_name(op) for op in _OPERATORS}, ("cpu",), why_unavailable, _Encoder(), CompiledDecoder)
+)
 if _missing is None:
     observe_choice(OPS._set_choice_is_automatic)
     observe_formats(_learn)

@@ -35,6 +35,23 @@ enum class Solver : int {
   joint = 1,  // searches for the scale and zero point with the least squared error
 };
 
+// One token's queries against some tokens of a cache, for the heads that share one head of keys and values.
+struct Attention {
+  const float* q;  // [heads][dim], scaled; dim is a multiple of 16
+  int64_t heads, dim;
+  const void *keys, *values;  // [count][dim] of `type`
+  DType type;
+  int64_t count;
+  const uint8_t* mask;  // [count], 0 for a token that is not seen; null where all are
+  float softcap;        // scores s become softcap * tanh(s / softcap); 0: they stay
+  float* scores;        // scratch memory, [heads][padded(count)]
+  // [heads][dim + 2]: values weighted by exp(score - largest), the largest score, the sum of the weights. No token seen: a sum
+  // of 0.
+  float* out;
+};
+
+enum class GateFunction : int { silu = 0, gelu_tanh = 1 };
+
 struct Kernels {
   const char* name;
 
@@ -87,6 +104,14 @@ struct Kernels {
   // `count` numbers of a type to float32, and back.
   void (*to_float)(const void* from, DType, int64_t count, float* out);
   void (*from_float)(const float* from, int64_t count, DType, void* out);
+
+  // ---- What stands between the products of a decoder layer ----
+
+  // out[i] = x[i] * weight[i] / sqrt(mean of x^2 + eps). x may be out.
+  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
+  void (*attend)(const Attention&);
+  // out[i] = f(gate[i]) * up[i]. gate or up may be out.
+  void (*gate)(GateFunction, const float* gate, const float* up, int64_t count, float* out);
 
   // ---- Solvers ----
   // A block is `lanes` groups of `size` weights, side by side: w[j * lanes + i] is weight j of group i. Where fewer groups

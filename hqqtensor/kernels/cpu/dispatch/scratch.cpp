@@ -14,7 +14,7 @@ char* scratch(int64_t bytes, Scratch purpose) {
       data = nullptr, size = 0;
     }
   };
-  static thread_local Buffer buffers[3];
+  static thread_local Buffer buffers[5];
   Buffer& b = buffers[(int)purpose];
   if (b.size < bytes) {
     b.give_back();

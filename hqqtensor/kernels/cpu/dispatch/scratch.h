@@ -10,6 +10,8 @@ enum class Scratch {
   activations,        // of a whole product: quantized, and dense
   kernel,             // of the kernel that runs
   group_activations,  // axis 0: quantized for some groups
+  decoder_member,     // a member's own activations in a run of decoder layers
+  decoder,            // what the members share
 };
 
 // At least `bytes` bytes, at a multiple of 64. They are overwritten by the thread's next call for the same purpose.

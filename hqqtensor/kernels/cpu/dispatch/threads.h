@@ -29,24 +29,30 @@ void parallel_over(int64_t count, int64_t step, int64_t work, const F& f) {
   parallel_for(0, pieces, grain, [&](int64_t a, int64_t b) { f(a * step, std::min(b * step, count)); });
 }
 
-// The same, but threads come back for more pieces: one that gets less of its core, or of the memory's bandwidth, then does
-// less. The first piece of a thread is long, because each piece begins with a wait for memory; later ones shrink.
+// f(first, last) for pieces of [0, count) that begin at multiples of `step`, for one of `threads` threads that share `next`,
+// which starts at 0. The first piece of a thread is long, because each piece begins with a wait for memory; later ones shrink.
+template <class F>
+void take_pieces(std::atomic<int64_t>& next, int64_t count, int64_t step, int64_t threads, const F& f) {
+  const int64_t pieces = (count + step - 1) / step;
+  for (bool again = false;; again = true) {
+    int64_t first = next.load(), last;
+    do {
+      if (first >= pieces) return;
+      const int64_t share = again ? (pieces - first) / (2 * threads) : pieces * 3 / (4 * threads);
+      last = std::min(pieces, first + std::max<int64_t>(1, share));
+    } while (!next.compare_exchange_weak(first, last));
+    f(first * step, std::min(last * step, count));
+  }
+}
+
+// As parallel_over, but threads come back for more pieces: one that gets less of its core, or of the memory's bandwidth, then
+// does less.
 template <class F>
 void parallel_over_dynamic(int64_t count, int64_t step, int64_t work, const F& f) {
   const int64_t pieces = (count + step - 1) / step, worth = std::max<int64_t>(1, work / 65536);
   const int64_t threads = std::min({num_threads(), pieces, worth});
   std::atomic<int64_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (bool again = false;; again = true) {
-      int64_t first = next.load(), last;
-      do {
-        if (first >= pieces) return;
-        const int64_t share = again ? (pieces - first) / (2 * threads) : pieces * 3 / (4 * threads);
-        last = std::min(pieces, first + std::max<int64_t>(1, share));
-      } while (!next.compare_exchange_weak(first, last));
-      f(first * step, std::min(last * step, count));
-    }
-  });
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) { take_pieces(next, count, step, threads, f); });
 }
 
 }  // namespace hqqtensor

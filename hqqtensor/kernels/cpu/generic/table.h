@@ -2,6 +2,7 @@
 // where the set has panels.
 #pragma once
 #include "generic/assign.h"
+#include "generic/attention.h"
 #include "generic/linear_rows.h"
 #include "generic/short_rows.h"
 #include "generic/solve.h"
@@ -31,6 +32,9 @@ constexpr Kernels generic_kernels(const char* name) {
       .dequantize_rows = dequantize_rows,
       .to_float = to_float,
       .from_float = from_float,
+      .rms_norm = rms_norm,
+      .attend = attend,
+      .gate = gate,
       .lanes = kFloats,
       .extremes = extremes,
       .solve_block = solve_block,

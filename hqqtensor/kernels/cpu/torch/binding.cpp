@@ -45,6 +45,12 @@ constexpr Operator kEmptyPacked{"n", empty_packed, nullptr};
 constexpr Operator kPoolNew{"", pool_new, nullptr};
 constexpr Operator kPoolDelete{"i", pool_delete, nullptr};
 constexpr Operator kPoolEmpty{"ini", pool_empty, nullptr};
+constexpr Operator kDecoderNew{"iiiiiifffi", decoder_new, nullptr};
+constexpr Operator kDecoderDelete{"i", decoder_delete, nullptr};
+constexpr Operator kDecoderSetLayer{"iiii", decoder_set_layer, nullptr};
+constexpr Operator kDecoderNorm{"iist", decoder_norm, nullptr};
+constexpr Operator kDecoderLinear{"iisttTTTLisiiii", decoder_linear, nullptr};
+constexpr Operator kDecoderRun{"itllllTnnii", decoder_run, nullptr};
 constexpr Operator kInstructionSet{"", instruction_set, nullptr};
 constexpr Operator kSetTable{"sit", define_table, nullptr};
 constexpr Operator kSetChoice{"i", set_choice, nullptr};
@@ -71,6 +77,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
   m.def("_pool_new() -> int");
   m.def("_pool_delete(int pool) -> ()");
   m.def("_pool_empty(int pool, int[] sizes, ScalarType dtype) -> Tensor");
+  m.def(
+      "_decoder_new(int layers, int hidden, int heads, int kv_heads, int head_dim, int intermediate, float eps, float scaling, "
+      "float softcap, int gate) -> int");
+  m.def("_decoder_delete(int decoder) -> ()");
+  m.def("_decoder_set_layer(int decoder, int layer, int window, int rope) -> ()");
+  m.def("_decoder_norm(int decoder, int layer, str role, Tensor weight) -> ()");
+  m.def("_decoder_linear(int decoder, int layer, str role, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? bias, "
+        "Tensor? act_pre_scale, Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features, int digits) "
+        "-> ()");
+  m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? mask, "
+        "int[] lengths, int[] firsts, int first_layer, int last_layer) -> Tensor?");
   m.def("_instruction_set() -> str");
   m.def("_set_table(str format, int nbits, Tensor values) -> ()");
   m.def("_set_choice_is_automatic(bool on) -> ()");
@@ -101,6 +118,9 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("_solve_weighted", entry<kSolveWeighted, Mode::automatic>);
   m.impl("_feed_back", entry<kFeedBack, Mode::automatic>);
   m.impl("_set_table", entry<kSetTable, Mode::automatic>);
+  m.impl("_decoder_norm", entry<kDecoderNorm, Mode::automatic>);
+  m.impl("_decoder_linear", entry<kDecoderLinear, Mode::automatic>);
+  m.impl("_decoder_run", entry<kDecoderRun, Mode::by_name>);
 }
 
 // Operators without tensors among their arguments.
@@ -109,6 +129,9 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CompositeExplicitAutograd, m) {
   m.impl("_pool_new", entry<kPoolNew, Mode::automatic>);
   m.impl("_pool_delete", entry<kPoolDelete, Mode::automatic>);
   m.impl("_pool_empty", entry<kPoolEmpty, Mode::automatic>);
+  m.impl("_decoder_new", entry<kDecoderNew, Mode::automatic>);
+  m.impl("_decoder_delete", entry<kDecoderDelete, Mode::automatic>);
+  m.impl("_decoder_set_layer", entry<kDecoderSetLayer, Mode::automatic>);
   m.impl("_instruction_set", entry<kInstructionSet, Mode::automatic>);
   m.impl("_set_choice_is_automatic", entry<kSetChoice, Mode::automatic>);
 }

@@ -41,6 +41,14 @@ bool lloyd(Call&);
 bool solve_weighted(Call&);
 bool feed_back(Call&);
 
+// Decoder layers: see hqqtensor/generation/decoder.py. `decoder_run` gives false where it does not serve.
+bool decoder_new(Call&);
+bool decoder_delete(Call&);
+bool decoder_set_layer(Call&);
+bool decoder_norm(Call&);
+bool decoder_linear(Call&);
+bool decoder_run(Call&);
+
 // Memory.
 bool empty_packed(Call&);
 bool pool_new(Call&);

@@ -1,0 +1,53 @@
+"""``generate()`` of transformers at the speed of the kernels: decoder layers as one operator, nothing to compile."""
+
+from typing import Any
+
+from torch import nn
+
+from hqqtensor.generation.check import check
+from hqqtensor.generation.families import FAMILIES
+from hqqtensor.generation.forward import DecoderForward
+from hqqtensor.generation.layers import NotServed
+
+
+def prepare_for_generation_(model: Any) -> Any:
+    """Make plain ``model.generate(...)``, pipelines and streamers of a quantized model on a CPU fast; gives ``model``.
+
+    The modules stay what they are. One to a few new tokens go through all decoder layers in one operator, prompts through
+    transformers' own code. A model that is changed later (weights, adapters, hooks, dtype, training) still gives right
+    results: by a decoder made anew, or by transformers' own code.
+
+    ValueError, and the model is as it was, where it cannot be served; it says which module is the reason. To call it
+    again on a prepared model does nothing. ``undo_generation_`` takes it back.
+    """
+    base = _base(model)
+    if isinstance(base.__dict__.get("forward"), DecoderForward):
+        return model
+    if "forward" in base.__dict__:
+        raise ValueError(f"{type(base).__name__} has another forward of its own already (accelerate's hooks, for one)")
+    forward = DecoderForward(base)
+    try:
+        check(base, forward.family)
+    except NotServed as reason:
+        raise ValueError(f"{type(base).__name__} is generated with as before: {reason}") from None
+    base.forward = forward
+    return model
+
+
+def undo_generation_(model: Any) -> Any:
+    """Take ``prepare_for_generation_`` back; gives ``model``. A model that is not prepared stays as it is."""
+    base = _base(model)
+    if isinstance(base.__dict__.get("forward"), DecoderForward):
+        del base.forward
+    return model
+
+
+def _base(model: Any) -> Any:
+    """The module that holds the decoder layers; ValueError where there is none of a known family."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [m for m in modules if type(m).__name__ in FAMILIES and hasattr(m, "rotary_emb")]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found) or 'no'} base models of {sorted(FAMILIES)}; one is needed"
+        )
+    return found[0]

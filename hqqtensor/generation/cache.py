@@ -1,0 +1,135 @@
+"""Layers of transformers' dynamic cache whose keys and values lie in tensors with room for more."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+LEAST_ROOM = 256  # tokens that fit beyond those that a cache is made for
+MOST_ROOM = 4096
+
+
+class _Roomy:
+    """Keys and values ``[B, H, T, D]`` are the last tokens before ``end`` of buffers ``[B, H, capacity, D]``.
+
+    To transformers' own code ``keys`` and ``values`` are plain tensors, which it may replace by others (to crop, to
+    reorder beams); the next token then goes into new buffers.
+    """
+
+    buffers: tuple[Tensor, Tensor] | None = None
+    start = end = 0
+    _loose: tuple[Tensor | None, Tensor | None] = (None, None)  # keys and values that lie in no buffer
+
+    def _get(self, which: int) -> Tensor | None:
+        if self.buffers is None:
+            return self._loose[which]
+        return self.buffers[which][:, :, self.start : self.end]
+
+    def _set(self, which: int, value: Tensor | None) -> None:
+        other = self._get(1 - which)
+        self.buffers = None
+        self._loose = (value, other) if which == 0 else (other, value)
+
+    keys = property(lambda self: self._get(0), lambda self, value: self._set(0, value))
+    values = property(lambda self: self._get(1), lambda self, value: self._set(1, value))
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        held = self._loose[0] if self.buffers is None else self.buffers[0]
+        return 0 if held is None else held.shape[0]
+
+    def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The buffers, in which ``tokens`` more fit behind ``end``."""
+        if self.buffers is None or self.end + tokens > self.buffers[0].shape[2]:
+            keys, values = self.keys, self.values
+            length = keys.shape[2]
+            capacity = length + tokens + min(max(length // 2, LEAST_ROOM), MOST_ROOM)
+            made = []
+            for old in (keys, values):
+                new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                new[:, :, :length] = old
+                made.append(new)
+            self.buffers, self._loose = (made[0], made[1]), (None, None)
+            self.start, self.end = 0, length
+        return self.buffers
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Put new states behind the old ones."""
+        tokens = key_states.shape[2]
+        for buffer, states in zip(self.make_room(tokens), (key_states, value_states), strict=True):
+            buffer[:, :, self.end : self.end + tokens] = states
+        self.end += tokens
+
+
+class RoomyLayer(_Roomy, DynamicLayer):
+    """``DynamicLayer``, to which a token is added in place."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add new states; all keys and values."""
+        if not self.is_initialized or self.keys.shape[0] == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._write(key_states, value_states)
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        if self.buffers is None or tokens_to_remove > 0:
+            super().crop(tokens_to_remove)
+        else:
+            self.end = max(self.end + tokens_to_remove, 0)
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.buffers is None else self.end - self.start
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more have been written behind ``end``."""
+        self.end += tokens
+
+    @property
+    def first(self) -> int:
+        """The place in the sequence of the first token of the buffers."""
+        return 0
+
+
+class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
+    """``DynamicSlidingWindowLayer``, to which a token is added in place: the buffers hold a few windows of tokens."""
+
+    def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        if self.buffers is not None and self.end + tokens > self.buffers[0].shape[2] and not self.record_past:
+            self.keys, self.values = self.keys, self.values  # those in the window alone go into new buffers
+        return super().make_room(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more have been written behind ``end``."""
+        self.end += tokens
+        self.cumulative_length += tokens
+        if not self.record_past:
+            self.start = max(self.start, self.end - self.sliding_window + 1)
+
+    @property
+    def first(self) -> int:
+        """The place in the sequence of the first token of the buffers."""
+        return self.cumulative_length - self.end
+
+
+def adopt(layer: Any) -> "RoomyLayer | RoomySlidingLayer | None":
+    """The layer of a cache as one with room, with its keys and values; None for a kind that is none of transformers'
+    two, or that holds nothing."""
+    if type(layer) in (RoomyLayer, RoomySlidingLayer):
+        return layer
+    kinds: dict[type, Any] = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
+    if type(layer) not in kinds or not layer.is_initialized or layer.keys.ndim != 4:
+        return None
+    made = kinds[type(layer)].__new__(kinds[type(layer)])
+    state = dict(layer.__dict__)
+    keys, values = state.pop("keys"), state.pop("values")
+    made.__dict__.update(state)
+    made._loose = (keys, values)
+    return made
+
+
+def on_cpu(layers: list[Any], dtype: torch.dtype) -> bool:
+    """Whether all keys are of ``dtype`` on the CPU."""
+    return all(layer.dtype is dtype and layer.device.type == "cpu" for layer in layers)

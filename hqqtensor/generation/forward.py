@@ -1,0 +1,182 @@
+"""What stands in for a base model's ``forward``: a few new tokens go through the decoder, all else as before."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt, on_cpu
+from hqqtensor.generation.families import FAMILIES, Family
+from hqqtensor.generation.layers import NotServed, build, dtype_of, layer_types
+from hqqtensor.generation.watch import Watch
+from hqqtensor.ops.backend import decoder_maker
+from hqqtensor.ops.decoder import Decoder
+
+MOST_TOKENS = 8  # of one sequence
+MOST_ROWS = 16  # of all sequences together
+
+_HARMLESS = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
+"""Keyword arguments of ``forward`` that change nothing if they have one of these values."""
+
+
+class DecoderForward:
+    """Called instead of ``base.forward``; an attribute of the base model, removed to undo it.
+
+    The decoder is made at the first call that it serves, and made again when the model has changed. Where the model
+    cannot be served any more, ``why_not`` says so and every call takes transformers' own way.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.family: Family = FAMILIES[type(base).__name__]
+        self.why_not: str | None = None
+        self._decoder: Decoder | None = None
+        self._watch: Watch | None = None
+        self._layers: list[Any] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderForward":
+        import copy
+
+        return DecoderForward(copy.deepcopy(self.base, memo))
+
+    def __reduce__(self) -> Any:
+        return DecoderForward, (self.base,)
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base model's ``forward``."""
+        if type(past_key_values) is DynamicCache and not torch.is_grad_enabled():
+            out = self._decode(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
+            )
+            if out is not None:
+                return out
+        forward = type(self.base).forward.__get__(self.base)
+        return forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _decode(
+        self, input_ids: Tensor | None, attention_mask: Any, position_ids: Tensor | None, cache: Any,
+        inputs_embeds: Tensor | None, use_cache: bool | None, kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """The output, or None where the call is not one for the decoder."""
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        if new is None or new.ndim < 2 or new.shape[1] > MOST_TOKENS or new.shape[0] * new.shape[1] > MOST_ROWS:
+            return None
+        if use_cache is False or cache.offloading or not self._plain_call(kwargs):
+            return None
+        layers = self._roomy(cache)
+        if layers is None or not self._ready():
+            return None
+        batch, tokens = new.shape[:2]
+        past = layers[0].get_seq_length()
+        mask = _mask(attention_mask, batch, past + tokens)
+        if mask is None:
+            return None
+        x = self.base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if layers[0].batch != batch or x.dtype is not layers[0].dtype:
+            return None
+        return self._run(x, mask, position_ids, past, layers, cache)
+
+    def _run(
+        self, x: Tensor, mask: Tensor | bool, position_ids: Tensor | None, past: int, layers: list[Any], cache: Any
+    ) -> Any:
+        batch, tokens = x.shape[:2]
+        buffers = [layer.make_room(tokens) for layer in layers]
+        assert self._decoder is not None
+        hidden = self._decoder.run(
+            x.contiguous(),
+            self._angles(x, position_ids, past),
+            [keys for keys, _ in buffers],
+            [values for _, values in buffers],
+            mask if isinstance(mask, Tensor) else None,
+            [layer.end for layer in layers],
+            [layer.first for layer in layers],
+            (0, len(layers)),
+        )
+        if hidden is None:
+            self._watch = None  # memory may have moved: made again for the next token
+            return None
+        for layer in layers:
+            layer.advance(tokens)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _angles(self, x: Tensor, position_ids: Tensor | None, past: int) -> list[tuple[Tensor, Tensor]]:
+        batch, tokens = x.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens).unsqueeze(0)
+        types = layer_types(self.base.config) if self.family.rope_by_type else [None]
+        rotary: Any = self.base.rotary_emb
+        all_angles = [rotary(x, position_ids) if kind is None else rotary(x, position_ids, kind) for kind in types]
+        return [(cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)) for cos, sin in all_angles]
+
+    def _plain_call(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing is asked for but hidden states, and no other code looks on."""
+        config: Any = self.base.config
+        return (
+            all(value in _HARMLESS[name] if name in _HARMLESS else value is None for name, value in kwargs.items())
+            and not config.output_attentions
+            and not config.output_hidden_states
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._len_torch_function_stack()
+            and decoder_maker("cpu") is not None
+        )
+
+    def _roomy(self, cache: Any) -> list[Any] | None:
+        """The layers of the cache, made roomy; None where they are of another kind or hold nothing yet."""
+        layers = cache.layers
+        if len(layers) != len(self.base.layers):  # type: ignore[arg-type]
+            return None
+        if not all(type(layer) in (RoomyLayer, RoomySlidingLayer) for layer in layers):
+            adopted = [adopt(layer) for layer in layers]
+            if any(layer is None for layer in adopted) or not on_cpu(adopted, dtype_of(self.base)):
+                return None
+            layers[:] = adopted
+        return layers
+
+    def _ready(self) -> bool:
+        """Whether there is a decoder of the model as it is now."""
+        if self._watch is not None and self._watch.unchanged():
+            return self._decoder is not None
+        return self._rebuild() and self._decoder is not None
+
+    def _rebuild(self) -> bool:
+        """False while the model is in a state that no decoder can have: hooks, or training."""
+        watch = Watch(self.base, ("layers", "norm"))
+        if not watch.unchanged():
+            return False
+        try:
+            self._decoder, self.why_not = build(self.base, self.family), None
+        except NotServed as reason:
+            self._decoder, self.why_not = None, str(reason)
+        self._watch = watch
+        return True
+
+
+def _mask(attention_mask: Any, batch: int, length: int) -> Tensor | bool | None:
+    """True where all tokens are seen, the mask where some are not, None for a mask of another kind."""
+    if attention_mask is None:
+        return True
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
+        return None
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    return True if bool(seen.all()) else seen.contiguous()

@@ -1,0 +1,51 @@
+"""Whether a model is still what a decoder was built of: asked for every token, so it costs tens of microseconds."""
+
+from collections.abc import Iterable
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor, nn
+
+_version = attrgetter("_version")
+
+
+class Watch:
+    """Children of a module, with all modules and parameters in them, as they are now."""
+
+    def __init__(self, parent: nn.Module, children: Iterable[str]) -> None:
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._hooks: list[Any] = []
+        tensors: list[Tensor] = []
+        modules: list[nn.Module] = []
+        for child in children:
+            self._add(parent._modules, child, parent._modules[child])
+            modules += parent.get_submodule(child).modules()
+        for module in modules:
+            for values in (module._modules, module._parameters):
+                for name, value in values.items():
+                    self._add(values, name, value)
+                    if isinstance(value, Tensor) and not value.is_inference():
+                        tensors.append(value)
+            self._add(module.__dict__, "training", False)
+            self._add(module.__dict__, "forward", None)  # accelerate's hooks put one there
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self._tensors = tensors
+        self._versions = list(map(_version, tensors))
+
+    def _add(self, values: dict[str, Any], name: str, value: Any) -> None:
+        self._dicts.append(values)
+        self._names.append(name)
+        self._values.append(value)
+
+    def unchanged(self) -> bool:
+        """Whether modules and parameters are the same objects with the same numbers, and nobody hooks in or trains.
+
+        A tensor's numbers are told by torch's count of its changes: a change through ``.data`` or numpy is not seen.
+        """
+        return (
+            all(map(is_, map(dict.get, self._dicts, self._names), self._values))
+            and not any(self._hooks)
+            and list(map(_version, self._tensors)) == self._versions
+        )

@@ -1,0 +1,274 @@
+// Decoders of models (dispatch/decoder.h) by a number that Python holds, put together projection by projection. A decoder owns
+// the tensors that it reads, and notices where one of them has moved.
+#include "dispatch/decoder.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "torch/operators.h"
+
+namespace hqqtensor {
+namespace {
+
+struct Owner {
+  Decoder decoder{};
+  std::vector<std::unique_ptr<PackedWeights>> weights;
+  std::vector<std::unique_ptr<FloatVector>> vectors;
+  std::vector<Tensor> tensors;
+  std::vector<const void*> places;  // where the data of `tensors` lay
+
+  // A second handle of the tensor, which lives as long as this object.
+  Tensor keep(const Tensor& t) {
+    if (!t) return {};
+    tensors.emplace_back(t.borrow().release(), true);
+    places.push_back(t.data());
+    return tensors.back().borrow();
+  }
+  // Whether the data of a tensor lies elsewhere now: share_memory_() moves it, for one.
+  bool moved() const {
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (tensors[i].data() != places[i]) return true;
+    return false;
+  }
+};
+
+struct Decoders {
+  std::mutex lock;
+  std::map<int64_t, std::shared_ptr<Owner>> by_id;
+  int64_t next = 1;
+};
+
+Decoders& decoders() {
+  static auto* const all = new Decoders();  // outlives whatever Python deletes at its end
+  return *all;
+}
+
+std::shared_ptr<Owner> find(int64_t id) {
+  Decoders& all = decoders();
+  const std::lock_guard<std::mutex> hold(all.lock);
+  const auto found = all.by_id.find(id);
+  HQQ_CHECK(found != all.by_id.end(), "there is no decoder ", id);
+  return found->second;
+}
+
+DecoderLayer& layer_of(Owner& o, int64_t layer) {
+  HQQ_CHECK(layer >= 0 && layer < (int64_t)o.decoder.layers.size(), "decoder: there is no layer ", layer);
+  return o.decoder.layers[(size_t)layer];
+}
+
+const float* vector_of(Owner& o, const Tensor& t, const char* name, int64_t size) {
+  if (!t) return nullptr;
+  o.vectors.push_back(std::make_unique<FloatVector>(o.keep(t), name, size));
+  return o.vectors.back()->data;
+}
+
+// Checks that a projection has the shape that its role has in this decoder, and puts it there.
+void place(Decoder& d, DecoderLayer& l, std::string_view role, const Linear& linear) {
+  const int64_t N = linear.w.N, K = linear.w.K;
+  struct Role {
+    std::string_view name;
+    int64_t rows, columns;
+  };
+  const Role roles[] = {
+      {"qkv", d.qkv_rows(), d.hidden},          {"q", d.q_rows(), d.hidden},      {"k", d.kv_heads * d.head_dim, d.hidden},
+      {"v", d.kv_heads * d.head_dim, d.hidden}, {"o", d.hidden, d.q_rows()},      {"gate_up", 2 * d.intermediate, d.hidden},
+      {"gate", d.intermediate, d.hidden},       {"up", d.intermediate, d.hidden}, {"down", d.hidden, d.intermediate}};
+  for (const Role& r : roles) {
+    if (r.name != role) continue;
+    HQQ_CHECK(N == r.rows && K == r.columns, "decoder: ", role, " must be [", r.rows, ", ", r.columns, "], got [", N, ", ", K,
+              "]");
+    HQQ_CHECK(linear.w.axis == 1, "decoder: ", role, " must have axis 1");
+    if (l.mlps.empty()) l.mlps.emplace_back();
+    if (role == "o") {
+      l.o = linear;
+    } else if (role == "down") {
+      l.mlps[0].down = linear;
+    } else {
+      auto& parts = role.front() == 'q' || role == "k" || role == "v" ? l.qkv : l.mlps[0].gate_up;
+      parts.push_back(linear);
+    }
+    return;
+  }
+  fail("decoder: there is no projection '", role, "'");
+}
+
+int64_t columns_of(const std::vector<Linear>& parts) {
+  int64_t sum = 0;
+  for (const Linear& part : parts) sum += part.w.N;
+  return sum;
+}
+
+void check_complete(const Decoder& d) {
+  for (const DecoderLayer& l : d.layers)
+    HQQ_CHECK(l.input_norm && l.mlp_norm && columns_of(l.qkv) == d.qkv_rows() && l.o.w.N && l.mlps.size() == 1 &&
+                  columns_of(l.mlps[0].gate_up) == 2 * d.intermediate && l.mlps[0].down.w.N,
+              "decoder: a layer lacks a norm or a projection");
+}
+
+// [batch, tokens, width] as float32, of the rows of each sequence or of all.
+Tensor angles(const Tensor& t, int64_t batch, int64_t tokens, int64_t head_dim) {
+  HQQ_CHECK(t.dim() == 3 && t.size(0) == batch && t.size(1) == tokens && t.size(2) <= head_dim && t.size(2) % 2 == 0 &&
+                is_floating(t.scalar()),
+            "decoder: cosines and sines must be floating-point [", batch, ", ", tokens, ", up to ", head_dim, "], got ", t);
+  return converted(t, Scalar::float32);
+}
+
+LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, int64_t batch, int64_t tokens, Scalar scalar,
+                    int64_t length, int64_t first) {
+  for (const Tensor* t : {&keys, &values}) {
+    const bool fits = t->dim() == 4 && t->size(0) == batch && t->size(1) == d.kv_heads && t->size(3) == d.head_dim &&
+                      t->scalar() == scalar && t->is_cpu() && t->stride(3) == 1 && t->stride(2) == d.head_dim;
+    HQQ_CHECK(fits, "decoder: a cache must be [", batch, ", ", d.kv_heads, ", capacity, ", d.head_dim,
+              "] of the input's dtype, with whole heads, got ", *t);
+    HQQ_CHECK(length >= 0 && first >= 0 && length <= t->size(2) - tokens, "decoder: a cache of ", t->size(2),
+              " tokens has no room for ", tokens, " behind ", length);
+  }
+  HQQ_CHECK(keys.stride(0) == values.stride(0) && keys.stride(1) == values.stride(1),
+            "decoder: keys and values must have the same strides");
+  return {(char*)keys.mutable_data(), (char*)values.mutable_data(), keys.stride(0), keys.stride(1), length, first};
+}
+
+}  // namespace
+
+bool decoder_new(Call& c) {
+  auto owner = std::make_shared<Owner>();
+  Decoder& d = owner->decoder;
+  const int64_t layers = c.integer();
+  d.hidden = c.integer(), d.heads = c.integer(), d.kv_heads = c.integer(), d.head_dim = c.integer();
+  d.intermediate = c.integer();
+  d.eps = (float)c.real(), d.scaling = (float)c.real(), d.softcap = (float)c.real();
+  d.gate = c.integer() ? GateFunction::gelu_tanh : GateFunction::silu;
+  constexpr int64_t most = 1 << 24;
+  for (const int64_t size : {layers, d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate})
+    HQQ_CHECK(size >= 1 && size <= most, "decoder: sizes must be 1 to ", most, ", got ", size);
+  HQQ_CHECK(d.heads % d.kv_heads == 0, "decoder: ", d.heads, " heads do not share ", d.kv_heads, " of keys and values");
+  HQQ_CHECK(d.head_dim % 16 == 0, "decoder: head_dim must be a multiple of 16, got ", d.head_dim);
+  d.layers.resize((size_t)layers);
+  Decoders& all = decoders();
+  const std::lock_guard<std::mutex> hold(all.lock);
+  all.by_id.emplace(all.next, std::move(owner));
+  c.give(all.next++);
+  return true;
+}
+
+bool decoder_delete(Call& c) {
+  const int64_t id = c.integer();
+  std::shared_ptr<Owner> last;  // freed without the lock
+  Decoders& all = decoders();
+  const std::lock_guard<std::mutex> hold(all.lock);
+  const auto found = all.by_id.find(id);
+  if (found == all.by_id.end()) return true;
+  last = std::move(found->second);
+  all.by_id.erase(found);
+  return true;
+}
+
+bool decoder_set_layer(Call& c) {
+  const auto owner = find(c.integer());
+  DecoderLayer& l = layer_of(*owner, c.integer());
+  l.window = c.integer(), l.rope = c.integer();
+  HQQ_CHECK(l.window >= 0 && l.rope >= 0, "decoder: window and rope must not be negative, got ", l.window, " and ", l.rope);
+  return true;
+}
+
+bool decoder_norm(Call& c) {
+  const auto owner = find(c.integer());
+  Decoder& d = owner->decoder;
+  const int64_t layer = c.integer();
+  const std::string_view role = c.text();
+  const Tensor weight = c.tensor();
+  const auto put = [&](const float*& to, int64_t size) { to = vector_of(*owner, weight, "a norm's weight", size); };
+  if (role == "final") {
+    put(d.final_norm, d.hidden);
+    return true;
+  }
+  DecoderLayer& l = layer_of(*owner, layer);
+  if (role == "input") return put(l.input_norm, d.hidden), true;
+  if (role == "attention_out") return put(l.attention_out_norm, d.hidden), true;
+  if (role == "mlp") return put(l.mlp_norm, d.hidden), true;
+  if (role == "mlp_out") return put(l.mlp_out_norm, d.hidden), true;
+  if (role == "q") return put(l.q_norm, d.head_dim), true;
+  if (role == "k") return put(l.k_norm, d.head_dim), true;
+  fail("decoder: there is no norm '", role, "'");
+}
+
+bool decoder_linear(Call& c) {
+  const auto owner = find(c.integer());
+  const int64_t layer = c.integer();
+  const std::string_view role = c.text();
+  PackedArguments a;
+  read_packed(c, a);
+  const Tensor bias = c.optional_tensor(), pre_scale = c.optional_tensor();
+  read_settings(c, a);
+  const int64_t digits = c.integer();
+  HQQ_CHECK(digits >= 1 && digits <= 3, "decoder: digits must be 1 to 3, got ", digits);
+  HQQ_CHECK(knows_format(a.format, a.nbits), "decoder: there is no kernel for format '", a.format, "'");
+  a.qdata = owner->keep(a.qdata), a.scale = owner->keep(a.scale), a.zero = owner->keep(a.zero);
+  for (Tensor& t : a.meta) t = owner->keep(t);
+  owner->weights.push_back(std::make_unique<PackedWeights>(a, 2, (int)digits));
+  const PackedWeights& w = *owner->weights.back();
+  Linear linear{w.at(0), vector_of(*owner, bias, "bias", w.N()), vector_of(*owner, pre_scale, "act_pre_scale", w.K()),
+                (int)digits};
+  place(owner->decoder, layer_of(*owner, layer), role, linear);
+  return true;
+}
+
+bool decoder_run(Call& c) {
+  const auto owner = find(c.integer());
+  const Decoder& d = owner->decoder;
+  const Tensor x = c.tensor();
+  const auto cos = c.tensors(), sin = c.tensors(), keys = c.tensors(), values = c.tensors();
+  const Tensor mask = c.optional_tensor();
+  const auto lengths = c.integers(), firsts = c.integers();
+  const int64_t first_layer = c.integer(), last_layer = c.integer();
+  check_complete(d);
+  if (owner->moved()) return false;
+  const auto type = dtype_of(x.scalar());
+  HQQ_CHECK(type && x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && x.is_cpu() && x.numel(),
+            "decoder: input must be a contiguous floating-point [batch, tokens, ", d.hidden, "], got ", x);
+  HQQ_CHECK(first_layer >= 0 && first_layer < last_layer && last_layer <= (int64_t)d.layers.size(), "decoder: layers ",
+            first_layer, " to ", last_layer, " of ", (int64_t)d.layers.size());
+  const auto layers = (size_t)(last_layer - first_layer);
+  HQQ_CHECK(keys.size() == layers && values.size() == layers && lengths.size() == layers && firsts.size() == layers,
+            "decoder: ", (int64_t)layers, " layers need as many caches, got ", (int64_t)keys.size());
+  HQQ_CHECK(!cos.empty() && cos.size() == sin.size(), "decoder: as many sines as cosines are needed");
+  DecoderStep s{.x = x.data(),
+                .y = nullptr,
+                .type = *type,
+                .batch = x.size(0),
+                .tokens = x.size(1),
+                .first_layer = first_layer,
+                .last_layer = last_layer,
+                .ropes = {},
+                .caches = {},
+                .mask = nullptr,
+                .mask_columns = 0};
+  std::vector<Tensor> floats;
+  for (size_t i = 0; i < cos.size(); ++i) {
+    for (const Tensor* t : {&cos[i], &sin[i]}) floats.push_back(angles(*t, s.batch, s.tokens, d.head_dim));
+    HQQ_CHECK(cos[i].size(2) == sin[i].size(2), "decoder: cosines and sines of one shape are needed");
+    s.ropes.push_back({(const float*)floats[2 * i].data(), (const float*)floats[2 * i + 1].data(), cos[i].size(2)});
+  }
+  int64_t most = 0;
+  for (size_t i = 0; i < layers; ++i) {
+    HQQ_CHECK(d.layers[(size_t)first_layer + i].rope < (int64_t)cos.size(), "decoder: layer ", (int64_t)i,
+              " needs more cosines and sines");
+    s.caches.push_back(cache_of(d, keys[i], values[i], s.batch, s.tokens, x.scalar(), lengths[i], firsts[i]));
+    most = std::max(most, firsts[i] + lengths[i] + s.tokens);
+  }
+  if (mask) {
+    const bool fits = mask.dim() == 2 && mask.size(0) == s.batch && mask.size(1) >= most && mask.is_contiguous() &&
+                      (mask.scalar() == Scalar::boolean || mask.scalar() == Scalar::uint8) && mask.is_cpu();
+    HQQ_CHECK(fits, "decoder: mask must be bool [", s.batch, ", ", most, "], got ", mask);
+    s.mask = (const uint8_t*)mask.data(), s.mask_columns = mask.size(1);
+  }
+  Tensor y = empty(x.sizes(), x.scalar());
+  s.y = y.mutable_data();
+  if (!run_decoder(d, s)) return false;
+  c.give(std::move(y));
+  return true;
+}
+
+}  // namespace hqqtensor

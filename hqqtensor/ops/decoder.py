@@ -1,0 +1,65 @@
+"""What a backend may supply for decoder layers of a transformer; ``hqqtensor.generation`` asks ``backend.decoder``."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from hqqtensor.ops.packed import PackedWeight
+
+NormRole = Literal["input", "attention_out", "mlp", "mlp_out", "q", "k", "final"]
+LinearRole = Literal["qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down"]
+GATES = ("silu", "gelu_tanh")
+
+
+class DecoderShape(NamedTuple):
+    """Sizes and settings that all layers share.
+
+    eps: of all norms. scaling: of the scores of attention. softcap: scores s become softcap * tanh(s / softcap); 0 for
+    none. gate: one of ``GATES``.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    eps: float
+    scaling: float
+    softcap: float
+    gate: str
+
+
+class Decoder(Protocol):
+    """The layers of one model, put together by the methods before ``run``. It keeps the tensors that it is given."""
+
+    def set_layer(self, layer: int, window: int, rope: int) -> None:
+        """window: tokens that a token sees, itself among them; 0 for all before it. rope: which of ``run``'s angles."""
+
+    def norm(self, layer: int, role: NormRole, weight: Tensor) -> None:
+        """The weight that a normalized vector is multiplied by; "final" belongs to no layer."""
+
+    def linear(
+        self, layer: int, role: LinearRole, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, digits: int
+    ) -> None:
+        """A projection; joined ones are given in the order in which their outputs lie."""
+
+    def run(
+        self,
+        x: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        mask: Tensor | None,
+        lengths: Sequence[int],
+        firsts: Sequence[int],
+        layers: tuple[int, int],
+    ) -> Tensor | None:
+        """x ``[B, T, hidden]`` after the layers [first, last) and, where the last one of all is among them, the final
+        norm; None where the kernels do not serve x or a weight's memory has moved.
+
+        angles: cosines and sines ``[B, T, width]``. keys, values: ``[B, kv_heads, capacity, head_dim]`` for each of the
+        layers, of which the first ``lengths`` tokens are there and T more are written behind; ``firsts``: the place in
+        the sequence of the first one. mask: bool ``[B, tokens of the sequence]``, False for tokens that none sees.
+        """
