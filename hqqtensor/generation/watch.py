@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-_version = attrgetter("_version")
+_version, _no_dispatch = attrgetter("_version"), torch._C.DisableTorchFunctionSubclass
 
 
 class Watch:
@@ -32,12 +33,16 @@ class Watch:
             self._add(module.__dict__, "forward", None)  # accelerate's hooks put one there
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         self._tensors = tensors
-        self._versions = list(map(_version, tensors))
+        self._versions = self._now()
 
     def _add(self, values: dict[str, Any], name: str, value: Any) -> None:
         self._dicts.append(values)
         self._names.append(name)
         self._values.append(value)
+
+    def _now(self) -> list[int]:
+        with _no_dispatch():  # a subclass would be asked in Python each time
+            return list(map(_version, self._tensors))
 
     def unchanged(self) -> bool:
         """Whether modules and parameters are the same objects with the same numbers, and nobody hooks in or trains.
@@ -47,5 +52,5 @@ class Watch:
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
             and not any(self._hooks)
-            and list(map(_version, self._tensors)) == self._versions
+            and self._now() == self._versions
         )

@@ -47,6 +47,11 @@ inline __m512i plane(const uint8_t* b) {
   }
 }
 
+// Two lanes of each.
+inline __m512i eighths(int a, int b, int c, int d, int e, int f, int g, int h) {
+  return _mm512_set_epi32(h, h, g, g, f, f, e, e, d, d, c, c, b, b, a, a);
+}
+
 inline __m512i select(int mask, __m512i low, __m512i high) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), low, high, 0xCA);
 }
@@ -64,6 +69,39 @@ inline Codes decode(const uint8_t* b) {
   if constexpr (NB == 6) v = select(15, plane<4, 0, H>(b), plane<2, 4, H>(b + 64));
   if constexpr (NB == 7) v = select(15, plane<4, 0, H>(b), select(48, plane<2, 4, H>(b + 64), plane<1, 6, H>(b + 96)));
   return keep((1 << NB) - 1, v);
+}
+
+// The same for a row's last block where it has 64 codes: planes of 8 P bytes.
+template <int P, int L>
+inline __m512i half_plane(const uint8_t* b) {
+  if constexpr (P == 8) return _mm512_loadu_si512(b);
+  constexpr auto turn = [](int bit) { return (bit - L) & 31; };
+  if constexpr (P == 4) {
+    const __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)b));
+    return _mm512_rorv_epi32(v, eighths(turn(0), turn(0), turn(0), turn(0), turn(4), turn(4), turn(4), turn(4)));
+  } else if constexpr (P == 2) {
+    const __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)b));
+    return _mm512_rorv_epi32(v, eighths(turn(0), turn(0), turn(2), turn(2), turn(4), turn(4), turn(6), turn(6)));
+  } else {
+    int64_t bits;
+    __builtin_memcpy(&bits, b, 8);
+    const __m512i turns = eighths(turn(0), turn(1), turn(2), turn(3), turn(4), turn(5), turn(6), turn(7));
+    return _mm512_rorv_epi32(_mm512_set1_epi64(bits), turns);
+  }
+}
+#define HQQTENSOR_HAS_HALF_BLOCK
+template <int NB>
+inline Codes decode_half(const uint8_t* b) {
+  __m512i v;
+  if constexpr (NB == 1) v = half_plane<1, 0>(b);
+  if constexpr (NB == 2) v = half_plane<2, 0>(b);
+  if constexpr (NB == 3) v = select(3, half_plane<2, 0>(b), half_plane<1, 2>(b + 16));
+  if constexpr (NB == 4) v = half_plane<4, 0>(b);
+  if constexpr (NB == 5) v = select(15, half_plane<4, 0>(b), half_plane<1, 4>(b + 32));
+  if constexpr (NB == 6) v = select(15, half_plane<4, 0>(b), half_plane<2, 4>(b + 32));
+  if constexpr (NB == 7) v = select(15, half_plane<4, 0>(b), select(48, half_plane<2, 4>(b + 32), half_plane<1, 6>(b + 48)));
+  if constexpr (NB == 8) v = half_plane<8, 0>(b);
+  return NB == 8 ? v : keep((1 << NB) - 1, v);
 }
 
 inline Codes load_codes(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }

@@ -108,11 +108,23 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
   if constexpr (pairs && codes_in_place(D, DW > 0))
     for (int r = 0; r < kGemvRows; ++r)
       for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
-  if (tail) {
+  const auto whole_half = [&](auto codes_of) __attribute__((always_inline)) {
+    for (int r = 0; r < kGemvRows; ++r) numbers(codes_of(r), codes[r]);
+  };
+#ifdef HQQTENSOR_HAS_HALF_BLOCK
+  if (tail == 64) {
+    whole_half([&](int r) __attribute__((always_inline)) { return decode_half<NB>(tile.rows[r] + blocks * 16 * NB); });
+    half(2 * blocks, codes);
+  } else
+#endif
+      if (tail) {
     uint8_t unpacked[kGemvRows][128];
-    for (int r = 0; r < kGemvRows; ++r) unpack_tail(tile.rows[r] + blocks * 16 * NB, NB, (tail + 7) / 8 * 8, unpacked[r]);
+    for (int r = 0; r < kGemvRows; ++r) {
+      if (tail != 64) __builtin_memset(unpacked[r] + 32, 0, 96);
+      unpack_last<NB>(tile.rows[r] + blocks * 16 * NB, tail, unpacked[r]);
+    }
     for (int h = 0; h < (tail > 64 ? 2 : 1); ++h) {
-      for (int r = 0; r < kGemvRows; ++r) numbers(load_codes(unpacked[r] + 64 * h), codes[r]);
+      whole_half([&](int r) __attribute__((always_inline)) { return load_codes(unpacked[r] + 64 * h); });
       half(2 * blocks + h, codes);
     }
   }

@@ -20,15 +20,23 @@ struct Quads {
     int32_t* from = (int32_t*)scratch;
     uint8_t* to = (uint8_t*)(from + w.K / 64 + 3);
     first = from, index = to;
-    const auto own = [&](int64_t column) { return (uint8_t)(column / size - *from); };
-    for (int64_t k = 0; k < 128 * blocks; k += 128, ++from) {
-      *from = (int32_t)(k / size);
+    int64_t group = 0, left = size / 4;  // quads of the group that are to come
+    uint8_t own[32];                     // groups of the next quads, counted from *from
+    const auto next = [&](int count) {
+      *from = (int32_t)group;
+      for (int i = 0; i < count; ++i) {
+        own[i] = (uint8_t)(group - *from);
+        if (--left == 0) ++group, left = size / 4;
+      }
+    };
+    for (int64_t b = 0; b < blocks; ++b, ++from) {
+      next(32);
       for (int v = 0; v < 2; ++v)  // even lanes: the first half's quads of its own and the next lane, odd ones the second's
-        for (int64_t i = 0; i < 16; ++i) *to++ = own(k + 4 * (i ^ v) + (i % 2 ? 64 : 0));
+        for (int i = 0; i < 16; ++i) *to++ = own[(i ^ v) + (i % 2 ? 16 : 0)];
     }
-    for (int64_t k = 128 * blocks; k < w.K; k += 64, ++from) {
-      *from = (int32_t)(k / size);
-      for (int64_t i = 0; i < 16; ++i) *to++ = own(k + 4 * i);
+    for (int64_t k = 128 * blocks; k < w.K; k += 64, ++from, to += 16) {
+      next(16);
+      __builtin_memcpy(to, own, 16);
     }
   }
   int32_t chunk_first(int64_t chunk) const { return first[chunk - blocks]; }
@@ -51,12 +59,16 @@ struct RowMeta {
   // What is stored of a scale: nothing, the scale times the step of its group, or the scale.
   enum class Store { none, by_group, quads };
 
-  // Groups [first, last), whole vectors of them, whose values lie at s[r] and z[r].
-  template <DType T, bool TABLE, Store STORE>
+  // Groups [first, last), whose values lie at s[r] and z[r]: whole vectors, or, where LAST, the start of one that may be read.
+  template <DType T, bool TABLE, Store STORE, bool LAST>
   void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens, Out* out,
               Start* start) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
     const int64_t width = padded(w.groups);
+    const Floats there = first_lanes(LAST ? last - first : kFloats);
+    const auto value = [&](const char* p, int64_t i) __attribute__((always_inline)) {
+      return LAST ? f_pick(there, load_as<T>(p, i), f_zero()) : load_as<T>(p, i);
+    };
     for (int64_t t = 0; t < tokens; ++t) {
       const float *step = d.step + (token + t) * d.steps_per_row, *sums = d.sum + (token + t) * width;
       Floats total[kGemvRows];
@@ -64,8 +76,8 @@ struct RowMeta {
       unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) { total[r] = start[r][t], to[r] = out[r][t]; });
       for (int64_t g = first; g < last; g += kFloats)
         unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
-          const Floats a = load_as<T>(s[r], g - first);
-          const Floats product = f_mul(a, TABLE ? offset : load_as<T>(z[r], g - first));
+          const Floats a = value(s[r], g - first);
+          const Floats product = f_mul(a, TABLE ? offset : value(z[r], g - first));
           const Floats scaled = TABLE ? f_mul(a, units) : a;
           if constexpr (STORE == Store::quads) f_store(to[r] + g, scaled);
           if constexpr (STORE == Store::by_group) f_store(to[r] + g, f_mul(scaled, f_load(step + g)));
@@ -74,14 +86,14 @@ struct RowMeta {
       unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) { start[r][t] = total[r]; });
     }
   }
-  template <DType T>
+  template <DType T, bool LAST>
   void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens, Out* out,
               Start* start) const {
     const auto with = [&](auto table) __attribute__((always_inline)) {
       constexpr bool TABLE = decltype(table)::value;
-      if (quads) return blocks<T, TABLE, Store::quads>(s, z, first, last, token, tokens, out, start);
-      if (by_group) return blocks<T, TABLE, Store::by_group>(s, z, first, last, token, tokens, out, start);
-      blocks<T, TABLE, Store::none>(s, z, first, last, token, tokens, out, start);
+      if (quads) return blocks<T, TABLE, Store::quads, LAST>(s, z, first, last, token, tokens, out, start);
+      if (by_group) return blocks<T, TABLE, Store::by_group, LAST>(s, z, first, last, token, tokens, out, start);
+      blocks<T, TABLE, Store::none, LAST>(s, z, first, last, token, tokens, out, start);
     };
     w.table.values ? with(std::true_type()) : with(std::false_type());
   }
@@ -94,16 +106,32 @@ struct RowMeta {
       s[r] = w.scale.row(rows[r]);
       z[r] = w.zero.data ? w.zero.row(rows[r]) : s[r];
     }
-    blocks<T>(s, z, 0, whole, token, tokens, out, start);
+    if (whole) blocks<T, false>(s, z, 0, whole, token, tokens, out, start);
     if (left == 0) return;
-    char last[kGemvRows][2][4 * kFloats] = {};  // what lies behind a row may not be read
+    char last[kGemvRows][2][4 * kFloats];
     for (int r = 0; r < kGemvRows; ++r) {
-      __builtin_memcpy(last[r][0], s[r] + whole * size, (size_t)left);
-      __builtin_memcpy(last[r][1], z[r] + whole * size, (size_t)left);
+      s[r] += whole * size, z[r] += whole * size;
+      if (vector_fits(w.scale, rows[r], left) && (!w.zero.data || vector_fits(w.zero, rows[r], left))) continue;
+      __builtin_memcpy(last[r][0], s[r], (size_t)left);
+      __builtin_memcpy(last[r][1], z[r], (size_t)left);
       s[r] = last[r][0];
       z[r] = last[r][1];
     }
-    blocks<T>(s, z, whole, w.groups, token, tokens, out, start);
+    blocks<T, true>(s, z, whole, w.groups, token, tokens, out, start);
+  }
+  // True if a vector may be read where the last `left` bytes of a row begin: rows after it have memory to its end.
+  bool vector_fits(const Values& v, int64_t row, int64_t left) const {
+    return v.stride > 0 && (w.N - 1 - row) * v.stride >= 4 * kFloats - left;
+  }
+  // Negative in the first `count` lanes only.
+  static Floats first_lanes(int64_t count) {
+    alignas(64) static constexpr struct Signs {
+      float v[2 * kFloats];
+      constexpr Signs() : v() {
+        for (int i = 0; i < 2 * kFloats; ++i) v[i] = i < kFloats ? -1.0f : 1.0f;
+      }
+    } signs;
+    return f_load(signs.v + kFloats - count);
   }
 
   // Columns [first, first + count) of one row whose values are codes: bytes, or nibbles of the block at `block`.
@@ -176,7 +204,7 @@ struct RowMeta {
         s[r] = (const char*)scale;
         z[r] = (const char*)zero;
       }
-      blocks<DType::f32>(s, z, 0, w.groups, token, tokens, out, start);
+      blocks<DType::f32, false>(s, z, 0, w.groups, token, tokens, out, start);
     } else if (w.scale.type == DType::f16) {
       direct<DType::f16>(rows, token, tokens, out, start);
     } else if (w.scale.type == DType::bf16) {

@@ -76,6 +76,44 @@ void unpack_tail(const uint8_t* b, int nbits, int64_t count, uint8_t* out) {
   }
 }
 
+// The slabs of a short block of COUNT codes, added to what `out` holds, 8 (or 4) of them at a time.
+template <int PLANE, int COUNT>
+inline void add_slabs(const uint8_t* b, int low, uint8_t* out) {
+  constexpr int width = COUNT * PLANE / 8;
+  using Word = std::conditional_t<width % 8 == 0, uint64_t, uint32_t>;
+  constexpr Word mask = (Word)0x0101010101010101 * (Word)((1 << PLANE) - 1);
+  for (int i = 0; i < width; i += (int)sizeof(Word)) {
+    Word in, sum;
+    __builtin_memcpy(&in, b + i, sizeof in);
+    for (int f = 0; f < 8 / PLANE; ++f) {
+      __builtin_memcpy(&sum, out + f * width + i, sizeof sum);
+      sum |= ((in >> (PLANE * f)) & mask) << low;
+      __builtin_memcpy(out + f * width + i, &sum, sizeof sum);
+    }
+  }
+}
+
+template <int NB, int COUNT>
+inline void unpack_short(const uint8_t* b, uint8_t* out) {
+  __builtin_memset(out, 0, COUNT);
+  if constexpr (NB == 8) add_slabs<8, COUNT>(b, 0, out);
+  if constexpr ((NB & 4) != 0) add_slabs<4, COUNT>(b, 0, out);
+  if constexpr ((NB & 2) != 0) add_slabs<2, COUNT>(b + COUNT / 8 * (NB & 4), NB & 4, out);
+  if constexpr ((NB & 1) != 0) add_slabs<1, COUNT>(b + COUNT / 8 * (NB & 6), NB & 6, out);
+}
+
+// Codes of the short last block, `count` of them, with zeros behind up to a multiple of 64 where count is none of 32, 64
+// and 96.
+template <int NB>
+inline void unpack_last(const uint8_t* b, int64_t count, uint8_t* out) {
+  switch (count) {
+    case 32: return unpack_short<NB, 32>(b, out);
+    case 64: return unpack_short<NB, 64>(b, out);
+    case 96: return unpack_short<NB, 96>(b, out);
+    default: return unpack_tail(b, NB, (count + 7) / 8 * 8, out);
+  }
+}
+
 template <int NB>
 void unpack_blocks(const uint8_t* b, int64_t blocks, uint8_t* out) {
   for (int64_t i = 0; i < blocks; ++i, b += 16 * NB, out += 128) {

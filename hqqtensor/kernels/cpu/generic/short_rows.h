@@ -1,8 +1,6 @@
 // Dense rows of weights with few columns, many at a time: scales are read once for a run of rows, and codes of a short
 // block are unpacked as whole slabs. Keys and values of a cache are such rows (64 or 128 columns).
 #pragma once
-#include <type_traits>
-
 #include "generic/rows.h"
 
 HQQTENSOR_BEGIN_TARGET
@@ -11,45 +9,13 @@ namespace {
 
 constexpr int64_t kRunRows = 64;  // rows whose scales are read together
 
-// The slabs of a short block of COUNT codes, added to what `out` holds, 8 (or 4) of them at a time.
-template <int PLANE, int COUNT>
-inline void add_slabs(const uint8_t* b, int low, uint8_t* out) {
-  constexpr int width = COUNT * PLANE / 8;
-  using Word = std::conditional_t<width % 8 == 0, uint64_t, uint32_t>;
-  constexpr Word mask = (Word)0x0101010101010101 * (Word)((1 << PLANE) - 1);
-  for (int i = 0; i < width; i += (int)sizeof(Word)) {
-    Word in, sum;
-    __builtin_memcpy(&in, b + i, sizeof in);
-    for (int f = 0; f < 8 / PLANE; ++f) {
-      __builtin_memcpy(&sum, out + f * width + i, sizeof sum);
-      sum |= ((in >> (PLANE * f)) & mask) << low;
-      __builtin_memcpy(out + f * width + i, &sum, sizeof sum);
-    }
-  }
-}
-
-template <int NB, int COUNT>
-inline void unpack_short(const uint8_t* b, uint8_t* out) {
-  __builtin_memset(out, 0, COUNT);
-  if constexpr (NB == 8) add_slabs<8, COUNT>(b, 0, out);
-  if constexpr ((NB & 4) != 0) add_slabs<4, COUNT>(b, 0, out);
-  if constexpr ((NB & 2) != 0) add_slabs<2, COUNT>(b + COUNT / 8 * (NB & 4), NB & 4, out);
-  if constexpr ((NB & 1) != 0) add_slabs<1, COUNT>(b + COUNT / 8 * (NB & 6), NB & 6, out);
-}
-
 // Codes of a row of K: those of whole blocks, then those of the rest. Room for K + 128.
 template <int NB>
 inline void unpack_row(const uint8_t* row, int64_t K, uint8_t* out) {
   const int64_t blocks = K / 128;
   unpack_blocks<NB>(row, blocks, out);
   row += blocks * 16 * NB, out += blocks * 128;
-  switch (K % 128) {
-    case 0: return;
-    case 32: return unpack_short<NB, 32>(row, out);
-    case 64: return unpack_short<NB, 64>(row, out);
-    case 96: return unpack_short<NB, 96>(row, out);
-    default: return unpack_tail(row, NB, (K % 128 + 7) / 8 * 8, out);
-  }
+  if (K % 128) unpack_last<NB>(row, K % 128, out);
 }
 
 // Integers with plain scales, few enough a row for those of a run of rows to fit.

@@ -145,6 +145,8 @@ inline void acc_sums(const Acc (*a)[T], const Floats (*start)[kGemvTokens], floa
 }
 #endif
 
+// HQQTENSOR_HAS_HALF_BLOCK: the set has decode_half<NB>(b), the codes of a last block of 64. Else they are unpacked by words.
+
 // HQQTENSOR_HAS_PAIRS: blocks of 128 codes that are multiplied whole, see avx512/pairs.h.
 #ifndef HQQTENSOR_HAS_PAIRS
 template <int NB>
