@@ -29,6 +29,7 @@ class Family:
     activation: str = "act_fn"
     window_from: str = ""
     rope_by_type: bool = False
+    experts: bool = False
 
     def window(self, attention: Any, config: Any) -> int:
         """Tokens that a token sees in this layer, itself among them; 0 for all before it."""
@@ -60,6 +61,8 @@ FAMILIES = {
             activation="activation_fn",
             window_from="config",
         ),
+        Family("MixtralModel", window_from="config", experts=True),
+        Family("Qwen3MoeModel", window_from="attention", experts=True),
     )
 }
 """By class name of the base model; one entry adds a family."""

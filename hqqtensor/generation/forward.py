@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt, on_cpu
 from hqqtensor.generation.families import FAMILIES, Family
@@ -17,7 +17,10 @@ from hqqtensor.ops.decoder import Decoder
 MOST_TOKENS = 8  # of one sequence
 MOST_ROWS = 16  # of all sequences together
 
-_HARMLESS = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
+_HARMLESS = {
+    "return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False),
+    "output_router_logits": (None, False),
+}  # fmt: skip
 """Keyword arguments of ``forward`` that change nothing if they have one of these values."""
 
 
@@ -116,7 +119,8 @@ class DecoderForward:
             return None
         for layer in layers:
             layer.advance(tokens)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        output = MoeModelOutputWithPast if self.family.experts else BaseModelOutputWithPast
+        return output(last_hidden_state=hidden, past_key_values=cache)
 
     def _angles(self, x: Tensor, position_ids: Tensor | None, past: int) -> list[tuple[Tensor, Tensor]]:
         batch, tokens = x.shape[:2]
@@ -134,6 +138,7 @@ class DecoderForward:
             all(value in _HARMLESS[name] if name in _HARMLESS else value is None for name, value in kwargs.items())
             and not config.output_attentions
             and not config.output_hidden_states
+            and not getattr(config, "output_router_logits", False)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not torch._C._len_torch_dispatch_stack()

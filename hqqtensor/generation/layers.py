@@ -47,17 +47,18 @@ def dtype_of(base: nn.Module) -> torch.dtype:
 def _shape(base: Any, family: Family) -> DecoderShape:
     config, first = base.config, base.layers[0]
     attention, mlp = first.self_attn, first.mlp
+    if family.experts:
+        mlp = getattr(mlp, "experts", None)
     gate = GATES.get(type(getattr(mlp, family.activation, None)).__name__)
     if gate is None:
-        raise NotServed(f"layers.0.mlp.{family.activation} is none of {sorted(GATES)}")
-    down = mlp.down_proj
+        raise NotServed(f"layers.0.mlp has no {family.activation} of {sorted(GATES)}")
     return DecoderShape(
         layers=len(base.layers),
         hidden=base.norm.weight.shape[0],
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
-        intermediate=down.in_features,
+        intermediate=mlp.down_proj.shape[-1] if family.experts else mlp.down_proj.in_features,
         eps=_eps(first.get_submodule(family.input_norm)),
         scaling=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
@@ -82,6 +83,9 @@ def _add_layer(decoder: Decoder, i: int, layer: Any, config: Any, family: Family
             decoder.norm(i, role, _norm(layer.get_submodule(path), f"{name}.{path}", family))
     for path in (*(f"self_attn.{p}" for p in family.qkv), "self_attn.o_proj"):
         _add_linear(decoder, i, layer, path, name)
+    if family.experts:
+        _add_experts(decoder, i, layer.mlp, f"{name}.mlp")
+        return
     for path in (*(f"mlp.{p}" for p in family.gate_up), "mlp.down_proj"):
         _add_linear(decoder, i, layer, path, name)
 
@@ -93,12 +97,30 @@ def _add_linear(decoder: Decoder, i: int, layer: nn.Module, path: str, name: str
     if type(linear) is not nn.Linear or not isinstance(weight, HQQTensor):
         kind = type(linear).__name__
         raise NotServed(f"{where} is not an nn.Linear with a quantized weight, but a {kind} of {type(weight).__name__}")
+    decoder.linear(i, role, weight.operand(), linear.bias, weight.act_pre_scale, _digits(weight, where))
+
+
+def _digits(weight: HQQTensor, where: str) -> int:
+    """Digits that the activations are quantized to; ``NotServed`` for weights that decoders have no product for."""
     if weight.rotation or weight.axis == 0 or weight.transposed:
         what = "rotated inputs" if weight.rotation else "axis 0" if weight.axis == 0 else "a transposed weight"
         raise NotServed(f"{where} has {what}")
     exact = 3 if weight.dtype == torch.float32 else 2
-    digits = 1 if weight.activation == "int8" else exact
-    decoder.linear(i, role, weight.operand(), linear.bias, weight.act_pre_scale, digits)
+    return 1 if weight.activation == "int8" else exact
+
+
+def _add_experts(decoder: Decoder, i: int, mlp: Any, name: str) -> None:
+    """A block that chooses experts for each token."""
+    router, experts = getattr(mlp, "gate", None), getattr(mlp, "experts", None)
+    if experts is None or isinstance(router.weight, HQQTensor):
+        raise NotServed(f"{name} is a {type(mlp).__name__} without experts, or with a quantized router")
+    decoder.router(i, router.weight, router.top_k, getattr(router, "norm_topk_prob", True))
+    roles: list[tuple[str, LinearRole]] = [("gate_up_proj", "experts_gate_up"), ("down_proj", "experts_down")]
+    for leaf, role in roles:
+        weight = getattr(experts, leaf)
+        if not isinstance(weight, HQQTensor) or weight.rank != 3:
+            raise NotServed(f"{name}.experts.{leaf} is no stack of quantized weights, but a {type(weight).__name__}")
+        decoder.linear(i, role, weight.operand(), None, weight.act_pre_scale, _digits(weight, f"{name}.experts.{leaf}"))
 
 
 def _norm(norm: Any, where: str, family: Family) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from hqqtensor.ops.packed import PackedWeight
 
 NormRole = Literal["input", "attention_out", "mlp", "mlp_out", "q", "k", "final"]
-LinearRole = Literal["qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down"]
+LinearRole = Literal["qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down", "experts_gate_up", "experts_down"]
 GATES = ("silu", "gelu_tanh")
 
 
@@ -43,7 +43,11 @@ class Decoder(Protocol):
     def linear(
         self, layer: int, role: LinearRole, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, digits: int
     ) -> None:
-        """A projection; joined ones are given in the order in which their outputs lie."""
+        """A projection; joined ones are given in the order in which their outputs lie. Of experts: their stack."""
+
+    def router(self, layer: int, weight: Tensor, chosen: int, normalized: bool) -> None:
+        """``[experts, hidden]``, what chooses experts: the best ``chosen`` of a softmax over all, whose weights are then
+        divided by their sum if ``normalized``."""
 
     def run(
         self,

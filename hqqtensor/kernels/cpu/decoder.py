@@ -32,6 +32,9 @@ class CompiledDecoder:
         bias = None if bias is None else bias.detach()
         OPS._decoder_linear(self._id, layer, role, *w[:3], bias, act_pre_scale, *w[3:], digits)
 
+    def router(self, layer: int, weight: Tensor, chosen: int, normalized: bool) -> None:
+        OPS._decoder_router(self._id, layer, weight.detach(), chosen, normalized)
+
     def run(
         self,
         x: Tensor,

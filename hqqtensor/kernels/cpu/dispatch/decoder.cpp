@@ -107,23 +107,24 @@ class Member {
   bool reserve() noexcept {
     try {
       int64_t activations = 0, widest = std::max({d_.hidden, d_.q_rows(), d_.intermediate}), kernel = 0, most_chosen = 1;
+      int64_t most_experts = 0;
       for (const DecoderLayer& l : d_.layers) {
         activations = std::max({activations, bytes_of(l.qkv, M_), Activations::bytes(l.o, M_)});
         const int64_t chosen = l.router.weight ? l.router.chosen : 1;
-        for (const Mlp& mlp : l.mlps)
-          activations = std::max({activations, chosen * M_ * bytes_of(mlp.gate_up, 1) + bytes_of(mlp.gate_up, M_),
-                                  chosen * M_ * Activations::bytes(mlp.down, 1) + Activations::bytes(mlp.down, M_)});
+        const Mlp& mlp = l.mlps[0];
+        activations = std::max({activations, M_ * bytes_of(mlp.gate_up, 1) + bytes_of(mlp.gate_up, M_),
+                                chosen * M_ * Activations::bytes(mlp.down, 1) + Activations::bytes(mlp.down, M_)});
         for (const Linear* w : products_of(l)) {
           const Problem p = problem_of(*w, M_, nullptr, 0);
           kernel = std::max({kernel, k_.linear_rows_scratch(p, steps_per_row(w->w)), k_.linear_dense_scratch(p),
                              k_.linear_panel ? k_.linear_panel_scratch(p) : 0});
         }
-        most_chosen = std::max(most_chosen, chosen);
+        most_chosen = std::max(most_chosen, chosen), most_experts = std::max(most_experts, l.router.experts);
       }
       const int64_t group = d_.heads / d_.kv_heads;
       const int64_t rows = M_ * most_chosen;
       const int64_t floats = floats_of(M_ * d_.hidden) + floats_of(rows * widest) + 2 * floats_of(group * d_.head_dim) +
-                             floats_of(group * padded(kMostTokens)) + floats_of(kMostTokens * most_chosen);
+                             floats_of(group * padded(kMostTokens)) + floats_of(std::max(kMostTokens, most_experts));
       char* memory = scratch(4 * floats + activations + 4096, Scratch::decoder_member);
       const auto take = [&](int64_t count) {
         float* const at = (float*)memory;
@@ -135,9 +136,11 @@ class Member {
       query_ = take(group * d_.head_dim);
       head_ = take(d_.head_dim);
       scores_ = take(group * padded(kMostTokens));
-      tile_ = take(kMostTokens * most_chosen);
+      tile_ = take(std::max(kMostTokens, most_experts));
       activations_ = memory;
       scratch(4 * kernel, Scratch::kernel);
+      visits_.reserve((size_t)rows);
+      inputs_.reserve((size_t)(2 * rows));
       return true;
     } catch (...) {
       return false;
@@ -147,10 +150,8 @@ class Member {
   static std::vector<const Linear*> products_of(const DecoderLayer& l) {
     std::vector<const Linear*> all{&l.o};
     for (const Linear& part : l.qkv) all.push_back(&part);
-    for (const Mlp& mlp : l.mlps) {
-      for (const Linear& part : mlp.gate_up) all.push_back(&part);
-      all.push_back(&mlp.down);
-    }
+    for (const Linear& part : l.mlps[0].gate_up) all.push_back(&part);
+    all.push_back(&l.mlps[0].down);
     return all;
   }
 
@@ -255,7 +256,7 @@ class Member {
     team_.meet();
     add(l.attention_out_norm, shared_.o);
     norm(l.mlp_norm, residual_, line_);
-    mlp(i, l.mlps[0]);
+    l.router.weight ? experts(i, l) : mlp(i, l.mlps[0]);
     team_.meet();
     add(l.mlp_out_norm, shared_.down);
   }
@@ -284,6 +285,78 @@ class Member {
     const Activations down = prepare(mlp.down, line_, M_, memory);
     team_.share(counter(i, 4), mlp.down.w.N, rows_at_a_time(mlp.down.w, down.integers && down.quantized.layout == Layout::rows),
                 [&](int64_t first, int64_t last) { columns(mlp.down, down, M_, first, last, shared_.down, mlp.down.w.N); });
+  }
+
+  // ---- Experts ----
+
+  // A token at one of the experts chosen for it.
+  struct Visit {
+    int64_t token, expert;
+    float weight;
+  };
+
+  // The visits of all tokens, `chosen` for each, the best first.
+  void route(const Router& r, const float* x) {
+    visits_.clear();
+    for (int64_t m = 0; m < M_; ++m) {
+      k_.dot_rows(x + m * d_.hidden, r.weight, r.experts, d_.hidden, tile_);
+      const float top = *std::max_element(tile_, tile_ + r.experts);
+      double all = 0, kept = 0;
+      for (int64_t e = 0; e < r.experts; ++e) all += tile_[e] = std::exp(tile_[e] - top);
+      const size_t begin = visits_.size();
+      for (int64_t i = 0; i < r.chosen; ++i) {
+        const int64_t best = std::max_element(tile_, tile_ + r.experts) - tile_;
+        kept += tile_[best];
+        visits_.push_back({m, best, tile_[best]});
+        tile_[best] = -1;
+      }
+      for (size_t i = begin; i < visits_.size(); ++i) visits_[i].weight /= (float)(r.normalized ? kept : all);
+    }
+  }
+
+  void experts(size_t i, const DecoderLayer& l) {
+    route(l.router, line_);
+    const int64_t width = d_.intermediate, chosen = l.router.chosen, count = M_ * chosen;
+    const Mlp& first_mlp = l.mlps[0];
+    char* memory = activations_;
+    inputs_.clear();
+    const size_t parts = first_mlp.gate_up.size();
+    for (int64_t m = 0; m < M_; ++m)
+      for (const Linear& part : first_mlp.gate_up) inputs_.push_back(prepare(part, line_ + m * d_.hidden, 1, memory));
+    const int64_t step = rows_at_a_time(first_mlp.gate_up[0].w, inputs_[0].integers);
+    // Rows of all visits, one visit after the other.
+    team_.share(counter(i, 3), count * width, step, [&](int64_t from, int64_t to) {
+      for (int64_t v = from / width; v * width < to; ++v) {
+        const int64_t first = std::max<int64_t>(from - v * width, 0), last = std::min(to - v * width, width);
+        const Visit& visit = visits_[(size_t)v];
+        const Mlp& mlp = l.mlps[(size_t)visit.expert];
+        float* const h = shared_.h + v * 2 * width;
+        const Activations* const x = &inputs_[(size_t)visit.token * parts];
+        const int64_t up_row = parts == 1 ? width : 0;
+        columns(mlp.gate_up[0], x[0], 1, first, last, h, 2 * width);
+        columns(mlp.gate_up[parts - 1], x[parts - 1], 1, up_row + first, up_row + last, h + width - up_row, 2 * width);
+        k_.gate(d_.gate, h + first, h + width + first, last - first, h + first);
+      }
+    });
+    team_.meet();
+    memory = activations_;
+    inputs_.clear();
+    for (int64_t v = 0; v < count; ++v) {
+      std::copy_n(shared_.h + v * 2 * width, width, line_ + v * width);
+      inputs_.push_back(prepare(first_mlp.down, line_ + v * width, 1, memory));
+    }
+    const int64_t rows = std::min(rows_at_a_time(first_mlp.down.w, inputs_[0].integers), kMostTokens);
+    team_.share(counter(i, 4), d_.hidden, rows, [&](int64_t from, int64_t to) {
+      for (; from < to; from += kMostTokens) {
+        const int64_t last = std::min(to, from + kMostTokens);
+        for (int64_t v = 0; v < count; ++v) {
+          const Visit& visit = visits_[(size_t)v];
+          columns(l.mlps[(size_t)visit.expert].down, inputs_[(size_t)v], 1, from, last, tile_ - from, d_.hidden);
+          float* const out = shared_.down + visit.token * d_.hidden;
+          for (int64_t n = from; n < last; ++n) out[n] = visit.weight * tile_[n - from] + (v % chosen == 0 ? 0 : out[n]);
+        }
+      }
+    });
   }
 
   // ---- Attention ----
@@ -394,6 +467,8 @@ class Member {
   bool failed_ = false;  // all members compute the same activations, so they agree
   float *residual_, *line_, *query_, *head_, *scores_, *tile_;
   char* activations_;
+  std::vector<Visit> visits_;
+  std::vector<Activations> inputs_;
 };
 
 }  // namespace
@@ -403,8 +478,11 @@ bool run_decoder(const Decoder& d, const DecoderStep& s) {
   int64_t pieces = 1;
   for (size_t i = 0; i < s.caches.size(); ++i)
     for (int64_t t = 1; t <= threads; ++t) pieces = std::max(pieces, Member::pieces_of(d, s, i, t).count);
-  const int64_t sizes[] = {M * d.qkv_rows(), M * pieces * d.heads * (d.head_dim + 2), M * d.hidden, M * 2 * d.intermediate,
-                           M * d.hidden};
+  int64_t chosen = 1;
+  for (const DecoderLayer& l : d.layers)
+    if (l.router.weight) chosen = std::max(chosen, l.router.chosen);
+  const int64_t sizes[] = {M * d.qkv_rows(), M * pieces * d.heads * (d.head_dim + 2), M * d.hidden,
+                           M * chosen * 2 * d.intermediate, M * d.hidden};
   int64_t floats = 0;
   for (const int64_t size : sizes) floats += floats_of(size);
   auto* memory = (float*)scratch(4 * floats, Scratch::decoder);

@@ -38,7 +38,7 @@ struct DecoderLayer {
   std::vector<Linear> qkv;                       // q, k and v in one weight, or in three
   Linear o;
   Router router;
-  std::vector<Mlp> mlps;  // one, or as many as there are experts
+  std::vector<Mlp> mlps;  // one, or as many as there are experts, all packed alike
   int64_t window;         // tokens that a token sees, itself among them; 0: all before it
   int64_t rope;           // which cosines and sines: an index into DecoderStep::ropes
 };

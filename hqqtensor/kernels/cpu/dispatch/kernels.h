@@ -110,6 +110,8 @@ struct Kernels {
   // out[i] = x[i] * weight[i] / sqrt(mean of x^2 + eps). x may be out.
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
   void (*attend)(const Attention&);
+  // out[r]: the product of x, [dim], and row r of `rows`, [count][dim]. dim: a multiple of 16.
+  void (*dot_rows)(const float* x, const float* rows, int64_t count, int64_t dim, float* out);
   // out[i] = f(gate[i]) * up[i]. gate or up may be out.
   void (*gate)(GateFunction, const float* gate, const float* up, int64_t count, float* out);
 

@@ -67,18 +67,22 @@ void rms_norm(const float* x, const float* weight, int64_t count, float eps, flo
 
 // ---- Attention ----
 
-// Scores of H heads for a run of tokens, each score the sum over `dim` products.
+// out[h * stride + r]: the product of vector h of q, [H][dim], and of row r of `rows`, [count][dim]; dim: a multiple of 16.
 template <DType T, int H>
-void scores_of(const Attention& a, const float* q, float* scores, int64_t stride) {
-  for (int64_t t = 0; t < a.count; ++t) {
+void dots(const float* q, const void* rows, int64_t count, int64_t dim, float* out, int64_t stride) {
+  for (int64_t r = 0; r < count; ++r) {
     Floats sums[H];
     for (Floats& sum : sums) sum = f_zero();
-    for (int64_t d = 0; d < a.dim; d += kFloats) {
-      const Floats key = load_as<T>(a.keys, t * a.dim + d);
-      for (int h = 0; h < H; ++h) sums[h] = f_fma(f_load(q + h * a.dim + d), key, sums[h]);
+    for (int64_t d = 0; d < dim; d += kFloats) {
+      const Floats row = load_as<T>(rows, r * dim + d);
+      for (int h = 0; h < H; ++h) sums[h] = f_fma(f_load(q + h * dim + d), row, sums[h]);
     }
-    for (int h = 0; h < H; ++h) scores[h * stride + t] = f_sum(sums[h]);
+    for (int h = 0; h < H; ++h) out[h * stride + r] = f_sum(sums[h]);
   }
+}
+
+void dot_rows(const float* x, const float* rows, int64_t count, int64_t dim, float* out) {
+  dots<DType::f32, 1>(x, rows, count, dim, out, 0);
 }
 
 // Sums of values weighted by exp(score - largest), for H heads.
@@ -146,7 +150,7 @@ void attend_as(const Attention& a) {
   const auto heads = [&](int64_t h, auto count) {
     constexpr int H = decltype(count)::value;
     float *scores = a.scores + h * stride, *out = a.out + h * out_stride;
-    scores_of<T, H>(a, a.q + h * a.dim, scores, stride);
+    dots<T, H>(a.q + h * a.dim, a.keys, a.count, a.dim, scores, stride);
     for (int i = 0; i < H; ++i) {
       float* end = out + i * out_stride + a.dim;
       weights_of(a, scores + i * stride, end, end + 1);

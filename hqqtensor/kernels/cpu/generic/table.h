@@ -34,6 +34,7 @@ constexpr Kernels generic_kernels(const char* name) {
       .from_float = from_float,
       .rms_norm = rms_norm,
       .attend = attend,
+      .dot_rows = dot_rows,
       .gate = gate,
       .lanes = kFloats,
       .extremes = extremes,

@@ -50,6 +50,7 @@ constexpr Operator kDecoderDelete{"i", decoder_delete, nullptr};
 constexpr Operator kDecoderSetLayer{"iiii", decoder_set_layer, nullptr};
 constexpr Operator kDecoderNorm{"iist", decoder_norm, nullptr};
 constexpr Operator kDecoderLinear{"iisttTTTLisiiii", decoder_linear, nullptr};
+constexpr Operator kDecoderRouter{"iitii", decoder_router, nullptr};
 constexpr Operator kDecoderRun{"itllllTnnii", decoder_run, nullptr};
 constexpr Operator kInstructionSet{"", instruction_set, nullptr};
 constexpr Operator kSetTable{"sit", define_table, nullptr};
@@ -86,6 +87,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
   m.def("_decoder_linear(int decoder, int layer, str role, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? bias, "
         "Tensor? act_pre_scale, Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features, int digits) "
         "-> ()");
+  m.def("_decoder_router(int decoder, int layer, Tensor weight, int chosen, bool normalized) -> ()");
   m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? mask, "
         "int[] lengths, int[] firsts, int first_layer, int last_layer) -> Tensor?");
   m.def("_instruction_set() -> str");
@@ -120,6 +122,7 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("_set_table", entry<kSetTable, Mode::automatic>);
   m.impl("_decoder_norm", entry<kDecoderNorm, Mode::automatic>);
   m.impl("_decoder_linear", entry<kDecoderLinear, Mode::automatic>);
+  m.impl("_decoder_router", entry<kDecoderRouter, Mode::automatic>);
   m.impl("_decoder_run", entry<kDecoderRun, Mode::by_name>);
 }
 

@@ -64,6 +64,22 @@ const float* vector_of(Owner& o, const Tensor& t, const char* name, int64_t size
   return o.vectors.back()->data;
 }
 
+// A stack of experts' projections.
+void place_experts(Decoder& d, DecoderLayer& l, std::string_view role, const PackedWeights& w, const Linear& first) {
+  HQQ_CHECK(first.w.axis == 1, "decoder: ", role, " must have axis 1");
+  const bool down = role == "experts_down", gate_up = role == "experts_gate_up";
+  HQQ_CHECK(down || gate_up, "decoder: there is no stack of projections '", role, "'");
+  const int64_t N = down ? d.hidden : 2 * d.intermediate, K = down ? d.intermediate : d.hidden;
+  HQQ_CHECK(w.N() == N && w.K() == K && w.count() >= 1 && (l.mlps.empty() || (int64_t)l.mlps.size() == w.count()),
+            "decoder: ", role, " must be [experts, ", N, ", ", K, "], got [", w.count(), ", ", w.N(), ", ", w.K(), "]");
+  l.mlps.resize((size_t)w.count());
+  for (int64_t e = 0; e < w.count(); ++e) {
+    Linear linear = first;
+    linear.w = w.at(e);
+    down ? (void)(l.mlps[(size_t)e].down = linear) : l.mlps[(size_t)e].gate_up.push_back(linear);
+  }
+}
+
 // Checks that a projection has the shape that its role has in this decoder, and puts it there.
 void place(Decoder& d, DecoderLayer& l, std::string_view role, const Linear& linear) {
   const int64_t N = linear.w.N, K = linear.w.K;
@@ -80,13 +96,14 @@ void place(Decoder& d, DecoderLayer& l, std::string_view role, const Linear& lin
     HQQ_CHECK(N == r.rows && K == r.columns, "decoder: ", role, " must be [", r.rows, ", ", r.columns, "], got [", N, ", ", K,
               "]");
     HQQ_CHECK(linear.w.axis == 1, "decoder: ", role, " must have axis 1");
-    if (l.mlps.empty()) l.mlps.emplace_back();
+    const bool attention = role == "o" || role.front() == 'q' || role == "k" || role == "v";
+    if (!attention && l.mlps.empty()) l.mlps.emplace_back();
     if (role == "o") {
       l.o = linear;
     } else if (role == "down") {
       l.mlps[0].down = linear;
     } else {
-      auto& parts = role.front() == 'q' || role == "k" || role == "v" ? l.qkv : l.mlps[0].gate_up;
+      auto& parts = attention ? l.qkv : l.mlps[0].gate_up;
       parts.push_back(linear);
     }
     return;
@@ -102,9 +119,10 @@ int64_t columns_of(const std::vector<Linear>& parts) {
 
 void check_complete(const Decoder& d) {
   for (const DecoderLayer& l : d.layers)
-    HQQ_CHECK(l.input_norm && l.mlp_norm && columns_of(l.qkv) == d.qkv_rows() && l.o.w.N && l.mlps.size() == 1 &&
+    HQQ_CHECK(l.input_norm && l.mlp_norm && columns_of(l.qkv) == d.qkv_rows() && l.o.w.N &&
+                  (int64_t)l.mlps.size() == (l.router.weight ? l.router.experts : 1) &&
                   columns_of(l.mlps[0].gate_up) == 2 * d.intermediate && l.mlps[0].down.w.N,
-              "decoder: a layer lacks a norm or a projection");
+              "decoder: a layer lacks a norm, a projection or its router");
 }
 
 // [batch, tokens, width] as float32, of the rows of each sequence or of all.
@@ -207,11 +225,31 @@ bool decoder_linear(Call& c) {
   HQQ_CHECK(knows_format(a.format, a.nbits), "decoder: there is no kernel for format '", a.format, "'");
   a.qdata = owner->keep(a.qdata), a.scale = owner->keep(a.scale), a.zero = owner->keep(a.zero);
   for (Tensor& t : a.meta) t = owner->keep(t);
-  owner->weights.push_back(std::make_unique<PackedWeights>(a, 2, (int)digits));
+  const bool stack = role.substr(0, 8) == "experts_";
+  owner->weights.push_back(std::make_unique<PackedWeights>(a, stack ? 3 : 2, (int)digits));
   const PackedWeights& w = *owner->weights.back();
-  Linear linear{w.at(0), vector_of(*owner, bias, "bias", w.N()), vector_of(*owner, pre_scale, "act_pre_scale", w.K()),
-                (int)digits};
-  place(owner->decoder, layer_of(*owner, layer), role, linear);
+  Linear linear{w.count() ? w.at(0) : Weight{}, vector_of(*owner, bias, "bias", w.N()),
+                vector_of(*owner, pre_scale, "act_pre_scale", w.K()), (int)digits};
+  DecoderLayer& l = layer_of(*owner, layer);
+  stack ? place_experts(owner->decoder, l, role, w, linear) : place(owner->decoder, l, role, linear);
+  return true;
+}
+
+bool decoder_router(Call& c) {
+  const auto owner = find(c.integer());
+  Decoder& d = owner->decoder;
+  DecoderLayer& l = layer_of(*owner, c.integer());
+  const Tensor weight = c.tensor();
+  l.router.chosen = c.integer();
+  l.router.normalized = c.integer() != 0;
+  HQQ_CHECK(weight.dim() == 2 && weight.size(1) == d.hidden && d.hidden % 16 == 0, "decoder: a router must be [experts, ",
+            d.hidden, "], a multiple of 16, got ", weight);
+  l.router.experts = weight.size(0);
+  HQQ_CHECK(l.router.chosen >= 1 && l.router.chosen <= l.router.experts, "decoder: ", l.router.chosen, " of ", l.router.experts,
+            " experts cannot be chosen");
+  owner->tensors.push_back(converted(weight, Scalar::float32));
+  owner->places.push_back(owner->tensors.back().data());
+  l.router.weight = (const float*)owner->places.back();
   return true;
 }
 
