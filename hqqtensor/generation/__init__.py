@@ -4,10 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from hqqtensor.generation.check import check
 from hqqtensor.generation.families import FAMILIES
 from hqqtensor.generation.forward import DecoderForward
-from hqqtensor.generation.layers import NotServed
 
 
 def prepare_for_generation_(model: Any) -> Any:
@@ -26,10 +24,9 @@ def prepare_for_generation_(model: Any) -> Any:
     if "forward" in base.__dict__:
         raise ValueError(f"{type(base).__name__} has another forward of its own already (accelerate's hooks, for one)")
     forward = DecoderForward(base)
-    try:
-        check(base, forward.family)
-    except NotServed as reason:
-        raise ValueError(f"{type(base).__name__} is generated with as before: {reason}") from None
+    why_not = forward.prepare()
+    if why_not is not None:
+        raise ValueError(f"{type(base).__name__} is generated with as before: {why_not}")
     base.forward = forward
     return model
 

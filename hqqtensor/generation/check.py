@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from hqqtensor.generation.cache import adopt
 from hqqtensor.generation.families import Family
 from hqqtensor.generation.layers import NotServed, build, dtype_of, layer_types
+from hqqtensor.ops.decoder import Decoder
 
 PAST = 5  # tokens in the cache of the layer that is checked
 MOST_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -16,8 +17,9 @@ MOST_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 @torch.no_grad()
-def check(base: Any, family: Family) -> None:
-    """``NotServed`` where a decoder cannot be made, or where a layer of a kind gives other results than its own code."""
+def checked(base: Any, family: Family) -> Decoder:
+    """The decoder of a base model; ``NotServed`` where none can be made, or where a layer of a kind gives other results
+    than its own code."""
     dtype, training = dtype_of(base), base.training
     if dtype not in MOST_ERROR:
         raise NotServed(f"it computes in {dtype}, which must be one of {[str(d) for d in MOST_ERROR]}")
@@ -29,7 +31,8 @@ def check(base: Any, family: Family) -> None:
     x = torch.randn(1, 1, base.norm.weight.shape[0], generator=generator).to(dtype)
     base.eval()
     try:
-        for i in sorted({types.index(kind) for kind in types}):
+        kinds = [(kind, *map(type, layer.modules())) for kind, layer in zip(types, base.layers, strict=True)]
+        for i in sorted({kinds.index(kind) for kind in kinds}):
             own, ours = _own(base, family, i, x), _ours(base, decoder, family, i, x)
             if ours is None:
                 raise NotServed(f"layers.{i} does not serve random numbers")
@@ -39,6 +42,7 @@ def check(base: Any, family: Family) -> None:
                 raise NotServed(f"layers.{i}, a {kind}, would give other results: relative error {error:.2g}")
     finally:
         base.train(training)
+    return decoder
 
 
 def _cache(base: Any, i: int, dtype: torch.dtype) -> DynamicCache:
@@ -68,7 +72,8 @@ def _own(base: Any, family: Family, i: int, x: Tensor) -> Tensor:
         x, attention_mask=None, position_ids=torch.tensor([[PAST]]), position_embeddings=angles,
         past_key_values=_cache(base, i, x.dtype), use_cache=True,
     )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out
+    out = out[0] if isinstance(out, tuple) else out
+    return base.norm(out) if i == len(base.layers) - 1 else out  # the decoder's last layer has the final norm behind it
 
 
 def _ours(base: Any, decoder: Any, family: Family, i: int, x: Tensor) -> Tensor | None:
@@ -76,5 +81,4 @@ def _ours(base: Any, decoder: Any, family: Family, i: int, x: Tensor) -> Tensor 
     assert layer is not None
     keys, values = layer.make_room(1)
     angles = _angles(base, family, x)
-    # The final norm follows the last layer: that layer's output is compared with it.
     return decoder.run(x, angles, [keys], [values], None, [layer.end], [layer.first], (i, i + 1))

@@ -8,8 +8,9 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt, on_cpu
+from hqqtensor.generation.check import checked
 from hqqtensor.generation.families import FAMILIES, Family
-from hqqtensor.generation.layers import NotServed, build, dtype_of, layer_types
+from hqqtensor.generation.layers import NotServed, dtype_of, layer_types
 from hqqtensor.generation.watch import Watch
 from hqqtensor.ops.backend import decoder_maker
 from hqqtensor.ops.decoder import Decoder
@@ -164,13 +165,21 @@ class DecoderForward:
             return self._decoder is not None
         return self._rebuild() and self._decoder is not None
 
+    def prepare(self) -> str | None:
+        """Make the decoder now; None, or why there is none."""
+        return (
+            self.why_not
+            if self._rebuild()
+            else "it is in training mode, or has hooks: call model.eval() and remove them first"
+        )
+
     def _rebuild(self) -> bool:
         """False while the model is in a state that no decoder can have: hooks, or training."""
         watch = Watch(self.base, ("layers", "norm"))
         if not watch.unchanged():
             return False
         try:
-            self._decoder, self.why_not = build(self.base, self.family), None
+            self._decoder, self.why_not = checked(self.base, self.family), None
         except NotServed as reason:
             self._decoder, self.why_not = None, str(reason)
         self._watch = watch

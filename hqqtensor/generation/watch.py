@@ -29,9 +29,11 @@ class Watch:
                     self._add(values, name, value)
                     if isinstance(value, Tensor) and not value.is_inference():
                         tensors.append(value)
-            self._add(module.__dict__, "training", False)
+            if not isinstance(module, nn.ModuleList):  # a list trains nothing
+                self._add(module.__dict__, "training", False)
             self._add(module.__dict__, "forward", None)  # accelerate's hooks put one there
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self._modules, self._types = modules, list(map(type, modules))
         self._tensors = tensors
         self._versions = self._now()
 
@@ -51,6 +53,7 @@ class Watch:
         """
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
+            and all(map(is_, map(type, self._modules), self._types))
             and not any(self._hooks)
             and self._now() == self._versions
         )

@@ -41,7 +41,13 @@ class Decoder(Protocol):
         """The weight that a normalized vector is multiplied by; "final" belongs to no layer."""
 
     def linear(
-        self, layer: int, role: LinearRole, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, digits: int
+        self,
+        layer: int,
+        role: LinearRole,
+        w: PackedWeight,
+        bias: Tensor | None,
+        act_pre_scale: Tensor | None,
+        digits: int,
     ) -> None:
         """A projection; joined ones are given in the order in which their outputs lie. Of experts: their stack."""
 

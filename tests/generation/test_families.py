@@ -68,7 +68,9 @@ def test_a_family_in_bfloat16_gives_the_same_logits_up_to_rounding(name: str) ->
     assert (after - truth).norm() <= 1.05 * (before - truth).norm() + 1e-3 * truth.norm()
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"num_return_sequences": 2, "do_sample": True}]
+)
 def test_beams_and_samples_are_the_same(settings: dict[str, Any]) -> None:
     model = quantized("llama")
     own = generate(model, 2, **settings).sequences

@@ -27,7 +27,13 @@ class CompiledDecoder:
         OPS._decoder_norm(self._id, layer, role, weight.detach())
 
     def linear(
-        self, layer: int, role: LinearRole, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tensor | None, digits: int
+        self,
+        layer: int,
+        role: LinearRole,
+        w: PackedWeight,
+        bias: Tensor | None,
+        act_pre_scale: Tensor | None,
+        digits: int,
     ) -> None:
         bias = None if bias is None else bias.detach()
         OPS._decoder_linear(self._id, layer, role, *w[:3], bias, act_pre_scale, *w[3:], digits)

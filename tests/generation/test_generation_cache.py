@@ -1,0 +1,116 @@
+"""The cache's layers with room: transformers' own code and the decoder see the same keys and values in them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import WINDOW, prompts, quantized
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hqqtensor.generation import prepare_for_generation_
+from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt
+
+
+def filled(kind: type[DynamicLayer], length: int) -> Any:
+    layer = kind(WINDOW) if kind is DynamicSlidingWindowLayer else kind()
+    layer.update(*states(length))
+    return layer
+
+
+def states(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(batch, 3, length, 16, generator=generator), torch.randn(
+        batch, 3, length, 16, generator=generator
+    )
+
+
+@pytest.mark.parametrize("kind", [DynamicLayer, DynamicSlidingWindowLayer])
+@pytest.mark.parametrize("length", [2, WINDOW, 3 * WINDOW])
+def test_a_layer_with_room_behaves_as_the_plain_one(kind: type[DynamicLayer], length: int) -> None:
+    plain, roomy = filled(kind, length), adopt(filled(kind, length))
+    assert type(roomy) is (RoomyLayer if kind is DynamicLayer else RoomySlidingLayer)
+    for new in (1, 3, 1, 1, 40, 2, 1):
+        want, got = plain.update(*states(new)), roomy.update(*states(new))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        assert torch.equal(plain.keys, roomy.keys) and torch.equal(plain.values, roomy.values)
+        assert plain.get_seq_length() == roomy.get_seq_length()
+        assert plain.get_mask_sizes(2) == roomy.get_mask_sizes(2)
+    for change in (
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([0, 3])),
+    ):
+        change(plain)
+        change(roomy)
+        assert torch.equal(plain.keys, roomy.keys) and torch.equal(plain.values, roomy.values)
+    if kind is DynamicLayer:
+        plain.crop(-4)
+        roomy.crop(-4)
+        assert torch.equal(plain.keys, roomy.keys)
+    want, got = plain.update(*states(1)), roomy.update(*states(1))
+    assert torch.equal(want[0], got[0])
+    plain.reset()
+    roomy.reset()
+    assert roomy.get_seq_length() == plain.get_seq_length() == 0
+    assert torch.equal(plain.update(*states(3))[0], roomy.update(*states(3))[0])
+
+
+def test_a_token_goes_into_the_buffers_without_copying_them() -> None:
+    layer = adopt(filled(DynamicLayer, 5))
+    assert layer is not None
+    buffers = layer.make_room(1)
+    for _ in range(100):
+        assert layer.make_room(1)[0] is buffers[0]
+        layer.advance(1)
+    assert layer.get_seq_length() == 105 and layer.keys.shape[2] == 105
+    assert layer.keys.untyped_storage().data_ptr() == buffers[0].untyped_storage().data_ptr()
+
+
+def test_a_sliding_layer_keeps_few_windows_of_memory() -> None:
+    layer = adopt(filled(DynamicSlidingWindowLayer, 5))
+    assert layer is not None
+    for _ in range(5000):
+        layer.make_room(1)
+        layer.advance(1)
+    assert layer.buffers is not None and layer.buffers[0].shape[2] < 2 * WINDOW + 300
+    assert layer.get_seq_length() == 5005 and layer.keys.shape[2] == WINDOW - 1
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    layer = adopt(filled(DynamicLayer, 5))
+    assert layer is not None
+    layer.make_room(1)
+    other = copy.deepcopy(layer)
+    other.update(*states(1))
+    layer.update(*states(2))
+    assert other.get_seq_length() == 6 and layer.get_seq_length() == 7
+    assert torch.equal(other.keys[:, :, 5:], states(1)[0]) and torch.equal(layer.keys[:, :, 5:], states(2)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_a_conversation_goes_on_from_its_cache(name: str) -> None:
+    """Prompts and answers by turns, the cache handed on: as without the decoder."""
+    answers = []
+    for prepared in (False, True):
+        model = quantized(name)
+        if prepared:
+            prepare_for_generation_(model)
+        cache, ids = DynamicCache(config=model.config), prompts()["input_ids"]
+        for turn in range(3):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12,
+                                 do_sample=False)  # fmt: skip
+            ids = torch.cat([out, prompts(length=3 + 9 * turn)["input_ids"]], 1)
+        answers.append(ids)
+    assert torch.equal(*answers)
+
+
+def test_other_caches_take_the_models_own_code() -> None:
+    model = quantized("llama")
+    ids = prompts()
+    settings: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    own = [model.generate(**ids, **settings, cache_implementation=kind) for kind in ("static", "offloaded_static")[:1]]
+    prepare_for_generation_(model)
+    assert torch.equal(model.generate(**ids, **settings, cache_implementation="static"), own[0])
+    assert torch.equal(model.generate(**ids, **settings, use_cache=False), own[0])
