@@ -33,7 +33,7 @@ class DecoderForward:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self.base = base
+        self.base: Any = base
         self.family: Family = FAMILIES[type(base).__name__]
         self.why_not: str | None = None
         self._decoder: Decoder | None = None
@@ -150,7 +150,7 @@ class DecoderForward:
     def _roomy(self, cache: Any) -> list[Any] | None:
         """The layers of the cache, made roomy; None where they are of another kind or hold nothing yet."""
         layers = cache.layers
-        if len(layers) != len(self.base.layers):  # type: ignore[arg-type]
+        if len(layers) != len(self.base.layers):
             return None
         if not all(type(layer) in (RoomyLayer, RoomySlidingLayer) for layer in layers):
             adopted = [adopt(layer) for layer in layers]

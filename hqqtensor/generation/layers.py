@@ -111,8 +111,9 @@ def _digits(weight: HQQTensor, where: str) -> int:
 
 def _add_experts(decoder: Decoder, i: int, mlp: Any, name: str) -> None:
     """A block that chooses experts for each token."""
-    router, experts = getattr(mlp, "gate", None), getattr(mlp, "experts", None)
-    if experts is None or isinstance(router.weight, HQQTensor):
+    router: Any = getattr(mlp, "gate", None)
+    experts = getattr(mlp, "experts", None)
+    if router is None or experts is None or isinstance(router.weight, HQQTensor):
         raise NotServed(f"{name} is a {type(mlp).__name__} without experts, or with a quantized router")
     decoder.router(i, router.weight, router.top_k, getattr(router, "norm_topk_prob", True))
     roles: list[tuple[str, LinearRole]] = [("gate_up_proj", "experts_gate_up"), ("down_proj", "experts_down")]

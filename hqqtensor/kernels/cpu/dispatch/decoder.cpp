@@ -32,21 +32,6 @@ int64_t rows_at_a_time(const Weight& w, bool by_row) {
 
 bool uses_integers(const Linear& l, int64_t M) { return l.w.axis == 1 && integers_serve(l.w, M, l.digits); }
 
-// The activations of a product as its kernel reads them, in the member's own memory.
-struct Activations {
-  bool integers;
-  QuantizedActivations quantized;
-  DenseActivations dense;
-
-  static int64_t bytes(const Linear& l, int64_t M) { return quantized_bytes(l.w, M, l.digits) + 4 * floats_of(M * l.w.K) + 64; }
-};
-
-// Bytes of the activations of products that are made together.
-int64_t bytes_of(const std::vector<Linear>& parts, int64_t M) {
-  return std::accumulate(parts.begin(), parts.end(), (int64_t)0,
-                         [M](int64_t n, const Linear& l) { return n + Activations::bytes(l, M); });
-}
-
 Problem problem_of(const Linear& l, int64_t M, float* y, int64_t y_stride) {
   return {.w = l.w,
           .x = nullptr,
@@ -57,6 +42,28 @@ Problem problem_of(const Linear& l, int64_t M, float* y, int64_t y_stride) {
           .pre_scale = nullptr,
           .y = y,
           .y_stride = y_stride};
+}
+
+// The activations of a product as its kernel reads them, in the member's own memory.
+struct Activations {
+  bool integers;
+  QuantizedActivations quantized;
+  DenseActivations dense;
+
+  // Quantized, in float32, and packed for linear_dense.
+  static int64_t bytes(const Linear& l, int64_t M) {
+    return quantized_bytes(l.w, M, l.digits) + 4 * (floats_of(M * l.w.K) + packed_floats(l, M)) + 64;
+  }
+  static int64_t packed_floats(const Linear& l, int64_t M) {
+    return kernels().pack_activations ? floats_of(kernels().packed_activations_size(M, l.w.K, splits(l, M))) : 0;
+  }
+  static int splits(const Linear& l, int64_t M) { return splits_of(problem_of(l, M, nullptr, 0), l.digits); }
+};
+
+// Bytes of the activations of products that are made together.
+int64_t bytes_of(const std::vector<Linear>& parts, int64_t M) {
+  return std::accumulate(parts.begin(), parts.end(), (int64_t)0,
+                         [M](int64_t n, const Linear& l) { return n + Activations::bytes(l, M); });
 }
 
 // Memory that all members see, and the pieces that attention is shared out in.
@@ -176,7 +183,9 @@ class Member {
       if (a.integers) return a;
     }
     if (l.digits == 1) failed_ = true;  // 8-bit activations are rounded elsewhere where integers do not serve
-    a.dense = {.x = x, .stride = K, .splits = splits_of(problem_of(l, M, nullptr, 0), l.digits), .packed = nullptr};
+    a.dense = {.x = x, .stride = K, .splits = Activations::splits(l, M), .packed = nullptr};
+    float* const packed = floats + floats_of(M * K);
+    if (k_.pack_activations && k_.pack_activations(a.dense, 0, M, K, packed)) a.dense.packed = packed;
     return a;
   }
 
