@@ -6,6 +6,8 @@ from torch import nn
 
 from hqqtensor.generation.families import FAMILIES
 from hqqtensor.generation.forward import DecoderForward
+from hqqtensor.generation.memory import gather_weights
+from hqqtensor.ops.backend import decoder_maker
 
 
 def prepare_for_generation_(model: Any) -> Any:
@@ -24,9 +26,12 @@ def prepare_for_generation_(model: Any) -> Any:
     if "forward" in base.__dict__:
         raise ValueError(f"{type(base).__name__} has another forward of its own already (accelerate's hooks, for one)")
     forward = DecoderForward(base)
-    why_not = forward.prepare()
+    why_not = forward.why_it_cannot()
     if why_not is not None:
         raise ValueError(f"{type(base).__name__} is generated with as before: {why_not}")
+    make = decoder_maker("cpu")
+    assert make is not None
+    gather_weights(model, make)
     base.forward = forward
     return model
 

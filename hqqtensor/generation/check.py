@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hqqtensor.generation.angles import Angles, types_of
 from hqqtensor.generation.cache import adopt
 from hqqtensor.generation.families import Family
-from hqqtensor.generation.layers import NotServed, build, dtype_of, layer_types
+from hqqtensor.generation.layers import NotServed, build, dtype_of
 from hqqtensor.ops.decoder import Decoder
 
 PAST = 5  # tokens in the cache of the layer that is checked
@@ -55,21 +56,14 @@ def _cache(base: Any, i: int, dtype: torch.dtype) -> DynamicCache:
     return cache
 
 
-def _angles(base: Any, family: Family, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    position = torch.tensor([[PAST]])
-    types = layer_types(base.config) if family.rope_by_type else [None]
-    return [base.rotary_emb(x, position) if t is None else base.rotary_emb(x, position, t) for t in types]
-
-
-def _rope(base: Any, family: Family, i: int) -> int:
-    return layer_types(base.config).index(base.config.layer_types[i]) if family.rope_by_type else 0
-
-
 def _own(base: Any, family: Family, i: int, x: Tensor) -> Tensor:
     """The layer's own output, by transformers' plain attention."""
-    angles = _angles(base, family, x)[_rope(base, family, i)]
+    place, types = torch.tensor([[PAST]]), types_of(base.config, family)
+    kind = base.config.layer_types[i] if family.rope_by_type else None
+    assert kind in types
+    angles = base.rotary_emb(x, place) if kind is None else base.rotary_emb(x, place, kind)
     out = base.layers[i](
-        x, attention_mask=None, position_ids=torch.tensor([[PAST]]), position_embeddings=angles,
+        x, attention_mask=None, position_ids=place, position_embeddings=angles,
         past_key_values=_cache(base, i, x.dtype), use_cache=True,
     )  # fmt: skip
     out = out[0] if isinstance(out, tuple) else out
@@ -80,5 +74,5 @@ def _ours(base: Any, decoder: Any, family: Family, i: int, x: Tensor) -> Tensor 
     layer = adopt(_cache(base, i, x.dtype).layers[i])
     assert layer is not None
     keys, values = layer.make_room(1)
-    angles = _angles(base, family, x)
-    return decoder.run(x, angles, [keys], [values], None, [layer.end], [layer.first], (i, i + 1))
+    angles = Angles(base, family).tables(PAST + 1)
+    return decoder.run(x, angles, [keys], [values], None, None, [layer.end], [layer.first], (i, i + 1), True)

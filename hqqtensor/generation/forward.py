@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
+from hqqtensor.generation.angles import Angles
 from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt, on_cpu
 from hqqtensor.generation.check import checked
 from hqqtensor.generation.families import FAMILIES, Family
-from hqqtensor.generation.layers import NotServed, dtype_of, layer_types
+from hqqtensor.generation.layers import NotServed, dtype_of
 from hqqtensor.generation.watch import Watch
 from hqqtensor.ops.backend import decoder_maker
 from hqqtensor.ops.decoder import Decoder
@@ -38,7 +39,8 @@ class DecoderForward:
         self.why_not: str | None = None
         self._decoder: Decoder | None = None
         self._watch: Watch | None = None
-        self._layers: list[Any] = []
+        self._angles: Angles | None = None
+        self._verify = True  # whether all of the model is to be looked at before the next token
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderForward":
         import copy
@@ -65,6 +67,7 @@ class DecoderForward:
             )
             if out is not None:
                 return out
+        self._verify = True
         forward = type(self.base).forward.__get__(self.base)
         return forward(
             input_ids=input_ids,
@@ -91,46 +94,45 @@ class DecoderForward:
             return None
         batch, tokens = new.shape[:2]
         past = layers[0].get_seq_length()
-        mask = _mask(attention_mask, batch, past + tokens)
-        if mask is None:
+        if attention_mask is not None and not _is_plain_mask(attention_mask, batch, past + tokens):
             return None
         x = self.base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if layers[0].batch != batch or x.dtype is not layers[0].dtype:
             return None
-        return self._run(x, mask, position_ids, past, layers, cache)
+        return self._run(x, attention_mask, position_ids, past, layers, cache)
 
     def _run(
-        self, x: Tensor, mask: Tensor | bool, position_ids: Tensor | None, past: int, layers: list[Any], cache: Any
+        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, past: int, layers: list[Any], cache: Any
     ) -> Any:
-        batch, tokens = x.shape[:2]
+        tokens = x.shape[1]
         buffers = [layer.make_room(tokens) for layer in layers]
-        assert self._decoder is not None
+        assert self._decoder is not None and self._angles is not None
+        if self._angles.changing:
+            positions = torch.arange(past, past + tokens).unsqueeze(0) if positions is None else positions
+            tables = self._angles.at(positions)
+            positions = torch.arange(positions.numel()).view_as(positions)
+        else:
+            tables = self._angles.tables(past + tokens)
         hidden = self._decoder.run(
             x.contiguous(),
-            self._angles(x, position_ids, past),
+            tables,
             [keys for keys, _ in buffers],
             [values for _, values in buffers],
-            mask if isinstance(mask, Tensor) else None,
+            positions,
+            None if mask is None else mask.contiguous(),
             [layer.end for layer in layers],
             [layer.first for layer in layers],
             (0, len(layers)),
+            self._verify,
         )
         if hidden is None:
             self._watch = None  # memory may have moved: made again for the next token
             return None
+        self._verify = False
         for layer in layers:
             layer.advance(tokens)
         output = MoeModelOutputWithPast if self.family.experts else BaseModelOutputWithPast
         return output(last_hidden_state=hidden, past_key_values=cache)
-
-    def _angles(self, x: Tensor, position_ids: Tensor | None, past: int) -> list[tuple[Tensor, Tensor]]:
-        batch, tokens = x.shape[:2]
-        if position_ids is None:
-            position_ids = torch.arange(past, past + tokens).unsqueeze(0)
-        types = layer_types(self.base.config) if self.family.rope_by_type else [None]
-        rotary: Any = self.base.rotary_emb
-        all_angles = [rotary(x, position_ids) if kind is None else rotary(x, position_ids, kind) for kind in types]
-        return [(cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)) for cos, sin in all_angles]
 
     def _plain_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing is asked for but hidden states, and no other code looks on."""
@@ -161,36 +163,33 @@ class DecoderForward:
 
     def _ready(self) -> bool:
         """Whether there is a decoder of the model as it is now."""
-        if self._watch is not None and self._watch.unchanged():
+        if self._watch is not None and (self._watch.unchanged() if self._verify else self._watch.quick()):
             return self._decoder is not None
+        if self._watch is not None and not self._verify and self._watch.unchanged():
+            return self._decoder is not None  # what was registered belongs to another model
         return self._rebuild() and self._decoder is not None
 
-    def prepare(self) -> str | None:
-        """Make the decoder now; None, or why there is none."""
-        return (
-            self.why_not
-            if self._rebuild()
-            else "it is in training mode, or has hooks: call model.eval() and remove them first"
-        )
+    def why_it_cannot(self) -> str | None:
+        """None, or why the model as it is cannot be served."""
+        if not self._rebuild():
+            return "it is in training mode, or has hooks: call model.eval() and remove them first"
+        self._watch = None  # made anew for the first token: weights are moved after this
+        return self.why_not
 
     def _rebuild(self) -> bool:
         """False while the model is in a state that no decoder can have: hooks, or training."""
-        watch = Watch(self.base, ("layers", "norm"))
+        watch = Watch(self.base, ("layers", "norm", "rotary_emb"))
         if not watch.unchanged():
             return False
         try:
             self._decoder, self.why_not = checked(self.base, self.family), None
+            self._angles = Angles(self.base, self.family)
         except NotServed as reason:
             self._decoder, self.why_not = None, str(reason)
         self._watch = watch
         return True
 
 
-def _mask(attention_mask: Any, batch: int, length: int) -> Tensor | bool | None:
-    """True where all tokens are seen, the mask where some are not, None for a mask of another kind."""
-    if attention_mask is None:
-        return True
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
-        return None
-    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-    return True if bool(seen.all()) else seen.contiguous()
+def _is_plain_mask(mask: Any, batch: int, length: int) -> bool:
+    """Whether a mask says of each token of each sequence whether it is seen."""
+    return isinstance(mask, Tensor) and mask.shape == (batch, length) and mask.dtype in (torch.bool, torch.int64)

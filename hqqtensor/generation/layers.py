@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqqtensor.generation.angles import types_of
 from hqqtensor.generation.families import Family
 from hqqtensor.ops.backend import chosen, decoder_maker
 from hqqtensor.ops.decoder import Decoder, DecoderShape, LinearRole, NormRole
@@ -32,11 +33,6 @@ def build(base: nn.Module, family: Family) -> Decoder:
     except RuntimeError as error:
         raise NotServed(str(error)) from None
     return decoder
-
-
-def layer_types(config: Any) -> list[str]:
-    """The types of layers that have angles of their own, where the family has them; in the order of ``rope``."""
-    return sorted(set(config.layer_types))
 
 
 def dtype_of(base: nn.Module) -> torch.dtype:
@@ -68,7 +64,7 @@ def _shape(base: Any, family: Family) -> DecoderShape:
 
 def _add_layer(decoder: Decoder, i: int, layer: Any, config: Any, family: Family) -> None:
     name, attention = f"layers.{i}", layer.self_attn
-    rope = layer_types(config).index(config.layer_types[i]) if family.rope_by_type else 0
+    rope = types_of(config, family).index(config.layer_types[i]) if family.rope_by_type else 0
     decoder.set_layer(i, family.window(attention, config), rope)
     norms: list[tuple[NormRole, str | None]] = [
         ("input", family.input_norm),

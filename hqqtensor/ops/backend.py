@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtensor.ops.decoder import Decoder, DecoderShape
+from hqqtensor.ops.decoder import DecoderMaker
 from hqqtensor.ops.encoder import Encoder
 from hqqtensor.ops.packed import PackedWeight
 
@@ -39,7 +39,7 @@ class Backend:
     device_types: tuple[str, ...] | None = None
     why_unavailable: Callable[[], str | None] = field(default=lambda: None)
     encoder: Encoder | None = None
-    decoder: Callable[[DecoderShape], Decoder] | None = None
+    decoder: DecoderMaker | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def encoder(device_type: str) -> Encoder | None:
     return next((candidate.encoder for candidate in candidates), None)
 
 
-def decoder_maker(device_type: str) -> Callable[[DecoderShape], Decoder] | None:
+def decoder_maker(device_type: str) -> DecoderMaker | None:
     """What makes decoder layers on a device under the backend chosen; None where the model's own code has to do."""
     candidates = (b for b in reversed(_BACKENDS.values()) if b.decoder is not None and serves(b.name, device_type))
     return next((candidate.decoder for candidate in candidates), None)

@@ -56,20 +56,27 @@ class Decoder(Protocol):
         divided by their sum if ``normalized``."""
 
     def run(
-        self,
-        x: Tensor,
-        angles: Sequence[tuple[Tensor, Tensor]],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        mask: Tensor | None,
-        lengths: Sequence[int],
-        firsts: Sequence[int],
-        layers: tuple[int, int],
-    ) -> Tensor | None:
+        self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
+        positions: Tensor | None, mask: Tensor | None, lengths: Sequence[int], firsts: Sequence[int],
+        layers: tuple[int, int], verify: bool,
+    ) -> Tensor | None:  # fmt: skip
         """x ``[B, T, hidden]`` after the layers [first, last) and, where the last one of all is among them, the final
-        norm; None where the kernels do not serve x or a weight's memory has moved.
+        norm; None where the kernels do not serve x, an angle is missing, or a weight's memory has moved (which is looked
+        at if ``verify``).
 
-        angles: cosines and sines ``[B, T, width]``. keys, values: ``[B, kv_heads, capacity, head_dim]`` for each of the
-        layers, of which the first ``lengths`` tokens are there and T more are written behind; ``firsts``: the place in
-        the sequence of the first one. mask: bool ``[B, tokens of the sequence]``, False for tokens that none sees.
+        angles: tables of cosines and sines, float32 ``[places, width]``; ``positions``: the places of the tokens in
+        them, integers ``[B or 1, T]``, by default those behind the tokens in the caches. keys, values: ``[B, kv_heads,
+        capacity, head_dim]`` for each of the layers, of which the first ``lengths`` tokens are there and T more are
+        written behind; ``firsts``: the place in the sequence of the first one. mask: bool or int64 ``[B, tokens of the
+        sequence]``, zero for tokens that none sees.
         """
+
+
+class DecoderMaker(Protocol):
+    """Makes decoders, and says where their weights should lie."""
+
+    def __call__(self, shape: DecoderShape) -> Decoder:
+        """A decoder without parts; RuntimeError for a shape that the kernels do not have."""
+
+    def gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of contiguous tensors in memory that the kernels read fastest, each with a storage of its own."""

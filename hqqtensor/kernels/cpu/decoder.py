@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hqqtensor.kernels.cpu.arena import gathered
 from hqqtensor.ops.decoder import GATES, DecoderShape, LinearRole, NormRole
 from hqqtensor.ops.packed import PackedWeight
 
@@ -42,18 +43,16 @@ class CompiledDecoder:
         OPS._decoder_router(self._id, layer, weight.detach(), chosen, normalized)
 
     def run(
-        self,
-        x: Tensor,
-        angles: Sequence[tuple[Tensor, Tensor]],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        mask: Tensor | None,
-        lengths: Sequence[int],
-        firsts: Sequence[int],
-        layers: tuple[int, int],
-    ) -> Tensor | None:
+        self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
+        positions: Tensor | None, mask: Tensor | None, lengths: Sequence[int], firsts: Sequence[int],
+        layers: tuple[int, int], verify: bool,
+    ) -> Tensor | None:  # fmt: skip
         cos, sin = [c for c, _ in angles], [s for _, s in angles]
-        return self._run(self._id, x, cos, sin, keys, values, mask, lengths, firsts, *layers)
+        return self._run(self._id, x, cos, sin, keys, values, positions, mask, lengths, firsts, *layers, verify)
+
+    @staticmethod
+    def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return gathered(tensors)
 
     def __del__(self) -> None:
         if hasattr(self, "_id"):

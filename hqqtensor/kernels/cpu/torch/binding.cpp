@@ -45,13 +45,16 @@ constexpr Operator kEmptyPacked{"n", empty_packed, nullptr};
 constexpr Operator kPoolNew{"", pool_new, nullptr};
 constexpr Operator kPoolDelete{"i", pool_delete, nullptr};
 constexpr Operator kPoolEmpty{"ini", pool_empty, nullptr};
+constexpr Operator kArenaNew{"i", arena_new, nullptr};
+constexpr Operator kArenaTake{"ii", arena_take, nullptr};
+constexpr Operator kArenaDelete{"i", arena_delete, nullptr};
 constexpr Operator kDecoderNew{"iiiiiifffi", decoder_new, nullptr};
 constexpr Operator kDecoderDelete{"i", decoder_delete, nullptr};
 constexpr Operator kDecoderSetLayer{"iiii", decoder_set_layer, nullptr};
 constexpr Operator kDecoderNorm{"iist", decoder_norm, nullptr};
 constexpr Operator kDecoderLinear{"iisttTTTLisiiii", decoder_linear, nullptr};
 constexpr Operator kDecoderRouter{"iitii", decoder_router, nullptr};
-constexpr Operator kDecoderRun{"itllllTnnii", decoder_run, nullptr};
+constexpr Operator kDecoderRun{"itllllTTnniii", decoder_run, nullptr};
 constexpr Operator kInstructionSet{"", instruction_set, nullptr};
 constexpr Operator kSetTable{"sit", define_table, nullptr};
 constexpr Operator kSetChoice{"i", set_choice, nullptr};
@@ -88,8 +91,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
         "Tensor? act_pre_scale, Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features, int digits) "
         "-> ()");
   m.def("_decoder_router(int decoder, int layer, Tensor weight, int chosen, bool normalized) -> ()");
-  m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? mask, "
-        "int[] lengths, int[] firsts, int first_layer, int last_layer) -> Tensor?");
+  m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? positions, Tensor? mask, "
+        "int[] lengths, int[] firsts, int first_layer, int last_layer, bool verify) -> Tensor?");
+  m.def("_arena_new(int bytes) -> int");
+  m.def("_arena_take(int arena, int bytes) -> Tensor");
+  m.def("_arena_delete(int arena) -> ()");
   m.def("_instruction_set() -> str");
   m.def("_set_table(str format, int nbits, Tensor values) -> ()");
   m.def("_set_choice_is_automatic(bool on) -> ()");
@@ -132,6 +138,9 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CompositeExplicitAutograd, m) {
   m.impl("_pool_new", entry<kPoolNew, Mode::automatic>);
   m.impl("_pool_delete", entry<kPoolDelete, Mode::automatic>);
   m.impl("_pool_empty", entry<kPoolEmpty, Mode::automatic>);
+  m.impl("_arena_new", entry<kArenaNew, Mode::automatic>);
+  m.impl("_arena_take", entry<kArenaTake, Mode::automatic>);
+  m.impl("_arena_delete", entry<kArenaDelete, Mode::automatic>);
   m.impl("_decoder_new", entry<kDecoderNew, Mode::automatic>);
   m.impl("_decoder_delete", entry<kDecoderDelete, Mode::automatic>);
   m.impl("_decoder_set_layer", entry<kDecoderSetLayer, Mode::automatic>);

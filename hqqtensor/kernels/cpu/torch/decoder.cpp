@@ -125,12 +125,50 @@ void check_complete(const Decoder& d) {
               "decoder: a layer lacks a norm, a projection or its router");
 }
 
-// [batch, tokens, width] as float32, of the rows of each sequence or of all.
-Tensor angles(const Tensor& t, int64_t batch, int64_t tokens, int64_t head_dim) {
-  HQQ_CHECK(t.dim() == 3 && t.size(0) == batch && t.size(1) == tokens && t.size(2) <= head_dim && t.size(2) % 2 == 0 &&
-                is_floating(t.scalar()),
-            "decoder: cosines and sines must be floating-point [", batch, ", ", tokens, ", up to ", head_dim, "], got ", t);
-  return converted(t, Scalar::float32);
+// Rows of a table of cosines or sines, float32 [positions, width], at the places of the new tokens: [batch][tokens][width].
+// False where the table is too short.
+bool pick_rows(const Tensor& table, const std::vector<int64_t>& places, int64_t head_dim, std::vector<float>& out) {
+  HQQ_CHECK(table.dim() == 2 && table.size(1) <= head_dim && table.size(1) % 2 == 0 && table.scalar() == Scalar::float32 &&
+                table.is_contiguous() && table.is_cpu(),
+            "decoder: cosines and sines must be contiguous float32 [positions, up to ", head_dim, "], got ", table);
+  const int64_t width = table.size(1);
+  const auto* rows = (const float*)table.data();
+  for (const int64_t place : places) {
+    if (place < 0 || place >= table.size(0)) return false;
+    out.insert(out.end(), rows + place * width, rows + (place + 1) * width);
+  }
+  return true;
+}
+
+// Places of the new tokens of each sequence: of position_ids [batch or 1, tokens], or those behind `length`.
+std::vector<int64_t> places_of(const Tensor& position_ids, int64_t batch, int64_t tokens, int64_t length) {
+  std::vector<int64_t> all, given;
+  if (position_ids) {
+    const bool fits = position_ids.dim() == 2 && position_ids.size(1) == tokens && is_integer(position_ids.scalar()) &&
+                      (position_ids.size(0) == batch || position_ids.size(0) == 1);
+    HQQ_CHECK(fits, "decoder: position_ids must be integers [", batch, ", ", tokens, "], got ", position_ids);
+    given = integers_of(position_ids);
+  } else {
+    for (int64_t t = 0; t < tokens; ++t) given.push_back(length + t);
+  }
+  for (int64_t i = 0; i < batch * tokens; ++i) all.push_back(given[(size_t)i % given.size()]);
+  return all;
+}
+
+// An attention mask [batch, columns] as a byte for each token; empty where all are seen.
+std::vector<uint8_t> bytes_of_mask(const Tensor& mask, int64_t batch, int64_t columns) {
+  if (!mask) return {};
+  const bool is_bool = mask.scalar() == Scalar::boolean;
+  HQQ_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == columns && (is_bool || mask.scalar() == Scalar::int64) &&
+                mask.is_contiguous() && mask.is_cpu(),
+            "decoder: mask must be contiguous bool or int64 [", batch, ", ", columns, "], got ", mask);
+  std::vector<uint8_t> out((size_t)(batch * columns));
+  bool all = true;
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = is_bool ? ((const uint8_t*)mask.data())[i] : ((const int64_t*)mask.data())[i] != 0;
+    all = all && out[i];
+  }
+  return all ? std::vector<uint8_t>() : out;
 }
 
 LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, int64_t batch, int64_t tokens, Scalar scalar,
@@ -258,11 +296,11 @@ bool decoder_run(Call& c) {
   const Decoder& d = owner->decoder;
   const Tensor x = c.tensor();
   const auto cos = c.tensors(), sin = c.tensors(), keys = c.tensors(), values = c.tensors();
-  const Tensor mask = c.optional_tensor();
+  const Tensor positions = c.optional_tensor(), mask = c.optional_tensor();
   const auto lengths = c.integers(), firsts = c.integers();
   const int64_t first_layer = c.integer(), last_layer = c.integer();
   check_complete(d);
-  if (owner->moved()) return false;
+  if (c.integer() && owner->moved()) return false;
   const auto type = dtype_of(x.scalar());
   HQQ_CHECK(type && x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && x.is_cpu() && x.numel(),
             "decoder: input must be a contiguous floating-point [batch, tokens, ", d.hidden, "], got ", x);
@@ -283,12 +321,6 @@ bool decoder_run(Call& c) {
                 .caches = {},
                 .mask = nullptr,
                 .mask_columns = 0};
-  std::vector<Tensor> floats;
-  for (size_t i = 0; i < cos.size(); ++i) {
-    for (const Tensor* t : {&cos[i], &sin[i]}) floats.push_back(angles(*t, s.batch, s.tokens, d.head_dim));
-    HQQ_CHECK(cos[i].size(2) == sin[i].size(2), "decoder: cosines and sines of one shape are needed");
-    s.ropes.push_back({(const float*)floats[2 * i].data(), (const float*)floats[2 * i + 1].data(), cos[i].size(2)});
-  }
   int64_t most = 0;
   for (size_t i = 0; i < layers; ++i) {
     HQQ_CHECK(d.layers[(size_t)first_layer + i].rope < (int64_t)cos.size(), "decoder: layer ", (int64_t)i,
@@ -296,12 +328,17 @@ bool decoder_run(Call& c) {
     s.caches.push_back(cache_of(d, keys[i], values[i], s.batch, s.tokens, x.scalar(), lengths[i], firsts[i]));
     most = std::max(most, firsts[i] + lengths[i] + s.tokens);
   }
-  if (mask) {
-    const bool fits = mask.dim() == 2 && mask.size(0) == s.batch && mask.size(1) >= most && mask.is_contiguous() &&
-                      (mask.scalar() == Scalar::boolean || mask.scalar() == Scalar::uint8) && mask.is_cpu();
-    HQQ_CHECK(fits, "decoder: mask must be bool [", s.batch, ", ", most, "], got ", mask);
-    s.mask = (const uint8_t*)mask.data(), s.mask_columns = mask.size(1);
+  const auto places = places_of(positions, s.batch, s.tokens, most - s.tokens);
+  std::vector<std::vector<float>> angles(2 * cos.size());
+  for (size_t i = 0; i < cos.size(); ++i) {
+    HQQ_CHECK(cos[i].dim() == sin[i].dim() && cos[i].size(-1) == sin[i].size(-1),
+              "decoder: cosines and sines of one shape are needed");
+    if (!pick_rows(cos[i], places, d.head_dim, angles[2 * i]) || !pick_rows(sin[i], places, d.head_dim, angles[2 * i + 1]))
+      return false;
+    s.ropes.push_back({angles[2 * i].data(), angles[2 * i + 1].data(), cos[i].size(1)});
   }
+  const auto seen = bytes_of_mask(mask, s.batch, most);
+  if (!seen.empty()) s.mask = seen.data(), s.mask_columns = most;
   Tensor y = empty(x.sizes(), x.scalar());
   s.y = y.mutable_data();
   if (!run_decoder(d, s)) return false;

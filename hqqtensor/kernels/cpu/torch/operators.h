@@ -55,5 +55,8 @@ bool empty_packed(Call&);
 bool pool_new(Call&);
 bool pool_delete(Call&);
 bool pool_empty(Call&);
+bool arena_new(Call&);
+bool arena_take(Call&);
+bool arena_delete(Call&);
 
 }  // namespace hqqtensor
