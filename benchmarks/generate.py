@@ -128,10 +128,11 @@ def show(model: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         speed, first = row["tokens/s"], row["first token, s"]
         same = sum(a == b for a, b in zip(row["tokens"], rows[0]["tokens"], strict=True))
-        over = [f"{speed / theirs['tokens/s']:.2f} x", f"{theirs['first token, s'] / first:.2f} x"] if theirs else ["", ""]
-        lines.append(
-            (row["name"], f"{row['MB']:.0f}", f"{speed:.1f}", over[0], f"{first:.3f}", over[1], f"{same}/{len(row['tokens'])}")
-        )
+        over = ["", ""]
+        if theirs:
+            over = [f"{speed / theirs['tokens/s']:.2f} x", f"{theirs['first token, s'] / first:.2f} x"]
+        cells = (row["name"], f"{row['MB']:.0f}", f"{speed:.1f}", over[0], f"{first:.3f}", over[1])
+        lines.append((*cells, f"{same}/{len(row['tokens'])}"))
     print(f"\n{model}, prompt of {rows[0]['context']} tokens, batch {rows[0]['batch']}; over: of llama.cpp's")
     header = ("", "MB", "tokens/s", "over", "first token, s", "over", "same tokens")
     print(text_table(header, lines), flush=True)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hqqtensor.diagnostics import check_quantization_status as check_quantization_status
     from hqqtensor.diagnostics import collect_quantization_debug_info as collect_quantization_debug_info
     from hqqtensor.diagnostics import monitor_quantization_performance as monitor_quantization_performance
+    from hqqtensor.generation import prepare_for_generation_ as prepare_for_generation_
+    from hqqtensor.generation import undo_generation_ as undo_generation_
     from hqqtensor.ops.backend import backend as backend
     from hqqtensor.ops.backend import set_backend as set_backend
     from hqqtensor.presets import PRESETS as PRESETS
@@ -45,9 +47,11 @@ _HOMES = {
     "hqq_weight_only": "config",
     "load_model": "serialization",
     "monitor_quantization_performance": "diagnostics",
+    "prepare_for_generation_": "generation",
     "quantize_": "quantize",
     "save_model": "serialization",
     "set_backend": "ops.backend",
+    "undo_generation_": "generation",
 }
 """The module of each public name; type checkers read the imports above."""
 

@@ -71,8 +71,8 @@ class Watch:
         # One parameter of each layer: what moves or converts a model replaces them all.
         few = [layer for child in children for layer in parent.get_submodule(child).children()]
         owners = [next((m for m in layer.modules() if m._parameters), layer) for layer in few]
-        self._few = [(m._parameters, name, m._parameters[name]) for m in owners for name in list(m._parameters)[:1]]
-        self._few += [(layer.__dict__, "training", False) for layer in few]
+        self._few: list[tuple[Any, str, Any]] = [(layer.__dict__, "training", False) for layer in few]
+        self._few += [(m._parameters, name, m._parameters[name]) for m in owners for name in list(m._parameters)[:1]]
         self._seen = self._counts()
 
     def _add(self, values: dict[str, Any], name: str, value: Any) -> None:

@@ -52,8 +52,8 @@ class Decoder(Protocol):
         """A projection; joined ones are given in the order in which their outputs lie. Of experts: their stack."""
 
     def router(self, layer: int, weight: Tensor, chosen: int, normalized: bool) -> None:
-        """``[experts, hidden]``, what chooses experts: the best ``chosen`` of a softmax over all, whose weights are then
-        divided by their sum if ``normalized``."""
+        """``[experts, hidden]``, what chooses experts: the best ``chosen`` of a softmax over all, whose weights are
+        then divided by their sum if ``normalized``."""
 
     def run(
         self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
@@ -61,8 +61,8 @@ class Decoder(Protocol):
         layers: tuple[int, int], verify: bool,
     ) -> Tensor | None:  # fmt: skip
         """x ``[B, T, hidden]`` after the layers [first, last) and, where the last one of all is among them, the final
-        norm; None where the kernels do not serve x, an angle is missing, or a weight's memory has moved (which is looked
-        at if ``verify``).
+        norm; None where the kernels do not serve x, an angle is missing, or a weight's memory has moved (which is
+        looked at if ``verify``).
 
         angles: tables of cosines and sines, float32 ``[places, width]``; ``positions``: the places of the tokens in
         them, integers ``[B or 1, T]``, by default those behind the tokens in the caches. keys, values: ``[B, kv_heads,

@@ -76,8 +76,8 @@ def fewer_bits(model: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], None]] = [
-    swap_weight, write_norm, write_weight, load_state, replace_layer, replace_norm, share_memory, to_bfloat16, dequantize,
-    fewer_bits,
+    swap_weight, write_norm, write_weight, load_state, replace_layer, replace_norm, share_memory, to_bfloat16,
+    dequantize, fewer_bits,
 ]  # fmt: skip
 
 

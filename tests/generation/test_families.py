@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from models import FAMILIES, prompts, quantized
 
 from hqqtensor import HqqConfig
 from hqqtensor.generation import DecoderForward, prepare_for_generation_, undo_generation_
-from models import FAMILIES, prompts, quantized
 
 META = {"quant_scale": True, "quant_zero": True, "meta_nbits": 4}
 

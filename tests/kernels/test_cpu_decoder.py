@@ -103,7 +103,9 @@ def mlp(case: Case, layer: dict[str, Any], x: Tensor) -> Tensor:
     return (torch.einsum("betnk,betk->betn", down, act(gate) * up) * weights.unsqueeze(-1)).sum(-2)
 
 
-def expected(case: Case, layers: list[dict[str, Any]], x: Tensor, angles: Any, keys: Any, values: Any, seen: Tensor) -> Any:
+def expected(
+    case: Case, layers: list[dict[str, Any]], x: Tensor, angles: Any, keys: Any, values: Any, seen: Tensor
+) -> Any:
     """x after all layers, and the keys and values with the new ones behind; seen: bool [B, T, tokens]."""
     s, (B, T, _) = case.shape, x.shape
     for i, layer in enumerate(layers[:-1]):
@@ -135,7 +137,9 @@ def compare(case: Case, batch: int = 1, tokens: int = 1, past: int = 9, padded: 
         return torch.randn(size, generator=generator).to(case.dtype)
 
     x = random(batch, tokens, s.hidden)
-    angles = [(random(batch, tokens, case.width), random(batch, tokens, case.width)) for _ in range(2)]
+    tables = [(random(40, case.width).float(), random(40, case.width).float()) for _ in range(2)]
+    positions = torch.randint(40, (batch, tokens), generator=generator)
+    angles = [(cos[positions], sin[positions]) for cos, sin in tables]
     room = past + tokens + 5
     keys, values = ([random(batch, s.kv_heads, room, s.head_dim) for _ in range(s.layers)] for _ in range(2))
     old = [[t[:, :, :past].float() for t in ts] for ts in (keys, values)]
@@ -151,10 +155,8 @@ def compare(case: Case, batch: int = 1, tokens: int = 1, past: int = 9, padded: 
         for b in range(batch):
             mask[b, : b + 2] = False
         seen &= mask.unsqueeze(1)
-    got = decoder.run(x, angles, keys, values, mask, [past] * s.layers, [0] * s.layers, (0, s.layers))
-    want, all_keys, all_values = expected(
-        case, layers, x.float(), [(c.float(), n.float()) for c, n in angles], *old, seen
-    )
+    got = decoder.run(x, tables, keys, values, positions, mask, [past] * s.layers, [0] * s.layers, (0, s.layers), True)
+    want, all_keys, all_values = expected(case, layers, x.float(), angles, *old, seen)
     assert got is not None and got.dtype == case.dtype and got.shape == x.shape
     tolerance = 2e-4 if case.dtype == torch.float32 else 2e-2
     for a, b in [(got, want), *zip(keys, all_keys, strict=True), *zip(values, all_values, strict=True)]:
@@ -217,8 +219,6 @@ def test_several_decoders_run_at_once() -> None:
 def test_activations_that_no_kernel_serves_give_none_for_int8_and_nan_otherwise() -> None:
     s = SHAPE
     for digits, want in ((1, True), (3, False)):
-        decoder, _ = make(Case())
-        w = HQQTensor.from_hp(torch.randn(s.hidden, s.intermediate), HqqConfig(4, 32))
         other = CompiledDecoder(s._replace(layers=1))
         other.set_layer(0, 0, 0)
         for role in ("input", "mlp"):
@@ -228,8 +228,8 @@ def test_activations_that_no_kernel_serves_give_none_for_int8_and_nan_otherwise(
             other.linear(0, role, w.operand(), None, None, digits)  # type: ignore[arg-type]
         x = torch.full((1, 1, s.hidden), torch.nan)
         cache = torch.zeros(1, 2, 4, 32)
-        angles = [(torch.ones(1, 1, 32), torch.ones(1, 1, 32))]
-        got = other.run(x, angles, [cache], [cache.clone()], None, [0], [0], (0, 1))
+        angles = [(torch.ones(1, 32), torch.ones(1, 32))]
+        got = other.run(x, angles, [cache], [cache.clone()], None, None, [0], [0], (0, 1), True)
         assert (got is None) == want and (want or got.isnan().all())  # type: ignore[union-attr]
 
 
@@ -237,13 +237,15 @@ def run_with(decoder: CompiledDecoder, **changes: Any) -> Any:
     s = SHAPE
     given: dict[str, Any] = {
         "x": torch.randn(1, 1, s.hidden),
-        "angles": [(torch.ones(1, 1, 32), torch.ones(1, 1, 32))] * 2,
+        "angles": [(torch.ones(9, 32), torch.ones(9, 32))] * 2,
         "keys": [torch.zeros(1, 2, 8, 32) for _ in range(2)],
         "values": [torch.zeros(1, 2, 8, 32) for _ in range(2)],
+        "positions": None,
         "mask": None,
         "lengths": [4, 4],
         "firsts": [0, 0],
         "layers": (0, 2),
+        "verify": True,
     }
     return decoder.run(**{**given, **changes})
 
@@ -256,9 +258,12 @@ def run_with(decoder: CompiledDecoder, **changes: Any) -> Any:
         ({"x": torch.zeros(1, 1, 96, dtype=torch.int64)}, "floating-point"),
         ({"x": torch.zeros(1, 0, 96)}, "input must be"),
         ({"angles": []}, "cosines"),
-        ({"angles": [(torch.ones(1, 1, 32), torch.ones(1, 1, 32))]}, "layer 1 needs more cosines"),
-        ({"angles": [(torch.ones(1, 1, 34), torch.ones(1, 1, 34))] * 2}, "up to 32"),
-        ({"angles": [(torch.ones(1, 1, 32), torch.ones(1, 1, 16))] * 2}, "one shape"),
+        ({"angles": [(torch.ones(9, 32), torch.ones(9, 32))]}, "layer 1 needs more cosines"),
+        ({"angles": [(torch.ones(9, 34), torch.ones(9, 34))] * 2}, "up to 32"),
+        ({"angles": [(torch.ones(9, 32), torch.ones(9, 16))] * 2}, "one shape"),
+        ({"angles": [(torch.ones(9, 32).bfloat16(), torch.ones(9, 32).bfloat16())] * 2}, "contiguous float32"),
+        ({"positions": torch.zeros(1, 2, dtype=torch.int64)}, r"position_ids must be integers \[1, 1\]"),
+        ({"positions": torch.zeros(1, 1)}, "position_ids must be integers"),
         ({"keys": [torch.zeros(1, 2, 8, 32)]}, "2 layers need as many caches, got 1"),
         ({"keys": [torch.zeros(1, 3, 8, 32)] * 2}, r"a cache must be \[1, 2, capacity, 32\]"),
         ({"keys": [torch.zeros(1, 2, 8, 32).bfloat16()] * 2}, "of the input's dtype"),
@@ -267,8 +272,8 @@ def run_with(decoder: CompiledDecoder, **changes: Any) -> Any:
         ({"lengths": [8, 4]}, "a cache of 8 tokens has no room for 1 behind 8"),
         ({"lengths": [-1, 4]}, "no room"),
         ({"firsts": [-1, 0]}, "no room"),
-        ({"mask": torch.ones(1, 4, dtype=torch.bool)}, r"mask must be bool \[1, 5\]"),
-        ({"mask": torch.ones(1, 5)}, "mask must be bool"),
+        ({"mask": torch.ones(1, 4, dtype=torch.bool)}, r"mask must be contiguous bool or int64 \[1, 5\]"),
+        ({"mask": torch.ones(1, 5)}, "mask must be contiguous bool or int64"),
         ({"layers": (0, 3)}, "layers 0 to 3 of 2"),
         ({"layers": (1, 1)}, "layers 1 to 1 of 2"),
     ],
@@ -321,3 +326,17 @@ def test_weights_whose_memory_has_moved_give_none() -> None:
     assert run_with(decoder, **one, layers=(0, 1)) is not None
     w[0].qdata.share_memory_()
     assert run_with(decoder, **one, layers=(0, 1)) is None
+
+
+def test_a_place_without_angles_gives_none() -> None:
+    decoder, _ = make(Case())
+    for place, served in ((8, True), (9, False), (-1, False)):
+        assert (run_with(decoder, positions=torch.tensor([[place]])) is not None) == served
+
+
+def test_a_mask_of_integers_is_one_of_bools() -> None:
+    decoder, _ = make(Case())
+    mask = torch.tensor([[0, 1, 1, 0, 1]])
+    x = torch.randn(1, 1, SHAPE.hidden)
+    a, b = (run_with(decoder, x=x, mask=m) for m in (mask, mask.bool()))
+    assert torch.equal(a, b) and not torch.equal(a, run_with(decoder, x=x))
