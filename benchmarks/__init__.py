@@ -1,6 +1,6 @@
 """One command each: ``python -m benchmarks.NAME``. Answers are checked before anything is timed.
 
-``cpu_linear``, ``cpu_quantize``, ``cpu_decode`` and ``kv_cache`` compare with other libraries, ``quality_basic``
+``cpu_linear``, ``cpu_quantize``, ``generate`` and ``kv_cache`` compare with other libraries, ``quality_basic``
 measures errors. The others take part where they are installed, and are named where they are not:
 
     pip install --no-deps --target PEERS onnx onnxruntime ml_dtypes protobuf flatbuffers optimum-quanto \\

@@ -92,21 +92,18 @@ def errors(rows: Sequence[dict[str, Any]], model: str, unit: str) -> Figure:
     return figure
 
 
-def tokens(by_machine: dict[str, figures.Run]) -> Figure:
-    """Tokens a second of whole models, a panel for each machine."""
-    figure, grid = plt.subplots(
-        1, len(by_machine), figsize=(4 + 3 * len(by_machine), 3.4), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, (machine, run) in zip(grid.flat, by_machine.items(), strict=True):
-        labels = []
-        for one in run["rows"]:
-            name, _, activations = one["name"].split(" (")[0].partition("-bit ")
-            activations = "int8" if "int8" in activations else activations
-            labels.append(f"hqqtensor, {name} bits, {activations}" if one["kind"] == "ours" else name)
-        _bars(axes, labels, [one["tokens/s"] for one in run["rows"]], [_color(one) for one in run["rows"]], "{:.1f}")
-        axes.set_title(machine, loc="left", fontsize=11)
+def tokens(run: figures.Run) -> Figure:
+    """Tokens a second of ``generate()``, a panel for each model: one sequence, the shortest prompt."""
+    models = list(dict.fromkeys(one["model"] for one in run["rows"]))
+    figure, grid = plt.subplots(1, len(models), figsize=(4 + 3 * len(models), 2.6), layout="constrained", squeeze=False)
+    for axes, model in zip(grid.flat, models, strict=True):
+        single = [one for one in run["rows"] if one["model"] == model and one["batch"] == 1]
+        shortest = min(one["context"] for one in single)
+        rows = [one for one in single if one["context"] == shortest]
+        _bars(axes, [r["name"] for r in rows], [r["tokens/s"] for r in rows], [_color(r) for r in rows], "{:.1f}")
+        axes.set_title(f"{model}, prompt of {shortest} tokens", loc="left", fontsize=11)
         axes.set_xlabel("tokens a second")
-    figure.suptitle("Decoding with a Llama of 1B shapes (higher is better)", fontsize=11)
+    figure.suptitle("generate(), each side as its users call it (higher is better)", fontsize=11)
     return figure
 
 
@@ -135,9 +132,9 @@ def linear(cells: list[dict[str, Any]], path: str) -> None:
     save(layer(figures.from_linear({"cells": cells})), path)
 
 
-def decode(results: dict[str, Any], path: str) -> None:
-    """``tokens`` of a result of benchmarks.cpu_decode."""
-    save(tokens({"Llama of 1B shapes": figures.from_decode(results)}), path)
+def generate(results: list[dict[str, Any]], path: str) -> None:
+    """``tokens`` of a result of benchmarks.generate."""
+    save(tokens(figures.from_generate(results)), path)
 
 
 def quantize(rows: list[dict[str, Any]], path: str) -> None:
@@ -147,7 +144,7 @@ def quantize(rows: list[dict[str, Any]], path: str) -> None:
 
 def _color(one: dict[str, Any]) -> str:
     if one["kind"] == "ours":
-        return TEAL if one["computes in"] == "int8" else BLUE
+        return TEAL if one.get("computes in") == "int8" else BLUE
     return SAND if one["kind"] == "dense" else GRAY
 
 

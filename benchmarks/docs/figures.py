@@ -84,16 +84,9 @@ def from_linear(results: dict[str, Any]) -> Run:
     }
 
 
-def from_decode(results: dict[str, Any]) -> Run:
+def from_generate(results: list[dict[str, Any]]) -> Run:
     kinds = {"llama.cpp": "peer"}
-    rows = []
-    for one in results["rows"]:
-        kind = kinds.get(one["kind"], "dense" if "dense" in one["name"] else "ours")
-        int8 = kind == "peer" or "int8" in one["name"]
-        new = {"name": one["name"], "kind": kind, "computes in": "int8" if int8 else "bfloat16"}
-        new |= {"MB": one["bytes"] / 1e6, "tokens/s": one["tokens/s"]}
-        rows.append(new | {key: value for key, value in one.items() if key.startswith("first token")})
-    return {"after": results["decode after"], "rows": rows}
+    return {"rows": [{**one, "kind": kinds.get(one["kind"], one["kind"]), "MB": round(one["MB"])} for one in results]}
 
 
 def from_quantize(results: dict[str, Any]) -> Run:
@@ -110,7 +103,7 @@ def from_quantize(results: dict[str, Any]) -> Run:
     return {"shape": first, "rows": rows}
 
 
-_READ = {"linear": from_linear, "decode": from_decode, "quantize": from_quantize}
+_READ = {"linear": from_linear, "generate": from_generate, "quantize": from_quantize}
 KINDS = tuple(_READ)
 
 

@@ -24,7 +24,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "every row, AVX2": lambda: speed.every_row("zen4-avx2"),
     "speed of settings": speed.settings,
     "speed of small groups": speed.small_groups,
-    "decode": speed.decode,
     "generate": speed.generate,
     "quantize": speed.quantize,
     "settings by error": errors.settings,

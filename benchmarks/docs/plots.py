@@ -6,15 +6,15 @@ from typing import Any
 from benchmarks.docs.figures import digest, quality, runs
 
 FOLDER = Path(__file__).parents[2] / "docs" / "plots"
-PLOTS = ("layer_amd.svg", "layer_intel.svg", "decode.svg", "quantize.svg", "errors_doclm.svg", "errors_minilm.svg")
+PLOTS = ("layer_amd.svg", "layer_intel.svg", "generate.svg", "quantize.svg", "errors_doclm.svg", "errors_minilm.svg")
 
 
 def data(name: str) -> Any:
     """What the plot ``name`` is drawn from."""
     if name.startswith("layer"):
         return runs("linear")["zen4" if name == "layer_amd.svg" else "intel"]
-    if name == "decode.svg":
-        return {"AMD Zen 4": runs("decode")["zen4"], "Intel Xeon": runs("decode")["intel"]}
+    if name == "generate.svg":
+        return runs("generate")["intel"]
     if name == "quantize.svg":
         return runs("quantize")["zen4"]
     model = "doclm" if name == "errors_doclm.svg" else "MiniLM"
@@ -29,7 +29,7 @@ def write() -> None:
         found = data(name)
         if name.startswith("layer"):
             figure = plot.layer(found)
-        elif name == "decode.svg":
+        elif name == "generate.svg":
             figure = plot.tokens(found)
         elif name == "quantize.svg":
             figure = plot.solvers(found)

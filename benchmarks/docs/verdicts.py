@@ -4,10 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.docs.figures import Run, fastest_peer, ratios, row, runs
 from benchmarks.docs.markdown import span, table
-from benchmarks.docs.speed import BF16, FP32, INT8
-
-Q4, Q8 = "llama.cpp Q4_0 (Q6_K embedding)", "llama.cpp Q8_0"
-FIRST = "first token, 128"
+from benchmarks.docs.speed import BF16, FP32, INT8, llama_row
 
 
 def _gains(machine: list[Run], mine: str, tokens: range) -> str:
@@ -21,11 +18,14 @@ def _gains(machine: list[Run], mine: str, tokens: range) -> str:
     return span(out)
 
 
-def _decode(id: str, theirs: str, names: tuple[str, ...], key: str = "tokens/s") -> list[float]:
-    """Our tokens a second over llama.cpp's, or its seconds over ours."""
-    run = runs("decode")[id]
-    faster = [row(run, name)[key] / row(run, theirs)[key] for name in names]
-    return faster if key == "tokens/s" else [1 / one for one in faster]
+def _generate(model: str, key: str = "tokens/s") -> str:
+    """Our tokens a second over llama.cpp's (or its seconds to the first token over ours), of one sequence."""
+    out = []
+    for one in runs("generate")["intel"]["rows"]:
+        if (one["model"], one["name"], one["batch"]) == (model, "hqqtensor", 1):
+            ratio = one[key] / llama_row(one)[key]
+            out.append(ratio if key == "tokens/s" else 1 / ratio)
+    return span(out)
 
 
 def summary() -> str:
@@ -33,18 +33,16 @@ def summary() -> str:
     linear = runs("linear")
     layers = [[linear["zen4"]], [linear["intel"], linear["intel-ark"]]]
     one, more = range(1, 2), range(4, 513)
-    eight = ("8-bit bf16", "8-bit int8 bf16")
     solvers = {r["solver"]: r["M weights/s"] for r in reversed(runs("quantize")["zen4"]["rows"]) if r["bits"] == 4}
-    zen_four = [*_decode("zen4", Q4, (BF16, INT8)), *_decode("zen4-again", Q4, (BF16, INT8))]
-    first = [span(_decode(id, Q4, (BF16, INT8), FIRST)) for id in ("zen4", "intel")]
-    fastest, llama = "the fastest of the others", "llama.cpp Q4_0"
+    fastest, first = "the fastest of the others", "first token, s"
     rows = [
         ["one layer, 1 token, bf16 activations", fastest, *(_gains(machine, BF16, one) for machine in layers)],
         ["one layer, 4 to 512 tokens, bf16 activations", fastest, *(_gains(machine, BF16, more) for machine in layers)],
         ['the same, `activation="int8"`', fastest, *(_gains(machine, INT8, more) for machine in layers)],
-        ["decoding, 1B model, 4 bits", llama, span(zen_four), span(_decode("intel", Q4, (BF16, INT8)))],
-        ["decoding, 1B model, 8 bits", "llama.cpp Q8_0", *(span(_decode(id, Q8, eight)) for id in ("zen4", "intel"))],
-        ["a prompt of 128 tokens, 1B model, 4 bits", llama, *first],
+        ["`generate()`, SmolLM2-135M-Instruct", "llama.cpp, the same file", "", _generate("SmolLM2")],
+        ["its first token", "llama.cpp, the same file", "", _generate("SmolLM2", first)],
+        ["`generate()`, 1B shapes, 4 bits", "llama.cpp Q4_0", "", _generate("1B")],
+        ["its first token", "llama.cpp Q4_0", "", _generate("1B", first)],
         ["quantizing, `hqq_joint`", "the hqq library", f"{solvers['hqq_joint'] / solvers['hqq library']:.0f} x", ""],
     ]
     return table(["4-bit weights, speed of hqqtensor", "over", "AMD Zen 4", "Intel Xeon"], rows)
@@ -70,7 +68,6 @@ def _bandwidth(id: str) -> str:
 def _shortfalls() -> Iterator[list[str]]:
     small = {(r["bits"], r["group_size"]): r["times of 4-bit g64"] for r in runs("settings")["intel"]["rows"]}
     twenty, thirty_two = (" and ".join(f"{one:.2f}" for one in small[4, size][:2]) + " x" for size in (20, 32))
-    zen_four = [*_decode("zen4", Q4, (BF16, INT8)), *_decode("zen4-again", Q4, (BF16, INT8))]
     yield [
         "1 token: share of the memory's read bandwidth, bf16 activations",
         _bandwidth("zen4"),
@@ -143,8 +140,6 @@ def _shortfalls() -> Iterator[list[str]]:
         "",
         '`activation="int8"`',
     ]
-    slower = [1 / one for one in zen_four]
-    yield ["decoding at 4 bits: our time over llama.cpp's", span(slower), "", "[torch.compile settings](compile.md)"]
 
 
 def shortfalls() -> str:

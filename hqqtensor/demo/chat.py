@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hqqtensor import HqqConfig, quantize_
+from hqqtensor import HqqConfig, prepare_for_generation_, quantize_
 from hqqtensor.calibration import calibrate
 from hqqtensor.calibration.data import batches_of
 from hqqtensor.cli.output import print_table
@@ -58,7 +58,7 @@ def show_chat() -> None:
         started = time.perf_counter()
         quantize_(model, config, calibration=calibration if is_calibrated else None)
         seconds = time.perf_counter() - started
-        size, text_and_speed = model_size(model), answer(model, tokenizer)
+        size, text_and_speed = model_size(model), answer(prepare_for_generation_(model), tokenizer)
         r = compare_language_models(dense, model, windows)
         rows.append(
             (

@@ -14,9 +14,9 @@ def prepare_for_generation_(model: Any) -> Any:
     """Make plain ``model.generate(...)``, pipelines and streamers of a quantized model on a CPU fast; gives ``model``.
 
     The modules stay what they are. One to a few new tokens go through all decoder layers in one operator, prompts
-    through transformers' own code. A model that is changed later (weights, adapters, hooks, dtype, training) still gives
-    right results: by a decoder made anew, or by transformers' own code. Packed weights are copied to where the kernels
-    read them fastest.
+    through transformers' own code. A model that is changed later (weights, adapters, hooks, dtype, training) still
+    gives right results: by a decoder made anew, or by transformers' own code. Packed weights are copied to where the
+    kernels read them fastest.
 
     ValueError, and the model is as it was, where it cannot be served; it says which module is the reason. To call it
     again on a prepared model does nothing. ``undo_generation_`` takes it back.

@@ -19,17 +19,19 @@ class Angles:
         self._rotary, self._dtype = base.rotary_emb, base.norm.weight.dtype
         self._types = types_of(base.config, family)
         kinds = self._rotary.rope_type
-        self.changing = any(kind in CHANGING for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
+        self._changing = any(kind in CHANGING for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
         self._tables: list[tuple[Tensor, Tensor]] = []
 
-    def tables(self, places: int) -> list[tuple[Tensor, Tensor]]:
-        """For all places below ``places``."""
-        if not self._tables or self._tables[0][0].shape[0] < places:
-            count = max(FIRST, 2 * places)
-            self._tables = self.at(torch.arange(count).unsqueeze(0))
-        return self._tables
+    def of(self, positions: Tensor | None, past: int, tokens: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Tables, and the places in them of new tokens at ``positions`` ``[B or 1, T]``, by default behind ``past``."""
+        if self._changing:
+            given = torch.arange(past, past + tokens).unsqueeze(0) if positions is None else positions
+            return self._at(given), torch.arange(given.numel()).view_as(given)
+        if not self._tables or self._tables[0][0].shape[0] < past + tokens:
+            self._tables = self._at(torch.arange(max(FIRST, 2 * (past + tokens))).unsqueeze(0))
+        return self._tables, positions
 
-    def at(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _at(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of positions ``[B, T]``, one row for each."""
         x = torch.empty(1, dtype=self._dtype)
         found = [self._rotary(x, positions) if t is None else self._rotary(x, positions, t) for t in self._types]

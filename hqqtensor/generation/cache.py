@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hqqtensor.integrations.transformers.cache import HqqCacheLayer
+
 LEAST_ROOM = 256  # tokens that fit beyond those that a cache is made for
 MOST_ROOM = 4096
 
@@ -20,6 +22,7 @@ class _Roomy:
     buffers: tuple[Tensor, Tensor] | None = None
     start = end = 0
     _loose: tuple[Tensor | None, Tensor | None] = (None, None)  # keys and values that lie in no buffer
+    packed: Any = None  # keys and values of older tokens, where there are some
 
     def _get(self, which: int) -> Tensor | None:
         if self.buffers is None:
@@ -45,7 +48,7 @@ class _Roomy:
         if self.buffers is None or self.end + tokens > self.buffers[0].shape[2]:
             keys, values = self.keys, self.values
             length = keys.shape[2]
-            capacity = length + tokens + min(max(length // 2, LEAST_ROOM), MOST_ROOM)
+            capacity = length + tokens + min(max((length + tokens) // 2, LEAST_ROOM), MOST_ROOM)
             made = []
             for old in (keys, values):
                 new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
@@ -68,8 +71,10 @@ class RoomyLayer(_Roomy, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new states; all keys and values."""
-        if not self.is_initialized or self.keys.shape[0] == 0:
-            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.batch == 0:
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self._write(key_states, value_states)
         return self.keys, self.values
 
@@ -114,15 +119,43 @@ class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
         return self.cumulative_length - self.end
 
 
-def adopt(layer: Any) -> "RoomyLayer | RoomySlidingLayer | None":
-    """The layer of a cache as one with room, with its keys and values; None for a kind that is none of transformers'
-    two, or that holds nothing."""
-    if type(layer) in (RoomyLayer, RoomySlidingLayer):
+class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
+    """``HqqCacheLayer``, whose recent tokens lie in the buffers; the decoder reads the packed ones as they are."""
+
+    packed = HqqCacheLayer.packed
+
+    def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        if (self.keys.shape[2] if self.buffers is None else self.end) >= self.residual_length + self.block:
+            self.pack_old()
+        return super().make_room(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more have been written behind ``end``."""
+        self.end += tokens
+
+    @property
+    def first(self) -> int:
+        """The place of the first token of the buffers, counted from the packed ones."""
+        return 0
+
+
+KINDS: dict[type, Any] = {
+    DynamicLayer: RoomyLayer,
+    DynamicSlidingWindowLayer: RoomySlidingLayer,
+    HqqCacheLayer: RoomyQuantizedLayer,
+}
+"""The layers of caches that can be made roomy, and what becomes of them."""
+ROOMY = tuple(KINDS.values())
+
+
+def adopt(layer: Any) -> Any:
+    """The layer of a cache as one with room, with its keys and values; None for a kind that is none of ``KINDS``."""
+    if type(layer) in ROOMY:
         return layer
-    kinds: dict[type, Any] = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
-    if type(layer) not in kinds or not layer.is_initialized or layer.keys.ndim != 4:
+    if type(layer) not in KINDS or (layer.is_initialized and layer.keys.ndim != 4):
         return None
-    made = kinds[type(layer)].__new__(kinds[type(layer)])
+    kind = KINDS[type(layer)]
+    made = kind.__new__(kind)
     state = dict(layer.__dict__)
     keys, values = state.pop("keys"), state.pop("values")
     made.__dict__.update(state)
@@ -131,5 +164,5 @@ def adopt(layer: Any) -> "RoomyLayer | RoomySlidingLayer | None":
 
 
 def on_cpu(layers: list[Any], dtype: torch.dtype) -> bool:
-    """Whether all keys are of ``dtype`` on the CPU."""
-    return all(layer.dtype is dtype and layer.device.type == "cpu" for layer in layers)
+    """Whether all layers hold keys of ``dtype`` on the CPU."""
+    return all(layer.is_initialized and layer.dtype is dtype and layer.device.type == "cpu" for layer in layers)

@@ -74,5 +74,5 @@ def _ours(base: Any, decoder: Any, family: Family, i: int, x: Tensor) -> Tensor 
     layer = adopt(_cache(base, i, x.dtype).layers[i])
     assert layer is not None
     keys, values = layer.make_room(1)
-    angles = Angles(base, family).tables(PAST + 1)
-    return decoder.run(x, angles, [keys], [values], None, None, [layer.end], [layer.first], (i, i + 1), True)
+    tables, places = Angles(base, family).of(None, PAST, 1)
+    return decoder.run(x, tables, [keys], [values], places, None, [layer.end], [layer.first], (i, i + 1), True)

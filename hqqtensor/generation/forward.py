@@ -1,5 +1,6 @@
 """What stands in for a base model's ``forward``: a few new tokens go through the decoder, all else as before."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from hqqtensor.generation.angles import Angles
-from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt, on_cpu
+from hqqtensor.generation.cache import ROOMY, RoomyQuantizedLayer, adopt, on_cpu
 from hqqtensor.generation.check import checked
 from hqqtensor.generation.families import FAMILIES, Family
 from hqqtensor.generation.layers import NotServed, dtype_of
 from hqqtensor.generation.watch import Watch
+from hqqtensor.integrations.transformers.cache import HqqQuantizedCache
 from hqqtensor.ops.backend import decoder_maker
 from hqqtensor.ops.decoder import Decoder
 
@@ -43,8 +45,6 @@ class DecoderForward:
         self._verify = True  # whether all of the model is to be looked at before the next token
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderForward":
-        import copy
-
         return DecoderForward(copy.deepcopy(self.base, memo))
 
     def __reduce__(self) -> Any:
@@ -61,12 +61,13 @@ class DecoderForward:
         **kwargs: Any,
     ) -> Any:
         """As the base model's ``forward``."""
-        if type(past_key_values) is DynamicCache and not torch.is_grad_enabled():
+        if type(past_key_values) in (DynamicCache, HqqQuantizedCache) and not torch.is_grad_enabled():
             out = self._decode(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
             )
             if out is not None:
                 return out
+            self._give_room(past_key_values)
         self._verify = True
         forward = type(self.base).forward.__get__(self.base)
         return forward(
@@ -107,12 +108,7 @@ class DecoderForward:
         tokens = x.shape[1]
         buffers = [layer.make_room(tokens) for layer in layers]
         assert self._decoder is not None and self._angles is not None
-        if self._angles.changing:
-            positions = torch.arange(past, past + tokens).unsqueeze(0) if positions is None else positions
-            tables = self._angles.at(positions)
-            positions = torch.arange(positions.numel()).view_as(positions)
-        else:
-            tables = self._angles.tables(past + tokens)
+        tables, positions = self._angles.of(positions, past, tokens)
         hidden = self._decoder.run(
             x.contiguous(),
             tables,
@@ -124,6 +120,7 @@ class DecoderForward:
             [layer.first for layer in layers],
             (0, len(layers)),
             self._verify,
+            [layer.packed for layer in layers] if layers[0].packed is not None else None,
         )
         if hidden is None:
             self._watch = None  # memory may have moved: made again for the next token
@@ -149,17 +146,21 @@ class DecoderForward:
             and decoder_maker("cpu") is not None
         )
 
+    def _give_room(self, cache: Any) -> None:
+        """Let the prompt write its keys and values to where the tokens after it will."""
+        if len(cache.layers) == len(self.base.layers) and not cache.offloading:
+            cache.layers[:] = [adopt(layer) or layer for layer in cache.layers]
+
     def _roomy(self, cache: Any) -> list[Any] | None:
         """The layers of the cache, made roomy; None where they are of another kind or hold nothing yet."""
         layers = cache.layers
         if len(layers) != len(self.base.layers):
             return None
-        if not all(type(layer) in (RoomyLayer, RoomySlidingLayer) for layer in layers):
-            adopted = [adopt(layer) for layer in layers]
-            if any(layer is None for layer in adopted) or not on_cpu(adopted, dtype_of(self.base)):
-                return None
-            layers[:] = adopted
-        return layers
+        self._give_room(cache)
+        kinds = set(map(type, layers))
+        if not kinds <= set(ROOMY) or (RoomyQuantizedLayer in kinds and len(kinds) > 1):  # packed ones beside others
+            return None
+        return layers if layers[0].is_initialized and on_cpu(layers, dtype_of(self.base)) else None
 
     def _ready(self) -> bool:
         """Whether there is a decoder of the model as it is now."""

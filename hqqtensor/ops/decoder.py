@@ -1,7 +1,7 @@
 """What a backend may supply for decoder layers of a transformer; ``hqqtensor.generation`` asks ``backend.decoder``."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class Decoder(Protocol):
     def run(
         self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
         positions: Tensor | None, mask: Tensor | None, lengths: Sequence[int], firsts: Sequence[int],
-        layers: tuple[int, int], verify: bool,
+        layers: tuple[int, int], verify: bool, packed: Sequence[tuple[Any, Any]] | None = None,
     ) -> Tensor | None:  # fmt: skip
         """x ``[B, T, hidden]`` after the layers [first, last) and, where the last one of all is among them, the final
         norm; None where the kernels do not serve x, an angle is missing, or a weight's memory has moved (which is
@@ -68,7 +68,9 @@ class Decoder(Protocol):
         them, integers ``[B or 1, T]``, by default those behind the tokens in the caches. keys, values: ``[B, kv_heads,
         capacity, head_dim]`` for each of the layers, of which the first ``lengths`` tokens are there and T more are
         written behind; ``firsts``: the place in the sequence of the first one. mask: bool or int64 ``[B, tokens of the
-        sequence]``, zero for tokens that none sees.
+        sequence]``, zero for tokens that none sees. packed: for each of the layers keys and values of older tokens,
+        HQQTensors ``[B, kv_heads, blocks, block, head_dim]`` of equal settings, up to 256 tokens in a block; for layers
+        without a window.
         """
 
 

@@ -31,13 +31,12 @@ CELLS = [
     }
     for M in (1, 4, 16, 64)
 ]
-DECODED = {
-    "rows": [
-        {"name": name, "kind": kind, "bytes": 1e9, "tokens/s": 30.0, "first token, 128": 1.5}
-        for name, kind in (("4-bit bf16", "torch"), ("llama.cpp Q4_0", "llama.cpp"), ("dense bf16", "torch"))
-    ],
-    "decode after": 128,
-}
+GENERATED = [
+    {"model": model, "name": name, "kind": kind, "MB": 9.0, "batch": 1, "context": 128, "tokens/s": 30.0,
+     "first token, s": 1.5}
+    for model in ("SmolLM2", "1B")
+    for name, kind in (("hqqtensor", "ours"), ("llama.cpp", "llama.cpp"), ("dense bf16", "dense"))
+]  # fmt: skip
 SOLVED = [
     {"solver": solver, "shape": [256, 512], "dtype": "fp32", "bits": bits, "M weights/s": 10.0}
     for solver in ("rtn", "hqq_joint", "hqq_joint nf4", "plain rtn", "hqq library")
@@ -59,7 +58,7 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
     from benchmarks import plot
 
     plot.linear(CELLS, str(tmp_path / "new" / "linear.png"))
-    plot.decode(DECODED, str(tmp_path / "decode.png"))
+    plot.generate(GENERATED, str(tmp_path / "generate.png"))
     plot.quantize(SOLVED, str(tmp_path / "quantize.png"))
     for path in tmp_path.rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
@@ -82,7 +81,7 @@ def test_labels_of_lines_that_end_together_lie_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "results"), [("linear", {"cells": CELLS}), ("decode", DECODED), ("quantize", {"rows": SOLVED})]
+    ("kind", "results"), [("linear", {"cells": CELLS}), ("generate", GENERATED), ("quantize", {"rows": SOLVED})]
 )
 def test_a_result_replaces_the_run_of_its_id(data: Path, kind: str, results: dict) -> None:
     before = figures.runs(kind)
@@ -113,7 +112,7 @@ def test_recorded_solvers_name_their_format(data: Path) -> None:
 
 
 def test_files_of_figures_are_written_as_they_are(data: Path) -> None:
-    for kind in ("linear", "decode", "quantize", "settings"):
+    for kind in ("linear", "generate", "quantize", "settings"):
         assert figures.as_text(list(figures.runs(kind).values())) == (DATA / f"{kind}.json").read_text()
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import WINDOW, prompts, quantized
+from tiny_models import WINDOW, prompts, quantized
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hqqtensor.generation import prepare_for_generation_
 from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt
+from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
 
 
 def filled(kind: type[DynamicLayer], length: int) -> Any:
@@ -104,6 +105,55 @@ def test_a_conversation_goes_on_from_its_cache(name: str) -> None:
             ids = torch.cat([out, prompts(length=3 + 9 * turn)["input_ids"]], 1)
         answers.append(ids)
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_quantized_cache_gives_the_same_tokens_and_is_read_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, answers = quantized(name), []
+    settings: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}
+
+    def answer() -> Any:
+        cache = HqqQuantizedCache(model.config, 8, q_group_size=16, residual_length=8)
+        out = model.generate(**prompts(2, 30), **settings, past_key_values=cache)
+        answers.append(out)
+        return cache
+
+    own = answer()
+    prepare_for_generation_(model)
+    dense = []
+    make_dense = HqqCacheLayer._all
+
+    def counted(layer: HqqCacheLayer, which: int, recent: torch.Tensor) -> torch.Tensor:
+        dense.append(which)
+        return make_dense(layer, which, recent)
+
+    monkeypatch.setattr(HqqCacheLayer, "_all", counted)
+    cache = answer()
+    assert torch.equal(*answers)
+    assert cache.get_seq_length() == own.get_seq_length() and cache.nbytes == own.nbytes
+    # Only of the prompt; a model with windows keeps transformers' own code.
+    assert (len(dense) == 2 * len(cache.layers)) == (name == "llama")
+
+
+def test_a_quantized_cache_is_cropped_reordered_and_goes_on() -> None:
+    results = []
+    for prepared in (False, True):
+        model = quantized("llama")
+        if prepared:
+            prepare_for_generation_(model)
+        cache = HqqQuantizedCache(model.config, 8, q_group_size=16, residual_length=8)
+        with torch.no_grad():
+            ids = prompts(2, 45)["input_ids"]
+            model(ids, past_key_values=cache, use_cache=True)
+            steps = []
+            for i in range(12):
+                if i == 4:
+                    cache.crop(-9)
+                if i == 8:
+                    cache.reorder_cache(torch.tensor([1, 0]))
+                steps.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        results.append(torch.cat(steps))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 def test_other_caches_take_the_models_own_code() -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
 from hqqtensor import HqqConfig, HQQTensor
+from hqqtensor.integrations.transformers.cache import HqqQuantizedCache
 from hqqtensor.kernels.cpu.decoder import CompiledDecoder
 from hqqtensor.ops.decoder import DecoderShape
 
@@ -196,6 +198,45 @@ def test_layers_equal_those_written_out(dtype: torch.dtype, batch: int, tokens: 
 )  # fmt: skip
 def test_every_setting_equals_the_one_written_out(case: Case) -> None:
     compare(case, batch=2, tokens=2, past=70, padded=True)
+
+
+@pytest.mark.parametrize(("nbits", "axes"), [(4, (0, 1)), (8, (1, 1)), (2, (0, 0))])
+@pytest.mark.parametrize(("batch", "tokens", "blocks"), [(1, 1, 1), (2, 3, 5), (1, 1, 40)])
+def test_packed_keys_and_values_are_read_as_what_they_stand_for(
+    nbits: int, axes: tuple[int, int], batch: int, tokens: int, blocks: int
+) -> None:
+    case, block, recent = Case(), 32, 7
+    decoder, layers = make(case)
+    s, generator = case.shape, torch.Generator().manual_seed(2)
+    x = torch.randn(batch, tokens, s.hidden, generator=generator)
+    tables = [(torch.randn(2000, 32, generator=generator), torch.randn(2000, 32, generator=generator))] * 2
+    config = transformers.LlamaConfig(num_hidden_layers=s.layers)
+    cache = HqqQuantizedCache(config, nbits, *axes, q_group_size=block, residual_length=recent)
+    old: list[list[Tensor]] = [[], []]
+    for i in range(s.layers):
+        states = [
+            torch.randn(batch, s.kv_heads, blocks * block + recent, s.head_dim, generator=generator) for _ in "kv"
+        ]
+        cache.update(*states, i)
+        layer = cache.layers[i]
+        for which, dense in enumerate(old):
+            packed = layer.packed[which].dequantize().flatten(2, 3)
+            dense.append(torch.cat([packed, (layer.keys, layer.values)[which]], 2))
+    past = blocks * block + recent
+    buffers = [[torch.zeros(batch, s.kv_heads, recent + tokens, s.head_dim) for _ in range(s.layers)] for _ in "kv"]
+    for i, layer in enumerate(cache.layers):
+        buffers[0][i][:, :, :recent], buffers[1][i][:, :, :recent] = layer.keys, layer.values
+    mask = torch.ones(batch, past + tokens, dtype=torch.bool)
+    mask[:, : block + 3] = blocks == 1
+    seen = (torch.arange(past + tokens) <= past + torch.arange(tokens).unsqueeze(1)) & mask.unsqueeze(1)
+    got = decoder.run(
+        x, tables, *buffers, None, mask, [recent] * s.layers, [0] * s.layers, (0, s.layers), True,
+        [layer.packed for layer in cache.layers],
+    )  # fmt: skip
+    places = past + torch.arange(tokens).expand(batch, -1)
+    angles = [(cos[places], sin[places]) for cos, sin in tables]
+    want, _, _ = expected(case, layers, x, angles, *old, seen)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * want.abs().max().item())
 
 
 def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding() -> None:

@@ -38,6 +38,15 @@ class HqqCacheLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         recent = [torch.cat(pair, dim=-2) for pair in ((self.keys, key_states), (self.values, value_states))]
         out = self._all(0, recent[0]), self._all(1, recent[1])
+        self._keep(recent)
+        return out
+
+    def pack_old(self) -> None:
+        """Pack the tokens that have left the window of recent ones, if they fill a block."""
+        self._keep([self.keys, self.values])
+
+    def _keep(self, recent: list[Tensor]) -> None:
+        """Hold these keys and values behind the packed ones; those that have left the window are packed."""
         count = (recent[0].shape[-2] - self.residual_length) // self.block * self.block
         if count > 0:
             new = [self._pack(which, states[..., :count, :]) for which, states in enumerate(recent)]
@@ -48,7 +57,12 @@ class HqqCacheLayer(DynamicLayer):
             # Copies: views would hold the memory of the tokens that are packed now.
             recent = [states[..., count:, :].clone() for states in recent]
         self.keys, self.values = recent
-        return out
+
+    @property
+    def packed(self) -> tuple[HQQTensor, HQQTensor] | None:
+        """Packed keys and values, ``[B, H, blocks, block, D]``; None before the first block is full."""
+        keys, values = self._packed
+        return None if keys is None or values is None else (keys, values)
 
     def _pack(self, which: int, states: Tensor) -> HQQTensor:
         """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``."""

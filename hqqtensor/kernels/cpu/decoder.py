@@ -1,6 +1,7 @@
 """``ops.decoder.Decoder`` compiled: all layers in one parallel region, nothing of torch between two products."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +46,15 @@ class CompiledDecoder:
     def run(
         self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
         positions: Tensor | None, mask: Tensor | None, lengths: Sequence[int], firsts: Sequence[int],
-        layers: tuple[int, int], verify: bool,
+        layers: tuple[int, int], verify: bool, packed: Sequence[tuple[Any, Any]] | None = None,
     ) -> Tensor | None:  # fmt: skip
         cos, sin = [c for c, _ in angles], [s for _, s in angles]
-        return self._run(self._id, x, cos, sin, keys, values, positions, mask, lengths, firsts, *layers, verify)
+        states, settings = None, []
+        if packed is not None:
+            states = [t for pair in packed for weight in pair for t in weight.operand()[:3]]
+            settings = [packed[0][0].nbits, packed[0][0].group_size, *(weight.axis for weight in packed[0])]
+        where = (keys, values, positions, mask, lengths, firsts, *layers)
+        return self._run(self._id, x, cos, sin, *where, verify, states, settings)
 
     @staticmethod
     def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:

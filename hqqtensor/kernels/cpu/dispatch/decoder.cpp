@@ -16,6 +16,7 @@ namespace hqqtensor {
 namespace {
 
 constexpr int64_t kLeastTokens = 32, kMostTokens = 512;  // of a cache that are one piece of work
+constexpr int64_t kMostPacked = 256;                     // of packed ones, which are made dense in the second level of cache
 constexpr int64_t kCountersPerLayer = 6;                 // phases that are shared out
 
 int64_t floats_of(int64_t count) { return (count + 31) / 16 * 16; }
@@ -73,11 +74,13 @@ struct Shared {
   std::atomic<bool> failed{false};
 };
 
-// How the tokens of a layer's cache are shared out.
+// How the tokens of a layer's cache are shared out: first runs of packed blocks, then the others.
 struct Pieces {
-  int64_t first;  // token of the cache that is the first one seen
-  int64_t size;   // tokens of a piece
-  int64_t count;  // of pieces
+  int64_t packed;  // pieces of packed tokens
+  int64_t run;     // packed blocks of one
+  int64_t first;   // token of the others that is the first one seen
+  int64_t size;    // tokens of a piece
+  int64_t count;   // of all pieces
 };
 
 class Member {
@@ -105,7 +108,11 @@ class Member {
     const int64_t first = window > 0 ? std::max<int64_t>(0, length - window + 1) : 0, heads = s.batch * d.kv_heads;
     const int64_t even = ((total - first) * heads / (6 * threads) + 31) / 32 * 32;
     const int64_t size = std::clamp(even, kLeastTokens, kMostTokens);
-    return {first, size, (total - first + size - 1) / size};
+    const PackedCache& packed = s.caches[i].packed;
+    const int64_t blocks = std::max<int64_t>(1, packed.block ? kMostPacked / packed.block : 1);
+    const int64_t run = std::clamp<int64_t>(packed.blocks * heads / (6 * threads), 1, blocks);
+    const int64_t of_packed = (packed.blocks + run - 1) / run;
+    return {of_packed, run, first, size, of_packed + (total - first + size - 1) / size};
   }
 
  private:
@@ -131,7 +138,8 @@ class Member {
       const int64_t group = d_.heads / d_.kv_heads;
       const int64_t rows = M_ * most_chosen;
       const int64_t floats = floats_of(M_ * d_.hidden) + floats_of(rows * widest) + 2 * floats_of(group * d_.head_dim) +
-                             floats_of(group * padded(kMostTokens)) + floats_of(std::max(kMostTokens, most_experts));
+                             floats_of(2 * kMostPacked * d_.head_dim) + floats_of(group * padded(kMostTokens)) +
+                             floats_of(std::max(kMostTokens, most_experts));
       char* memory = scratch(4 * floats + activations + 4096, Scratch::decoder_member);
       const auto take = [&](int64_t count) {
         float* const at = (float*)memory;
@@ -142,6 +150,7 @@ class Member {
       line_ = take(rows * widest);
       query_ = take(group * d_.head_dim);
       head_ = take(d_.head_dim);
+      dense_ = take(2 * kMostPacked * d_.head_dim);
       scores_ = take(group * padded(kMostTokens));
       tile_ = take(std::max(kMostTokens, most_experts));
       activations_ = memory;
@@ -393,46 +402,70 @@ class Member {
 
   // One piece of the tokens of one head of keys and values of one sequence. New keys and values in it are written first.
   void attend(size_t i, const Pieces& pieces, int64_t item) {
-    const DecoderLayer& l = layer_of(d_, s_, i);
-    const LayerCache& cache = s_.caches[i];
-    const int64_t dim = d_.head_dim, size = size_of(s_.type), group = d_.heads / d_.kv_heads;
     const int64_t piece = item % pieces.count, b = item / pieces.count / d_.kv_heads, head = item / pieces.count % d_.kv_heads;
-    const int64_t from = pieces.first + piece * pieces.size;
+    if (piece < pieces.packed) return attend_packed(i, pieces, piece, b, head);
+    const LayerCache& cache = s_.caches[i];
+    const DecoderLayer& l = layer_of(d_, s_, i);
+    const int64_t dim = d_.head_dim, size = size_of(s_.type);
+    const int64_t from = pieces.first + (piece - pieces.packed) * pieces.size;
     const int64_t to = std::min(from + pieces.size, cache.length + s_.tokens);
     const int64_t at = (b * cache.batch_stride + head * cache.head_stride) * size;
     char *keys = cache.keys + at, *values = cache.values + at;
-    const float* const rows = shared_.qkv + b * s_.tokens * d_.qkv_rows();
     for (int64_t t = std::max(from, cache.length); t < to; ++t) {
-      const int64_t token = t - cache.length;
-      const float* const k = rows + token * d_.qkv_rows() + d_.q_rows() + head * dim;
-      turned(k, l.k_norm, l.rope, b * s_.tokens + token, head_);
+      const int64_t m = b * s_.tokens + t - cache.length;
+      const float* const k = shared_.qkv + m * d_.qkv_rows() + d_.q_rows() + head * dim;
+      turned(k, l.k_norm, l.rope, m, head_);
       k_.from_float(head_, dim, s_.type, keys + t * dim * size);
       k_.from_float(k + d_.kv_heads * dim, dim, s_.type, values + t * dim * size);
     }
     for (int64_t token = 0; token < s_.tokens; ++token) {
-      const int64_t m = b * s_.tokens + token, place = cache.length + token;
+      const int64_t place = cache.length + token;
       const int64_t first = l.window > 0 ? std::max(from, place - l.window + 1) : from, last = std::min(to, place + 1);
-      float* const out = partial(m, head * group, piece, pieces.count);
-      if (first >= last) {
-        for (int64_t g = 0; g < group; ++g) out[g * (dim + 2) + dim + 1] = 0;
-        continue;
-      }
-      for (int64_t g = 0; g < group; ++g) {
-        turned(rows + token * d_.qkv_rows() + (head * group + g) * dim, l.q_norm, l.rope, m, query_ + g * dim);
-        for (int64_t j = 0; j < dim; ++j) query_[g * dim + j] *= d_.scaling;
-      }
-      k_.attend({.q = query_,
-                 .heads = group,
-                 .dim = dim,
-                 .keys = keys + first * dim * size,
-                 .values = values + first * dim * size,
-                 .type = s_.type,
-                 .count = last - first,
-                 .mask = s_.mask ? s_.mask + b * s_.mask_columns + cache.first + first : nullptr,
-                 .softcap = d_.softcap,
-                 .scores = scores_,
-                 .out = out});
+      const char *const k = keys + first * dim * size, *const v = values + first * dim * size;
+      attend_run(i, pieces, piece, b, head, token, k, v, s_.type, cache.packed_tokens() + cache.first + first, last - first);
     }
+  }
+
+  // The same for packed tokens, which are made dense in the cache of this core.
+  void attend_packed(size_t i, const Pieces& pieces, int64_t piece, int64_t b, int64_t head) {
+    const PackedCache& packed = s_.caches[i].packed;
+    const int64_t dim = d_.head_dim, first = piece * pieces.run, last = std::min(first + pieces.run, packed.blocks);
+    float *const keys = dense_, *const values = dense_ + kMostPacked * dim;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t which = (b * d_.kv_heads + head) * packed.blocks + block, at = (block - first) * packed.block * dim;
+      k_.dequantize_rows(packed.keys(which), 0, packed.block, DType::f32, (char*)(keys + at), dim, head_);
+      k_.dequantize_rows(packed.values(which), 0, packed.block, DType::f32, (char*)(values + at), dim, head_);
+    }
+    for (int64_t token = 0; token < s_.tokens; ++token)
+      attend_run(i, pieces, piece, b, head, token, keys, values, DType::f32, first * packed.block,
+                 (last - first) * packed.block);
+  }
+
+  // Attention of one new token over `count` tokens, the first one at `place` of the sequence, into its partial sums.
+  void attend_run(size_t i, const Pieces& pieces, int64_t piece, int64_t b, int64_t head, int64_t token, const void* keys,
+                  const void* values, DType type, int64_t place, int64_t count) {
+    const DecoderLayer& l = layer_of(d_, s_, i);
+    const int64_t dim = d_.head_dim, group = d_.heads / d_.kv_heads, m = b * s_.tokens + token;
+    float* const out = partial(m, head * group, piece, pieces.count);
+    if (count <= 0) {
+      for (int64_t g = 0; g < group; ++g) out[g * (dim + 2) + dim + 1] = 0;
+      return;
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      turned(shared_.qkv + m * d_.qkv_rows() + (head * group + g) * dim, l.q_norm, l.rope, m, query_ + g * dim);
+      for (int64_t j = 0; j < dim; ++j) query_[g * dim + j] *= d_.scaling;
+    }
+    k_.attend({.q = query_,
+               .heads = group,
+               .dim = dim,
+               .keys = keys,
+               .values = values,
+               .type = type,
+               .count = count,
+               .mask = s_.mask ? s_.mask + b * s_.mask_columns + place : nullptr,
+               .softcap = d_.softcap,
+               .scores = scores_,
+               .out = out});
   }
 
   // The pieces of all heads put together, [M][heads * head_dim], into line_.
@@ -474,7 +507,7 @@ class Member {
   const Kernels& k_;
   int64_t M_;            // tokens
   bool failed_ = false;  // all members compute the same activations, so they agree
-  float *residual_, *line_, *query_, *head_, *scores_, *tile_;
+  float *residual_, *line_, *query_, *head_, *dense_, *scores_, *tile_;
   char* activations_;
   std::vector<Visit> visits_;
   std::vector<Activations> inputs_;

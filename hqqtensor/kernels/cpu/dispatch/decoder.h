@@ -2,6 +2,7 @@
 // nothing here knows torch.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "dispatch/kernels.h"
@@ -62,12 +63,23 @@ struct Rope {
   int64_t width;           // of a head: the rest of it stays as it is
 };
 
+// Old keys and values of one layer as packed blocks [block][head_dim], those of a head one behind the other:
+// [batch][kv_heads][blocks].
+struct PackedCache {
+  int64_t blocks = 0, block = 0;  // how many of a head, and tokens of one
+  // The weight that block i of all is. It must be safe to call from several threads.
+  std::function<Weight(int64_t i)> keys, values;
+};
+
 // Keys and values of one layer: [batch][kv_heads][capacity][head_dim]. Those of the new tokens are written behind `length`.
 struct LayerCache {
   char *keys, *values;
   int64_t batch_stride, head_stride;  // numbers
   int64_t length;                     // tokens that are there already
   int64_t first;                      // place in the sequence of the first of them
+  PackedCache packed;                 // tokens before these
+
+  int64_t packed_tokens() const { return packed.blocks * packed.block; }
 };
 
 struct DecoderStep {

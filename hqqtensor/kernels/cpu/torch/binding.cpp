@@ -54,7 +54,7 @@ constexpr Operator kDecoderSetLayer{"iiii", decoder_set_layer, nullptr};
 constexpr Operator kDecoderNorm{"iist", decoder_norm, nullptr};
 constexpr Operator kDecoderLinear{"iisttTTTLisiiii", decoder_linear, nullptr};
 constexpr Operator kDecoderRouter{"iitii", decoder_router, nullptr};
-constexpr Operator kDecoderRun{"itllllTTnniii", decoder_run, nullptr};
+constexpr Operator kDecoderRun{"itllllTTnniiiLn", decoder_run, nullptr};
 constexpr Operator kInstructionSet{"", instruction_set, nullptr};
 constexpr Operator kSetTable{"sit", define_table, nullptr};
 constexpr Operator kSetChoice{"i", set_choice, nullptr};
@@ -91,8 +91,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
         "Tensor? act_pre_scale, Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features, int digits) "
         "-> ()");
   m.def("_decoder_router(int decoder, int layer, Tensor weight, int chosen, bool normalized) -> ()");
-  m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? positions, Tensor? mask, "
-        "int[] lengths, int[] firsts, int first_layer, int last_layer, bool verify) -> Tensor?");
+  m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? positions, "
+        "Tensor? mask, "
+        "int[] lengths, int[] firsts, int first_layer, int last_layer, bool verify, "
+        "Tensor[]? packed, int[] packed_settings) -> Tensor?");
   m.def("_arena_new(int bytes) -> int");
   m.def("_arena_take(int arena, int bytes) -> Tensor");
   m.def("_arena_delete(int arena) -> ()");

@@ -159,8 +159,8 @@ std::vector<int64_t> places_of(const Tensor& position_ids, int64_t batch, int64_
 std::vector<uint8_t> bytes_of_mask(const Tensor& mask, int64_t batch, int64_t columns) {
   if (!mask) return {};
   const bool is_bool = mask.scalar() == Scalar::boolean;
-  HQQ_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == columns && (is_bool || mask.scalar() == Scalar::int64) &&
-                mask.is_contiguous() && mask.is_cpu(),
+  HQQ_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == columns &&
+                (is_bool || mask.scalar() == Scalar::int64) && mask.is_contiguous() && mask.is_cpu(),
             "decoder: mask must be contiguous bool or int64 [", batch, ", ", columns, "], got ", mask);
   std::vector<uint8_t> out((size_t)(batch * columns));
   bool all = true;
@@ -169,6 +169,16 @@ std::vector<uint8_t> bytes_of_mask(const Tensor& mask, int64_t batch, int64_t co
     all = all && out[i];
   }
   return all ? std::vector<uint8_t>() : out;
+}
+
+// Packed keys or values of a layer, [batch, kv_heads, blocks, block, head_dim]: qdata, scale and zero point.
+std::unique_ptr<PackedWeights> packed_states(const Decoder& d, const Tensor* parts, int64_t batch, int64_t nbits,
+                                             int64_t group_size, int64_t axis) {
+  PackedArguments a{parts[0].borrow(), parts[1].borrow(), parts[2].borrow(), {}, nbits, "int", group_size, axis, d.head_dim};
+  auto weights = std::make_unique<PackedWeights>(a, 5, 0);
+  HQQ_CHECK(parts[0].size(0) == batch && parts[0].size(1) == d.kv_heads && parts[0].size(3) <= 256,
+            "decoder: packed states must be [", batch, ", ", d.kv_heads, ", blocks, up to 256, row_bytes], got ", parts[0]);
+  return weights;
 }
 
 LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, int64_t batch, int64_t tokens, Scalar scalar,
@@ -183,7 +193,7 @@ LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, 
   }
   HQQ_CHECK(keys.stride(0) == values.stride(0) && keys.stride(1) == values.stride(1),
             "decoder: keys and values must have the same strides");
-  return {(char*)keys.mutable_data(), (char*)values.mutable_data(), keys.stride(0), keys.stride(1), length, first};
+  return {(char*)keys.mutable_data(), (char*)values.mutable_data(), keys.stride(0), keys.stride(1), length, first, {}};
 }
 
 }  // namespace
@@ -299,8 +309,11 @@ bool decoder_run(Call& c) {
   const Tensor positions = c.optional_tensor(), mask = c.optional_tensor();
   const auto lengths = c.integers(), firsts = c.integers();
   const int64_t first_layer = c.integer(), last_layer = c.integer();
+  const bool verify = c.integer() != 0;
+  const auto packed = c.optional_tensors();  // of each layer: qdata, scale, zero point of keys, then of values; or none at all
+  const auto settings = c.integers();        // nbits, group_size, axis of keys, axis of values
   check_complete(d);
-  if (c.integer() && owner->moved()) return false;
+  if (verify && owner->moved()) return false;
   const auto type = dtype_of(x.scalar());
   HQQ_CHECK(type && x.dim() == 3 && x.size(2) == d.hidden && x.is_contiguous() && x.is_cpu() && x.numel(),
             "decoder: input must be a contiguous floating-point [batch, tokens, ", d.hidden, "], got ", x);
@@ -321,12 +334,28 @@ bool decoder_run(Call& c) {
                 .caches = {},
                 .mask = nullptr,
                 .mask_columns = 0};
+  HQQ_CHECK(packed.empty() || (packed.size() == 6 * layers && settings.size() == 4),
+            "decoder: packed states are 6 tensors of each layer with 4 settings, got ", (int64_t)packed.size(), " and ",
+            (int64_t)settings.size());
+  std::vector<std::unique_ptr<PackedWeights>> states;
   int64_t most = 0;
   for (size_t i = 0; i < layers; ++i) {
     HQQ_CHECK(d.layers[(size_t)first_layer + i].rope < (int64_t)cos.size(), "decoder: layer ", (int64_t)i,
               " needs more cosines and sines");
     s.caches.push_back(cache_of(d, keys[i], values[i], s.batch, s.tokens, x.scalar(), lengths[i], firsts[i]));
-    most = std::max(most, firsts[i] + lengths[i] + s.tokens);
+    if (!packed.empty()) {
+      HQQ_CHECK(d.layers[(size_t)first_layer + i].window == 0, "decoder: layers with a window have no packed states");
+      PackedCache& to = s.caches.back().packed;
+      for (const size_t part : {0, 3})
+        states.push_back(packed_states(d, &packed[6 * i + part], s.batch, settings[0], settings[1], settings[part ? 3 : 2]));
+      const PackedWeights &keys = *states[states.size() - 2], &values = *states.back();
+      to.blocks = packed[6 * i].size(2), to.block = packed[6 * i].size(3);
+      HQQ_CHECK(packed[6 * i + 3].size(2) == to.blocks && packed[6 * i + 3].size(3) == to.block,
+                "decoder: as many packed values as keys are needed");
+      to.keys = [&keys](int64_t n) { return keys.at(n); };
+      to.values = [&values](int64_t n) { return values.at(n); };
+    }
+    most = std::max(most, s.caches.back().packed_tokens() + firsts[i] + lengths[i] + s.tokens);
   }
   const auto places = places_of(positions, s.batch, s.tokens, most - s.tokens);
   std::vector<std::vector<float>> angles(2 * cos.size());

@@ -21,6 +21,11 @@ FAMILIES: dict[str, Any] = {
     "llama3 rope": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, rope_parameters={
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16})),
+    "phi3 longrope": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SIZES, original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+                         "long_factor": [1.5] * 8, "original_max_position_embeddings": 16})),
+    "dynamic rope": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "max_position_embeddings": 16},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, sliding_window=WINDOW)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SIZES)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, layer_types=ALTERNATE, sliding_window=WINDOW,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, prompts, quantized
+from tiny_models import FAMILIES, prompts, quantized
 
 from hqqtensor import HqqConfig
 from hqqtensor.generation import DecoderForward, prepare_for_generation_, undo_generation_
@@ -45,7 +45,8 @@ def test_a_family_gives_the_same_tokens_and_logits(name: str, monkeypatch: pytes
         assert torch.equal(after.sequences, before.sequences)
         for a, b in zip(after.logits, before.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-        assert counted.calls == len(after.logits) - 1  # all but the prompt
+        prompts = 2 if name == "phi3 longrope" else 1  # transformers begins anew where the long factors begin
+        assert counted.calls == len(after.logits) - prompts
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import prompts, quantized
+from tiny_models import FAMILIES, prompts, quantized
 from torch import nn
 
-from hqqtensor import HqqConfig, backend, dequantize_, quantize_
+from hqqtensor import HqqConfig, HQQTensor, backend, dequantize_, quantize_
 from hqqtensor.generation import prepare_for_generation_, undo_generation_
 
 
@@ -180,6 +180,31 @@ def test_a_prepared_model_is_saved_and_loaded_as_any(tmp_path: Any) -> None:
     loaded = type(model).from_pretrained(tmp_path)
     assert "forward" not in loaded.model.__dict__
     torch.testing.assert_close(logits(prepare_for_generation_(loaded)), want)
+
+
+def test_weights_are_moved_and_stay_the_same_parameters_with_the_same_numbers() -> None:
+    model = quantized("llama", config=HqqConfig(4, 20, quant_scale=True, quant_zero=True, meta_nbits=4))
+    weights = {name: (p, p.qdata.data_ptr()) for name, p in model.named_parameters() if isinstance(p, HQQTensor)}
+    dense = {name: p.dequantize() for name, (p, _) in weights.items()}
+    prepare_for_generation_(model)
+    after = dict(model.named_parameters())
+    for name, (p, place) in weights.items():
+        assert after[name] is p and p.qdata.data_ptr() != place
+        assert torch.equal(p.dequantize(), dense[name])
+    storages = {p.qdata.untyped_storage().data_ptr() for p, _ in weights.values()}
+    assert len(storages) == len(weights)  # each can be saved, moved and freed by itself
+
+
+def test_a_tied_quantized_embedding_stays_tied() -> None:
+    model = FAMILIES["llama"]()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    quantize_(model.eval(), HqqConfig(4, 32, embedding_nbits=8))
+    want = logits(model)
+    prepare_for_generation_(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and isinstance(model.lm_head.weight, HQQTensor)
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
+    assert served(model)
 
 
 def refused(model: Any, match: str) -> None:
