@@ -9,6 +9,7 @@ the decoder: rounding in bf16 lets them part.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from hqqtensor import cli as command_line
 from hqqtensor.demo.models import smollm_dir, smollm_gguf
 from hqqtensor.diagnostics.table import text_table
 from hqqtensor.generation import prepare_for_generation_
+from hqqtensor.integrations.transformers.cache import HqqQuantizedCache
 
 MODELS = ("SmolLM2", "1B", "7B", "small")
 Runner = HfRunner | LlamaRunner
@@ -36,7 +38,11 @@ Runner = HfRunner | LlamaRunner
 
 def ours(args: argparse.Namespace, packed: Any, dense: Any) -> list[Runner]:
     """transformers' contenders. packed, dense: make the model."""
-    out: list[Runner] = [HfRunner("hqqtensor", "ours", prepare_for_generation_(packed()))]
+    model = prepare_for_generation_(packed())
+    out: list[Runner] = [HfRunner("hqqtensor", "ours", model)]
+    for nbits in args.packed_caches:
+        make = functools.partial(HqqQuantizedCache, model.config, nbits)
+        out.append(HfRunner(f"hqqtensor, {nbits}-bit cache", "ours", model, make))
     if args.plain:
         out.append(HfRunner("hqqtensor, not prepared", "ours", packed()))
     if args.dense:
@@ -148,6 +154,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--plain", action="store_true", help="ours without prepare_for_generation_ too")
     parser.add_argument("--no-dense", dest="dense", action="store_false")
     parser.add_argument("--no-llama", dest="llama", action="store_false")
+    parser.add_argument("--packed-caches", nargs="*", type=int, default=[], help="bits of HqqQuantizedCache, ours too")
     parser.add_argument("--llama-caches", nargs="+", default=["f16"], choices=["f16", "q8_0", "q4_0"])
     parser.add_argument("--flash", action="store_true", help="llama.cpp's flash attention with an f16 cache as well")
     parser.add_argument("--json", metavar="FILE")

@@ -122,6 +122,8 @@ def small_groups() -> str:
 MODELS = {"SmolLM2": "SmolLM2-135M-Instruct", "1B": "1B shapes"}
 RUNNERS = {
     "hqqtensor": "**hqqtensor**",
+    "hqqtensor, 8-bit cache": "**hqqtensor, 8-bit [cache](kv_cache.md)**",
+    "hqqtensor, 4-bit cache": "**hqqtensor, 4-bit [cache](kv_cache.md)**",
     "hqqtensor, not prepared": "hqqtensor, without `prepare_for_generation_`",
     "llama.cpp": "llama.cpp",
     "llama.cpp, q8_0 cache": "llama.cpp, q8_0 cache",
