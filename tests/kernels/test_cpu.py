@@ -377,26 +377,32 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "portable"])
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if os.environ.get("HQQTENSOR_CPU"):
         pytest.skip("this is the run that a parent started")
     if name == cpu.instruction_set():
         pytest.skip("the tests here run on it")
-    env = {**os.environ, "HQQTENSOR_CPU": name}
-    code = "from hqqtensor.kernels import cpu; print(cpu.instruction_set())"
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    if found.returncode:
-        assert "but this processor lacks it" in found.stderr
-        pytest.skip(f"no {name} on this processor")
-    assert found.stdout.split()[-1] == name
     folder = Path(__file__).parent
     files = [str(path) for path in (*sorted(folder.glob("test_cpu*.py")), folder / "test_linear_many.py")]
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    result = subprocess.run(tests, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    result = subprocess.run(tests, env={**os.environ, "HQQTENSOR_CPU": name}, capture_output=True, text=True)
+    if "but this processor lacks it" in result.stdout:
+        pytest.skip(f"no {name} on this processor")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
 
 
+def test_the_instruction_set_that_is_asked_for_is_the_one_in_use() -> None:
+    assert cpu.instruction_set() == (os.environ.get("HQQTENSOR_CPU") or cpu.instruction_set())
+
+
+alike = pytest.mark.skipif(
+    bool(os.environ.get("HQQTENSOR_CPU")), reason="alike on every instruction set: runs without HQQTENSOR_CPU"
+)
+
+
+@alike
 def test_an_unknown_instruction_set_is_an_error() -> None:
     code = "from hqqtensor.kernels import cpu; cpu.instruction_set()"
     env = {**os.environ, "HQQTENSOR_CPU": "sse9"}
@@ -404,6 +410,7 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     assert found.returncode != 0 and "must be amx, avx512, avx2 or portable, got 'sse9'" in found.stderr
 
 
+@alike
 def test_without_the_library_the_plain_path_works_and_says_so_once() -> None:
     code = """
 import sys, warnings
