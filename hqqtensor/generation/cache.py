@@ -7,9 +7,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hqqtensor.integrations.transformers.cache import HqqCacheLayer
+from hqqtensor.ops.backend import decoder_maker
 
 LEAST_ROOM = 256  # tokens that fit beyond those that a cache is made for
 MOST_ROOM = 4096
+
+
+def _empty(sizes: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for keys or values; on a CPU of the kind that the kernels read fastest."""
+    make = decoder_maker("cpu") if like.device.type == "cpu" else None
+    return like.new_empty(sizes) if make is None else make.empty(sizes, like.dtype)
 
 
 class _Roomy:
@@ -51,7 +58,7 @@ class _Roomy:
             capacity = length + tokens + min(max((length + tokens) // 2, LEAST_ROOM), MOST_ROOM)
             made = []
             for old in (keys, values):
-                new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                new = _empty((*old.shape[:2], capacity, old.shape[3]), old)
                 new[:, :, :length] = old
                 made.append(new)
             self.buffers, self._loose = (made[0], made[1]), (None, None)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from hqqtensor.ops.packed import PackedWeight
@@ -79,6 +80,9 @@ class DecoderMaker(Protocol):
 
     def __call__(self, shape: DecoderShape) -> Decoder:
         """A decoder without parts; RuntimeError for a shape that the kernels do not have."""
+
+    def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory that the kernels read fastest."""
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies of contiguous tensors in memory that the kernels read fastest, each with a storage of its own."""

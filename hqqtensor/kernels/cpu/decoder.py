@@ -1,5 +1,6 @@
 """``ops.decoder.Decoder`` compiled: all layers in one parallel region, nothing of torch between two products."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,10 @@ class CompiledDecoder:
             settings = [packed[0][0].nbits, packed[0][0].group_size, *(weight.axis for weight in packed[0])]
         where = (keys, values, positions, mask, lengths, firsts, *layers)
         return self._run(self._id, x, cos, sin, *where, verify, states, settings)
+
+    @staticmethod
+    def empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return OPS._empty_packed([math.prod(sizes) * dtype.itemsize]).view(dtype).view(*sizes)
 
     @staticmethod
     def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:

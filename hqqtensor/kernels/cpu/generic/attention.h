@@ -67,10 +67,18 @@ void rms_norm(const float* x, const float* weight, int64_t count, float eps, flo
 
 // ---- Attention ----
 
+constexpr int64_t kBytesAhead = 4096;  // of rows that are fetched while others are multiplied
+
 // out[h * stride + r]: the product of vector h of q, [H][dim], and of row r of `rows`, [count][dim]; dim: a multiple of 16.
+// next: rows of the same size that are read after these, fetched meanwhile; null where there are none.
 template <DType T, int H>
-void dots(const float* q, const void* rows, int64_t count, int64_t dim, float* out, int64_t stride) {
+void dots(const float* q, const void* rows, int64_t count, int64_t dim, float* out, int64_t stride, const void* next) {
+  const int64_t bytes = dim * size_of(T);
   for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; next && i < bytes; i += 64) {
+      prefetch((const char*)rows + r * bytes + i + kBytesAhead);
+      prefetch((const char*)next + r * bytes + i);
+    }
     Floats sums[H];
     for (Floats& sum : sums) sum = f_zero();
     for (int64_t d = 0; d < dim; d += kFloats) {
@@ -82,7 +90,7 @@ void dots(const float* q, const void* rows, int64_t count, int64_t dim, float* o
 }
 
 void dot_rows(const float* x, const float* rows, int64_t count, int64_t dim, float* out) {
-  dots<DType::f32, 1>(x, rows, count, dim, out, 0);
+  dots<DType::f32, 1>(x, rows, count, dim, out, 0, nullptr);
 }
 
 // Sums of values weighted by exp(score - largest), for H heads.
@@ -150,7 +158,7 @@ void attend_as(const Attention& a) {
   const auto heads = [&](int64_t h, auto count) {
     constexpr int H = decltype(count)::value;
     float *scores = a.scores + h * stride, *out = a.out + h * out_stride;
-    dots<T, H>(a.q + h * a.dim, a.keys, a.count, a.dim, scores, stride);
+    dots<T, H>(a.q + h * a.dim, a.keys, a.count, a.dim, scores, stride, h == 0 ? a.values : nullptr);
     for (int i = 0; i < H; ++i) {
       float* end = out + i * out_stride + a.dim;
       weights_of(a, scores + i * stride, end, end + 1);
