@@ -1,6 +1,7 @@
 """llama.cpp on a GGUF file, through its C interface: no tokenizer, greedy."""
 
 import ctypes
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from torch import Tensor
 
 CACHES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 """Types of keys and values, by ggml's number."""
+
+
+@functools.cache
+def _be_quiet(lib: Any) -> Any:
+    """Let llama.cpp log nothing; the callback, which must live as long as the process."""
+    callback = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(callback, None)
+    lib.llama_backend_init()
+    return callback
 
 
 class LlamaRunner:
@@ -23,9 +33,7 @@ class LlamaRunner:
         import llama_cpp as lib
 
         self.name, self.vocab, self.lib, self.batch = name, vocab, lib, batch
-        self._quiet = lib.llama_log_callback(lambda level, text, data: None)
-        lib.llama_log_set(self._quiet, None)
-        lib.llama_backend_init()
+        _be_quiet(lib)
         self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.docs.figures import Run, fastest_peer, ratios, row, runs
 from benchmarks.docs.markdown import span, table
-from benchmarks.docs.speed import BF16, FP32, INT8, llama_row
+from benchmarks.docs.speed import BF16, FP32, INT8, over_llama
 
 
 def _gains(machine: list[Run], mine: str, tokens: range) -> str:
@@ -18,14 +18,14 @@ def _gains(machine: list[Run], mine: str, tokens: range) -> str:
     return span(out)
 
 
-def _generate(model: str, key: str = "tokens/s") -> str:
+def _generate(model: str, first_token: bool = False) -> str:
     """Our tokens a second over llama.cpp's (or its seconds to the first token over ours), of one sequence."""
-    out = []
-    for one in runs("generate")["intel"]["rows"]:
-        if (one["model"], one["name"], one["batch"]) == (model, "hqqtensor", 1):
-            ratio = one[key] / llama_row(one)[key]
-            out.append(ratio if key == "tokens/s" else 1 / ratio)
-    return span(out)
+    mine = [
+        one
+        for one in runs("generate")["intel"]["rows"]
+        if (one["model"], one["name"], one["batch"]) == (model, "hqqtensor", 1)
+    ]
+    return span([over_llama(one)[first_token] for one in mine])
 
 
 def summary() -> str:
@@ -34,15 +34,15 @@ def summary() -> str:
     layers = [[linear["zen4"]], [linear["intel"], linear["intel-ark"]]]
     one, more = range(1, 2), range(4, 513)
     solvers = {r["solver"]: r["M weights/s"] for r in reversed(runs("quantize")["zen4"]["rows"]) if r["bits"] == 4}
-    fastest, first = "the fastest of the others", "first token, s"
+    fastest = "the fastest of the others"
     rows = [
         ["one layer, 1 token, bf16 activations", fastest, *(_gains(machine, BF16, one) for machine in layers)],
         ["one layer, 4 to 512 tokens, bf16 activations", fastest, *(_gains(machine, BF16, more) for machine in layers)],
         ['the same, `activation="int8"`', fastest, *(_gains(machine, INT8, more) for machine in layers)],
         ["`generate()`, SmolLM2-135M-Instruct", "llama.cpp, the same file", "", _generate("SmolLM2")],
-        ["its first token", "llama.cpp, the same file", "", _generate("SmolLM2", first)],
+        ["its first token", "llama.cpp, the same file", "", _generate("SmolLM2", True)],
         ["`generate()`, 1B shapes, 4 bits", "llama.cpp Q4_0", "", _generate("1B")],
-        ["its first token", "llama.cpp Q4_0", "", _generate("1B", first)],
+        ["its first token", "llama.cpp Q4_0", "", _generate("1B", True)],
         ["quantizing, `hqq_joint`", "the hqq library", f"{solvers['hqq_joint'] / solvers['hqq library']:.0f} x", ""],
     ]
     return table(["4-bit weights, speed of hqqtensor", "over", "AMD Zen 4", "Intel Xeon"], rows)
