@@ -76,6 +76,7 @@ void place_experts(Decoder& d, DecoderLayer& l, std::string_view role, const Pac
   for (int64_t e = 0; e < w.count(); ++e) {
     Linear linear = first;
     linear.w = w.at(e);
+    HQQ_CHECK(linear.w.table.count == first.w.table.count, "decoder: ", role, " must have codebooks of equal digits");
     down ? (void)(l.mlps[(size_t)e].down = linear) : l.mlps[(size_t)e].gate_up.push_back(linear);
   }
 }
