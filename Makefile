@@ -71,10 +71,12 @@ test-torch: $(STAMP)
 	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
-# The wheel's library is compiled by clang (zig's), the one of .venv by gcc: the kernels' tests on the former, on the best
-# instruction set here, or on the one of HQQTENSOR_CPU. Left out: what starts these tests again, and what loads no library.
+# All of the library compiled by clang (zig's), and the kernels' tests on it, on the best instruction set here or on the one of
+# HQQTENSOR_CPU; gcc compiles the kernels of .venv and of the wheel. After `wheel`: both run setup.py. Left out: what starts
+# these tests again, and what loads no library.
 clang: wheel
-	rm -rf build/clang && $(BIN)/python -m zipfile -e dist/*.whl build/clang
+	CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target x86_64-linux-gnu" \
+	  $(BIN)/python setup.py -q build --build-base build/clang-base --build-lib build/clang
 	cd build/clang && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set and not without_the_library' $(KERNEL_TESTS)
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.

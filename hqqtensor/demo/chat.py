@@ -22,7 +22,7 @@ SETTINGS = (
     ("2 bits", HqqConfig(2, 16, quant_scale=True, quant_zero=True, meta_nbits=4, embedding_nbits=8), True),
 )
 """Name, settings, and whether the model is calibrated on text that it writes itself."""
-CALIBRATION_TOKENS, TOKENS, CONTEXT, ANSWER = 4096, 2048, 512, 64
+CALIBRATION_TOKENS, TOKENS, CONTEXT, ANSWER = 2048, 2048, 512, 64
 
 
 @torch.no_grad()
