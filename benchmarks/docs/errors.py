@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.docs.figures import quality
+from benchmarks.docs.figures import answers, quality
 from benchmarks.docs.markdown import table
 
 MODELS = {"doclm": "KL", "MiniLM": "1 - cosine"}
@@ -135,6 +135,29 @@ def chat_model_short() -> str:
         figures = (f"{one['bits']:.2f}", f"{one['main'][0]:.2f}", f"{one['perplexity']:.1f}", f"{one['top1']:.0%}")
         rows.append([label, NEEDS[one["data"]], *figures])
     return table(["SmolLM2-135M-Instruct", "needs", "bits a weight", "KL", "perplexity", "same next token"], rows)
+
+
+def agreement() -> str:
+    """A chat model's greedy answers beside the dense model's."""
+    kinds = ("first", "until", "place by place", "same")
+    rows = [
+        [name, f"{c['MB']:.0f} MB", *(f"{c[kind]:.0%}" if kind in c else "" for kind in kinds)]
+        for name, c in answers()["columns"].items()
+    ]
+    header = ["model", "size", "first token", "tokens before the first that differs", "tokens at the same place"]
+    return table([*header, "whole answers"], rows)
+
+
+def side_by_side() -> str:
+    """A chat model's answers, a list for each question."""
+    found, out = answers(), []
+    for i, question in enumerate(found["questions"]):
+        out.append(f"**{question}**\n")
+        for name, column in found["columns"].items():
+            text = column["answers"][i].replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+            out.append(f"- *{name}*: {text}")
+        out.append("")
+    return "\n".join(out).strip()
 
 
 def every_method(model: str) -> str:
