@@ -76,7 +76,7 @@ SHOWN, TOKENS = 10, 64
 SETTINGS: dict[str, tuple[HqqConfig, str]] = {
     "4 bits": (HqqConfig(4, embedding_nbits=8), ""),
     "3 bits, own text": (HqqConfig(3, embedding_nbits=8), "self"),
-    "2 bits, mixed text": (HqqConfig(2, 16, embedding_nbits=8, **ours.META), "65536"),
+    "2 bits, mixed text": (HqqConfig(2, 16, embedding_nbits=8, **ours.META), "49152"),
 }
 """Settings by the column's name, and what the model is calibrated on (``benchmarks.quality.ours``)."""
 
@@ -104,16 +104,29 @@ def greedy(model: Any, inputs: dict[str, Tensor], end: int, tokens: int = TOKENS
     return torch.nn.functional.pad(new, (0, tokens - new.shape[1]), value=end)
 
 
-def agreement(dense: Tensor, other: Tensor, end: int) -> dict[str, float]:
+@torch.no_grad()
+def choices(model: Any, inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """The most probable token at each place of ``answers``, given what stands before it there; of the same shape."""
+    ids = torch.cat([inputs["input_ids"], answers], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, answers.shape[1]), value=1)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    kept = answers.shape[1] + 1
+    logits = model(ids, attention_mask=mask, position_ids=places, logits_to_keep=kept).logits
+    return logits[:, :-1].argmax(-1)
+
+
+def agreement(dense: Tensor, other: Tensor, forced: Tensor, end: int) -> dict[str, float]:
     """Over the tokens of the dense model's answers, the first ``end`` of each included.
 
-    same: share of answers that are equal. until: share of tokens before the first that differs. place by place: share
-    of tokens that stand at the same place of the other answer. first: share of first tokens that are equal.
+    forced: share of tokens that the other model chooses too, given the dense model's answer up to there (``choices``).
+    first: share of answers whose first tokens are equal. until: share of tokens before the first that differs. place by
+    place: share of tokens that stand at the same place of the other answer. same: share of answers that are equal.
     """
     counted = (dense == end).to(torch.int64).cumsum(1) - (dense == end).to(torch.int64) == 0
     equal = (dense == other) & counted
     until = (equal | ~counted).to(torch.int64).cumprod(1).bool() & counted
     return {
+        "forced": (((dense == forced) & counted).sum() / counted.sum()).item(),
         "same": (until == counted).all(1).double().mean().item(),
         "until": (until.sum() / counted.sum()).item(),
         "place by place": (equal.sum() / counted.sum()).item(),
@@ -121,7 +134,9 @@ def agreement(dense: Tensor, other: Tensor, end: int) -> dict[str, float]:
     }
 
 
-def column(name: str, task: Task, inputs: dict[str, Tensor], end: int, cache: Path) -> dict[str, Any]:
+def column(
+    name: str, task: Task, inputs: dict[str, Tensor], end: int, dense: Tensor | None, cache: Path
+) -> dict[str, Any]:
     """What the model of a column answers, as token ids, and its size. A calibration that was stopped goes on."""
     model: Any = copy.deepcopy(task.model)
     if name in SETTINGS:
@@ -130,10 +145,10 @@ def column(name: str, task: Task, inputs: dict[str, Tensor], end: int, cache: Pa
         quantize_(model, config, calibration=ours.batches(task, data) if data else None, resume=folder)
     elif name == "dense, bfloat16":
         model.to(torch.bfloat16)
-    started = time.perf_counter()
     ids = greedy(model, inputs, end)
+    forced = choices(model, inputs, ids if dense is None else dense)
     size = model_size(model).nbytes / (2 if name == "dense" else 1)  # the file's own type is bfloat16
-    return {"MB": size / 1e6, "seconds": time.perf_counter() - started, "ids": ids.tolist()}
+    return {"MB": size / 1e6, "ids": ids.tolist(), "forced": forced.tolist()}
 
 
 def main() -> None:
@@ -151,13 +166,15 @@ def main() -> None:
     for name in ("dense", "dense, bfloat16", *SETTINGS):
         file = args.cache / f"answers-{name.replace(',', '').replace(' ', '-')}.json"
         if not file.is_file() and args.only in name:
-            file.write_text(json.dumps(column(name, task, inputs, end, args.cache)))
+            file.write_text(json.dumps(column(name, task, inputs, end, ids.get("dense"), args.cache)))
+        if not file.is_file() and name == "dense":
+            parser.error("the dense model's answers are needed first: --only dense")
         if file.is_file():
             found = json.loads(file.read_text())
             ids[name] = torch.tensor(found["ids"])
             columns[name] = {"MB": found["MB"]}
-            if "dense" in ids and name != "dense":
-                columns[name] |= agreement(ids["dense"], ids[name], end)
+            if name != "dense":
+                columns[name] |= agreement(ids["dense"], ids[name], torch.tensor(found["forced"]), end)
             print(name, {key: round(value, 4) for key, value in columns[name].items()}, flush=True)
             texts = tokenizer.batch_decode(ids[name][:SHOWN], skip_special_tokens=True)
             columns[name]["answers"] = [" ".join(text.split()) for text in texts]
