@@ -1,6 +1,5 @@
 """hqqtensor's own settings in the table."""
 
-import functools
 from pathlib import Path
 
 import torch
@@ -74,12 +73,6 @@ def mixed(task: Task, tokens: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in ids.split(BATCH // 2)]
 
 
-def _best(model: nn.Module, task: Task, config: HqqConfig) -> float:
-    """``quality="best"`` as a user calls it; a run that was stopped goes on from ``CACHE``."""
-    quantize_(model, config, quality="best", resume=CACHE / f"best-{task.name}-{config.nbits}")
-    return _bits(model)
-
-
 def _finetuned(model: nn.Module, task: Task, config: HqqConfig) -> float:
     names = set(task.layers)
     quantize_(model, config, filter_fn=lambda _, name: name in names)
@@ -118,7 +111,8 @@ def methods() -> list[Method]:
 
     def add(name: str, nbits: int, config: HqqConfig, data: str = "") -> None:
         run = lambda m, t: _apply(m, t, config, data)  # noqa: E731
-        found.append(Method(f"hqqtensor {name}", nbits, run, kinds.get(data, "text"), ours=True))
+        models = ("SmolLM2",) if data.isdigit() else ("SmolLM2", "doclm") if data == "self" else ()
+        found.append(Method(f"hqqtensor {name}", nbits, run, kinds.get(data, "text"), ours=True, models=models))
 
     for b in (8, 4, 3, 2):
         add(f"{b}-bit g64", b, HqqConfig(b, 64))
@@ -133,21 +127,14 @@ def methods() -> list[Method]:
         add(f"{b}-bit default, own text", b, HqqConfig(b), "self")
         add(f"{b}-bit default, full calibration", b, HqqConfig(b), "text")
         add(f"{b}-bit g32 4-bit meta, own text", b, HqqConfig(b, 32, **META), "self")
-    for k in (16, 32):
-        add(f"3-bit default, {k}k mixed tokens", 3, HqqConfig(3), str(1024 * k))
-    for b in (3, 2):
-        best = functools.partial(_best, config=HqqConfig(b))
-        found.append(Method(f'hqqtensor {b}-bit default, quality="best"', b, best, "model", True))
+    add("3-bit default, 16k mixed tokens", 3, HqqConfig(3), "16384")
     add("2-bit g64, rotated", 2, HqqConfig(2, 64, rotation=True))
     add("2-bit g16 4-bit meta", 2, HqqConfig(2, 16, **META))
     chat = HqqConfig(2, 16, **META)
     add("2-bit g16 4-bit meta, own text", 2, chat, "self")
     add("2-bit g16 4-bit meta, full calibration", 2, chat, "text")
-    for k in (32, 48, 64):
-        add(f"2-bit g16 4-bit meta, {k}k mixed tokens", 2, chat, str(1024 * k))
-    columns = HqqConfig(2, 16, solver="column_scaled", **META)
-    add("2-bit g16 4-bit meta, columns, 64k mixed tokens", 2, columns, str(65536))
-    add("2-bit g16 4-bit meta, columns", 2, columns)
+    add("2-bit g16 4-bit meta, 48k mixed tokens", 2, chat, "49152")
+    add("2-bit g16 4-bit meta, columns", 2, HqqConfig(2, 16, solver="column_scaled", **META))
     add("2-bit g20 4-bit meta, random tokens", 2, HqqConfig(2, 20, **META), "model")
     for g in (10, 12):
         add(f"2-bit g{g} learned, 4-bit scales", 2, HqqConfig(2, g, **SCALES))

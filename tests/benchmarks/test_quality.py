@@ -86,3 +86,10 @@ def test_mixed_text_is_half_the_models_own_a_quarter_news_and_a_quarter_document
     ids = torch.cat([batch["input_ids"] for batch in ours.batches(task, str(24576))])
     kind, count = ids[:, 0].unique(return_counts=True)
     assert dict(zip(kind.tolist(), count.tolist(), strict=True)) == {10: 16, 11: 8, 2: 12, 3: 12}
+
+
+def test_methods_that_need_a_model_that_writes_are_not_for_minilm():
+    models = {method.name: method.models for method in ours.methods()}
+    assert models["hqqtensor 3-bit default, own text"] == ("SmolLM2", "doclm")
+    assert models["hqqtensor 3-bit default, 16k mixed tokens"] == ("SmolLM2",)
+    assert models["hqqtensor 3-bit default"] == ()
