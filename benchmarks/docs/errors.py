@@ -71,7 +71,6 @@ def at_equal_bits() -> str:
         "round to nearest": "rtn {}-bit g64",
         "SINQ, groups of 64 (paper)": "SINQ {}-bit g64 (paper)",
         "llama.cpp": "llama.cpp Q{}_K",
-        "llama.cpp, importance matrix on text": "llama.cpp Q{}_K, imatrix",
         "GPTQ, on text (paper)": "GPTQ {}-bit g64 (paper)",
         "AWQ, on text (paper)": "AWQ {}-bit g64 (paper)",
         "**hqqtensor, `HqqConfig(bits, 64)`**": "hqqtensor {}-bit g64",
