@@ -1,10 +1,10 @@
 """Tables of docs/quality.md and README.md: errors of quantized models by method and bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from benchmarks.docs.figures import quality
+from benchmarks.docs.figures import answers, quality
 from benchmarks.docs.markdown import table
 
 MODELS = {"doclm": "KL", "MiniLM": "1 - cosine"}
@@ -15,6 +15,7 @@ NEEDS = {"none": "nothing", "model": "its own text", "text": "text"}
 GROUPS_20 = "hqqtensor {}-bit g20 4-bit meta"
 DEFAULT = "hqqtensor {}-bit default"
 TEXT = "hqqtensor {}-bit g32 4-bit meta, full calibration"
+OWN = "hqqtensor {}-bit g32 4-bit meta, own text"
 RANDOM = "hqqtensor {}-bit g32 4-bit meta, random tokens"
 
 
@@ -35,9 +36,10 @@ def settings() -> str:
     """Settings by bits, without text and with it, by error over the hqq library's at the same nominal bits."""
     out = []
 
-    def add(bits: str, code: str, needs: str, method: str) -> None:
+    def add(bits: str, code: str, needs: str, method: str, models: Collection[str] = MODELS) -> None:
         size = f"{of('doclm', method)['bits']:.2f}"
-        out.append([bits, f"`{code}`", needs, size, *(ratio(model, method) for model in MODELS)])
+        ratios = [ratio(model, method) if model in models else "" for model in MODELS]
+        out.append([bits, f"`{code}`", needs, size, *ratios])
 
     for bits in (4, 3, 2):
         add(str(bits), f"HqqConfig({bits}, 64)", "nothing", f"hqqtensor {bits}-bit g64")
@@ -47,6 +49,9 @@ def settings() -> str:
             add(str(bits), "HqqConfig(2, 10, **LEARNED)", "nothing", "hqqtensor 2-bit g10 learned, 4-bit scales")
         add(str(bits), f"HqqConfig({bits})", "nothing", DEFAULT.format(bits))
         add(str(bits), f"HqqConfig({bits}, 32, **META)", "calibrated on random tokens", RANDOM.format(bits))
+        own, method = "calibrated on its own text", f"{DEFAULT.format(bits)}, own text"
+        add(str(bits), f"HqqConfig({bits}, 32, **META)", own, OWN.format(bits), ["doclm"])
+        add(str(bits), f"HqqConfig({bits})", own, method, ["doclm"])
         add(str(bits), f"HqqConfig({bits}, 32, **META)", "calibrated on text", TEXT.format(bits))
     for bpw in ("4.5", "3.5", "3.0", "2.5"):
         add("mixed", f"target_bpw={bpw}", "searched on random tokens", f"hqqtensor searched {bpw}")
@@ -135,6 +140,35 @@ def chat_model_short() -> str:
         figures = (f"{one['bits']:.2f}", f"{one['main'][0]:.2f}", f"{one['perplexity']:.1f}", f"{one['top1']:.0%}")
         rows.append([label, NEEDS[one["data"]], *figures])
     return table(["SmolLM2-135M-Instruct", "needs", "bits a weight", "KL", "perplexity", "same next token"], rows)
+
+
+def agreement() -> str:
+    """A chat model's greedy answers beside the dense model's."""
+    kinds = ("forced", "first", "until", "place by place", "same")
+    rows = [
+        [name, f"{c['MB']:.0f} MB", *(f"{c[kind]:.0%}" if kind in c else "" for kind in kinds)]
+        for name, c in answers()["columns"].items()
+    ]
+    header = [
+        "model",
+        "size",
+        "same next token, given the dense answer",
+        "first token",
+        "tokens before the first other one",
+    ]
+    return table([*header, "tokens at the same place", "whole answers"], rows)
+
+
+def side_by_side() -> str:
+    """A chat model's answers, a list for each question."""
+    found, out = answers(), []
+    for i, question in enumerate(found["questions"]):
+        out.append(f"**{question}**\n")
+        for name, column in found["columns"].items():
+            text = column["answers"][i].replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+            out.append(f"- *{name}*: {text}")
+        out.append("")
+    return "\n".join(out).strip()
 
 
 def every_method(model: str) -> str:

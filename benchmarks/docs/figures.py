@@ -25,6 +25,11 @@ def quality() -> dict[str, Any]:
     return json.loads((DATA / "quality.json").read_text())
 
 
+def answers() -> dict[str, Any]:
+    """docs/data/answers.json: date, questions, and for each model its size, agreement and answers."""
+    return json.loads((DATA / "answers.json").read_text())
+
+
 def row(run: Run, name: str) -> Row:
     """The row called ``name``; KeyError lists those of the run."""
     for one in run["rows"]:

@@ -31,6 +31,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors, short": errors.readme,
     "chat model": errors.chat_model,
     "chat model, short": errors.chat_model_short,
+    "agreement": errors.agreement,
+    "answers": errors.side_by_side,
     "every method, doclm": lambda: errors.every_method("doclm"),
     "every method, MiniLM": lambda: errors.every_method("MiniLM"),
 }

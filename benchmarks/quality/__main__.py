@@ -38,7 +38,7 @@ def main() -> None:
     for task_name in args.tasks:
         task = TASKS[task_name]()
         for method in methods:
-            if args.only in method.name:
+            if args.only in method.name and task.name in (method.models or TASKS):
                 result = result_of(method, task, args.half, args.cache, args.fresh)
                 results.append(result)
                 first = next(iter(result["windows"].values()))

@@ -22,7 +22,8 @@ class Method:
     """name: unique, as the table shows it. nbits: nominal bits of a code. ours: whether it is hqqtensor.
 
     data: what it looks at besides the weights: "" (nothing), "text" (calibration text) or "model" (it runs the model on
-    random tokens). quantize(model, task): replaces the weights of ``task.layers`` and returns the bits of all of them.
+    random tokens). models: names of the tasks that it is for, all where empty. quantize(model, task): replaces the
+    weights of ``task.layers`` and returns the bits of all of them.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     quantize: Callable[[nn.Module, Task], float]
     data: str = ""
     ours: bool = False
+    models: tuple[str, ...] = ()
 
 
 def by_layer(quantize: Callable[[Tensor], Quantized]) -> Callable[[nn.Module, Task], float]:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,16 +164,26 @@ def doclm() -> LanguageTask:
     return LanguageTask("doclm", model, demo.CONTEXT, halves, halves["tune"])
 
 
+def smollm_windows(text: str, count: int) -> Tensor:
+    """``count`` windows of SmolLM2's tokens, spread evenly over a text."""
+    windows = token_windows(smollm_tokenizer(), text, CONTEXT)
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
+def smollm_tokenizer() -> Any:
+    return _smollm()[1]
+
+
+_smollm = functools.cache(load_smollm)
+
+
 def smollm() -> LanguageTask:
     """SmolLM2-135M-Instruct: reported on Wikipedia, settings chosen on Python's documentation, calibrated on news."""
-    model, tokenizer = load_smollm()
-
-    def spread(text: str, count: int) -> Tensor:
-        windows = token_windows(tokenizer, text, CONTEXT)
-        return windows[torch.linspace(0, len(windows) - 1, count).long()]
-
-    halves = {"tune": spread(texts.documentation(), WINDOWS), "report": spread(texts.wikipedia(CACHE), WINDOWS)}
-    return LanguageTask("SmolLM2", model, CONTEXT, halves, spread(texts.news(CACHE), 16), batch=2)
+    halves = {
+        "tune": smollm_windows(texts.documentation(), WINDOWS),
+        "report": smollm_windows(texts.wikipedia(CACHE), WINDOWS),
+    }
+    return LanguageTask("SmolLM2", _smollm()[0], CONTEXT, halves, smollm_windows(texts.news(CACHE), 16), batch=2)
 
 
 TASKS = {"SmolLM2": smollm, "doclm": doclm, "MiniLM": EmbeddingTask}

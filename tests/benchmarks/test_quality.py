@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from benchmarks.quality import ours
 from benchmarks.quality.method import affine_bits
 from benchmarks.quality.peers.gptq_paper import _solve, blocks_of
 from benchmarks.quality.peers.nf4_paper import NF4, _quantize
@@ -68,3 +71,25 @@ def test_layers_fall_into_their_blocks():
 def test_nearest_leaves_out_the_sentence_itself():
     e = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), dim=-1)
     assert nearest(e, 1).flatten().tolist() == [1, 0, 1]
+
+
+def test_mixed_text_is_half_the_models_own_a_quarter_news_and_a_quarter_documentation(monkeypatch):
+    def windows(kind: int, count: int) -> torch.Tensor:
+        return torch.full((count, 512), kind)
+
+    kinds = {"news": 2, "documentation": 3}
+    monkeypatch.setattr(ours.texts, "news", lambda _cache: "news")
+    monkeypatch.setattr(ours.texts, "documentation", lambda: "documentation")
+    monkeypatch.setattr(ours, "smollm_windows", lambda text, count: windows(kinds[text], count))
+    monkeypatch.setattr(ours, "_written", lambda _task, seed: [{"input_ids": windows(10 + seed, 16)}])
+    task = SimpleNamespace(name="SmolLM2", context=512)
+    ids = torch.cat([batch["input_ids"] for batch in ours.batches(task, str(24576))])
+    kind, count = ids[:, 0].unique(return_counts=True)
+    assert dict(zip(kind.tolist(), count.tolist(), strict=True)) == {10: 16, 11: 8, 2: 12, 3: 12}
+
+
+def test_methods_that_need_a_model_that_writes_are_not_for_minilm():
+    models = {method.name: method.models for method in ours.methods()}
+    assert models["hqqtensor 3-bit default, own text"] == ("SmolLM2", "doclm")
+    assert models["hqqtensor 3-bit default, 16k mixed tokens"] == ("SmolLM2",)
+    assert models["hqqtensor 3-bit default"] == ()
