@@ -2,12 +2,11 @@
 // the tensors that it reads, and notices where one of them has moved.
 #include "dispatch/decoder.h"
 
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "torch/operators.h"
+#include "torch/registry.h"
 
 namespace hqqtensor {
 namespace {
@@ -34,24 +33,12 @@ struct Owner {
   }
 };
 
-struct Decoders {
-  std::mutex lock;
-  std::map<int64_t, std::shared_ptr<Owner>> by_id;
-  int64_t next = 1;
-};
-
-Decoders& decoders() {
-  static auto* const all = new Decoders();  // outlives whatever Python deletes at its end
+Registry<Owner>& decoders() {
+  static auto* const all = new Registry<Owner>("decoder");  // outlives whatever Python deletes at its end
   return *all;
 }
 
-std::shared_ptr<Owner> find(int64_t id) {
-  Decoders& all = decoders();
-  const std::lock_guard<std::mutex> hold(all.lock);
-  const auto found = all.by_id.find(id);
-  HQQ_CHECK(found != all.by_id.end(), "there is no decoder ", id);
-  return found->second;
-}
+std::shared_ptr<Owner> find(int64_t id) { return decoders().find(id); }
 
 DecoderLayer& layer_of(Owner& o, int64_t layer) {
   HQQ_CHECK(layer >= 0 && layer < (int64_t)o.decoder.layers.size(), "decoder: there is no layer ", layer);
@@ -213,22 +200,12 @@ bool decoder_new(Call& c) {
   HQQ_CHECK(d.heads % d.kv_heads == 0, "decoder: ", d.heads, " heads do not share ", d.kv_heads, " of keys and values");
   HQQ_CHECK(d.head_dim % 16 == 0, "decoder: head_dim must be a multiple of 16, got ", d.head_dim);
   d.layers.resize((size_t)layers);
-  Decoders& all = decoders();
-  const std::lock_guard<std::mutex> hold(all.lock);
-  all.by_id.emplace(all.next, std::move(owner));
-  c.give(all.next++);
+  c.give(decoders().add(std::move(owner)));
   return true;
 }
 
 bool decoder_delete(Call& c) {
-  const int64_t id = c.integer();
-  std::shared_ptr<Owner> last;  // freed without the lock
-  Decoders& all = decoders();
-  const std::lock_guard<std::mutex> hold(all.lock);
-  const auto found = all.by_id.find(id);
-  if (found == all.by_id.end()) return true;
-  last = std::move(found->second);
-  all.by_id.erase(found);
+  decoders().remove(c.integer());
   return true;
 }
 

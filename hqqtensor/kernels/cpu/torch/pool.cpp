@@ -1,25 +1,18 @@
 #include "torch/pool.h"
 
 #include <algorithm>
-#include <map>
 
 #include "dispatch/pages.h"
 #include "torch/operators.h"
+#include "torch/registry.h"
 
 namespace hqqtensor {
 namespace {
 
 constexpr size_t kKept = 2;  // pieces: the keys and the values of a layer
 
-// Pools by the number that Python holds.
-struct Pools {
-  std::mutex lock;
-  std::map<int64_t, std::shared_ptr<Pool>> by_id;
-  int64_t next = 1;
-};
-
-Pools& pools() {
-  static auto* const all = new Pools();  // outlives all tensors: these may be freed when the process ends
+Registry<Pool>& pools() {
+  static auto* const all = new Registry<Pool>("pool");  // outlives all tensors: these may be freed when the process ends
   return *all;
 }
 
@@ -65,22 +58,12 @@ void Pool::give_back(Piece piece) {
 }
 
 bool pool_new(Call& c) {
-  Pools& all = pools();
-  const std::lock_guard<std::mutex> hold(all.lock);
-  all.by_id.emplace(all.next, std::make_shared<Pool>());
-  c.give(all.next++);
+  c.give(pools().add(std::make_shared<Pool>()));
   return true;
 }
 
 bool pool_delete(Call& c) {
-  const int64_t id = c.integer();
-  std::shared_ptr<Pool> last;  // freed without the lock
-  Pools& all = pools();
-  const std::lock_guard<std::mutex> hold(all.lock);
-  const auto found = all.by_id.find(id);
-  if (found == all.by_id.end()) return true;
-  last = std::move(found->second);
-  all.by_id.erase(found);
+  pools().remove(c.integer());
   return true;
 }
 
@@ -88,14 +71,7 @@ bool pool_empty(Call& c) {
   const int64_t id = c.integer();
   const auto sizes = c.integers();
   const auto code = (int32_t)c.integer();
-  std::shared_ptr<Pool> pool;
-  {
-    Pools& all = pools();
-    const std::lock_guard<std::mutex> hold(all.lock);
-    const auto found = all.by_id.find(id);
-    HQQ_CHECK(found != all.by_id.end(), "there is no pool ", id);
-    pool = found->second;
-  }
+  const std::shared_ptr<Pool> pool = pools().find(id);
   const Scalar scalar = scalar_of(code);
   HQQ_CHECK(scalar != Scalar::other, "a pool has no tensors of this dtype");
   c.give(pool->empty(sizes, scalar, (int64_t)aoti_torch_dtype_element_size(code)));
