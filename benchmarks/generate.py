@@ -4,8 +4,8 @@ Ours and dense bf16 run in transformers' ``model.generate()``; ours after ``prep
 llama.cpp runs by its C interface on the same weights: SmolLM2 from the same Q4_1 file, the shapes of Llama-3.2-1B from
 the same random weights quantized to Q4_0 beside our 4 bits in groups of 64 (the tied embedding has 6 bits on both
 sides). The shapes of a 7B model have 32 layers that share the weights of one, which llama.cpp cannot do. All decode
-greedily, take turns, and every prompt of a batch is the same. Tokens of ours are compared with those of ours without
-the decoder: rounding in bf16 lets them part.
+greedily, take turns, and every prompt of a batch is the same. The last column counts the tokens that are those of the
+first row: rounding in bf16 lets answers part.
 """
 
 import argparse

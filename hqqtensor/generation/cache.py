@@ -70,7 +70,16 @@ class _Roomy:
         tokens = key_states.shape[2]
         for buffer, states in zip(self.make_room(tokens), (key_states, value_states), strict=True):
             buffer[:, :, self.end : self.end + tokens] = states
+        self.advance(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more have been written behind ``end``."""
         self.end += tokens
+
+    @property
+    def first(self) -> int:
+        """The place in the sequence of the first token of the buffers, counted from the packed ones."""
+        return 0
 
 
 class RoomyLayer(_Roomy, DynamicLayer):
@@ -95,15 +104,6 @@ class RoomyLayer(_Roomy, DynamicLayer):
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.buffers is None else self.end - self.start
 
-    def advance(self, tokens: int) -> None:
-        """``tokens`` more have been written behind ``end``."""
-        self.end += tokens
-
-    @property
-    def first(self) -> int:
-        """The place in the sequence of the first token of the buffers."""
-        return 0
-
 
 class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
     """``DynamicSlidingWindowLayer``, to which a token is added in place: the buffers hold a few windows of tokens."""
@@ -114,8 +114,7 @@ class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
         return super().make_room(tokens)
 
     def advance(self, tokens: int) -> None:
-        """``tokens`` more have been written behind ``end``."""
-        self.end += tokens
+        super().advance(tokens)
         self.cumulative_length += tokens
         if not self.record_past:
             self.start = max(self.start, self.end - self.sliding_window + 1)
@@ -135,15 +134,6 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
         if (self.keys.shape[2] if self.buffers is None else self.end) >= self.residual_length + self.block:
             self.pack_old()
         return super().make_room(tokens)
-
-    def advance(self, tokens: int) -> None:
-        """``tokens`` more have been written behind ``end``."""
-        self.end += tokens
-
-    @property
-    def first(self) -> int:
-        """The place of the first token of the buffers, counted from the packed ones."""
-        return 0
 
 
 KINDS: dict[type, Any] = {

@@ -14,7 +14,7 @@ from hqqtensor.ops.decoder import Decoder
 
 PAST = 5  # tokens in the cache of the layer that is checked
 MOST_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Of what a layer adds to its input, relative to its length: 8-bit activations and 16-bit sums differ by more."""
+"""By dtype: the norm of the difference over that of what the layer adds to its input."""
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ class Family:
     qkv, gate_up: projections whose outputs lie beside each other, in ``self_attn`` and ``mlp``.
     input_norm, attention_out_norm, mlp_norm, mlp_out_norm: see ``hqqtensor.ops.decoder``; None where there is none.
     norm_plus_one: whether norms multiply by 1 + weight.
+    activation: where ``mlp``, or its experts, have the function of the gate.
     window_from: where the sliding window of a layer is found: "attention" (the attention module's ``sliding_window``),
         "config", or "" for none.
     rope_by_type: whether each type of layer has angles of its own.

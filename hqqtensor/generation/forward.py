@@ -164,11 +164,10 @@ class DecoderForward:
 
     def _ready(self) -> bool:
         """Whether there is a decoder of the model as it is now."""
-        if self._watch is not None and (self._watch.unchanged() if self._verify else self._watch.quick()):
-            return self._decoder is not None
-        if self._watch is not None and not self._verify and self._watch.unchanged():
-            return self._decoder is not None  # what was registered belongs to another model
-        return self._rebuild() and self._decoder is not None
+        watch = self._watch
+        # Where something was registered, `unchanged` says whether it belongs to this model.
+        same = watch is not None and ((not self._verify and watch.quick()) or watch.unchanged())
+        return (same or self._rebuild()) and self._decoder is not None
 
     def why_it_cannot(self) -> str | None:
         """None, or why the model as it is cannot be served."""

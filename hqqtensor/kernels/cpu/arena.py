@@ -12,7 +12,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of contiguous CPU tensors, one behind the other in huge pages where the system gives them.
 
     Each has a storage of its own; the memory is freed when the last of them is. Weights that were loaded from a file
-    are mapped in small pages, from which a core reads a third as fast.
+    are mapped in small pages, whose addresses take time to look up.
     """
     sizes = [-(-t.nbytes // 64) * 64 for t in tensors]
     if not sum(sizes):

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kTile = 512;            // columns of an expert that are made at a time, at most
 constexpr int64_t kCountersPerLayer = 6;  // phases that are shared out
 
-// Memory that all members see, and the pieces that attention is shared out in.
+// Memory that all members see, a counter for each phase that is shared out, and whether one of them failed.
 struct Shared {
   float *qkv, *partial, *o, *h, *down;
   std::unique_ptr<std::atomic<int64_t>[]> next;
