@@ -18,6 +18,8 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.parameters import Place, places_by_id, swap_together
 from hqqtensor.selection import Choice, check_shapes, choose
 
+NICER = 10
+"""How much lower than the process's the thread's priority is: busy forward passes leave it about a tenth of a core."""
 TRIM_AFTER = 64 << 20
 """Bytes of dense weights that are dropped before the allocator is asked to give its free memory back."""
 
@@ -105,7 +107,7 @@ class QuantizationJob:
 
     def _run(self, work: list[tuple[Choice, list[Place]]]) -> None:
         try:
-            _lowest_priority()
+            _lower_priority()
             self._check([choice for choice, _ in work])
             self._quantize(work)
         except Exception as error:
@@ -150,7 +152,7 @@ def quantize_in_background(
     """Begin to quantize ``model`` and return at once; the model answers on what is quantized so far and dense weights.
 
     Chosen are the weights that ``quantize_`` chooses with the same ``config`` and ``filter_fn``, and the codes are the
-    same, bit for bit. A thread of the lowest priority quantizes one weight after another and swaps each in: a forward
+    same, bit for bit. A thread of low priority quantizes one weight after another and swaps each in: a forward
     pass that runs meanwhile uses the old or the new weight of a layer, never a part of each, and all modules of a tied
     weight get the new one together. The memory of dense weights is given back to the system as they are swapped.
     ``progress(done, total, name)`` is called by that thread after each weight.
@@ -199,10 +201,11 @@ def _identity(weight: nn.Parameter) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
-def _lowest_priority() -> None:
-    """Let forward passes go first: threads that this one starts, such as those of its products, inherit it."""
+def _lower_priority() -> None:
+    """Let forward passes go first: threads that this one starts, such as those of the solver, inherit its priority."""
     with contextlib.suppress(AttributeError, OSError):  # not Linux
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICER))
 
 
 def _give_memory_back() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hqqtensor.generation import prepare_for_generation_
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
 from hqqtensor.serialization.load import load_model
@@ -44,7 +43,11 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if dtype is not None:
         _convert(model, dtype)
-    return prepare_for_generation_(model) if generation else model
+    if not generation:
+        return model
+    from hqqtensor.generation import prepare_for_generation_  # needs transformers, which may be missing until here
+
+    return prepare_for_generation_(model)
 
 
 def empty_model(directory: Path, settings: Mapping[str, Any]) -> Any:

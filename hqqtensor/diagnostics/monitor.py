@@ -147,6 +147,7 @@ class PerformanceMonitor:
         began = getattr(self._local, "began", None)
         if began is None:  # the block began within this pass
             return
+        self._local.began = None
         kind, tokens, device = _kind_of(args, kwargs)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -158,6 +159,8 @@ class PerformanceMonitor:
             self._most_memory = max(self._most_memory, self._memory)
 
     def _count(self, op: str, args: tuple[Any, ...], backend: str | None) -> None:
+        if getattr(self._local, "began", None) is None:  # another model's, or nobody's
+            return
         if op == "linear_many":
             weights, rows = args[1], args[0]
         else:

@@ -15,6 +15,14 @@ STRIDES = (1, 2, 4, 8)
 ZSTD_LEVEL = 3
 
 
+def check_compression(name: str) -> None:
+    """ValueError for a name that is not in ``CODECS``, ImportError where its package is missing."""
+    if name not in CODECS:
+        raise ValueError(f"compression must be one of {list(CODECS)}, got {name!r}")
+    if name == "zstd":
+        _zstandard()
+
+
 def compress(name: str) -> Callable[[bytes, int], tuple[int, bytes]]:
     """What compresses a chunk of numbers of so many bytes each: its codec and its bytes, shorter or stored as they are.
 

@@ -10,6 +10,7 @@ needs memory for one frame, which ``MAX_CHUNK`` and ``MAX_MANIFEST`` bound.
 """
 
 import json
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ class FileEntry:
     size: int
 
 
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a stream does, of whichever version."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC) - 1) == MAGIC[:-1]
+    except OSError:
+        return False
+
+
 def write_frame(stream: BinaryIO, frame: Frame) -> int:
     """Write a frame; its bytes."""
     head = _HEAD.pack(frame.kind, frame.codec, frame.stride, 0, frame.raw_size, len(frame.payload))
@@ -60,7 +70,7 @@ def write_frame(stream: BinaryIO, frame: Frame) -> int:
 
 
 def read_frame(stream: BinaryIO, what: str) -> Frame:
-    """The next frame; ``what`` is what should come now, in words. TransferError where it is cut, altered or too long."""
+    """The next frame; ``what``: what should come now, in words. TransferError where it is cut, altered or too long."""
     head = read_exactly(stream, _HEAD.size, what)
     kind, codec, stride, zero, raw_size, size = _HEAD.unpack(head)
     (crc,) = _CRC.unpack(read_exactly(stream, _CRC.size, what))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hqqtensor.transfer.codecs import CODECS, STORED, compress
+from hqqtensor.transfer.codecs import STORED, check_compression, compress
 from hqqtensor.transfer.frames import (
     CHUNK,
     END,
@@ -49,15 +49,14 @@ def pack_directory(
 ) -> PackSummary:
     """Write all files of a directory to ``stream``: a file, a pipe, or what ``socket.makefile("wb")`` gives.
 
-    compression: one of ``CODECS``; chunks that do not shrink are stored as they are. ``progress(done, total, name)``:
-    bytes of the files, after each chunk. Folders within the directory are left out. The reader of the stream needs no
-    more than this: nothing is ever sought in it.
+    compression: "zstd" or "deflate" (Python's own); chunks that do not shrink are stored as they are.
+    ``progress(done, total, name)``: bytes of the files, after each chunk. Folders within the directory are left out.
+    Nothing is ever sought in the stream, so that a pipe will do.
 
     ValueError for another compression, TransferError (a ValueError) for a directory without files or a file that
     changes meanwhile, ImportError where the compression's package is missing, OSError as the files and stream raise it.
     """
-    if compression not in CODECS:
-        raise ValueError(f"compression must be one of {list(CODECS)}, got {compression!r}")
+    check_compression(compression)
     squeeze = compress(compression)
     paths = sorted(Path(directory).iterdir())
     files = [FileEntry(path.name, path.stat().st_size) for path in paths if path.is_file()]
@@ -104,7 +103,7 @@ def _regions(file: BinaryIO, path: Path, size: int) -> list[tuple[int, int]]:
     """(bytes, bytes of a number) of the parts of a file: a safetensors file's tensors, or the whole of another."""
     try:
         tensors = _tensors(file, size) if path.suffix == ".safetensors" else []
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error):
         tensors = []  # what it is is not for us to say: it goes over as it is
     file.seek(0)
     regions: list[tuple[int, int]] = []

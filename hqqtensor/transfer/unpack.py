@@ -30,8 +30,8 @@ def unpack_stream(
     error what was written is removed again.
 
     TransferError (a ValueError) for a stream that is no such stream, is cut short or altered, names files that are no
-    plain names, or claims more bytes than the disk has free (before anything is written); ValueError where the directory
-    is not empty, ImportError where the package of its compression is missing, OSError as the disk raises it.
+    plain names, or claims more bytes than the disk has free (before anything is written); ValueError where the
+    directory is not empty, ImportError where the package of its compression is missing, OSError as the disk raises it.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
