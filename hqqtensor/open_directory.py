@@ -58,6 +58,7 @@ def empty_model(directory: Path, settings: Mapping[str, Any]) -> Any:
     try:
         import transformers
         from accelerate import init_empty_weights
+        from transformers.initialization import no_init_weights
     except ImportError as error:
         raise ImportError(f"load needs transformers and accelerate (pip install 'hqqtensor[cli]'): {error}") from error
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -66,10 +67,15 @@ def empty_model(directory: Path, settings: Mapping[str, Any]) -> Any:
     names = settings.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     build = getattr(transformers, name, None) if name else None
-    # Buffers are real: those that are not persistent (rotary frequencies) are in no checkpoint.
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = (build or transformers.AutoModel.from_config)(config)
-    model.tie_weights()  # type: ignore[operator]
+    # Weights need no random numbers, which take half of the time even on the meta device. Buffers are real: those that
+    # are not persistent (rotary frequencies) are in no checkpoint.
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model: Any = (build or transformers.AutoModel.from_config)(config)
+    for part in model.modules():
+        for module in part.modules() if isinstance(part, transformers.PreTrainedModel) else ():
+            if module._non_persistent_buffers_set:
+                part._init_weights(module)
+    model.tie_weights()
     return model.eval()
 
 

@@ -200,8 +200,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     add("dir", metavar="DIR", type=Path, help="directory whose files are packed, such as a quantized model")
     add("file", metavar="FILE", type=Path, help="file to write, or - for stdout")
     add(
-        "--compression", choices=("zstd", "deflate"), default="zstd",
-        help="zstd needs the package zstandard, deflate no package but more time (default: zstd)",
+        "--compression", choices=("zstd", "deflate", "none"), default="zstd",
+        help="zstd needs the package zstandard; deflate needs none but more time; none: checksums alone "
+        "(default: zstd)",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace FILE (default: refuse)")
     _add_json(parser, "the summary")

@@ -40,8 +40,9 @@ def save_model(
     ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
     transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device or could not be loaded
     again (NaN in its scales); OSError naming the file where it cannot be written (a full disk).
-    ``compression``: "zstd" or "deflate" writes one packed file for the network instead, which ``hqqtensor unpack``
-    makes a directory for ``load_model`` again; needs the disk for both. ImportError where zstandard is missing.
+    ``compression``: "zstd", "deflate" or "none" writes one packed file for the network instead, of which
+    ``hqqtensor unpack`` makes a directory for ``load_model``; the disk must hold both for a moment. ImportError where
+    zstandard is missing.
     """
     if compression is not None:
         check_compression(compression)

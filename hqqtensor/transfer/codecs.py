@@ -9,16 +9,17 @@ import numpy as np
 from hqqtensor.transfer.frames import MAX_CHUNK, Frame, TransferError
 
 STORED, DEFLATE, ZSTD = 0, 1, 2
-CODECS = ("zstd", "deflate")
-"""Names of the compressions: zstandard's, and Python's own."""
+COMPRESSIONS = ("zstd", "deflate", "none")
+"""zstandard's, Python's own, and checksums alone."""
 STRIDES = (1, 2, 4, 8)
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 1
+"""Higher levels look for repeated strings, of which packed codes have none: they are slower and gain nothing."""
 
 
 def check_compression(name: str) -> None:
-    """ValueError for a name that is not in ``CODECS``, ImportError where its package is missing."""
-    if name not in CODECS:
-        raise ValueError(f"compression must be one of {list(CODECS)}, got {name!r}")
+    """ValueError for a name that is not in ``COMPRESSIONS``, ImportError where its package is missing."""
+    if name not in COMPRESSIONS:
+        raise ValueError(f"compression must be one of {list(COMPRESSIONS)}, got {name!r}")
     if name == "zstd":
         _zstandard()
 
@@ -29,6 +30,8 @@ def compress(name: str) -> Callable[[bytes, int], tuple[int, bytes]]:
     The bytes of numbers are sorted by their place: exponents, which are alike, come to lie together. ImportError where
     the package is missing.
     """
+    if name == "none":
+        return lambda raw, stride: (STORED, raw)
     squeeze, codec = _deflate, DEFLATE
     if name == "zstd":
         squeeze, codec = _zstandard().ZstdCompressor(level=ZSTD_LEVEL).compress, ZSTD
@@ -91,5 +94,7 @@ def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise ImportError("zstd compression needs zstandard (pip install 'hqqtensor[transfer]')") from error
+        raise ImportError(
+            "zstd compression needs zstandard (pip install 'hqqtensor[transfer]', or choose deflate)"
+        ) from error
     return zstandard

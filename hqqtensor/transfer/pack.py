@@ -49,7 +49,7 @@ def pack_directory(
 ) -> PackSummary:
     """Write all files of a directory to ``stream``: a file, a pipe, or what ``socket.makefile("wb")`` gives.
 
-    compression: "zstd" or "deflate" (Python's own); chunks that do not shrink are stored as they are.
+    compression: "zstd", "deflate" (Python's own) or "none"; chunks that do not shrink are stored as they are.
     ``progress(done, total, name)``: bytes of the files, after each chunk. Folders within the directory are left out.
     Nothing is ever sought in the stream, so that a pipe will do.
 
