@@ -49,8 +49,7 @@ def open_model(directory: str, in_memory: bool) -> Any:
 
 def measure(directory: str, in_memory: bool, count: int) -> dict[str, Any]:
     """All figures of one kind of memory."""
-    preset = PRESETS["4"]
-    config = getattr(preset, "config", preset)
+    config = PRESETS["4"]
     ids = torch.arange(1, 17)[None]
     model = open_model(directory, in_memory)
     passes = iter(range(count))

@@ -60,8 +60,7 @@ sys.stdin.read()
 
 def write_model(directory: Path, size: str) -> int:
     """A quantized Llama with random codes; the bytes of its weights. Memory for one layer is needed."""
-    shapes, preset = SIZES[size], PRESETS["4"]
-    config: HqqConfig = getattr(preset, "config", preset)
+    shapes, config = SIZES[size], PRESETS["4"]
     width, inner, vocabulary = (shapes[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     layer = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}

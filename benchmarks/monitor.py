@@ -32,7 +32,7 @@ def passes(model: Any, count: int) -> list[float]:
 
 
 def measure(model: Any, rounds: int, count: int) -> dict[str, float]:
-    """Median milliseconds of a pass without and with a monitor, and the median difference of a round in microseconds."""
+    """Median milliseconds of a pass without and with a monitor, and the median difference in microseconds."""
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(rounds):
         for watched in (False, True):
