@@ -69,12 +69,12 @@ class PerformanceMonitor:
         self._products: dict[_Key, list[int]] = {}
         self._memory = self._most_memory = resident_bytes()
         self._looked = self._began = self._ended = 0.0
-        self._decoded_before = (0, 0)
+        self._decoded_before, self._decoded_after = (0, 0), (0, 0)
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> "PerformanceMonitor":
-        if self._stack is not None:
-            raise RuntimeError("this monitor is in use; make another one for another block")
+        if self._began:
+            raise RuntimeError("a monitor is for one block; make another one for another block")
         if self._bandwidth is None:
             self._bandwidth = memory_bandwidth()
         self._stack = ExitStack()
@@ -84,14 +84,13 @@ class PerformanceMonitor:
         ):
             self._stack.callback(hook.remove)
         self._stack.enter_context(observed(self._count))
-        decoder = self._decoder()
-        self._decoded_before = (decoder.decoded_calls, decoder.decoded_tokens) if decoder else (0, 0)
-        self._began, self._ended = time.perf_counter(), 0.0
+        self._decoded_before = self._decoded()
+        self._began = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
         assert self._stack is not None
-        self._ended = time.perf_counter()
+        self._ended, self._decoded_after = time.perf_counter(), self._decoded()
         self._stack.close()
         self._stack = None
 
@@ -195,13 +194,19 @@ class PerformanceMonitor:
         forwards = (m.__dict__.get("forward") for m in self.model.modules())
         return next((f for f in forwards if isinstance(f, module.DecoderForward)), None)
 
+    def _decoded(self) -> tuple[int, int]:
+        """Calls and tokens that went through the decoder since it was made."""
+        decoder = self._decoder()
+        return (0, 0) if decoder is None else (decoder.decoded_calls, decoder.decoded_tokens)
+
     def _decoder_products(self) -> list[ProductCount]:
         """The products within decoder layers, by the sizes of the layers' weights."""
         decoder = self._decoder()
-        calls = decoder.decoded_calls - self._decoded_before[0] if decoder else 0
+        until = self._decoded_after if self._ended else self._decoded()
+        calls = until[0] - self._decoded_before[0]
         if decoder is None or calls <= 0:
             return []
-        tokens = (decoder.decoded_tokens - self._decoded_before[1]) / calls
+        tokens = (until[1] - self._decoded_before[1]) / calls
         counts: dict[_Key, list[int]] = {}
         for weight in decoder.base.layers.parameters():
             if isinstance(weight, HQQTensor):
@@ -209,11 +214,17 @@ class PerformanceMonitor:
                 numbers = counts.setdefault(key, [0, 0])
                 numbers[0] += calls
                 numbers[1] += int(calls * weight.nbytes * _share_of_experts(decoder.base, weight, tokens))
-        return [ProductCount("decoder", _compiled(), round(tokens), *key, *n) for key, n in counts.items()]
+        rows = _rounded(round(tokens))
+        return [ProductCount("decoder", _compiled(), rows, *key, *n) for key, n in counts.items()]
 
     def _why_no_decoder(self) -> str | None:
         decoder = self._decoder()
         return None if decoder is None else decoder.why_not
+
+
+def _rounded(rows: int) -> int:
+    """Up to a power of two, so that prompts of all lengths do not fill the memory with counts."""
+    return 1 << (rows - 1).bit_length() if rows else 0
 
 
 def _share_of_experts(base: Any, weight: HQQTensor, tokens: float) -> float:

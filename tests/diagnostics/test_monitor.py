@@ -81,6 +81,9 @@ def test_products_within_a_decoder_are_counted_too() -> None:
     with monitor_quantization_performance(model, memory_bandwidth=BANDWIDTH) as monitor:
         model.generate(ids, **options)
         assert model.model.forward.decoded_calls == 10
+    model.generate(ids, **options)  # after the block
+    with pytest.raises(RuntimeError, match="one block"), monitor:
+        pass
     within = [p for p in monitor.report().products if p.op == "decoder"]
     assert sum(p.calls for p in within) == 5 * 14 and {p.rows for p in within} == {1}
     layers = sum(p.nbytes for p in model.model.layers.parameters() if isinstance(p, hqqtensor.HQQTensor))
