@@ -69,14 +69,14 @@ def test_the_model_answers_while_it_is_quantized() -> None:
 
     def after_each(*_: Any) -> None:
         swapped.release()
-        assert answered.acquire(timeout=30)
+        assert answered.acquire(timeout=60)
 
     job = quantize_in_background(model, config, progress=after_each)
     for i in range(6):
-        assert swapped.acquire(timeout=30)
+        assert swapped.acquire(timeout=60)
         assert torch.equal(model(ids), possible[i + 1])
         answered.release()
-    assert job.wait(30)
+    assert job.wait(60)
 
 
 def test_answers_of_another_thread_are_finite_and_of_known_layers_while_layers_are_swapped() -> None:
@@ -97,14 +97,15 @@ def test_cancelled_it_is_half_quantized_and_another_call_does_the_others() -> No
     want = copy.deepcopy(model)
     quantize_(want, CONFIG)
     jobs: list[Any] = []
-    go = threading.Event()
+    reached, go = threading.Event(), threading.Event()
 
     def stop(done: int, total: int, name: str) -> None:
-        go.wait(30)
+        reached.set()
+        assert go.wait(60)
         jobs[0].cancel()
 
     jobs.append(quantize_in_background(model, CONFIG, progress=stop))
-    assert not jobs[0].wait(0.01) and jobs[0].state == "running"
+    assert reached.wait(60) and not jobs[0].wait(0.01) and jobs[0].state == "running"
     go.set()
     jobs[0].cancel()
     assert jobs[0].wait() and jobs[0].state == "cancelled" and jobs[0].quantized_names == ["layers.0.weight"]
@@ -166,7 +167,7 @@ def test_a_weight_that_changes_meanwhile_stops_it(replace: bool) -> None:
         patch.setattr(HQQTensor, "from_hp", staticmethod(change))
         job = quantize_in_background(model, CONFIG, progress=interfere)
         with pytest.raises(RuntimeError, match=r"layers.1.weight was (changed|replaced)"):
-            job.wait(30)
+            job.wait(60)
     assert not isinstance(model.layers[1].weight, HQQTensor) and job.quantized_names == ["layers.0.weight"]
 
 
@@ -176,7 +177,7 @@ def test_an_error_of_the_callback_stops_it() -> None:
 
     job = quantize_in_background(Tied(), CONFIG, progress=fail)
     with pytest.raises(KeyError, match="mine"):
-        job.wait(30)
+        job.wait(60)
     assert job.state == "failed" and len(job.quantized_names) == 1
 
 
