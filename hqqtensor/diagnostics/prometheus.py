@@ -79,8 +79,8 @@ class _Collector:
             by_op[p.op, p.backend] = by_op.get((p.op, p.backend), 0) + p.nbytes
             if p.is_fallback:
                 fallen[p.op] = fallen.get(p.op, 0) + p.calls
-        for key, calls in merged.items():
-            products.add_metric(list(key), calls)
+        for values, calls in merged.items():
+            products.add_metric(list(values), calls)
         for pair, nbytes in by_op.items():
             read.add_metric(list(pair), nbytes)
         for op, calls in fallen.items():
