@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hqqtensor.registration import register
 
 if TYPE_CHECKING:
+    from hqqtensor.background import QuantizationJob as QuantizationJob
+    from hqqtensor.background import quantize_in_background as quantize_in_background
     from hqqtensor.config import HqqConfig as HqqConfig
     from hqqtensor.config import hqq_weight_only as hqq_weight_only
     from hqqtensor.diagnostics import check_quantization_status as check_quantization_status
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from hqqtensor.diagnostics import monitor_quantization_performance as monitor_quantization_performance
     from hqqtensor.generation import prepare_for_generation_ as prepare_for_generation_
     from hqqtensor.generation import undo_generation_ as undo_generation_
+    from hqqtensor.open_directory import load as load
     from hqqtensor.ops.backend import backend as backend
     from hqqtensor.ops.backend import set_backend as set_backend
     from hqqtensor.presets import PRESETS as PRESETS
@@ -39,16 +42,19 @@ _HOMES = {
     "HQQTensor": "tensor",
     "HqqConfig": "config",
     "OptimalConfig": "presets",
+    "QuantizationJob": "background",
     "backend": "ops.backend",
     "check_quantization_status": "diagnostics",
     "collect_quantization_debug_info": "diagnostics",
     "dequantize_": "quantize",
     "get_optimal_quant_config": "presets",
     "hqq_weight_only": "config",
+    "load": "open_directory",
     "load_model": "serialization",
     "monitor_quantization_performance": "diagnostics",
     "prepare_for_generation_": "generation",
     "quantize_": "quantize",
+    "quantize_in_background": "background",
     "save_model": "serialization",
     "set_backend": "ops.backend",
     "undo_generation_": "generation",

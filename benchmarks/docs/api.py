@@ -17,6 +17,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hqqtensor.integrations.transformers.cache": ("HqqQuantizedCache",),
     "hqqtensor.integrations.peft": ("register",),
     "hqqtensor.diagnostics": ("model_size",),
+    "hqqtensor.background": ("JobProgress",),
+    "hqqtensor.transfer": (),
+    "hqqtensor.diagnostics.monitor": ("PerformanceMonitor",),
+    "hqqtensor.diagnostics.usage": ("UsagePerformance", "PassTimes", "ProductCount"),
     "hqqtensor.diagnostics.language": ("compare_language_models", "token_windows"),
     "hqqtensor.serialization": ("inspect_checkpoint", "CheckpointInfo", "TensorInfo"),
     "hqqtensor.serialization.layout": ("CheckpointError",),
@@ -69,7 +73,7 @@ def find(module: str, name: str) -> Found:
     """The definition of ``name``, imports followed; LookupError where there is none."""
     body = _body(module)
     for i, node in enumerate(body):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name and not _is_overload(node):
             return Found(node, ast.get_docstring(node) or "")
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -81,6 +85,10 @@ def find(module: str, name: str) -> Found:
                 if (alias.asname or alias.name) == name:
                     return find(node.module, alias.name)
     raise LookupError(f"{module} has no {name}")
+
+
+def _is_overload(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    return any(isinstance(one, ast.Name) and one.id == "overload" for one in node.decorator_list)
 
 
 def _text_after(body: list[ast.stmt], i: int) -> str:

@@ -195,6 +195,27 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
     _add_json(parser, "all of it")
 
 
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dir", metavar="DIR", type=Path, help="directory whose files are packed, such as a quantized model")
+    add("file", metavar="FILE", type=Path, help="file to write, or - for stdout")
+    add(
+        "--compression", choices=("zstd", "deflate", "none"), default="zstd",
+        help="zstd needs the package zstandard; deflate needs none but more time; none: checksums alone "
+        "(default: zstd)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace FILE (default: refuse)")
+    _add_json(parser, "the summary")
+
+
+def _add_unpack(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", metavar="FILE", type=Path, help="file that pack wrote, or - for stdin")
+    add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
+    add("--overwrite", action="store_true", help="replace the model in OUT_DIR (default: refuse)")
+    _add_json(parser, "the summary")
+
+
 _Command = tuple[str, str, Callable[[argparse.ArgumentParser], None]]
 _COMMANDS: dict[str, _Command] = {
     "quantize": (
@@ -226,6 +247,17 @@ _COMMANDS: dict[str, _Command] = {
         "show versions, processor features and kernels, for bug reports",
         "  hqqtensor env --json",
         _add_env,
+    ),
+    "pack": (
+        "pack a model directory into one compressed file or stream",
+        "  hqqtensor pack ./llama-4bit llama-4bit.hqqpack\n"
+        "  hqqtensor pack ./llama-4bit - | ssh HOST hqqtensor unpack - llama-4bit",
+        _add_pack,
+    ),
+    "unpack": (
+        "unpack what pack wrote, whole or not at all",
+        "  hqqtensor unpack llama-4bit.hqqpack ./llama-4bit",
+        _add_unpack,
     ),
 }
 """By name: what the command does, an example, and the function that adds its arguments."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hqqtensor.cli.errors import CommandError, UsageError
-from hqqtensor.serialization import load_model
+from hqqtensor.serialization.layout import CheckpointError, InputError
 
 try:
     import fcntl
@@ -114,15 +114,15 @@ def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     if quantization_of(directory) is None:
         raise UsageError(f"{directory} is not quantized: its config.json has no quantization_config")
     _say_if_without_head(read_config(directory), directory)
-    model: Any = empty_model_of(directory)
-    load_model(model, directory)
-    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if missing:
-        raise CommandError(f"{directory} has no value for {len(missing)} parameters, e.g. {missing[0]}")
-    if model.can_generate() and (directory / "generation_config.json").is_file():
-        generation_config = import_transformers().GenerationConfig
-        model.generation_config = generation_config.from_pretrained(directory, local_files_only=True)
-    return model.eval()
+    import_transformers()
+    from hqqtensor.open_directory import load
+
+    try:
+        return load(directory)
+    except InputError as error:
+        raise UsageError(str(error)) from error
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
 
 
 def empty_model_of(directory: Path) -> nn.Module:

@@ -1,15 +1,16 @@
-"""monitor_quantization_performance: memory and speed before and after, measured."""
+"""monitor_quantization_performance: memory and speed before and after, measured; or a monitor around real use."""
 
 import copy
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from hqqtensor.diagnostics.monitor import PerformanceMonitor
 from hqqtensor.diagnostics.size import model_size
 from hqqtensor.diagnostics.table import megabytes, text_table
 from hqqtensor.forward import evaluating, run
@@ -46,16 +47,41 @@ class QuantizationPerformance:
         return f"{text_table(('', 'before', 'after'), rows)}\n{count}, {saved:.1%} of memory saved"
 
 
+@overload
+def monitor_quantization_performance(
+    model: nn.Module, *, memory_bandwidth: float | None = None
+) -> PerformanceMonitor: ...
+
+
+@overload
 def monitor_quantization_performance(
     model: nn.Module, inputs: Any, original: nn.Module | None = None, runs: int = 5
-) -> QuantizationPerformance:
-    """Run the dense and the quantized model alternately on ``inputs`` (tensor, sequence or mapping of arguments).
+) -> QuantizationPerformance: ...
 
-    ``original`` is the dense model; None makes one by dequantizing a copy of ``model``. After one run each to warm
-    up, ``runs`` timed pairs follow. Integer inputs of rank 2 are counted as tokens, anything else as samples along
+
+def monitor_quantization_performance(
+    model: nn.Module,
+    inputs: Any = None,
+    original: nn.Module | None = None,
+    runs: int = 5,
+    *,
+    memory_bandwidth: float | None = None,
+) -> QuantizationPerformance | PerformanceMonitor:
+    """Watch ``model`` while it is used, or with ``inputs`` compare it with the dense model.
+
+    Without ``inputs``: a context manager, ``with monitor_quantization_performance(model) as monitor:``, that counts and
+    times what happens in its block; see ``PerformanceMonitor``. ``memory_bandwidth``: as there.
+
+    With ``inputs`` (tensor, sequence or mapping of arguments): run the dense and the quantized model alternately on
+    them. ``original`` is the dense model; None makes one by dequantizing a copy of ``model``. After one run each to
+    warm up, ``runs`` timed pairs follow. Integer inputs of rank 2 are counted as tokens, anything else as samples along
     the first dimension. The models are left as they were. ValueError without a tensor in ``inputs`` or for
     ``runs`` below 1.
     """
+    if inputs is None:
+        if original is not None:
+            raise ValueError("original is for a comparison: give inputs too")
+        return PerformanceMonitor(model, memory_bandwidth)
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}")
     arguments = inputs.values() if isinstance(inputs, Mapping) else inputs

@@ -10,13 +10,14 @@ from hqqtensor.generation.memory import gather_weights
 from hqqtensor.ops.backend import decoder_maker
 
 
-def prepare_for_generation_(model: Any) -> Any:
+def prepare_for_generation_(model: Any, copy_weights: bool = True) -> Any:
     """Make plain ``model.generate(...)``, pipelines and streamers of a quantized model on a CPU fast; gives ``model``.
 
     The modules stay what they are. One to a few new tokens go through all decoder layers in one operator, prompts
     through transformers' own code. A model that is changed later (weights, adapters, hooks, dtype, training) still
     gives right results: by a decoder made anew, or by transformers' own code. Packed weights are copied to where the
-    kernels read them fastest.
+    kernels read them fastest; with ``copy_weights=False`` they stay where they are, such as in a mapped file whose
+    memory several processes share.
 
     ValueError, and the model is as it was, where it cannot be served; it says which module is the reason. To call it
     again on a prepared model does nothing. ``undo_generation_`` takes it back.
@@ -30,9 +31,10 @@ def prepare_for_generation_(model: Any) -> Any:
     why_not = forward.why_it_cannot()
     if why_not is not None:
         raise ValueError(f"{type(base).__name__} is generated with as before: {why_not}")
-    make = decoder_maker("cpu")
-    assert make is not None
-    gather_weights(model, make)
+    if copy_weights:
+        make = decoder_maker("cpu")
+        assert make is not None
+        gather_weights(model, make)
     base.forward = forward
     return model
 

@@ -32,13 +32,15 @@ class DecoderForward:
     """Called instead of ``base.forward``; an attribute of the base model, removed to undo it.
 
     The decoder is made at the first call that it serves, and made again when the model has changed. Where the model
-    cannot be served any more, ``why_not`` says so and every call takes transformers' own way.
+    cannot be served any more, ``why_not`` says so and every call takes transformers' own way. ``decoded_calls`` and
+    ``decoded_tokens`` (of all sequences) count what went through the decoder.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base: Any = base
         self.family: Family = FAMILIES[type(base).__name__]
         self.why_not: str | None = None
+        self.decoded_calls = self.decoded_tokens = 0
         self._decoder: Decoder | None = None
         self._watch: Watch | None = None
         self._angles: Angles | None = None
@@ -126,6 +128,8 @@ class DecoderForward:
             self._watch = None  # memory may have moved: made again for the next token
             return None
         self._verify = False
+        self.decoded_calls += 1
+        self.decoded_tokens += x.shape[0] * tokens
         for layer in layers:
             layer.advance(tokens)
         output = MoeModelOutputWithPast if self.family.experts else BaseModelOutputWithPast

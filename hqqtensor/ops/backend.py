@@ -62,6 +62,13 @@ class _Choice:
         self.name = name
 
 
+class _Served(threading.local):
+    """name: the backend that gave the result of the last call that came to ``run`` in this thread."""
+
+    name: str | None = None
+
+
+served = _Served()
 _BACKENDS: dict[str, Backend] = {}
 _default = "auto"
 _local: ContextVar[_Choice | None] = ContextVar("hqqtensor_backend", default=None)
@@ -147,6 +154,7 @@ def run(op: str, device_type: str, args: Sequence[Any]) -> Tensor:
     for candidate in candidates(op, device_type):
         out = candidate.kernels[op](*args)
         if out is not NotImplemented:
+            served.name = candidate.name
             return out
     weight = next(a for a in args if isinstance(a, PackedWeight))
     dtype = args[-1] if isinstance(args[-1], torch.dtype) else args[0].dtype

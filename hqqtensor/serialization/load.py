@@ -17,8 +17,9 @@ from hqqtensor.serialization.gguf_llama import from_llama
 from hqqtensor.serialization.gptq_checkpoint import from_packed, is_packed
 from hqqtensor.serialization.header import read_header
 from hqqtensor.serialization.hqq_checkpoint import from_flat, is_flat, pickle_file, read_pickle
-from hqqtensor.serialization.layout import CheckpointError, build, keys_of, parse_entry
+from hqqtensor.serialization.layout import CheckpointError, InputError, build, keys_of, parse_entry
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.transfer import is_packed as is_packed_stream
 
 
 def read_checkpoint(
@@ -30,6 +31,10 @@ def read_checkpoint(
     """
     if Path(path).suffix == ".gguf":
         return from_llama(open_gguf(path)), {}, set()
+    if is_packed_stream(path):
+        raise InputError(
+            f"{os.fspath(path)} is packed for transfer; first run hqqtensor unpack FILE DIR, then load DIR"
+        )
     pickle = pickle_file(path)
     return read_files(checkpoint_files(path), act_order) if pickle is None else (read_pickle(pickle), {}, set())
 

@@ -16,6 +16,7 @@ from hqqtensor.serialization.header import file_metadata
 from hqqtensor.serialization.layout import flatten, torchao_entry
 from hqqtensor.serialization.publish import publish
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.transfer import check_compression, pack_directory
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -30,6 +31,7 @@ def save_model(
     metadata: dict[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     non_persistent_buffers: bool = True,
+    compression: str | None = None,
 ) -> None:
     """Write the model's state to ``path``, a ``.safetensors`` file or a directory (``model.safetensors`` in it).
 
@@ -38,9 +40,20 @@ def save_model(
     ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
     transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device or could not be loaded
     again (NaN in its scales); OSError naming the file where it cannot be written (a full disk).
+    ``compression``: "zstd", "deflate" or "none" writes one packed file for the network instead, of which
+    ``hqqtensor unpack`` makes a directory for ``load_model``; the disk must hold both for a moment. ImportError where
+    zstandard is missing.
     """
+    if compression is not None:
+        check_compression(compression)
+        if Path(path).suffix == ".safetensors" or Path(path).is_dir():
+            raise ValueError(f"{os.fspath(path)}: a compressed save is one file of another kind, such as model.hqqpack")
     units, header = collect(model, non_persistent_buffers)
-    _write_units(units, {**(metadata or {}), **header}, path, max_shard_size)
+    header = {**(metadata or {}), **header}
+    if compression is None:
+        _write_units(units, header, path, max_shard_size)
+    else:
+        _write_packed(units, header, Path(path), max_shard_size, compression)
 
 
 def save_state(
@@ -75,6 +88,18 @@ def _write_units(
         for file, tensors in zip(written, shards, strict=True):
             write_tensors(tensors, file, header, shown=path)
         publish(path, written, [list(tensors) for tensors in shards], sum(t.nbytes for s in shards for t in s.values()))
+
+
+def _write_packed(
+    units: list[dict[str, Tensor]], header: dict[str, str], path: Path, max_shard_size: int | str, compression: str
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        plain, packed = Path(scratch, "plain"), Path(scratch, path.name)
+        _write_units(units, header, plain, max_shard_size)
+        with open(packed, "xb") as stream:
+            pack_directory(plain, stream, compression)
+        os.replace(packed, path)
 
 
 def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[str, Tensor]], dict[str, str]]:

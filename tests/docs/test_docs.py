@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = pages.pages()
 LANGUAGES = {"python", "sh", "text"}
-COMMANDS = ("quantize", "convert", "inspect", "eval", "env")
+COMMANDS = ("quantize", "convert", "inspect", "eval", "env", "pack", "unpack")
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 
 
