@@ -81,7 +81,7 @@ def assert_linear(q: HQQTensor, x: torch.Tensor, bias: torch.Tensor | None = Non
 @settings(deadline=None, max_examples=100)
 @given(
     nbits=st.integers(1, 8),
-    group_size=st.sampled_from([4, 8, 16, 24, 32, 64, 100, 128, 192, 256, None]),
+    group_size=st.sampled_from([4, 8, 16, 20, 24, 32, 64, 100, 128, 192, 256, None]),
     axis=st.sampled_from([0, 1]),
     N=st.integers(1, 70),
     K=st.integers(1, 600),
@@ -128,7 +128,7 @@ def test_every_format_equals_the_dense_product(format, group_size, axis, N, K, M
 @settings(deadline=None, max_examples=40)
 @given(
     format=st.sampled_from([*[("int", b) for b in range(1, 9)], ("fp4", 4), ("nf4", 4), ("codebook", 3)]),
-    group_size=st.sampled_from([16, 32, 64, 100, 128, None]),
+    group_size=st.sampled_from([16, 20, 32, 64, 100, 128, None]),
     axis=st.sampled_from([0, 1]),
     N=st.integers(1, 70),
     K=st.integers(1, 600),
@@ -190,6 +190,15 @@ def test_quantized_scales_and_zero_points_are_read_in_place(axis: int, quant_sca
             assert torch.equal(F.embedding(index, q), dense(q)[index])
             assert torch.equal(q.dequantize(), dense(q))
         assert (got - want).abs().max() < 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("K", [24, 40, 100, 128, 192, 300, 320, 452, 576, 640, 648, 767, 1536, 2100])
+def test_groups_of_20_equal_the_dense_product_wherever_a_row_ends(K: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        q = weight((70, K), 4, 20, 1, torch.float16)
+        assert_linear(q, torch.randn(2, K, generator=torch.manual_seed(K)).to(dtype))
+        assert_linear(q[5:], torch.randn(1, K, generator=torch.manual_seed(1)).to(dtype))
+        assert_linear(q, torch.zeros(1, K, dtype=dtype))
 
 
 @pytest.mark.parametrize("nbits", range(1, 9))

@@ -46,9 +46,10 @@ inline float f_hmin(Floats a) { return _mm512_reduce_min_ps(a); }
 template <int PART = 0>
 inline Floats f_codes(const uint8_t* p) {
   __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  if constexpr (PART == 1) v = _mm512_and_si512(v, _mm512_set1_epi32(15));
+  if constexpr (PART == 0) return _mm512_cvtepi32_ps(v);
   if constexpr (PART == 2) v = _mm512_srli_epi32(v, 4);
-  return _mm512_cvtepi32_ps(v);
+  // The table of all nibbles as numbers: its index is the low 4 bits alone.
+  return _mm512_permutexvar_ps(v, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 // The first n of them (n < 16), zeros behind; nothing else is read.
 inline Floats f_load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }

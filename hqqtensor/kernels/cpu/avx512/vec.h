@@ -4,4 +4,5 @@
 #include "avx512/digits.h"
 #include "avx512/floats.h"
 #include "avx512/pairs.h"
+#include "avx512/spans.h"
 #include "avx512/wide.h"

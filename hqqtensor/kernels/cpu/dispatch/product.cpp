@@ -32,7 +32,7 @@ bool integers_serve(const Weight& w, int64_t M, int digits) {
 }
 
 int64_t quantized_bytes(const Weight& w, int64_t M, int digits) {
-  const int64_t chunks = (w.K + 63) / 64, bytes = std::max(digits, 2);  // of an activation, in any layout
+  const int64_t chunks = row_chunks(w), bytes = std::max(digits, 2);  // of an activation, in any layout
   return (M * (chunks * bytes * 64 + 4 * steps_per_row(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 191) / 64 * 64;
 }
 
@@ -42,7 +42,7 @@ QuantizedActivations quantized_in(const Weight& w, int64_t M, int digits, char* 
                          .step = nullptr,
                          .sum = nullptr,
                          .M = M,
-                         .chunks = (w.K + 63) / 64,
+                         .chunks = shape.layout == Layout::rows ? row_chunks(w) : (w.K + 63) / 64,
                          .steps_per_row = steps_per_row(w),
                          .count = digits,
                          .tile = shape.tile,

@@ -104,7 +104,18 @@ inline bool step_spans_two_chunks(const Weight& w) { return step_per_group(w) &&
 inline int64_t steps_of_chunk(const Weight& w) { return step_per_group(w) && w.group_size < 64 ? 64 / w.group_size : 1; }
 
 // Steps of one row of quantized activations (one for each group or for each chunk), padded.
-inline int64_t steps_per_row(const Weight& w) { return padded(step_per_group(w) ? w.groups : (w.K + 63) / 64); }
+inline int64_t steps_per_row(const Weight& w) {
+  const int64_t chunks = (w.K + 63) / 64;
+  if (quad_rows(w)) return padded(w.groups > chunks ? w.groups : chunks);  // sets differ
+  return padded(step_per_group(w) ? w.groups : chunks);
+}
+
+// Chunks that a row of quantized activations has memory for in Layout::rows. Where each quad looks its scale up, a set may
+// take 16 groups at a time (avx512/spans.h).
+inline int64_t row_chunks(const Weight& w) {
+  const int64_t chunks = (w.K + 63) / 64, spans = quad_rows(w) ? (w.groups + 15) / 16 * w.group_size / 4 : 0;
+  return spans > chunks ? spans : chunks;
+}
 
 // Index of the step of a chunk. Where a chunk has several groups these have equal steps, and this is the first one.
 inline int64_t step_index(const Weight& w, int64_t chunk) {

@@ -132,6 +132,7 @@ bool for_each_piece(const float* x, int64_t K, float* buffer, F f) {
 }
 
 bool quantize_activations(const float* x, const Weight& w, int64_t m, const QuantizedActivations& d) {
+  if (d.tile == 0 && spans_serve(w, d.count)) return quantize_spans(x, w.K, digit_limit(w, d.count), m, d);
   alignas(64) float buffer[64 * kChunksPerPiece], whole[64 * kChunksPerPiece];
   const int64_t width = padded(w.groups), quads = w.groups == 1 ? INT64_MAX : w.group_size / 4;
   float *sums = d.sum + m * width, *step = d.step + m * d.steps_per_row;

@@ -6,6 +6,8 @@
 //   sum_k (c_k - z) s x_k = s sum_k c_k x_k - s z sum_k x_k.
 // Numbers of a table come as digits as well (struct Table), with its offset in the zero point's place.
 #pragma once
+#include <optional>
+
 #include "generic/row_meta.h"
 
 HQQTENSOR_BEGIN_TARGET
@@ -23,6 +25,17 @@ struct Tile {
   float out[kGemvTokens][kGemvRows];
   const Quads* quads;
   const float* step[kGemvTokens];  // where quads have scales, of each chunk
+
+  // Fetches `bytes` from `at` on of the next rows.
+  template <int BYTES>
+  void prefetch_rows(int64_t at) const {
+    if (prefetch_from) {
+      for (int i = 0; i < kGemvRows * BYTES; i += 64) prefetch(prefetch_from + at * kGemvRows + i);
+    } else {
+      for (int r = 0; r < kGemvRows; ++r)
+        for (int i = 0; i < BYTES; i += 64) prefetch(rows[r] + at + prefetch_distance + i);
+    }
+  }
 };
 
 // DW: digits of a table.
@@ -131,6 +144,16 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
   acc_sums(acc, tile.start, tile.out);
 }
 
+#ifdef HQQTENSOR_HAS_SPANS
+template <int D>
+void run_span_tile(Tile& tile, int64_t K, int64_t, const LaneScales&) {
+  Acc acc[kGemvRows][1] = {};
+  run_spans<D>(Spans::of(K), tile.rows, tile.x[0], &tile.scale[0][0], &acc[0][0],
+               [&](int64_t byte) { tile.prefetch_rows<kSpanCodes / 2>(byte); });
+  acc_sums(acc, tile.start, tile.out);
+}
+#endif
+
 using RunTile = void (*)(Tile&, int64_t, int64_t, const LaneScales&);
 
 template <int NB, int D, int DW, int T>
@@ -157,6 +180,10 @@ RunTile pick_digits(int table_digits, ScaleOf by, int64_t tokens) {
 
 RunTile pick_tile(const Weight& w, int digits, ScaleOf by, int64_t tokens) {
   RunTile found = nullptr;
+#ifdef HQQTENSOR_HAS_SPANS
+  static_assert(kGemvTokens == 1);
+  if (spans_serve(w, digits)) return digits == 2 ? run_span_tile<2> : run_span_tile<3>;
+#endif
   with_nbits(w.nbits, [&](auto nb) {
     constexpr int NB = nb.value;
     found = digits == 1   ? pick_digits<NB, 1>(w.table.count, by, tokens)
@@ -205,22 +232,24 @@ void linear_rows(const Problem& p, const QuantizedActivations* digits, int64_t f
   const QuantizedActivations& d = *digits;
   const int64_t width = padded(w.axis == 1 ? w.groups : 1), entries = scales_per_row(w, d.steps_per_row);
   const ScaleOf by = scale_of(w);
+  const bool spans = spans_serve(w, d.count);
   const RowMeta meta{w,
                      d,
-                     step_per_group(w),
+                     step_per_group(w) || spans,
                      !wide_serves(w, d) && pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
-                     by == ScaleOf::quads,
+                     by == ScaleOf::quads && !spans,
                      code_unit(w, d.count),
                      scratch};
   float* both = scratch + 2 * kGemvRows * width;
   __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.steps_per_row));
   const int64_t per_chunk = by == ScaleOf::lanes ? 64 / w.group_size : 1;
   const LaneScales lanes(by == ScaleOf::lanes ? w.group_size : 64);
-  const Quads quads(w, pairs_serve(w, d), (char*)(both + kGemvRows * kGemvTokens * entries));
+  std::optional<Quads> quads;
+  if (by == ScaleOf::quads && !spans) quads.emplace(w, pairs_serve(w, d), (char*)(both + kGemvRows * kGemvTokens * entries));
   const RunTile one = pick_tile(w, d.count, by, 1), several = pick_tile(w, d.count, by, kGemvTokens);
   Tile tile;
   tile.table = &w.table.digits[0][0];
-  tile.quads = &quads;
+  tile.quads = quads ? &*quads : nullptr;
   float* out[kGemvRows][kGemvTokens];
   for (int64_t i = 0; i < kGemvRows * kGemvTokens; ++i) out[i / kGemvTokens][i % kGemvTokens] = both + i * entries;
   // Bytes of a row's scales and zero points, which are fetched while the tile before is multiplied.

@@ -134,58 +134,102 @@ struct RowMeta {
     return f_load(signs.v + kFloats - count);
   }
 
-  // Columns [first, first + count) of one row whose values are codes: bytes, or nibbles of the block at `block`.
-  template <int S, int Z, bool TABLE>
-  void codes(const CodeRow& s, const CodeRow& z, int64_t block, int64_t first, int64_t count, int64_t token, int64_t tokens,
-             float* const* out, Floats* start) const {
+  // Columns [first, first + count) of all rows, whose values are codes: bytes, or nibbles of the block at `block`. SAME: the
+  // rows are scaled by the same numbers, which are read once.
+  template <int S, int Z, bool TABLE, Store STORE, bool SAME>
+  void code_columns(const CodeRow* s, const CodeRow* z, int64_t block, int64_t first, int64_t count, const float* step,
+                    const float* sums, float* const* to, Floats* total) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
-    const int64_t width = padded(w.groups), byte = block / 2, s_byte = S ? byte : first, z_byte = Z ? byte : first;
-    Floats total[kGemvTokens];
-    for (int64_t t = 0; t < tokens; ++t) total[t] = start[t];
-    const auto step = [&](int64_t i, auto last) __attribute__((always_inline)) {
+    const int64_t s_byte = S ? block / 2 : first, z_byte = Z ? block / 2 : first;
+    const uint8_t *s_codes[kGemvRows], *z_codes[kGemvRows];
+    float* out[kGemvRows];
+    unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
+      s_codes[r] = s[r].codes + s_byte, z_codes[r] = z[r].codes + z_byte, out[r] = to[r] + first;
+    });
+    step += first, sums += first;
+    const auto add = [&](int64_t i, auto last) __attribute__((always_inline)) {
       constexpr bool LAST = decltype(last)::value;
-      const Floats a = s.load<S, LAST>(s_byte + i, first + i, count - i);
-      const Floats product = f_mul(a, TABLE ? offset : z.load<Z, LAST>(z_byte + i, first + i, count - i));
-      const Floats scaled = TABLE ? f_mul(a, units) : a;
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t g = first + i;  // what is stored behind the last belongs to the next columns, which come after
-        if (quads)
-          f_store(out[t] + g, scaled);
-        else if (by_group)
-          f_store(out[t] + g, f_mul(scaled, f_load(d.step + (token + t) * d.steps_per_row + g)));
-        total[t] = f_fnma(product, f_load(d.sum + (token + t) * width + g), total[t]);
-      }
+      const int64_t left = count - i;
+      const auto load = [&](const float* p) __attribute__((always_inline)) {
+        return LAST ? f_load_some(p + first + i, left) : f_load(p + first + i);
+      };
+      const auto codes = [&](auto part, const uint8_t* p) __attribute__((always_inline)) {
+        constexpr int PART = decltype(part)::value;
+        return LAST ? f_codes_some<PART>(p + i, left) : f_codes<PART>(p + i);
+      };
+      const Floats steps = f_load(step + i), sum = f_load(sums + i);
+      Floats s_zero, z_zero, by_scale, by_both;  // zero points of the codes; what differences to them are multiplied with
+      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
+        if constexpr (!SAME || r == 0) {
+          const Floats scale = load(s[r].scale);
+          s_zero = load(s[r].zero);
+          by_scale = STORE == Store::by_group ? f_mul(scale, steps) : scale;
+          if constexpr (TABLE) {
+            by_scale = f_mul(by_scale, units);
+            by_both = f_mul(f_mul(scale, offset), sum);
+          } else {
+            z_zero = load(z[r].zero);
+            by_both = f_mul(f_mul(scale, load(z[r].scale)), sum);
+          }
+        }
+        const Floats a = f_sub(codes(std::integral_constant<int, S>(), s_codes[r]), s_zero);
+        // What is stored behind the last belongs to the next columns, which come after.
+        if constexpr (STORE != Store::none) f_store(out[r] + i, f_mul(a, by_scale));
+        if constexpr (TABLE)
+          total[r] = f_fnma(a, by_both, total[r]);
+        else
+          total[r] = f_fnma(f_mul(a, f_sub(codes(std::integral_constant<int, Z>(), z_codes[r]), z_zero)), by_both, total[r]);
+      });
     };
     int64_t i = 0;
-    for (; i + kFloats <= count; i += kFloats) step(i, std::false_type());
-    if (i < count) step(i, std::true_type());
-    for (int64_t t = 0; t < tokens; ++t) start[t] = total[t];
+    for (; i + kFloats <= count; i += kFloats) add(i, std::false_type());
+    if (i < count) add(i, std::true_type());
   }
   // Scales and zero points are both codes, of 8 or of 4 bits.
-  template <bool TABLE>
+  template <bool TABLE, Store STORE, bool SAME>
   void from_codes(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
     const bool s4 = w.scale.type == DType::u4, z4 = !TABLE && w.zero.type == DType::u4;
-    for (int r = 0; r < kGemvRows; ++r) {
-      const CodeRow s(w.scale, rows[r]), z(TABLE ? w.scale : w.zero, rows[r]);
-      if (!s4 && !z4) {
-        codes<0, 0, TABLE>(s, z, 0, 0, w.groups, token, tokens, out[r], start[r]);
-        continue;
-      }
-      for (int64_t block = 0; block < w.groups; block += 128) {
-        const int64_t count = w.groups - block < 128 ? w.groups - block : 128, half = (count + 1) / 2;
-        const auto both = [&](auto s_nibbles, auto z_nibbles) {
-          constexpr int S = decltype(s_nibbles)::value, Z = decltype(z_nibbles)::value;
-          codes<S, Z, TABLE>(s, z, block, block, half, token, tokens, out[r], start[r]);
-          codes<2 * S, 2 * Z, TABLE>(s, z, block, block + half, count - half, token, tokens, out[r], start[r]);
+    const Values& zeros = TABLE ? w.scale : w.zero;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float *step = d.step + (token + t) * d.steps_per_row, *sums = d.sum + (token + t) * padded(w.groups);
+      const auto with_rows = [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
+        const CodeRow s[] = {CodeRow(w.scale, rows[R])...}, z[] = {CodeRow(zeros, rows[R])...};
+        float* const to[] = {out[R][t]...};
+        Floats total[] = {start[R][t]...};
+        const auto columns = [&]<int S, int Z>(std::integer_sequence<int, S, Z>, int64_t block, int64_t first, int64_t count) {
+          code_columns<S, Z, TABLE, STORE, SAME>(s, z, block, first, count, step, sums, to, total);
         };
-        if (s4 && z4)
-          both(std::true_type(), std::true_type());
-        else if (s4)
-          both(std::true_type(), std::false_type());
-        else
-          both(std::false_type(), std::true_type());
-      }
+        if (!s4 && !z4) columns(std::integer_sequence<int, 0, 0>(), 0, 0, w.groups);
+        for (int64_t block = 0; block < w.groups && (s4 || z4); block += 128) {
+          const int64_t count = w.groups - block < 128 ? w.groups - block : 128, half = (count + 1) / 2;
+          const auto both = [&]<int S, int Z>(std::integer_sequence<int, S, Z> low) {
+            columns(low, block, block, half);
+            columns(std::integer_sequence<int, 2 * S, 2 * Z>(), block, block + half, count - half);
+          };
+          if (s4 && z4)
+            both(std::integer_sequence<int, 1, 1>());
+          else if (s4)
+            both(std::integer_sequence<int, 1, 0>());
+          else
+            both(std::integer_sequence<int, 0, 1>());
+        }
+        ((start[R][t] = total[R]), ...);
+      };
+      with_rows(std::make_integer_sequence<int, kGemvRows>());
     }
+  }
+  template <bool TABLE>
+  void from_codes(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
+    bool same = true;
+    for (int r = 1; r < kGemvRows; ++r)
+      for (const Values* v : {&w.scale, TABLE ? &w.scale : &w.zero}) same &= rows[r] % v->meta_rows == rows[0] % v->meta_rows;
+    const auto with = [&]<Store STORE>(std::integral_constant<Store, STORE>) {
+      if (same) return from_codes<TABLE, STORE, true>(rows, token, tokens, out, start);
+      from_codes<TABLE, STORE, false>(rows, token, tokens, out, start);
+    };
+    if (quads) return with(std::integral_constant<Store, Store::quads>());
+    if (by_group) return with(std::integral_constant<Store, Store::by_group>());
+    with(std::integral_constant<Store, Store::none>());
   }
 
   void run(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {

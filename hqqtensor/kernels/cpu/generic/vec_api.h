@@ -165,6 +165,12 @@ struct Wide {
 };
 #endif
 
+// HQQTENSOR_HAS_SPANS: groups of 20 codes that are multiplied 16 at a time, see avx512/spans.h.
+#ifndef HQQTENSOR_HAS_SPANS
+inline bool spans_serve(const Weight&, int) { return false; }
+inline bool quantize_spans(const float*, int64_t, float, int64_t, const QuantizedActivations&) { return false; }
+#endif
+
 // float f_largest(p, count): the largest magnitude of `count` numbers, a multiple of 8; NaN if one of them is.
 // HQQTENSOR_HAS_CHUNK_STORE: the set has both functions below in place of it.
 #ifndef HQQTENSOR_HAS_CHUNK_STORE
