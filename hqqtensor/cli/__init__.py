@@ -13,6 +13,7 @@ from hqqtensor.cli.arguments import make_parser
 from hqqtensor.cli.errors import UsageError
 
 _MODULES = {"eval": "evaluate"}  # where the module's name is not the command's
+_WITHOUT_TORCH = ("completion",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     try:
-        from hqqtensor.registration import register
+        if args.command not in _WITHOUT_TORCH:
+            from hqqtensor.registration import register
 
-        register()
+            register()
         code = importlib.import_module(f"hqqtensor.cli.{_MODULES.get(args.command, args.command)}").run(args)
         sys.stdout.flush()
         return code

@@ -9,7 +9,7 @@ from typing import Any
 
 from hqqtensor import HqqConfig, quantize_, save_model
 from hqqtensor.cli import calibration, model_dir, search
-from hqqtensor.cli.arguments import group_size
+from hqqtensor.cli.argument_types import group_size
 from hqqtensor.cli.errors import from_arguments, writing
 from hqqtensor.cli.output import print_json, progress_on_stderr
 from hqqtensor.diagnostics import model_size
