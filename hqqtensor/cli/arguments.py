@@ -220,14 +220,12 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "recommend": (
         "recommend settings for a memory budget, with size, quality and speed",
-        "  hqqtensor recommend ./llama --memory 8GiB\n"
-        "  hqqtensor recommend ./llama --memory 8GiB --speed",
+        "  hqqtensor recommend ./llama --memory 8GiB\n  hqqtensor recommend ./llama --memory 8GiB --speed",
         use_arguments.add_recommend,
     ),
     "chat": (
         "talk to a chat model in the terminal",
-        "  hqqtensor chat ./llama-4bit\n"
-        "  hqqtensor chat ./llama --bits 4 --temperature 0 < questions.txt",
+        "  hqqtensor chat ./llama-4bit\n  hqqtensor chat ./llama --bits 4 --temperature 0 < questions.txt",
         use_arguments.add_chat,
     ),
     "generate": (

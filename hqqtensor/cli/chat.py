@@ -1,6 +1,7 @@
 """``hqqtensor chat``: a conversation by lines, on a terminal or through a pipe."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -41,10 +42,8 @@ def questions(prompted: bool) -> Iterator[str]:
         for line in sys.stdin:
             yield line.rstrip("\n")
         return
-    try:
+    with contextlib.suppress(ImportError):  # without it input() has no editing
         import readline  # noqa: F401
-    except ImportError:  # input() then has no editing
-        pass
     while True:
         try:
             yield input("> ")

@@ -98,4 +98,3 @@ def serve(app: Any, listening: socket.socket) -> None:
     import uvicorn
 
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
-
