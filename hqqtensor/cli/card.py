@@ -82,7 +82,8 @@ def card(facts: dict[str, Any]) -> str:
 
 # {title}
 
-{source} ({_plain(facts["architecture"])}), quantized by [hqqtensor](https://pypi.org/project/hqqtensor/): {facts["settings"]}.
+{source} ({_plain(facts["architecture"])}), quantized by
+[hqqtensor](https://pypi.org/project/hqqtensor/): {facts["settings"]}.
 {weights:,} weights in {megabytes(total)}, {8 * total / weights:.2f} bits a weight in all.
 
 {table}

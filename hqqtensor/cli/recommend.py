@@ -1,4 +1,4 @@
-"""``hqqtensor recommend``: settings for a memory budget, from a model's config and headers and ten seconds of kernels."""
+"""``hqqtensor recommend``: settings for a memory budget, from config, headers and ten seconds of measuring kernels."""
 
 import argparse
 import json
