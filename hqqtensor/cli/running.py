@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hqqtensor import HqqConfig, prepare_for_generation_, quantize_
+from hqqtensor import HqqConfig, quantize_
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.errors import UsageError, from_arguments
 from hqqtensor.cli.output import progress_on_stderr
@@ -57,6 +57,8 @@ def check_writes(directory: Path) -> Any:
 
 def make_fast(model: Any) -> None:
     """``prepare_for_generation_``, or one line on stderr that says why transformers' own code runs."""
+    from hqqtensor import prepare_for_generation_  # imports transformers, whose absence has a message by now
+
     try:
         prepare_for_generation_(model)
     except ValueError as error:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
         else:
             print(f"serving {name} at {url}/v1 (Ctrl-C ends)", file=sys.stderr)
-        serve(make_app(model, tokenizer, name), listening)
+        make_server(make_app(model, tokenizer, name)).run(sockets=[listening])
     return 0
 
 
@@ -93,8 +93,8 @@ def make_app(model: Any, tokenizer: Any, name: str) -> Any:
     )
 
 
-def serve(app: Any, listening: socket.socket) -> None:
-    """Answer requests until the process is interrupted."""
+def make_server(app: Any) -> Any:
+    """The uvicorn server of an application; ``run(sockets=[...])`` answers until it is interrupted."""
     import uvicorn
 
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning"))
