@@ -72,7 +72,7 @@ def card(facts: dict[str, Any]) -> str:
     if facts["writes_text"]:
         head.insert(1, "pipeline_tag: text-generation")
     if facts["source"]:
-        head.append(f"base_model: {json.dumps(facts['source'])}")
+        head.append(f"base_model: {json.dumps(_plain(facts['source']))}")
     title, source = _plain(facts["name"]), _plain(facts["source"] or "a model")
     table = "\n".join("| " + " | ".join(row) + " |" for row in (byte_table.HEADER, ["---"] * 7, *_rows(parts)))
     loader = "AutoModelForCausalLM" if facts["writes_text"] else "AutoModel"

@@ -15,7 +15,7 @@ Message = dict[str, str]
 def run(args: argparse.Namespace) -> int:
     """Answer line by line until the input ends."""
     system: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
-    model_dir.read_config(args.dir)
+    model_dir.quantization_of(args.dir)  # an error before all else
     tokenizer = model_dir.open_tokenizer(args.dir)
     generate.chat_inputs(tokenizer, [*system, {"role": "user", "content": "?"}], args)  # an error before the model
     model = running.open_to_write(args.dir, args.bits, args.json)

@@ -14,7 +14,7 @@ from hqqtensor.cli.output import print_json
 def run(args: argparse.Namespace) -> int:
     """Open the model, let it go on from the prompt, report the speed on stderr."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model_dir.read_config(args.dir)
+    model_dir.quantization_of(args.dir)  # an error before all else
     tokenizer = model_dir.open_tokenizer(args.dir)
     if args.chat:
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], args)

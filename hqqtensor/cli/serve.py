@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"the model's name in requests must have no '@' and no ':', got {name!r}; give another --name")
     listening = listen(args.host, args.port)
     with listening:
-        model_dir.read_config(args.dir)
+        model_dir.quantization_of(args.dir)  # an error before all else
         tokenizer = model_dir.open_tokenizer(args.dir)
         model = running.open_to_write(args.dir, args.bits, args.json)
         host, port = args.host, listening.getsockname()[1]

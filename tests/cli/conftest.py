@@ -36,7 +36,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``dense``, which is ``tiny`` as a chat model with 256 positions, and ``packed``, it in 4 bits."""
+    """A directory with ``dense``, ``tiny`` as a chat model with 256 positions, and ``packed``, the same in 4 bits."""
     root = tmp_path_factory.mktemp("small")
     shutil.copytree(tiny, root / "dense")
     config = json.loads((root / "dense" / "config.json").read_text())
