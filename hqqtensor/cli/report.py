@@ -17,9 +17,9 @@ from hqqtensor.report import figures as collected
 from hqqtensor.report.page import page
 from hqqtensor.search import Sensitivity, measure_sensitivity
 
-MEASURING_SECONDS = 30.0
+MEASURING_SECONDS = 20.0
 """How long sensitivities are measured where no file has them; the layers that are left are estimated."""
-MEASURED_WINDOWS = 4
+MEASURED_WINDOWS = 2
 WRITTEN_TOKENS = 48
 
 
