@@ -62,11 +62,12 @@ class Shell:
             free.bind(("localhost", 0))
             self.port = str(free.getsockname()[1])
         self.servers: list[Any] = []
+        self.threads: list[threading.Thread] = []
 
     def output(self, line: str) -> str:
         """What a command line prints, on both streams; RuntimeError where it fails."""
         is_behind = line.endswith("&")
-        line = line.rstrip(" &").replace(PORT, self.port)
+        line, _, first_lines = line.rstrip(" &").replace(PORT, self.port).partition(" | head -")
         words = shlex.split(line)
         if is_behind:
             text = self._serve(words[1:])
@@ -79,7 +80,8 @@ class Shell:
             text = subprocess.run(words, capture_output=True, text=True, check=True).stdout.rstrip() + "\n"
         else:
             raise RuntimeError(f"the page has a command that this script does not know: {line}")
-        return _PROGRESS.sub("", text.replace(self.port, PORT).replace(f"{Path.cwd()}/", "/home/me/"))
+        text = _PROGRESS.sub("", text.replace(self.port, PORT).replace(str(Path.cwd()), "/home/me"))
+        return "".join(text.splitlines(keepends=True)[: int(first_lines) if first_lines else None])
 
     def _run(self, words: list[str], typed: str = "") -> str:
         printed = io.StringIO()
@@ -100,7 +102,8 @@ class Shell:
 
         real, printed = serve.make_server, io.StringIO()
         with contextlib.redirect_stderr(printed), mock.patch.object(serve, "make_server", make):
-            threading.Thread(target=hqqtensor, args=(words,), daemon=True).start()
+            self.threads.append(threading.Thread(target=hqqtensor, args=(words,), daemon=True))
+            self.threads[-1].start()
             if not started.wait(120):
                 raise RuntimeError(f"hqqtensor {shlex.join(words)} does not begin: {printed.getvalue()}")
         while not self.servers[-1].started:
@@ -111,6 +114,8 @@ class Shell:
         """End the servers."""
         for server in self.servers:
             server.should_exit = True
+        for thread in self.threads:
+            thread.join()
 
 
 def _typing(text: str) -> Any:

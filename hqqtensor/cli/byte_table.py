@@ -23,7 +23,7 @@ def rows_of(parts: Sequence[BytePart]) -> list[tuple[str, ...]]:
     total = BytePart(
         "in all", *(sum(getattr(p, n) for p in parts) for n in ("weights", "code_bytes", "metadata_bytes"))
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for part in (*parts, total):
         sizes = (megabytes(part.code_bytes), megabytes(part.metadata_bytes), megabytes(part.nbytes))
         share = part.nbytes / total.nbytes

@@ -157,11 +157,11 @@ def candidates(empty: Any, args: argparse.Namespace, budget: float) -> list[Sett
     products = {name: products_of(empty, config) for name, config in configs.items()}
     speeds = measure(products, next(empty.parameters()).dtype, args)
     out = []
-    for name, config in configs.items():
-        if config is None:
+    for name, settings in configs.items():
+        if settings is None:
             size = sum(parameter.nbytes for parameter in empty.parameters())
         else:
-            size = sum(part.nbytes for part in parts_when_quantized(empty, config))
+            size = sum(part.nbytes for part in parts_when_quantized(empty, settings))
         options = CANDIDATES.get(name, [])
         out.append(Setting(name, options, size, MEASURED.get(name), speeds.get(name), size <= budget))
     return out
