@@ -87,9 +87,10 @@ sanitize: $(STAMP)
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(KERNEL_TESTS)
 
-# Tables, plots and the API reference, from docs/data and the docstrings.
+# Tables, plots and the API reference, from docs/data and the docstrings; what the commands in docs/cli.md print.
 docs: $(STAMP)
 	$(BIN)/python -m benchmarks.docs
+	$(BIN)/python -m benchmarks.cli_examples
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality_basic

@@ -48,7 +48,22 @@ def check_a_model_through_the_commands() -> str:
     evaluated = run("hqqtensor", "eval", "small", "--original", str(DOCLM), "--text", text, "--max-tokens", "512")
     run("hqqtensor", "convert", "small", "theirs", "--to", "hqq")
     run("hqqtensor", "convert", "theirs", "ours")
+    run("hqqtensor", "quantize", str(DOCLM), "nowhere", "--preset", "3", "--dry-run")
+    run("hqqtensor", "recommend", str(DOCLM), "--memory", "8MB", "--seconds", "1")
+    run("hqqtensor", "compare", "small", "ours", "--text", text, "--max-tokens", "512")
+    run("hqqtensor", "generate", "small", "-p", "The list", "--max-tokens", "4")
+    run("hqqtensor", "bench", "small", "--new-tokens", "4", "--rounds", "1")
+    run("hqqtensor", "card", "small", "-o", "small/README.md")
+    check_says("has no chat template", 2, "chat", "small")
+    check_says("pip install 'hqqtensor[serve]'", 1, "serve", "small")
+    check_says("pip install 'hqqtensor[report]'", 1, "report", "small")
     return evaluated
+
+
+def check_says(message: str, code: int, *arguments: str) -> None:
+    """End the test where a command that cannot run here does not say why."""
+    if message not in (said := run("hqqtensor", *arguments, code=code)):
+        raise SystemExit(f"hqqtensor {arguments} says {said!r}, not {message!r}")
 
 
 def check_what_is_installed() -> None:
@@ -73,6 +88,8 @@ def check_what_is_installed() -> None:
         print(f"{name}: {'not on this machine' if done.returncode else done.stdout.strip()}")
     print(run("hqqtensor", "--version").strip())
     run("hqqtensor", "env")
+    for shell in ("bash", "zsh", "fish"):
+        run("hqqtensor", "completion", shell)
     run("hqqtensor", "quantize", "nowhere", "out", code=2)
 
 

@@ -90,6 +90,7 @@ def test_help_and_errors_of_arguments_need_no_other_package(args: list[str]) -> 
     assert "hqqtensor.cli.arguments" in modules and not modules & {"torch", "torchao", "numpy"}
     assert {name for name in modules if name.startswith("hqqtensor")} <= {
         "hqqtensor", "hqqtensor.registration", "hqqtensor.cli", "hqqtensor.cli.arguments", "hqqtensor.cli.errors",
+        "hqqtensor.cli.argument_types", "hqqtensor.cli.use_arguments",
     }  # fmt: skip
     if args == ["nonsense"]:
         assert done.returncode == 2 and len(printed) == 1 and "invalid choice: 'nonsense'" in printed[0]

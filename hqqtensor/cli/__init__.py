@@ -7,12 +7,14 @@ import importlib
 import os
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 
 from hqqtensor.cli.arguments import make_parser
 from hqqtensor.cli.errors import UsageError
 
 _MODULES = {"eval": "evaluate"}  # where the module's name is not the command's
+_WITHOUT_TORCH = ("completion",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     try:
-        from hqqtensor.registration import register
+        if args.command in _WITHOUT_TORCH:
+            return _run(args)
+        from hqqtensor.registration import register, without_torchao_notes
 
         register()
-        code = importlib.import_module(f"hqqtensor.cli.{_MODULES.get(args.command, args.command)}").run(args)
-        sys.stdout.flush()
-        return code
+        with without_torchao_notes():  # transformers imports more of torchao later
+            return _run(args)
     except BrokenPipeError:  # the reader has enough, such as `head`; Python's last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -44,3 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"hqqtensor {args.command}: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _run(args: Namespace) -> int:
+    """Import the module of the command and run it."""
+    code = importlib.import_module(f"hqqtensor.cli.{_MODULES.get(args.command, args.command)}").run(args)
+    sys.stdout.flush()
+    return code

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hqqtensor import __version__
+from hqqtensor.cli import use_arguments
+from hqqtensor.cli.argument_types import add_json, add_windows, embedding_bits, group_size, number_or_none
 
 EXIT_CODES = """exit codes:
   0    done
@@ -47,27 +49,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def number_or_none(text: str) -> int | None:
-    """A number, or None for "none"."""
-    return None if text.lower() == "none" else int(text)
-
-
-def group_size(text: str) -> int | str | None:
-    """A number, "auto", or None for "none": one group a row."""
-    return "auto" if text.lower() == "auto" else number_or_none(text)
-
-
-def embedding_bits(text: str) -> int | str | None:
-    """A number, "auto", or None for "none"."""
-    return group_size(text)
-
-
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--json", action="store_true", help=f"{what} as one JSON document on stdout")
 
 
 def _add_output(parser: argparse.ArgumentParser, place: str) -> None:
@@ -82,7 +65,15 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model_dir", metavar="MODEL_DIR", type=Path, help="directory of a dense model: config.json and safetensors")
     add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
-    add("--bits", type=int, default=4, metavar="N", help="bits a weight, 1 to 8 (default: 4)")
+    add("--bits", type=int, metavar="N", help="bits a weight, 1 to 8 (default: 4, or what --format takes)")
+    add(
+        "--preset", metavar="NAME",
+        help="settings by name in place of --bits and others: 8, 6, 4, 3, 2, or such as 4/64 (see docs/cli.md)",
+    )  # fmt: skip
+    add(
+        "--format", default="int", metavar="NAME",
+        help="number format: int, nf4, fp4, fp6, fp8 or codebook (default: int)",
+    )  # fmt: skip
     add(
         "--group-size", type=group_size, default="auto", metavar="N",
         help="weights that share a scale, or 'none' for a whole row (default: auto, the best for the bits; up to 4 "
@@ -138,8 +129,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, metavar="SECONDS",
         help="stop measuring for --target-* after this time and estimate the layers that are left (default: none)",
     )  # fmt: skip
+    add("--dry-run", action="store_true", help="say what would be quantized and how large it gets; write nothing")
     _add_output(parser, "OUT_DIR")
-    _add_json(parser, "the summary")
+    add_json(parser, "the summary")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -159,12 +151,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="GPTQ layers whose inputs are grouped out of order: refuse them, or store them dense (default: error)",
     )  # fmt: skip
     _add_output(parser, "DST")
-    _add_json(parser, "the summary")
+    add_json(parser, "the summary")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", type=Path, help="model directory or .safetensors file")
-    _add_json(parser, "the list")
+    add_json(parser, "the list")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -186,13 +178,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--embeddings", type=number_or_none, **for_dense,
         help="for a dense DIR: bits of input embedding and output layer, or 'none' for dense ones (default: 8)",
     )  # fmt: skip
-    add("--context", type=int, default=256, metavar="N", help="tokens a window (default: 256)")
-    add("--max-tokens", type=int, metavar="N", help="use at most N tokens of the text (default: all)")
-    _add_json(parser, "the figures")
+    add_windows(parser)
+    add_json(parser, "the figures")
 
 
 def _add_env(parser: argparse.ArgumentParser) -> None:
-    _add_json(parser, "all of it")
+    add_json(parser, "all of it")
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +233,53 @@ _COMMANDS: dict[str, _Command] = {
         "  hqqtensor eval ./llama-4bit --text sample.txt --original ./llama\n"
         "  hqqtensor eval ./llama --text sample.txt --bits 3",
         _add_eval,
+    ),
+    "compare": (
+        "compare two models: perplexity, KL, agreement, size",
+        "  hqqtensor compare ./llama-4bit ./llama-3bit --text sample.txt",
+        use_arguments.add_compare,
+    ),
+    "recommend": (
+        "recommend settings for a memory budget, with size, quality and speed",
+        "  hqqtensor recommend ./llama --memory 8GiB\n  hqqtensor recommend ./llama --memory 8GiB --speed",
+        use_arguments.add_recommend,
+    ),
+    "chat": (
+        "talk to a chat model in the terminal",
+        "  hqqtensor chat ./llama-4bit\n  hqqtensor chat ./llama --bits 4 --temperature 0 < questions.txt",
+        use_arguments.add_chat,
+    ),
+    "generate": (
+        "let a model go on from a prompt",
+        "  hqqtensor generate ./llama-4bit -p 'Once upon a time'\n"
+        "  hqqtensor generate ./llama-4bit --chat -p 'Why is the sky blue?' --max-tokens 64",
+        use_arguments.add_generate,
+    ),
+    "serve": (
+        "serve a model by the API of OpenAI, with streaming",
+        "  hqqtensor serve ./llama-4bit --port 8000",
+        use_arguments.add_serve,
+    ),
+    "bench": (
+        "measure a model on this machine: tokens a second, first token, memory",
+        "  hqqtensor bench ./llama-4bit",
+        use_arguments.add_bench,
+    ),
+    "report": (
+        "write one HTML page about a quantized model: sizes, errors, quality",
+        "  hqqtensor report ./llama-4bit\n"
+        "  hqqtensor report ./llama-4bit --original ./llama --text sample.txt -o llama.html",
+        use_arguments.add_report,
+    ),
+    "card": (
+        "write a model card, the README.md of a quantized model",
+        "  hqqtensor card ./llama-4bit -o ./llama-4bit/README.md",
+        use_arguments.add_card,
+    ),
+    "completion": (
+        "print a script that completes commands and options in a shell",
+        "  hqqtensor completion bash > ~/.local/share/bash-completion/completions/hqqtensor",
+        use_arguments.add_completion,
     ),
     "env": (
         "show versions, processor features and kernels, for bug reports",

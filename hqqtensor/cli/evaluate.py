@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hqqtensor import HqqConfig, quantize_
-from hqqtensor.cli import model_dir
+from hqqtensor.cli import model_dir, running
 from hqqtensor.cli.errors import UsageError, from_arguments
 from hqqtensor.cli.output import print_json, progress_on_stderr
 from hqqtensor.diagnostics import model_size
@@ -27,11 +29,7 @@ def run(args: argparse.Namespace) -> int:
     source = args.dir if entry is None else original_of(args, entry)
     text = model_dir.read_text(args.text)
     check_models(source, args, config)
-    with from_arguments():
-        windows = token_windows(model_dir.open_tokenizer(args.dir), text, args.context)
-    if args.max_tokens is not None:
-        windows = windows[: args.max_tokens // args.context]
-
+    windows = windows_of(args.dir, text, args)
     original = model_dir.open_dense(source)
     if config is None:
         quantized = model_dir.open_quantized(args.dir)
@@ -79,15 +77,7 @@ def original_of(args: argparse.Namespace, entry: dict[str, Any]) -> Path:
 def check_models(source: Path, args: argparse.Namespace, config: HqqConfig | None) -> None:
     """UsageError where the models do not serve; looks at configs alone."""
     model_dir.read_dense_config(source)
-    empty: Any = model_dir.empty_model_of(source)
-    if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{source}: {type(empty).__name__} is not a causal language model (no language-model head that predicts "
-            "the next token), so it has no perplexity"
-        )
-    longest = getattr(empty.config, "max_position_embeddings", None)
-    if longest is not None and args.context > longest:
-        raise UsageError(f"--context {args.context} is more than the {longest} positions of the model")
+    empty = check_predicts(source, args.context)
     if config is not None:
         with from_arguments():
             check_shapes(choose(empty, config)[0])
@@ -95,6 +85,22 @@ def check_models(source: Path, args: argparse.Namespace, config: HqqConfig | Non
     sizes = [model_dir.read_config(directory).get("vocab_size") for directory in (source, args.dir)]
     if sizes[0] != sizes[1]:
         raise UsageError(f"{source} is not the original of {args.dir}: vocabularies of {sizes[0]} and {sizes[1]}")
+
+
+def check_predicts(directory: Path, context: int) -> Any:
+    """UsageError where a model has no perplexity on windows of ``context``; else the model without its numbers."""
+    empty = running.check_writes(directory)
+    longest = running.longest_context(empty)
+    if longest is not None and context > longest:
+        raise UsageError(f"--context {context} is more than the {longest} positions of the model")
+    return empty
+
+
+def windows_of(directory: Path, text: str, args: argparse.Namespace) -> Tensor:
+    """Windows of the text by the tokenizer of a directory, as ``--context`` and ``--max-tokens`` ask."""
+    with from_arguments():
+        windows = token_windows(model_dir.open_tokenizer(directory), text, args.context)
+    return windows if args.max_tokens is None else windows[: args.max_tokens // args.context]
 
 
 def report(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hqqtensor import HqqConfig, quantize_, save_model
-from hqqtensor.cli import calibration, model_dir, search
-from hqqtensor.cli.arguments import group_size
+from hqqtensor.cli import byte_table, calibration, dry_run, model_dir, presets, search
+from hqqtensor.cli.argument_types import group_size
 from hqqtensor.cli.errors import from_arguments, writing
+from hqqtensor.cli.next_command import command_to_try
 from hqqtensor.cli.output import print_json, progress_on_stderr
 from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.left_dense import DenseGroup, left_dense
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     config = skip_output_layer(empty, config, args)
     check_model(empty, config, target_bytes, args)
     calibration.check(empty, config, args)
+    if args.dry_run:
+        return dry_run.run(empty, config, search.is_search(args), args)
 
     model = model_dir.open_dense(source)
     before = model_size(model)
@@ -78,11 +81,14 @@ def parse_layers(entries: list[str]) -> dict[str, dict[str, Any] | None] | None:
 
 def make_config(args: argparse.Namespace) -> HqqConfig:
     """The HqqConfig that the arguments ask for; ValueError where it refuses."""
+    if args.preset is not None:
+        return presets.preset_config(args, parse_layers(args.layers))
     metadata = {"quant_scale": True, "quant_zero": True, "meta_nbits": args.quant_metadata}
     return HqqConfig(
-        nbits=args.bits,
+        nbits=presets.default_bits(args.format) if args.bits is None else args.bits,
         group_size=args.group_size,
         axis=args.axis,
+        format=args.format,
         solver=args.solver,
         **({} if args.quant_metadata is None else metadata),
         embedding_nbits=8 if args.embeddings == "auto" else args.embeddings,
@@ -125,7 +131,11 @@ def report(
     out: Path, before: ModelSize, after: ModelSize, dense: list[DenseGroup], seconds: float, config: HqqConfig,
     measured: dict[str, Any] | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Print what was written, how large it is, and what stayed dense. measured: what a search says of itself."""
+    """Print what was written, how large it is, where its bytes are, and what to do next.
+
+    measured: what a search says of itself.
+    """
+    parts = byte_table.parts_of(out)
     if as_json:
         print_json(
             {
@@ -134,6 +144,7 @@ def report(
                 "bytes_after": after.nbytes,
                 "quantized_weights": after.quantized_weights,
                 "bits_per_weight": after.bits_per_weight,
+                "parts": byte_table.as_dicts(parts),
                 "left_dense": [dataclasses.asdict(group) for group in dense],
                 "seconds": seconds,
                 "config": config.to_dict(),
@@ -150,3 +161,5 @@ def report(
     for group in dense:
         print(f"  {group}")
     print(f"time to quantize: {seconds:.1f} s")
+    byte_table.show_parts(parts)
+    print(f"try it: {command_to_try(out)}")

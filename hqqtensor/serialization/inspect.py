@@ -6,14 +6,18 @@ from pathlib import Path
 
 from hqqtensor.serialization.files import checkpoint_files, open_file
 from hqqtensor.serialization.header import read_header
-from hqqtensor.serialization.layout import keys_of, parse_entry
+from hqqtensor.serialization.layout import data_key, keys_of, parse_entry
 
 _ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One weight: kind "hqq" or "dense", logical shape, dtype, settings (None where dense), bytes in the file."""
+    """One weight: kind "hqq" or "dense", logical shape, dtype, settings (None where dense), bytes in the file.
+
+    code_bytes: those of ``nbytes`` that are codes; the others are scales, zero points and column scales. All of them
+    where dense.
+    """
 
     name: str
     kind: str
@@ -24,6 +28,7 @@ class TensorInfo:
     axis: int | None
     format: str | None
     nbytes: int
+    code_bytes: int
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,10 @@ def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
         entry = parse_entry(name, text)
         data = entry["_data"]
         sizes.pop(name, None)  # the guard that save_model writes lies under the weight's own name
+        code_bytes = sizes.get(data_key(name, "qdata"), ([], "", 0))[2]
         nbytes = sum(sizes.pop(key, ([], "", 0))[2] for key in keys_of(name, entry))
         settings = tuple(data[k] for k in ("nbits", "group_size", "axis", "format"))
-        out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes))  # type: ignore[call-arg]
-    out += [TensorInfo(n, "dense", s, d, None, None, None, None, b) for n, (s, d, b) in sizes.items()]
+        out.append(TensorInfo(name, "hqq", data["shape"], data["dtype"], *settings, nbytes, code_bytes))  # type: ignore[call-arg]
+    out += [TensorInfo(n, "dense", s, d, None, None, None, None, b, b) for n, (s, d, b) in sizes.items()]
     out.sort(key=lambda t: t.name)
     return CheckpointInfo(out, sum(t.nbytes for t in out))

@@ -12,12 +12,38 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hqqtensor.cli import convert, env, evaluate, inspect, main, model_dir, quantize
+from hqqtensor.cli import (
+    bench,
+    card,
+    chat,
+    compare,
+    completion,
+    convert,
+    env,
+    evaluate,
+    generate,
+    inspect,
+    main,
+    model_dir,
+    quantize,
+    recommend,
+    report,
+    serve,
+)  # fmt: skip
 from hqqtensor.serialization.gptq_checkpoint import ACT_ORDER
 
 DOCLM = Path(__file__).parent.parent / "assets" / "doclm"
 TEXT = ["--text", str(DOCLM / "valid.txt"), "--context", "32", "--max-tokens", "64"]
-COMMANDS = {"quantize": quantize, "convert": convert, "inspect": inspect, "eval": evaluate, "env": env}
+COMMANDS = {
+    "quantize": quantize, "convert": convert, "inspect": inspect, "eval": evaluate, "compare": compare,
+    "recommend": recommend, "chat": chat, "generate": generate, "serve": serve, "bench": bench, "report": report,
+    "card": card, "completion": completion, "env": env,
+}  # fmt: skip
+ARGUMENTS = {
+    "quantize": ["a", "b"], "convert": ["a", "b"], "eval": ["a", "--text", "b"], "compare": ["a", "b", "--text", "c"],
+    "generate": ["a", "-p", "b"], "completion": ["bash"], "env": [],
+}  # fmt: skip
+"""What a command needs at least, where that is not the name of one directory."""
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +143,40 @@ WRONG = [
     ("eval quantized TEXT --original wide", "not the original"),
     ("eval encoder TEXT", "not a causal language model"),
     ("eval gptq TEXT", "quantized with 'gptq'"),
+    ("quantize dense out --preset 5", "--preset: there is no preset '5', only 8, 6, 4"),
+    ("quantize dense out --preset 4 --bits 3", "--preset decides what --bits would"),
+    ("quantize dense out --format nf5", "format must be one of"),
+    ("quantize dense out --format nf4 --bits 3", "nbits must be an integer out of [4] for format 'nf4', got 3"),
+    ("quantize dense out --dry-run --target-bpw 4", "--dry-run cannot say what a search would choose"),
+    ("compare quantized dense", "required: --text"),
+    ("compare quantized nowhere TEXT", "not a directory"),
+    ("compare encoder dense TEXT", "not a causal language model"),
+    ("compare dense wide TEXT", "vocabularies of"),
+    ("recommend nowhere --memory 1GB", "not a directory"),
+    ("recommend quantized --memory 1GB", "already quantized"),
+    ("recommend dense --memory much", "--memory must be a number"),
+    ("recommend dense --memory 1KB --seconds 0", "nothing fits 0.00 MB: the smallest setting takes"),
+    ("recommend dense --memory 1GB --seconds -1", "--seconds must be 0 or more, got -1.0"),
+    ("generate dense", "required: -p/--prompt"),
+    ("generate nowhere -p x", "not a directory"),
+    ("generate encoder -p x", "not a causal language model"),
+    ("generate quantized -p x --bits 3", "quantized already: --bits is for a dense DIR"),
+    ("generate dense -p x --bits 9", "nbits must be"),
+    ("generate dense -p x --max-tokens 0", "must be at least 1, got 0"),
+    ("generate dense -p x --temperature -1", "must be 0 or more, got -1"),
+    ("generate dense -p x --chat", "has no chat template"),
+    ("chat dense", "has no chat template"),
+    ("chat gptq", "quantized with 'gptq'"),
+    ("bench encoder", "not a causal language model"),
+    ("bench dense", "--prompt-tokens 128 and --new-tokens 64 are more than the 64 positions of dense"),
+    ("card dense", "not quantized"),
+    ("report dense", "not quantized"),
+    ("report quantized -o latin.txt", "latin.txt exists and is no .html file"),
+    ("report quantized -o nowhere/r.html", "there is no directory"),
+    ("report quantized TEXT", "give --original too"),
+    ("report quantized --original wide", "not the original"),
+    ("report quantized --sensitivity short.txt", "no sensitivity file of hqqtensor"),
+    ("completion ksh", "invalid choice: 'ksh'"),
     ("env --everything", "unrecognized arguments"),
     ("prune dense out", "invalid choice: 'prune'"),
     ("", "required: COMMAND"),
@@ -130,6 +190,10 @@ FAILED = [
     ("inspect cut", "not a whole safetensors file"),
     ("eval cut TEXT --original dense", "not a whole safetensors file"),
     ("eval nan TEXT", "holds NaN"),
+    ("generate cut -p x", "not a whole safetensors file"),
+    ("compare dense cut TEXT", "not a whole safetensors file"),
+    ("card cut", "not a whole safetensors file"),
+    ("report cut", "not a whole safetensors file"),
 ]
 
 
@@ -149,8 +213,6 @@ def test_a_kind_of_mistake_has_one_code(line: str, message: str, code: int, plac
 def test_an_interrupt_exits_with_130_and_an_unforeseen_error_with_1(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    required = {"quantize": ["a", "b"], "convert": ["a", "b"], "inspect": ["a"], "eval": ["a", "--text", "b"]}
-
     def stop(args: object) -> int:
         raise KeyboardInterrupt
 
@@ -159,7 +221,7 @@ def test_an_interrupt_exits_with_130_and_an_unforeseen_error_with_1(
 
     for run, code, message in ((stop, 130, "interrupted"), (fail, 1, "MemoryError")):
         monkeypatch.setattr(COMMANDS[command], "run", run)
-        assert main([command, *required.get(command, [])]) == code
+        assert main([command, *ARGUMENTS.get(command, ["a"])]) == code
         assert capsys.readouterr().err == f"hqqtensor {command}: {message}\n"
 
 

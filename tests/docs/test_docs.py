@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = pages.pages()
 LANGUAGES = {"python", "sh", "text"}
-COMMANDS = ("quantize", "convert", "inspect", "eval", "env", "pack", "unpack")
+COMMANDS = (
+    "quantize", "convert", "inspect", "eval", "compare", "recommend", "chat", "generate", "serve", "bench", "report",
+    "card", "completion", "env", "pack", "unpack",
+)  # fmt: skip
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 
 

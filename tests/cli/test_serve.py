@@ -1,0 +1,91 @@
+"""``serve``: a client of the API of OpenAI gets what the model writes, whole and as a stream."""
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hqqtensor.cli import main, model_dir, running, serve
+
+pytest.importorskip("fastapi", reason="the server needs fastapi, uvicorn and openai")
+pytest.importorskip("uvicorn", reason="the server needs fastapi, uvicorn and openai")
+pytest.importorskip("openai", reason="the server needs fastapi, uvicorn and openai")
+
+
+@pytest.fixture(scope="module")
+def url(small: Path) -> Iterator[str]:
+    """A server of the small model, in a thread."""
+    model, tokenizer = running.open_to_write(small / "packed", None, True), model_dir.open_tokenizer(small / "packed")
+    listening = serve.listen("localhost", 0)
+    server = serve.make_server(serve.make_app(model, tokenizer, "packed"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    for _ in range(200):
+        if server.started:
+            break
+        time.sleep(0.02)
+    yield f"http://localhost:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=10)
+    listening.close()
+
+
+def ask(url: str, body: dict | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read().decode()
+
+
+BODY = {"model": "packed", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 8, "temperature": 0}
+
+
+def test_an_answer_comes_whole_and_as_a_stream(url: str, small: Path) -> None:
+    whole = json.loads(ask(f"{url}/v1/chat/completions", BODY))
+    text = whole["choices"][0]["message"]["content"]
+    lines = [line for line in ask(f"{url}/v1/chat/completions", {**BODY, "stream": True}).splitlines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == text
+    model, tokenizer = model_dir.open_quantized(small / "packed"), model_dir.open_tokenizer(small / "packed")
+    inputs = tokenizer.apply_chat_template(
+        BODY["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_plain_prompts_are_completed(url: str) -> None:
+    body = {"model": "packed", "prompt": "The list", "max_tokens": 4, "temperature": 0}
+    assert json.loads(ask(f"{url}/v1/completions", body))["choices"][0]["text"]
+
+
+def test_one_model_is_listed_and_no_other_is_loaded(url: str) -> None:
+    assert [model["id"] for model in json.loads(ask(f"{url}/v1/models"))["data"]] == ["packed"]
+    assert json.loads(ask(f"{url}/health")) == {"status": "ok"}
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(f"{url}/v1/chat/completions", {**BODY, "model": "other"})
+    assert error.value.code == 400
+
+
+def test_a_port_in_use_and_a_bad_name_are_told_before_the_model_is_read(small: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(running, "open_to_write", None)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert main(["serve", str(small / "packed"), "--host", "127.0.0.1", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    assert main(["serve", str(small / "packed"), "--name", "a@b"]) == 2
+    assert "must have no '@' and no ':', got 'a@b'" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_what_installs_it(small: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert main(["serve", str(small / "packed")]) == 1
+    assert "pip install 'hqqtensor[serve]'" in capsys.readouterr().err
