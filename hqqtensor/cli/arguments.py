@@ -138,6 +138,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, metavar="SECONDS",
         help="stop measuring for --target-* after this time and estimate the layers that are left (default: none)",
     )  # fmt: skip
+    add(
+        "--workers-join", action="store_true",
+        help="share the work with other processes that are given the same command, on any machines that share the "
+        "disk; torchrun does as well (default: alone)",
+    )  # fmt: skip
     _add_output(parser, "OUT_DIR")
     _add_json(parser, "the summary")
 

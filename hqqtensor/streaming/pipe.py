@@ -1,0 +1,68 @@
+"""A queue between two threads that holds a bounded number of bytes, and passes errors on."""
+
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Stopped(Exception):
+    """The other side of a pipe has stopped; why is told there."""
+
+
+class Pipe(Generic[Item]):
+    """From one thread to another: up to ``limit`` bytes, or one item of more.
+
+    The sender reserves the bytes of an item before it makes it, and the receiver releases them when it has let go of
+    it, so that the bound holds for what either side has in its hands.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._items: deque[Item] = deque()
+        self._held = 0
+        self._ended = self._stopped = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def reserve(self, nbytes: int) -> None:
+        """Wait until ``nbytes`` more are within the bound; Stopped where nobody receives any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not self._held or self._held + nbytes <= self.limit)
+            if self._stopped:
+                raise Stopped
+            self._held += nbytes
+
+    def send(self, item: Item) -> None:
+        """Pass on an item whose bytes are reserved."""
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Say that nothing more comes, or why."""
+        with self._changed:
+            self._ended, self._error = True, error
+            self._changed.notify_all()
+
+    def receive(self) -> Item | None:
+        """The next item; None at the end. Raises the sender's error."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._items) or self._ended)
+            if self._error is not None:
+                raise self._error
+            return self._items.popleft() if self._items else None
+
+    def release(self, nbytes: int) -> None:
+        """Let go of the bytes of an item that was received."""
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Say that nothing more is received."""
+        with self._changed:
+            self._stopped = True
+            self._items.clear()
+            self._changed.notify_all()
