@@ -14,7 +14,7 @@ from hqqtensor.diagnostics.table import megabytes
 
 @dataclass(frozen=True)
 class Summary:
-    """Sizes of the model dense and quantized, what stayed dense, the time, the settings, what a search says of itself."""
+    """Sizes of the dense and the quantized model, what stayed dense, the time, the settings, and what a search says."""
 
     before: ModelSize
     after: ModelSize
