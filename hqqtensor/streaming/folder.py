@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hqqtensor.run_record import NAME, PART, ResumeError, begin, check_same, is_begun
+from hqqtensor.serialization.files import DEFAULT_NAME, index_path
 from hqqtensor.serialization.publish import index_text
 from hqqtensor.streaming.claims import CLAIMS, JOURNAL, Claims
 from hqqtensor.streaming.plan import Plan, Shard
@@ -104,11 +105,10 @@ class RunFolder:
         """
         shards = lay_out_again(self.new, self.side, self.plan)
         if len(shards) > 1:
-            keys = [list(shard.begins) for shard in shards]
+            keys = [[part.key for unit in shard.units for part in unit.parts] for shard in shards]
             nbytes = sum(shard.nbytes - len(shard.header) for shard in shards)
-            (self.new / "model.safetensors.index.json").write_text(
-                index_text([shard.name for shard in shards], keys, nbytes)
-            )
+            index = index_text([shard.name for shard in shards], keys, nbytes)
+            index_path(self.new / DEFAULT_NAME).write_text(index)
         complete(self.new)
         for path in self.new.iterdir():
             _sync(path)

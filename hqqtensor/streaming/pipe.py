@@ -12,15 +12,15 @@ class Stopped(Exception):
 
 
 class Pipe(Generic[Item]):
-    """From one thread to another: up to ``limit`` bytes, or one item of more.
+    """From one thread to another: up to ``limit`` bytes on the way, or one item of more.
 
-    The sender reserves the bytes of an item before it makes it, and the receiver releases them when it has let go of
-    it, so that the bound holds for what either side has in its hands.
+    The sender reserves the bytes of an item before it makes it. What the receiver has in its hands does not count, so
+    that the next large item is made meanwhile.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._items: deque[Item] = deque()
+        self._items: deque[tuple[Item, int]] = deque()
         self._held = 0
         self._ended = self._stopped = False
         self._error: BaseException | None = None
@@ -34,10 +34,10 @@ class Pipe(Generic[Item]):
                 raise Stopped
             self._held += nbytes
 
-    def send(self, item: Item) -> None:
+    def send(self, item: Item, nbytes: int) -> None:
         """Pass on an item whose bytes are reserved."""
         with self._changed:
-            self._items.append(item)
+            self._items.append((item, nbytes))
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
@@ -52,13 +52,12 @@ class Pipe(Generic[Item]):
             self._changed.wait_for(lambda: bool(self._items) or self._ended)
             if self._error is not None:
                 raise self._error
-            return self._items.popleft() if self._items else None
-
-    def release(self, nbytes: int) -> None:
-        """Let go of the bytes of an item that was received."""
-        with self._changed:
+            if not self._items:
+                return None
+            item, nbytes = self._items.popleft()
             self._held -= nbytes
             self._changed.notify_all()
+            return item
 
     def stop(self) -> None:
         """Say that nothing more is received."""

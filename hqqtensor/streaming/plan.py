@@ -30,7 +30,7 @@ from hqqtensor.streaming.template import GUESS, OTHER, rows_are_independent, tem
 BATCH_BYTES = 32 * 2**20
 """About how many bytes of dense weights a process takes, and reports as finished, at a time."""
 
-PIECE_BYTES = 128 * 2**20
+PIECE_BYTES = 32 * 2**20
 """Dense tensors of more bytes go in pieces of rows of about this size, where rows do not depend on one another."""
 
 _ALIGNMENT = 8

@@ -27,7 +27,7 @@ def check_resources(out: Path, plan: Plan) -> None:
     if needed > free:
         raise TooLittle(f"{out} needs {_gigabytes(needed)} of disk, and {_gigabytes(free)} are free in {place}")
     largest = max(plan.units, key=memory_of)
-    needed, available = memory_of(largest) + AHEAD_BYTES, available_memory()
+    needed, available = memory_of(largest) + 2 * AHEAD_BYTES, available_memory()
     if available is not None and needed > available:
         raise TooLittle(
             f"{largest.name} {list(largest.target.shape)} needs {_gigabytes(needed)} of memory, and "
@@ -48,7 +48,8 @@ def memory_of(unit: Unit) -> int:
         share = unit.rows / target.shape[0]
     # A conversion has its inputs, and a copy of them on the way, beside its result.
     read = target.nbytes_read * (1 if target.is_plain else 3)
-    return int(share * (read + _SOLVING * unit.weights + unit.nbytes))
+    # Beside the one that is solved, one is read ahead, and one waits for the disk.
+    return int(share * (2 * read + _SOLVING * unit.weights + 2 * unit.nbytes))
 
 
 def available_memory() -> int | None:

@@ -16,8 +16,8 @@ from hqqtensor.streaming.shards import ShardWriter
 from hqqtensor.streaming.source import Source
 from hqqtensor.streaming.template import OTHER
 
-AHEAD_BYTES = 192 * 2**20
-"""Dense weights that are read ahead of the solver, and quantized ones that wait for the disk, each."""
+AHEAD_BYTES = 32 * 2**20
+"""Dense weights that are read ahead of the solver, and quantized ones that wait for the disk, each; or one of more."""
 
 _POLL = 0.2  # seconds between two looks at what other processes have done
 
@@ -140,7 +140,9 @@ class Worker:
             piece: Piece | None = first
             while piece is not None:
                 dense.reserve(piece.nbytes)
-                dense.send((piece, piece.unit.target.read(self.source, piece.first_row, piece.rows)))
+                weight = piece.unit.target.read(self.source, piece.first_row, piece.rows)
+                dense.send((piece, weight), piece.nbytes)
+                del weight
                 piece = next(pieces, None)
             dense.end()
         except Stopped:
@@ -164,11 +166,10 @@ class Worker:
                 whole = Piece(piece.batch, unit, 0, None, True, piece.ends_batch)
                 result = self._result(whole, unit.target.read(self.source))
             if unit.number not in as_a_whole or piece.ends_unit:
-                nbytes = result.nbytes
-                results.reserve(nbytes)
-                results.send(result)
+                results.reserve(result.nbytes)
+                results.send(result, result.nbytes)
+                del result
             weight = None  # type: ignore[assignment]
-            dense.release(piece.nbytes)
             if piece.ends_unit and unit.weights:
                 self.in_hand[piece.batch.number] = self.in_hand.get(piece.batch.number, 0) + unit.weights
                 self._report(unit.name)
@@ -203,15 +204,13 @@ class Worker:
         writer = ShardWriter(self.folder.new, self.folder.side, self.folder.plan)
         try:
             while (result := results.receive()) is not None:
-                piece, nbytes = result.piece, result.nbytes
+                piece = result.piece
                 for key, value in result.tensors.items():
                     writer.write(piece.batch.shard, key, value, piece.first_row)
                 for key, value in result.beside.items():
                     writer.write_beside(piece.unit, key, value)
-                ends_batch = piece.ends_batch
                 del result
-                results.release(nbytes)
-                if ends_batch:
+                if piece.ends_batch:
                     writer.sync()
                     self.claims.set_done(piece.batch.number)
         except BaseException as error:
