@@ -18,6 +18,7 @@ from hqqtensor import HqqConfig
 from hqqtensor.cli.errors import CommandError, UsageError
 from hqqtensor.serialization import load_model
 from hqqtensor.streaming.folder import settle as settle_streamed
+from hqqtensor.streaming.folder import work_prefix
 
 try:
     import fcntl
@@ -271,7 +272,7 @@ def written_at_once(out: Path) -> Iterator[Path]:
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     _settle_killed(out)
-    work = Path(tempfile.mkdtemp(prefix=_work_prefix(out), dir=out.parent))
+    work = Path(tempfile.mkdtemp(prefix=work_prefix(out), dir=out.parent))
     with _locked(work):
         try:
             new = work / "new"
@@ -282,10 +283,6 @@ def written_at_once(out: Path) -> Iterator[Path]:
             new.rename(out)
         finally:
             _settle(work, out)
-
-
-def _work_prefix(out: Path) -> str:
-    return f".{out.name}.hqqtensor-"
 
 
 def _settle(work: Path, out: Path) -> str:
@@ -312,7 +309,7 @@ def _settle(work: Path, out: Path) -> str:
 
 def _settle_killed(out: Path) -> None:
     """Settle what runs that were killed left beside ``out``; says so on stderr."""
-    name = re.compile(re.escape(_work_prefix(out)) + r"[a-z0-9_]+")  # as mkdtemp makes them
+    name = re.compile(re.escape(work_prefix(out)) + r"[a-z0-9_]+")  # as mkdtemp makes them
     try:
         left = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
     except OSError:  # no such directory yet

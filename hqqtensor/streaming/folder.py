@@ -11,6 +11,7 @@ Whenever a process is killed, ``settle`` or the same command goes on from what l
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ class RunFolder:
         _sync(self.new)
         with self.claims.setting_up(self.patience):
             self._replace()
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path, self.out)
 
     def _replace(self) -> None:
         old = self.path / "old"
@@ -131,7 +132,19 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the folder, for a run that cannot go on."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path, self.out)
+
+
+def work_prefix(out: Path) -> str:
+    """How folders beside ``out`` begin that are of use only to the process that works there, and else are removed."""
+    return f".{out.name}.hqqtensor-"
+
+
+def _remove(folder: Path, out: Path) -> None:
+    """Remove the folder of a run in one step: what a kill leaves of it has a name under which it is only removed."""
+    aside = out.with_name(f"{work_prefix(out)}{secrets.token_hex(4)}")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def settle(out: Path) -> str:
@@ -158,7 +171,7 @@ def settle(out: Path) -> str:
             if old.exists() and new.exists():
                 return f"the model that an interrupted run was to replace is in {old}"
             if out.exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder, out)
         finally:
             claims.close()
     return ""
