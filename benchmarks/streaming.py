@@ -2,8 +2,8 @@
 
     python -m benchmarks.streaming [--small] [--processes N] [--place DIR]
 
-Writes a 7B-shaped bfloat16 checkpoint of random weights piece by piece (13 GB), quantizes it with the default settings in
-processes of their own, and removes everything. ``--small`` is the same with small layers.
+Writes a 7B-shaped bfloat16 checkpoint of random weights piece by piece (13 GB), quantizes it with the default settings
+in processes of their own, and removes everything. ``--small`` is the same with small layers.
 """
 
 import argparse
