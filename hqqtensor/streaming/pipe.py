@@ -34,6 +34,13 @@ class Pipe(Generic[Item]):
                 raise Stopped
             self._held += nbytes
 
+    def wait_until_few(self, count: int) -> None:
+        """Wait until fewer than ``count`` items are on the way; Stopped where nobody receives any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._items) < count)
+            if self._stopped:
+                raise Stopped
+
     def send(self, item: Item, nbytes: int) -> None:
         """Pass on an item whose bytes are reserved."""
         with self._changed:

@@ -146,7 +146,7 @@ def make_plan(model: nn.Module, source: Source, config: HqqConfig, max_shard_siz
     identity = digest(source.identity())
     version = sys.modules["hqqtensor"].__version__  # an import would be a circle
     run = {"hqqtensor": version, "torch": torch.__version__, "max_shard_size": limit, "settings": config.to_dict()}
-    run |= {"model": identity, "plan": digest([[u.name, u.entry, [p.key for p in u.parts]] for u in units])}
+    run["model"] = identity
     entries = {unit.name: unit.entry for unit in units}
     metadata = file_metadata(entries, aliases, [], save=digest(run)[:16])
     parts_of = into_shards([unit.nbytes for unit in units], limit)
@@ -156,6 +156,8 @@ def make_plan(model: nn.Module, source: Source, config: HqqConfig, max_shard_siz
     for place, shard in enumerate(shards):
         sizes = [unit.target.nbytes_read for unit in shard.units]
         batches += [Batch(len(batches) + i, place, shard.units[b]) for i, b in enumerate(_in_batches(sizes))]
+    # The journal counts batches: a run that cuts them otherwise cannot read it.
+    run["plan"] = digest([[b.shard, [[u.name, u.entry, [p.key for p in u.parts]] for u in b.units]] for b in batches])
     return Plan(model, shards, batches, metadata, run)
 
 

@@ -95,7 +95,7 @@ class Worker:
     def _work_on_free_batches(self) -> None:
         dense: Pipe[tuple[Piece, Tensor]] = Pipe(AHEAD_BYTES)
         results: Pipe[Result] = Pipe(AHEAD_BYTES)
-        pieces = self._free_pieces()
+        pieces = self._free_pieces(dense)
         first = next(pieces, None)
         if first is None:
             return
@@ -118,9 +118,13 @@ class Worker:
             for thread in threads:
                 thread.join(timeout=10)
 
-    def _free_pieces(self) -> Iterator[Piece]:
-        """The pieces of batches that are claimed, one after the other, as they are asked for."""
+    def _free_pieces(self, dense: Pipe[tuple[Piece, Tensor]]) -> Iterator[Piece]:
+        """The pieces of batches that are claimed, one after the other, as they are asked for.
+
+        A batch is claimed when the solver is about to need it: other processes are to get their share.
+        """
         for batch in self.batches:
+            dense.wait_until_few(2)
             number = batch.number
             if self.claims.is_done(number) or not self.claims.claim(number) or self.claims.is_done(number):
                 continue
