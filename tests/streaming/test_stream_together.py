@@ -1,5 +1,6 @@
 """Several processes that are given the same command share the work, and write the same bytes as one."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,63 +11,73 @@ import pytest
 from killing import run_script
 from streaming_files import files, quantize
 
-from hqqtensor.streaming import folder_of
+from hqqtensor.streaming import folder_of, plan
+
+SCENARIOS = {"two": 2, "four": 4, "die": 2, "hang": 2}
+"""By name, how many workers: in the last two the first one is killed, or stopped, at its third tensor."""
 
 WORKERS = """
-    import os, sys, time, torch
+    import json, os, signal, sys, time, torch
     from pathlib import Path
-    import hqqtensor.cli, hqqtensor.cli.quantize, transformers
-    from hqqtensor.streaming import plan, run, work
+    import hqqtensor.cli.quantize
+    from hqqtensor import HqqConfig
+    from hqqtensor.cli import model_dir, stream
+    from hqqtensor.streaming import Source, make_plan, plan, run, work
 
-    dense, parent, count, what = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    dense, place, scenarios = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     plan.BATCH_BYTES = 1024
     torch.set_num_threads(1)
-    transformers.LlamaForCausalLM  # imported once, here
+    # On the meta device, which starts no threads that the children would lack: they then have imported what it takes.
+    make_plan(model_dir.empty_model_of(Path(dense), torch.bfloat16), Source(Path(dense)), HqqConfig(4))
     real = work.Worker._result
 
-    def worker(number):
+    def worker(what, number):
         taken = []
         def result(self, piece, weight):
             taken.append(piece.unit.name)
-            if number == 0 and len(taken) == 3 and what != "work":
-                import signal
+            if number == 0 and len(taken) == 3 and what in ("die", "hang"):
                 os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGSTOP)
-            time.sleep(0.01)  # so that every worker gets some
+            time.sleep(0.02)  # so that every worker gets some
             return real(self, piece, weight)
         work.Worker._result = result
         if what == "hang":
-            hqqtensor.cli.stream.quantize_files = lambda *args: run.quantize_files(*args, patience=1.5)
-        sys.stderr = open(parent / f"{number}.err", "w")
-        sys.stdout = open(parent / f"{number}.out", "w")
-        code = hqqtensor.cli.main(
-            ["quantize", dense, str(parent / "out"), "--max-shard-size", "20KB", "--workers-join"]
-        )
-        print(len(taken), file=sys.stderr, flush=True)
+            stream.quantize_files = lambda *args: run.quantize_files(*args, patience=1.5)
+        parent = place / what
+        sys.stderr, sys.stdout = (open(parent / f"{number}.{kind}", "w") for kind in ("err", "out"))
+        command = ["quantize", dense, str(parent / "out"), "--max-shard-size", "20KB", "--workers-join"]
+        code = hqqtensor.cli.main(command)
+        print(len(taken), file=sys.stderr)
+        sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
 
-    pids = []
-    for number in range(count):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            worker(number)
-    if what == "hang":
-        codes = [os.waitpid(pid, 0)[1] for pid in pids[1:]]
-        os.kill(pids[0], 9)
-        codes.insert(0, os.waitpid(pids[0], 0)[1])
-    else:
-        codes = [os.waitpid(pid, 0)[1] for pid in pids]
-    print(*codes)
+    codes = {}
+    for what, count in scenarios.items():
+        (place / what).mkdir()
+        pids = []
+        for number in range(count):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                worker(what, number)
+        codes[what] = [os.waitpid(pid, 0)[1] for pid in pids[what == "hang":]]
+        if what == "hang":
+            os.kill(pids[0], signal.SIGKILL)
+            os.waitpid(pids[0], 0)
+    print(json.dumps(codes))
 """
 
 
-def run_workers(dense: Path, parent: Path, count: int, what: str) -> tuple[list[int], list[str], list[str]]:
-    """Exit statuses, and what the workers wrote on stderr and stdout."""
-    parent.mkdir()
-    run = run_script(WORKERS, dense, parent, count, what)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def codes(dense: Path, place: Path) -> dict[str, list[int]]:
+    """Exit statuses of the workers by scenario (of the one that hangs: of the other)."""
+    run = run_script(WORKERS, dense, place, json.dumps(SCENARIOS))
     assert run.returncode == 0, run.stderr[-2000:]
-    texts = [[(parent / f"{n}.{kind}").read_text() for n in range(count)] for kind in ("err", "out")]
-    return [int(code) for code in run.stdout.split()], *texts
+    return json.loads(run.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -77,30 +88,35 @@ def want(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
     return files(out)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_same_bytes_as_one(count: int, dense: Path, tmp_path: Path, want) -> None:
-    codes, errors, outputs = run_workers(dense, tmp_path / "place", count, "work")
-    assert codes == [0] * count, errors
-    assert files(tmp_path / "place" / "out") == want
-    taken = [int(error.split()[-1]) for error in errors]
-    assert all(taken) and sum(taken) == 20, taken
-    assert sorted(bool(text) for text in outputs) == [False] * (count - 1) + [True]
-    assert not folder_of(tmp_path / "place" / "out").exists()
+def said(folder: Path, kind: str) -> list[str]:
+    """What each worker wrote on stderr or stdout, of which ``kind`` is the ending."""
+    return [file.read_text() for file in sorted(folder.glob(f"*.{kind}"))]
 
 
-def test_the_work_of_a_process_that_dies_is_taken_over(dense: Path, tmp_path: Path, want) -> None:
-    codes, errors, _ = run_workers(dense, tmp_path / "place", 2, "die")
-    assert codes == [signal.SIGKILL, 0], errors
-    assert files(tmp_path / "place" / "out") == want
+@pytest.mark.parametrize("scenario", ["two", "four"])
+def test_several_processes_give_the_same_bytes_as_one(scenario: str, place: Path, codes, want) -> None:
+    folder = place / scenario
+    assert codes[scenario] == [0] * SCENARIOS[scenario], said(folder, "err")
+    assert files(folder / "out") == want
+    taken = [int(error.split()[-1]) for error in said(folder, "err")]
+    assert sum(count > 0 for count in taken) > 1 and sum(taken) == 20, taken
+    assert sum(bool(text) for text in said(folder, "out")) == 1  # one reports
+    assert not folder_of(folder / "out").exists()
 
 
-def test_a_process_that_hangs_ends_the_others_with_a_message(dense: Path, tmp_path: Path, want) -> None:
-    place = tmp_path / "place"
-    codes, errors, _ = run_workers(dense, place, 2, "hang")
-    assert codes[1] == 1 << 8 and "without finishing; end it, and give the command again" in errors[1]
-    assert not (place / "out").exists()
-    assert quantize(dense, place / "out", "--max-shard-size", "20KB", "--json", "--workers-join") == 0
-    assert files(place / "out") == want
+def test_the_work_of_a_process_that_dies_is_taken_over(place: Path, codes, want) -> None:
+    assert codes["die"] == [signal.SIGKILL, 0], said(place / "die", "err")
+    assert files(place / "die" / "out") == want
+
+
+def test_a_process_that_hangs_ends_the_others_with_a_message(dense: Path, place: Path, codes, want, monkeypatch):
+    monkeypatch.setattr(plan, "BATCH_BYTES", 1024)  # as the workers have it
+    folder = place / "hang"
+    assert codes["hang"] == [1 << 8]
+    assert "without finishing; end it, and give the command again" in said(folder, "err")[1]
+    assert not (folder / "out").exists()
+    assert quantize(dense, folder / "out", "--max-shard-size", "20KB", "--json", "--workers-join") == 0
+    assert files(folder / "out") == want
 
 
 def test_one_that_comes_late_finds_the_model_written(dense: Path, tmp_path: Path, monkeypatch, capsys) -> None:
