@@ -117,7 +117,7 @@ def _rewrite(folder: Path, side: Path, old: Shard, new: Shard, other: set[int]) 
 
 
 def _bytes_of(value: Tensor) -> memoryview:
-    return memoryview(value.detach().reshape(-1).view(torch.uint8).numpy())
+    return value.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_at(handle: int, data: memoryview, begin: int) -> None:

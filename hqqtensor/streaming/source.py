@@ -96,7 +96,7 @@ class Source:
         if not out.numel():
             return out
         begin = tensor.begin + (0 if count is None else first * (tensor.nbytes // tensor.shape[0]))
-        target = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        target = out.reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(target):
             try:
