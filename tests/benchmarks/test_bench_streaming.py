@@ -9,7 +9,7 @@ from benchmarks import streaming
 
 def test_it_measures_memory_and_speed_and_cleans_up(tmp_path: Path) -> None:
     figures = streaming.measure(small=True, processes=1, place=tmp_path)
-    assert figures["weights"] == 4_190_464 and figures["million_weights_per_second"] > 0
+    assert figures["weights"] == 4_188_416 and figures["million_weights_per_second"] > 0
     assert figures["disk_million_weights_per_second"] > 0
     # Most of it is what the imports take. The 7B-shaped run may have 2 GiB.
     assert 0 < figures["peak_anonymous_mib"] < 1024
