@@ -1,7 +1,8 @@
 """load: the model of a quantized transformers directory, memory-mapped."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
     return prepare_for_generation_(model)
 
 
-def empty_model(directory: Path, settings: Mapping[str, Any]) -> Any:
+def empty_model(directory: Path, settings: Mapping[str, Any], otherwise: torch.dtype | None = None) -> Any:
     """The model of a directory in eval mode, tied as it is to be, with its parameters on the meta device.
 
-    settings: the contents of its config.json. ImportError says what to install.
+    settings: the contents of its config.json. otherwise: builds it in the dtype that config.json names, else in this;
+    None in float32. ImportError says what to install.
     """
     try:
         import transformers
@@ -69,7 +71,8 @@ def empty_model(directory: Path, settings: Mapping[str, Any]) -> Any:
     build = getattr(transformers, name, None) if name else None
     # Weights need no random numbers, which take half of the time even on the meta device. Buffers are real: those that
     # are not persistent (rotary frequencies) are in no checkpoint.
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    dtype = torch.float32 if otherwise is None else getattr(config, "dtype", None) or otherwise
+    with no_init_weights(), init_empty_weights(include_buffers=False), _default_dtype(dtype):
         model: Any = (build or transformers.AutoModel.from_config)(config)
     for part in model.modules():
         for module in part.modules() if isinstance(part, transformers.PreTrainedModel) else ():
@@ -77,6 +80,16 @@ def empty_model(directory: Path, settings: Mapping[str, Any]) -> Any:
                 part._init_weights(module)
     model.tie_weights()
     return model.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

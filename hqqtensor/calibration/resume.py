@@ -11,8 +11,6 @@ if its weights are there, whenever the process was killed.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import sys
@@ -27,17 +25,12 @@ from hqqtensor.calibration.collect import Calibration, batches_for, calibrate
 from hqqtensor.calibration.data import Source
 from hqqtensor.calibration.experts import ExpertMoments
 from hqqtensor.config import HqqConfig
+from hqqtensor.run_record import PART, ResumeError, begin, check_same, digest, is_begun, write_whole
 from hqqtensor.tensor import HQQTensor
 
 SAMPLE = 4096
 """Numbers of each parameter that count for the digest of a model, evenly spread."""
-_RUN = "run.json"
-_UNFINISHED = ".part"
 _OURS = re.compile(r"(run\.json|(batches|calibration|(weights|streams)-\d{5})\.pt)(\.part)?")
-
-
-class ResumeError(ValueError):
-    """The folder does not hold an interrupted run of the same call."""
 
 
 class ResumeFolder(os.PathLike[str]):
@@ -58,7 +51,7 @@ class ResumeFolder(os.PathLike[str]):
     @property
     def is_begun(self) -> bool:
         """Whether there is something to go on with."""
-        return (self.path / _RUN).is_file()
+        return is_begun(self.path)
 
     def describe(self, model: nn.Module, config: HqqConfig, names: Sequence[str]) -> None:
         """Say what the run is, but for its calibration: names of the weights to quantize."""
@@ -75,17 +68,11 @@ class ResumeFolder(os.PathLike[str]):
         """Begin the run, or read what is finished of it. ResumeError where the folder holds something else."""
         self.run |= {"mode": mode, "calibrated on": calibrated_on}
         if not self.is_begun:
-            if self.path.exists() and any(not name.endswith(_UNFINISHED) for name in os.listdir(self.path)):
+            if self.path.exists() and any(not name.endswith(PART) for name in os.listdir(self.path)):
                 raise ResumeError(f"{self.path} is not empty and holds no interrupted run")
-            self._write(_RUN, lambda file: file.write(json.dumps(self.run, indent=1).encode()))
+            begin(self.path, self.run)
             return
-        kept = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
-        different = _differences(kept, json.loads(json.dumps(self.run)))
-        if different:
-            raise ResumeError(
-                f"{self.path} holds an interrupted run of another call: {'; '.join(different)}. Go on with that call, "
-                "or remove the folder"
-            )
+        check_same(self.path, self.run)
         for file in sorted(self.path.glob("weights-*.pt")):
             step = torch.load(file, map_location="cpu")
             self.steps[step["step"]] = step["weights"]
@@ -97,7 +84,7 @@ class ResumeFolder(os.PathLike[str]):
 
     def save(self, name: str, value: Any) -> None:
         """Keep tensors and plain values under a name."""
-        self._write(f"{name}.pt", lambda file: torch.save(value, file))
+        write_whole(self.path, f"{name}.pt", lambda file: torch.save(value, file))
 
     def finish(self, step: str, weights: Mapping[str, Tensor], streams: Any = None) -> None:
         """Keep the weights of a step, and the streams that the next one needs."""
@@ -119,15 +106,6 @@ class ResumeFolder(os.PathLike[str]):
         for name in os.listdir(self.path):
             if _OURS.fullmatch(name):
                 (self.path / name).unlink()
-
-    def _write(self, name: str, write: Callable[[Any], Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path / f"{name}{_UNFINISHED}"
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path / name)
 
 
 def calibrated(
@@ -158,41 +136,6 @@ def calibrated(
     return calibration
 
 
-def digest(value: Any) -> str:
-    """Equal for equal nested lists, tuples and mappings of tensors, numbers and text."""
-    result = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            add([str(value.dtype), list(value.shape)])
-            result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping):
-            add([list(pair) for pair in value.items()])
-        elif isinstance(value, (list, tuple)):
-            result.update(f"{len(value)} of".encode())
-            for each in value:
-                add(each)
-        else:
-            plain = value is None or isinstance(value, (bool, int, float, str))
-            result.update(repr(value if plain else type(value).__name__).encode())
-
-    add(value)
-    return result.hexdigest()[:32]
-
-
 def _sample(parameter: Tensor) -> Tensor:
     flat = (parameter.qdata if isinstance(parameter, HQQTensor) else parameter).detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLE)]
-
-
-def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two runs, in words: settings one by one, digests by name."""
-    found = []
-    for key in {**kept, **now}:
-        before, after = kept.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after)
-        elif before != after:
-            is_digest = key in ("names of the weights", "model", "calibrated on")
-            found.append(f"{key} differs" if is_digest else f"{key} was {before!r} and is {after!r}")
-    return found

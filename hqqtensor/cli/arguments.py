@@ -130,6 +130,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         help="stop measuring for --target-* after this time and estimate the layers that are left (default: none)",
     )  # fmt: skip
     add("--dry-run", action="store_true", help="say what would be quantized and how large it gets; write nothing")
+    add(
+        "--workers-join", action="store_true",
+        help="share the work with other processes that are given the same command, on any machines that share the "
+        "disk; torchrun does as well (default: alone)",
+    )  # fmt: skip
     _add_output(parser, "OUT_DIR")
     add_json(parser, "the summary")
 
@@ -196,7 +201,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "(default: zstd)",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace FILE (default: refuse)")
-    _add_json(parser, "the summary")
+    add_json(parser, "the summary")
 
 
 def _add_unpack(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +209,7 @@ def _add_unpack(parser: argparse.ArgumentParser) -> None:
     add("file", metavar="FILE", type=Path, help="file that pack wrote, or - for stdin")
     add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
     add("--overwrite", action="store_true", help="replace the model in OUT_DIR (default: refuse)")
-    _add_json(parser, "the summary")
+    add_json(parser, "the summary")
 
 
 _Command = tuple[str, str, Callable[[argparse.ArgumentParser], None]]

@@ -65,7 +65,8 @@ def resumable(out: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not is_calibrated(args):
         yield {}
         return
-    from hqqtensor.calibration.resume import ResumeError, ResumeFolder
+    from hqqtensor.calibration.resume import ResumeFolder
+    from hqqtensor.run_record import ResumeError
 
     folder = ResumeFolder(out.with_name(f"{out.name}.unfinished"))
     if folder.is_begun and not args.json:

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqqtensor import HqqConfig
 from hqqtensor.cli.errors import CommandError, UsageError
 from hqqtensor.serialization.layout import CheckpointError, InputError
+from hqqtensor.streaming.folder import settle as settle_streamed
+from hqqtensor.streaming.folder import work_prefix
 
 try:
     import fcntl
@@ -23,10 +26,13 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 QUANT_METHOD = "hqqtensor"
-_COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
-    "generation_config.json", "chat_template*", "*processor_config.json",
-)  # fmt: skip
+SMALL = 64 * 2**20
+"""Bytes up to which a file of a model directory is carried over with the model."""
+_NOT_COMPANIONS = re.compile(
+    r"config\.json|quantize_config\.json|quant_config\.json|.*\.index\.json|"
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|npz|part|tmp)"
+)
+"""Files that hold weights, say where they lie, or describe a model that is not the one that is written."""
 
 
 def import_transformers() -> Any:
@@ -68,6 +74,15 @@ def write_config(directory: Path, settings: Mapping[str, Any], dtype: torch.dtyp
     if settings.get("dtype") is None and settings.get("torch_dtype") is None:
         settings = {**settings, "dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def complete(directory: Path, source: Path, settings: Mapping[str, Any], config: HqqConfig, dtype: torch.dtype) -> None:
+    """Add to the weights in ``directory`` what lies beside those of ``source``, and a config.json that says how they
+    were quantized. settings, dtype: of the dense model."""
+    copy_companions(source, directory)
+    # The name of the original's directory says what it was; its place on this machine concerns nobody else.
+    entry = {"quant_method": QUANT_METHOD, **config.to_dict(), "source": source.name}
+    write_config(directory, {**settings, "quantization_config": entry}, dtype)
 
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:
@@ -125,20 +140,15 @@ def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
         raise CommandError(str(error)) from error
 
 
-def empty_model_of(directory: Path) -> nn.Module:
-    """The model of a directory, tied as it is when it is opened, with parameters on the meta device."""
-    transformers = import_transformers()
-    from accelerate import init_empty_weights
+def empty_model_of(directory: Path, otherwise: torch.dtype | None = None) -> nn.Module:
+    """The model of a directory, tied as it is when it is opened, with parameters on the meta device.
 
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    build = _class_of(read_config(directory)) or transformers.AutoModel.from_config
-    # Buffers are real: those that are not persistent (rotary frequencies) are in no checkpoint.
-    with init_empty_weights(include_buffers=False):
-        model = build(config)
-    model.tie_weights()
-    return model
+    otherwise: builds it in the dtype that config.json names, else in this, as ``open_dense`` does; None in float32.
+    """
+    import_transformers()
+    from hqqtensor import open_directory
+
+    return open_directory.empty_model(directory, read_config(directory), otherwise)
 
 
 def empty_model(settings: Mapping[str, Any]) -> nn.Module:
@@ -179,9 +189,27 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer and generation files of a model directory, not its weights or config."""
-    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, target / path.name)
+    """Copy what lies beside the weights of a model directory: tokenizer, chat template, README, code, and so on.
+
+    These are the files of up to ``SMALL`` bytes that hold no weights and are not hidden, and those in folders that a
+    ``modules.json`` (of sentence-transformers) names; not config.json, which ``write_config`` writes.
+    """
+    for folder in (Path(), *_folders_of_modules(source)):
+        for path in sorted((source / folder).iterdir()):
+            is_companion = path.is_file() and not path.name.startswith(".") and path.stat().st_size <= SMALL
+            if is_companion and (folder.parts or not _NOT_COMPANIONS.fullmatch(path.name)):
+                (target / folder).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / folder / path.name)
+
+
+def _folders_of_modules(source: Path) -> list[Path]:
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        names = [module["path"] for module in modules]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    plain = [name for name in names if isinstance(name, str) and name and Path(name).name == name and name != ".."]
+    return [Path(name) for name in plain if (source / name).is_dir()]
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -225,7 +253,7 @@ def written_at_once(out: Path) -> Iterator[Path]:
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     _settle_killed(out)
-    work = Path(tempfile.mkdtemp(prefix=_work_prefix(out), dir=out.parent))
+    work = Path(tempfile.mkdtemp(prefix=work_prefix(out), dir=out.parent))
     with _locked(work):
         try:
             new = work / "new"
@@ -236,10 +264,6 @@ def written_at_once(out: Path) -> Iterator[Path]:
             new.rename(out)
         finally:
             _settle(work, out)
-
-
-def _work_prefix(out: Path) -> str:
-    return f".{out.name}.hqqtensor-"
 
 
 def _settle(work: Path, out: Path) -> str:
@@ -266,11 +290,13 @@ def _settle(work: Path, out: Path) -> str:
 
 def _settle_killed(out: Path) -> None:
     """Settle what runs that were killed left beside ``out``; says so on stderr."""
-    name = re.compile(re.escape(_work_prefix(out)) + r"[a-z0-9_]+")  # as mkdtemp makes them
+    name = re.compile(re.escape(work_prefix(out)) + r"[a-z0-9_]+")  # as mkdtemp makes them
     try:
         left = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
     except OSError:  # no such directory yet
         return
+    if done := settle_streamed(out):
+        print(f"hqqtensor: {out}: {done}", file=sys.stderr)
     for work in left:
         with _locked(work) as is_ours:
             between = (work / "new").exists() and (work / "old").exists()

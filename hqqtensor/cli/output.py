@@ -43,9 +43,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 
 @contextmanager
-def progress_on_stderr(title: str, wanted: bool) -> Iterator[Progress | None]:
+def progress_on_stderr(title: str, wanted: bool, unit: str = "") -> Iterator[Progress | None]:
     """A ``progress(done, total, name)`` callback that draws on stderr; None where it is not ``wanted``.
 
+    unit: of ``done``, such as "weights", if the rate is to be shown.
     A bar on a terminal that has rich, else a line at every tenth of the work and at least every minute. Each phase of
     ``PHASES`` begins anew, with a time left of its own.
     """
@@ -54,9 +55,11 @@ def progress_on_stderr(title: str, wanted: bool) -> Iterator[Progress | None]:
     elif sys.stderr.isatty() and _has_rich():
         from rich.console import Console
         from rich.progress import Progress as Bar
+        from rich.progress import TextColumn
 
-        with Bar(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=None)
+        columns = [*Bar.get_default_columns(), TextColumn("{task.fields[rate]}")] if unit else Bar.get_default_columns()
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=None, rate="")
             phase = None
 
             def draw(done: int, total: int, name: str) -> None:
@@ -64,11 +67,13 @@ def progress_on_stderr(title: str, wanted: bool) -> Iterator[Progress | None]:
                 if phase != _phase(title, name):
                     phase = _phase(title, name)
                     bar.reset(task, total=total)
-                bar.update(task, completed=done, total=total, description=_label(title, name))
+                speed = bar.tasks[0].speed
+                rate = _rate(speed, unit).removeprefix(", ") if unit and speed else ""
+                bar.update(task, completed=done, total=total, description=_label(title, name), rate=rate)
 
             yield draw
     else:
-        yield _Lines(title).report
+        yield _Lines(title, unit).report
 
 
 def _phase(title: str, name: str) -> str:
@@ -82,8 +87,8 @@ def _label(title: str, name: str) -> str:
 class _Lines:
     """Progress in lines of text: what is at work, its share of the phase, and the time left by the speed so far."""
 
-    def __init__(self, title: str) -> None:
-        self.title, self.phase, self.tenth = title, "", 0
+    def __init__(self, title: str, unit: str = "") -> None:
+        self.title, self.unit, self.phase, self.tenth = title, unit, "", 0
         self.began = self.shown = time.monotonic()
         self.first_done = 0
 
@@ -95,9 +100,15 @@ class _Lines:
         tenth = 10 * done // total
         if tenth > self.tenth or now - self.shown >= SECONDS:
             self.tenth, self.shown = tenth, now
-            left = (now - self.began) * (total - done) / (done - self.first_done) if done > self.first_done else 0
-            line = f"{_label(self.title, name)}: {100 * done // total}%{time_left(left)}"
+            speed = (done - self.first_done) / (now - self.began) if now > self.began else 0
+            left = (total - done) / speed if speed else 0
+            rate = _rate(speed, self.unit) if self.unit and speed else ""
+            line = f"{_label(self.title, name)}: {100 * done // total}%{rate}{time_left(left)}"
             print(line, file=sys.stderr, flush=True)
+
+
+def _rate(speed: float, unit: str) -> str:
+    return f", {speed / 1e6:.1f} M {unit}/s"
 
 
 def time_left(seconds: float) -> str:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hqqtensor import HqqConfig, quantize_, save_model
-from hqqtensor.cli import byte_table, calibration, dry_run, model_dir, presets, search
+from hqqtensor.cli import calibration, dry_run, model_dir, presets, search, stream
 from hqqtensor.cli.argument_types import group_size
 from hqqtensor.cli.errors import from_arguments, writing
-from hqqtensor.cli.next_command import command_to_try
-from hqqtensor.cli.output import print_json, progress_on_stderr
+from hqqtensor.cli.output import progress_on_stderr
+from hqqtensor.cli.summary import Summary, report
 from hqqtensor.diagnostics import model_size
-from hqqtensor.diagnostics.left_dense import DenseGroup, left_dense
-from hqqtensor.diagnostics.size import ModelSize
-from hqqtensor.diagnostics.table import megabytes
+from hqqtensor.diagnostics.left_dense import left_dense
 from hqqtensor.presets import BYTE_UNITS, parse_size
 from hqqtensor.selection import OUTPUT_LAYER, check_shapes, choose, output_layers
 
@@ -28,16 +26,32 @@ def run(args: argparse.Namespace) -> int:
         config = make_config(args)
         target_bytes = search.check_arguments(args)
         parse_size(args.max_shard_size, "--max-shard-size", BYTE_UNITS)
+        stream.check_arguments(args)
     settings = model_dir.read_dense_config(source)
-    model_dir.check_output(out, source, args.overwrite)
+    model_dir.check_output(out, source, args.overwrite or stream.is_together(args))
     text = None if args.text is None else model_dir.read_text(args.text)
-    empty = model_dir.empty_model_of(source)
-    config = skip_output_layer(empty, config, args)
-    check_model(empty, config, target_bytes, args)
-    calibration.check(empty, config, args)
-    if args.dry_run:
-        return dry_run.run(empty, config, search.is_search(args), args)
+    with stream.opened(source, args) as files:
+        empty = model_dir.empty_model_of(source, None if files is None else files.first_floating_dtype())
+        config = skip_output_layer(empty, config, args)
+        check_model(empty, config, target_bytes, args)
+        calibration.check(empty, config, args)
+        if args.dry_run:
+            return dry_run.run(empty, config, search.is_search(args), args)
+        plan = None if files is None else stream.plan(empty, files, config, args)
+        if files is not None and plan is not None:
+            summary = stream.run(files, plan, config, settings, args)
+        else:
+            summary = run_in_memory(source, out, config, settings, target_bytes, text, args)
+    if summary is not None:
+        report(out, summary, args.json)
+    return 0
 
+
+def run_in_memory(
+    source: Path, out: Path, config: HqqConfig, settings: dict[str, Any], target_bytes: int | None, text: str | None,
+    args: argparse.Namespace,
+) -> Summary:  # fmt: skip
+    """Quantize the model opened whole: what calibration and search need."""
     model = model_dir.open_dense(source)
     before = model_size(model)
     with calibration.resumable(out, args) as kept:
@@ -50,15 +64,10 @@ def run(args: argparse.Namespace) -> int:
             quantize_(model, config, progress=progress, **options)
         seconds = time.perf_counter() - started
 
-        # The name of the original's directory says what it was; its place on this machine concerns nobody else.
-        entry = {"quant_method": model_dir.QUANT_METHOD, **config.to_dict(), "source": source.name}
-        settings["quantization_config"] = entry
         with writing(out), model_dir.written_at_once(out) as work:
             save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
-            model_dir.copy_companions(source, work)
-            model_dir.write_config(work, settings, next(model.parameters()).dtype)
-    report(out, before, model_size(model), left_dense(model, config), seconds, config, measured, args.json)
-    return 0
+            model_dir.complete(work, source, settings, config, next(model.parameters()).dtype)
+    return Summary(before, model_size(model), left_dense(model, config), seconds, config, measured)
 
 
 def parse_layers(entries: list[str]) -> dict[str, dict[str, Any] | None] | None:
@@ -125,41 +134,3 @@ def check_model(empty: Any, config: HqqConfig, target_bytes: int | None, args: a
             raise ValueError(f"{args.model_dir}: nothing to quantize outside of --skip")
         if search.is_search(args):
             search.check_model(empty, config, target_bytes, args)
-
-
-def report(
-    out: Path, before: ModelSize, after: ModelSize, dense: list[DenseGroup], seconds: float, config: HqqConfig,
-    measured: dict[str, Any] | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Print what was written, how large it is, where its bytes are, and what to do next.
-
-    measured: what a search says of itself.
-    """
-    parts = byte_table.parts_of(out)
-    if as_json:
-        print_json(
-            {
-                "out_dir": str(out),
-                "bytes_before": before.nbytes,
-                "bytes_after": after.nbytes,
-                "quantized_weights": after.quantized_weights,
-                "bits_per_weight": after.bits_per_weight,
-                "parts": byte_table.as_dicts(parts),
-                "left_dense": [dataclasses.asdict(group) for group in dense],
-                "seconds": seconds,
-                "config": config.to_dict(),
-                **({} if measured is None else {"search": measured}),
-            }
-        )
-        return
-    print(f"wrote {out}")
-    ratio = before.nbytes / after.nbytes
-    print(f"size: {megabytes(before.nbytes)} -> {megabytes(after.nbytes)} ({ratio:.2f}x smaller)")
-    millions = after.quantized_weights / 1e6
-    print(f"quantized: {millions:.2f} million weights at {after.bits_per_weight:.3f} bits, metadata counted")
-    print(f"left dense: {megabytes(after.nbytes - after.quantized_nbytes)}")
-    for group in dense:
-        print(f"  {group}")
-    print(f"time to quantize: {seconds:.1f} s")
-    byte_table.show_parts(parts)
-    print(f"try it: {command_to_try(out)}")

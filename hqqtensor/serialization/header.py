@@ -25,12 +25,15 @@ class Header:
     hidden: set[str]
 
 
-def file_metadata(entries: Mapping[str, str], aliases: Mapping[str, str], hidden: Sequence[str]) -> dict[str, str]:
+def file_metadata(
+    entries: Mapping[str, str], aliases: Mapping[str, str], hidden: Sequence[str], save: str | None = None
+) -> dict[str, str]:
     """What is written into every file of one save. ``entries``: of all parameters and buffers; others as in ``Header``.
 
-    "save" is an identity that no other save has, so that ``read_header`` can refuse shards of two.
+    save: an identity that no save of other numbers has, so that ``read_header`` can refuse shards of two; None makes
+    one.
     """
-    shared: dict[str, Any] = {"version": VERSION, "save": secrets.token_hex(8)}
+    shared: dict[str, Any] = {"version": VERSION, "save": save or secrets.token_hex(8)}
     shared |= {"aliases": dict(aliases), "non_persistent_buffers": list(hidden)}
     return {"format": "pt", **entries, "tensor_names": json.dumps(list(entries)), _KEY: json.dumps(shared)}
 

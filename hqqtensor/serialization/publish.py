@@ -44,11 +44,22 @@ def publish(path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], 
             os.replace(written[0], path)
             index_path(path).unlink(missing_ok=True)
         else:
-            weight_map = {key: name for name, some in zip(names, keys, strict=True) for key in some}
-            index = json.dumps({"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=1)
-            _move_shards(path, written, names, index)
+            _move_shards(path, written, names, index_text(names, keys, nbytes))
         for name in in_use - set(names):
             (path.parent / name).unlink(missing_ok=True)
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """The usual names of ``count`` files; of a single one ``stem.safetensors``."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{place + 1:05}-of-{count:05}.safetensors" for place in range(count)]
+
+
+def index_text(names: Sequence[str], keys: Sequence[Sequence[str]], nbytes: int) -> str:
+    """The index file of shards; ``keys``: names of the tensors in each, ``nbytes``: of all tensors."""
+    weight_map = {key: name for name, some in zip(names, keys, strict=True) for key in some}
+    return json.dumps({"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=1)
 
 
 def _move_shards(path: Path, written: Sequence[Path], names: Sequence[str], index: str) -> None:
@@ -71,7 +82,7 @@ def _free_names(path: Path, count: int, in_use: set[str]) -> list[str]:
     if count == 1:
         return [path.name]
     for stem in (path.stem, f"{path.stem}-{secrets.token_hex(4)}"):
-        names = [f"{stem}-{place + 1:05}-of-{count:05}.safetensors" for place in range(count)]
+        names = shard_names(stem, count)
         if not in_use & set(names):
             break
     return names

@@ -72,16 +72,9 @@ def _write_units(
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DEFAULT_NAME
-    limit = int(parse_size(max_shard_size, "max_shard_size", _UNITS))
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for tensors in units:
-        nbytes = sum(t.nbytes for t in tensors.values())
-        if shards[-1] and size + nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1].update(tensors)
-        size += nbytes
+    limit = shard_limit(max_shard_size)
+    sizes = [sum(t.nbytes for t in tensors.values()) for tensors in units]
+    shards = [{key: t for unit in units[part] for key, t in unit.items()} for part in into_shards(sizes, limit)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         written = [Path(scratch, f"{place}.safetensors") for place in range(len(shards))]
@@ -100,6 +93,27 @@ def _write_packed(
         with open(packed, "xb") as stream:
             pack_directory(plain, stream, compression)
         os.replace(packed, path)
+
+
+def shard_limit(max_shard_size: int | str) -> int:
+    """Bytes of ``max_shard_size``; ValueError where it is no size."""
+    return int(parse_size(max_shard_size, "max_shard_size", _UNITS))
+
+
+def into_shards(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Which of the tensors of these bytes, in their order, go into each file: up to ``limit`` bytes, or one tensor."""
+    firsts, size = [0], 0
+    for place, nbytes in enumerate(sizes):
+        if place > firsts[-1] and size + nbytes > limit:
+            firsts.append(place)
+            size = 0
+        size += nbytes
+    return [slice(first, last) for first, last in zip(firsts, [*firsts[1:], len(sizes)], strict=True)]
+
+
+def takes_guard(name: str) -> bool:
+    """Whether ``GUARD`` may stand for the quantized weight of this name."""
+    return name.rpartition(".")[2][0].islower()
 
 
 def collect(model: nn.Module, non_persistent: bool = True) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
@@ -133,7 +147,7 @@ def split_state(
             parts, entries[name] = flatten(name, tensor)
             if torchao:
                 entries[name] = torchao_entry(tensor)
-            elif not guarded and name.rpartition(".")[2][0].islower():
+            elif not guarded and takes_guard(name):
                 parts[name], guarded = GUARD, True
         units.append({key: _separate(part, memory) for key, part in parts.items()})
     return units, file_metadata(entries, aliases, extra)

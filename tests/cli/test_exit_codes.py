@@ -237,8 +237,8 @@ def test_a_full_disk_is_an_error_that_names_the_output(command: str, place: Path
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    module = COMMANDS[command]
-    monkeypatch.setattr(module, "save_model" if command == "quantize" else "save_state", full)
+    owner, name = {"quantize": (os, "pwrite"), "convert": (convert, "save_state")}[command]
+    monkeypatch.setattr(owner, name, full)
     assert main([command, {"quantize": "dense", "convert": "quantized"}[command], "out"]) == 1
     assert "out: [Errno 28] No space left on device" in (err := capsys.readouterr().err) and "cannot write" in err
     assert not (place / "out").exists()
