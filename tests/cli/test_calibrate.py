@@ -109,12 +109,3 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny: Path, tmp_path: Path,
     got, want = (model_dir.open_quantized(tmp_path / name).state_dict() for name in ("out", "other"))
     assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
-
-
-def test_a_run_without_calibration_keeps_nothing_to_go_on_with(tiny: Path, tmp_path: Path, monkeypatch) -> None:
-    def stop(*_args: object, **_options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("hqqtensor.cli.quantize.save_model", stop)
-    assert run("quantize", tiny, tmp_path / "out") == 130
-    assert list(tmp_path.iterdir()) == []
