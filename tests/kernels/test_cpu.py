@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import BOUNDS, TABLE_BOUNDS, size_of_sums
+from fresh_python import run_fresh
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from in_threads import wrong_results
@@ -405,8 +406,7 @@ alike = pytest.mark.skipif(
 @alike
 def test_an_unknown_instruction_set_is_an_error() -> None:
     code = "from hqqtensor.kernels import cpu; cpu.instruction_set()"
-    env = {**os.environ, "HQQTENSOR_CPU": "sse9"}
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    found = run_fresh(code, HQQTENSOR_CPU="sse9")
     assert found.returncode != 0 and "must be amx, avx512, avx2 or portable, got 'sse9'" in found.stderr
 
 
@@ -442,7 +442,7 @@ assert sum("plain path" in str(w.message) for w in seen) == 1
 assert "compiled library is not there" in next(b for b in collect()["backends"] if b["name"] == "cpu")["reason"]
 print("fine")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = run_fresh(code)
     assert found.stdout.strip().endswith("fine"), found.stderr[-2000:]
 
 
