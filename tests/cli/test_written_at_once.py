@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from killing import run_script
+from fresh_python import run_fresh
 
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.errors import UsageError
@@ -153,7 +153,7 @@ KILLED = """
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_next_run_restores_what_a_killed_one_left(tmp_path) -> None:
     (tmp_path / "parent").mkdir()
-    run = run_script(KILLED, tmp_path / "parent")
+    run = run_fresh(KILLED, tmp_path / "parent")
     rows = [line.split() for line in run.stdout.splitlines()]
     assert run.returncode == 0 and len(rows) > 6, run.stdout + run.stderr
     assert all(row[1] == str(int(signal.SIGKILL)) for row in rows[:-1]) and rows[-1][1] == "0"

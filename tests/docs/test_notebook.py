@@ -11,7 +11,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "quickstart.ipynb"
-BLOCKS = 10
+BLOCKS = 4
 """Of the model's 30. Most of the notebook's time goes into calibrating, block by block."""
 
 

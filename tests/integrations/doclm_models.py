@@ -1,8 +1,5 @@
 """The model of these tests, and what they ask of it."""
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,3 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def quantized(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if isinstance(p, HQQTensor)]
-
-
-def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True)

@@ -1,8 +1,6 @@
 """accelerate keeps weights in memory or on the disk and moves them for each call: quantized ones too."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 import transformers
 from doclm_models import IDS, load, quantized, same
+from fresh_python import run_fresh
 from torch import nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
@@ -169,7 +168,7 @@ want = m(torch.ones(1, 64))
 accelerate.disk_offload(m, sys.argv[1], "cpu")
 assert torch.equal(m(torch.ones(1, 64)), want)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = run_fresh(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "hqqtensor" in json.loads((tmp_path / "index.json").read_text())["0.weight"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from doclm_models import run
+from fresh_python import run_fresh
 from torch import nn
 
 from hqqtensor import HqqConfig, quantize_
@@ -207,7 +207,7 @@ def test_versions_that_cannot_be_changed_are_imported_with_a_warning_and_refused
     for name, text in LIBRARIES_OF_OTHER_VERSIONS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    done = run(
+    done = run_fresh(
         """
         import sys, warnings
         sys.path.insert(0, sys.argv[1])
@@ -243,7 +243,7 @@ def test_versions_that_cannot_be_changed_are_imported_with_a_warning_and_refused
 
 
 def test_installed_libraries_are_changed_when_imported_quickly_and_silently() -> None:
-    done = run(
+    done = run_fresh(
         """
         import sys, time, warnings, torch, torchao
         warnings.simplefilter("error")

@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from fresh_python import run_fresh
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
@@ -232,5 +231,6 @@ assert i.dequantize_module_weight is d.dequantize_module_weight
 for f in (m.dispatch_torchao, i.dequantize_module_weight):
     assert f.__wrapped__.__module__.startswith("peft."), f
 """
-    runs = [subprocess.Popen([sys.executable, "-c", f"{start}\n{register}\n{check}"]) for start in (first, second)]
-    assert [process.wait() for process in runs] == [0, 0]
+    for start in (first, second):
+        done = run_fresh(f"{start}\n{register}\n{check}")
+        assert done.returncode == 0, done.stderr

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from doclm_models import DOCLM, IDS, PLAIN, load, quantized, run, same
+from doclm_models import DOCLM, IDS, PLAIN, load, quantized, same
+from fresh_python import run_fresh
 from torch import nn
 from transformers import AutoModel
 
@@ -162,12 +163,12 @@ def test_importing_registers_in_either_order_without_importing_transformers() ->
         assert auto.AUTO_QUANTIZER_MAPPING["hqq"] is first
     """
     for code in (first, second):
-        done = run(code)
+        done = run_fresh(code)
         assert done.returncode == 0, done.stderr
 
 
 def test_without_hqqtensor_loading_fails_and_says_why(saved: Path) -> None:
-    done = run(
+    done = run_fresh(
         """
         import sys
         sys.modules["hqqtensor"] = None

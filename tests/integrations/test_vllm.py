@@ -6,8 +6,6 @@ model_executor/model_loader/weight_utils.py (the "torchao" strategy) and layers/
 
 import importlib.metadata
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers
 from doclm_models import DOCLM, PLAIN
+from fresh_python import run_fresh
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchao.core.config import config_from_dict, config_to_dict
@@ -276,7 +275,7 @@ with safe_open(file, framework="pt") as f:
     whole, _ = unflatten_tensor_state_dict({{k: f.get_tensor(k) for k in f.keys()}}, f.metadata())
 print(len(whole), {{type(t).__name__ for t in whole.values() if t.ndim == 2}})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_fresh(code)
     name, count, kinds = done.stdout.split()
     assert name == "HqqStoredConfig" and int(count) > 0 and kinds == "{'HQQTensor'}", done.stderr
 

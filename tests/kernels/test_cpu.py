@@ -1,14 +1,14 @@
 """The C++ kernels against the plain path, within bounds that follow from the dtypes, on every instruction set here."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bounds import BOUNDS, TABLE_BOUNDS, size_of_sums
+from examples import examples
+from fresh_python import run_fresh
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from in_threads import wrong_results
@@ -78,7 +78,7 @@ def assert_linear(q: HQQTensor, x: torch.Tensor, bias: torch.Tensor | None = Non
     assert worst <= (BOUNDS if q.format == "int" else TABLE_BOUNDS)[x.dtype], worst
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     nbits=st.integers(1, 8),
     group_size=st.sampled_from([4, 8, 16, 20, 24, 32, 64, 100, 128, 192, 256, None]),
@@ -107,7 +107,7 @@ FORMATS = [
 ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     format=st.sampled_from(FORMATS),
     group_size=st.sampled_from([3, 8, 32, 64, 100, 128, None]),
@@ -125,7 +125,7 @@ def test_every_format_equals_the_dense_product(format, group_size, axis, N, K, M
     assert_linear(weight((N, K), nbits, group_size, axis, format=name), x)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     format=st.sampled_from([*[("int", b) for b in range(1, 9)], ("fp4", 4), ("nf4", 4), ("codebook", 3)]),
     group_size=st.sampled_from([16, 20, 32, 64, 100, 128, None]),
@@ -235,7 +235,7 @@ def test_nan_and_inf_are_not_hidden(axis: int, bad: float) -> None:
     assert not y[0].isfinite().any() and y[1].isfinite().all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     nbits=st.integers(1, 8),
     group_size=st.sampled_from([3, 8, 24, 64, 128, None]),
@@ -254,7 +254,7 @@ def test_dequantize_and_embedding_equal_the_plain_path_to_the_last_bit(nbits, gr
         assert torch.equal(F.embedding(index, q.to(dtype)), want[index])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     format=st.sampled_from([*[("int", b) for b in range(1, 9)], ("nf4", 4), ("codebook", 2)]),
     group_size=st.sampled_from([8, 24, 32, 64, None]),
@@ -395,8 +395,8 @@ def test_every_instruction_set_of_this_machine(name: str) -> None:
         pytest.skip("the tests here run on it")
     folder = Path(__file__).parent
     files = [str(path) for path in (*sorted(folder.glob("test_cpu*.py")), folder / "test_linear_many.py")]
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    result = subprocess.run(tests, env={**os.environ, "HQQTENSOR_CPU": name}, capture_output=True, text=True)
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    result = run_fresh(code, "-q", "-x", "-p", "no:cacheprovider", *files, HQQTENSOR_CPU=name)
     if "but this processor lacks it" in result.stdout:
         pytest.skip(f"no {name} on this processor")
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
@@ -414,8 +414,7 @@ alike = pytest.mark.skipif(
 @alike
 def test_an_unknown_instruction_set_is_an_error() -> None:
     code = "from hqqtensor.kernels import cpu; cpu.instruction_set()"
-    env = {**os.environ, "HQQTENSOR_CPU": "sse9"}
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    found = run_fresh(code, HQQTENSOR_CPU="sse9")
     assert found.returncode != 0 and "must be amx, avx512, avx2 or portable, got 'sse9'" in found.stderr
 
 
@@ -451,7 +450,7 @@ assert sum("plain path" in str(w.message) for w in seen) == 1
 assert "compiled library is not there" in next(b for b in collect()["backends"] if b["name"] == "cpu")["reason"]
 print("fine")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = run_fresh(code)
     assert found.stdout.strip().endswith("fine"), found.stderr[-2000:]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cpu import assert_linear, dense, weight
@@ -33,7 +34,7 @@ def activations(M: int, K: int, dtype: torch.dtype = torch.float32) -> torch.Ten
     return torch.randn(M, K, generator=torch.manual_seed(1)).to(dtype)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(
     kind=st.sampled_from(DENSE),
     size=st.integers(0, 4),

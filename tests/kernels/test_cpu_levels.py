@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def test_codes_are_those_of_torch_ties_included(name: str, nbits: int, axis: int
     assert torch.equal(unpack(out, nbits, K), fmt.encode(w, torch.ones(1, 1), None, nbits))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(kind=st.sampled_from(KINDS[:4]), axis=st.sampled_from([0, 1]), **shapes)
 def test_rtn_equals_the_plain_one_to_the_last_bit(kind, axis, group_size, N, K, dtype, size) -> None:
     w = (torch.randn(N, K, generator=torch.manual_seed(0)) * size).to(dtype)
@@ -76,7 +77,7 @@ def test_rtn_equals_the_plain_one_to_the_last_bit(kind, axis, group_size, N, K, 
     assert torch.equal(fast.scale, plain.scale) and torch.equal(fast.qdata, plain.qdata)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(kind=st.sampled_from(KINDS[:4]), axis=st.sampled_from([0, 1]), **shapes)
 def test_joint_equals_the_plain_one_up_to_rounding(kind, axis, group_size, N, K, dtype, size) -> None:
     w = (torch.randn(N, K, generator=torch.manual_seed(0)) * size).to(dtype)
@@ -91,7 +92,7 @@ def check_errors(errors: torch.Tensor, expected: torch.Tensor, slack: float) -> 
     assert abs(errors.sum() - expected.sum()) <= 0.01 * expected.sum() + slack * errors.numel()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     nbits=st.integers(1, 4), by_row=st.booleans(), R=st.integers(1, 40), C=st.integers(1, 40), size=st.integers(1, 70)
 )
@@ -122,10 +123,10 @@ def test_learned_codebooks_are_as_good_as_the_plain_ones(kind, group_size, axis,
 
 
 def test_joint_on_many_groups_gives_the_same_codes() -> None:
-    w = torch.randn(256, 1024, generator=torch.manual_seed(1)) * 0.02
+    w = torch.randn(128, 512, generator=torch.manual_seed(1)) * 0.02
     for name, nbits in FIXED:
         fast, plain = both(w, HqqConfig(nbits, 64, format=name))
-        assert (unpack(fast.qdata, nbits, 1024) != unpack(plain.qdata, nbits, 1024)).sum() <= 0.001 * w.numel()
+        assert (unpack(fast.qdata, nbits, 512) != unpack(plain.qdata, nbits, 512)).sum() <= 0.001 * w.numel()
         assert (fast.scale != plain.scale).sum() <= 0.02 * plain.scale.numel()
 
 
@@ -161,7 +162,7 @@ def test_groups_of_zeros_and_of_very_small_and_large_weights() -> None:
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    w = torch.randn(40, 4100, generator=torch.manual_seed(0))
+    w = torch.randn(40, 1700, generator=torch.manual_seed(0))  # large enough to be shared out in each operator
     before = torch.get_num_threads()
     found = []
     try:

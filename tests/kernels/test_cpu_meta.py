@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import BOUNDS, TABLE_BOUNDS, size_of_sums
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -88,7 +89,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 tokens = st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(N=st.integers(1, 70), K=st.integers(1, 1200), M=tokens, dtype=dtypes, **weights)
 def test_linear_equals_the_dense_product(N, K, M, dtype, **kwargs) -> None:
     w = packed((N, K), **kwargs)
@@ -100,7 +101,7 @@ def test_linear_equals_the_dense_product(N, K, M, dtype, **kwargs) -> None:
     assert worst <= (BOUNDS if kwargs["format"][0] == "int" else TABLE_BOUNDS)[dtype], worst
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(N=st.integers(1, 70), K=st.integers(1, 1200), M=tokens, dtype=dtypes, **weights)
 def test_int8_activations_equal_the_plain_path(N, K, M, dtype, **kwargs) -> None:
     w = packed((N, K), **kwargs)
@@ -114,7 +115,7 @@ def test_int8_activations_equal_the_plain_path(N, K, M, dtype, **kwargs) -> None
     assert worst <= bound + {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype], worst
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(N=st.integers(1, 40), K=st.integers(1, 4000), dtype=dtypes, **weights)
 def test_dequantize_and_embedding_equal_the_plain_path_to_the_last_bit(N, K, dtype, **kwargs) -> None:
     w = packed((N, K), **kwargs)
@@ -125,7 +126,7 @@ def test_dequantize_and_embedding_equal_the_plain_path_to_the_last_bit(N, K, dty
         assert torch.equal(ops.embedding(index, w, dtype), want[index])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     N=st.integers(1, 40), K=st.integers(8, 300), counts=st.lists(st.integers(0, 9), min_size=3, max_size=3), **weights
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ def both(w: torch.Tensor, config: HqqConfig) -> tuple[HQQTensor, HQQTensor]:
         return fast, HQQTensor.from_hp(w, config)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 @given(
     nbits=st.integers(1, 8),
     group_size=st.sampled_from([2, 7, 16, 64, 100, None]),
@@ -37,9 +38,13 @@ def test_rtn_and_packing_equal_the_plain_ones_to_the_last_bit(nbits, group_size,
     assert torch.equal(fast.qdata, plain.qdata)
 
 
-@pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize(("group_size", "axis"), [(64, 1), (64, 0), (24, 1), (None, 1), (16, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+GROUPS = [(64, 1), (64, 0), (24, 1), (None, 1), (16, 0)]
+
+
+@pytest.mark.parametrize(
+    ("nbits", "group_size", "axis", "dtype"),  # every pair of values
+    [(n, *GROUPS[i], (torch.float32, torch.bfloat16)[(n + i) % 2]) for n in range(1, 9) for i in range(5)],
+)
 def test_joint_is_as_good_as_the_plain_one(nbits, group_size, axis, dtype) -> None:
     w = (torch.randn(300, 300, generator=torch.manual_seed(0)) * 0.02).to(dtype)
     fast, plain = both(w, HqqConfig(nbits, group_size, axis=axis))
@@ -80,7 +85,7 @@ def test_other_norms_take_the_plain_path() -> None:
     assert torch.equal(fast, plain)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     nbits=st.integers(1, 8),
     group_size=st.sampled_from([7, 16, 64, 100, None]),

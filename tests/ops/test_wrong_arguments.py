@@ -1,13 +1,12 @@
 """Wrong arguments are refused before memory is read, with one message from kernels, plain path and fake tensors."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_python import run_fresh
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -215,8 +214,8 @@ def test_empty_weights_give_empty_results() -> None:
 
 @pytest.mark.parametrize("seed", [0, 10_000])
 def test_random_wrong_arguments_never_crash(seed: int) -> None:
-    script = Path(__file__).with_name("wrong_calls.py")
-    found = subprocess.run([sys.executable, script, str(seed), "1500"], capture_output=True, text=True)
+    script = Path(__file__).with_name("wrong_calls.py").read_text()
+    found = run_fresh(script, seed, 1500)
     assert found.returncode == 0, found.stderr[-3000:]
     refused, served = map(int, found.stdout.split()[-2:])
     assert refused > 300 and served > 300

@@ -3,15 +3,13 @@
 import errno
 import json
 import struct
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_python import run_fresh
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -221,6 +219,6 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
         except OSError as error:
             print(type(error).__name__, error.errno, error.filename)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True)
+    run = run_fresh(code, tmp_path)
     assert run.stdout.split() == ["OSError", str(errno.EFBIG), str(tmp_path / "m.safetensors")], run.stderr
     assert not any(tmp_path.iterdir())

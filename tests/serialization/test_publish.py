@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from killing import run_script
+from fresh_python import run_fresh
 from torch import nn
 
 from hqqtensor import HqqConfig, load_model, quantize_, save_model
@@ -225,7 +225,7 @@ AT_ONCE = """
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("code", [KILLED, AT_ONCE], ids=["killed", "two at once"])
 def test_processes_that_are_killed_or_save_at_once_leave_one_model(tmp_path, code: str) -> None:
-    run = run_script(COMMON + code, tmp_path)
+    run = run_fresh(COMMON + code, tmp_path)
     assert run.returncode == 0 and run.stdout.splitlines()[-1:] == ["done"], run.stdout + run.stderr
 
 

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh_python import run_fresh
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,7 +53,8 @@ def test_a_new_process_computes_the_same(tmp_path) -> None:
         f"hqqtensor.load_model(m, {str(tmp_path / 'm.safetensors')!r}); d = torch.load({str(tmp_path / 'xy.pt')!r})\n"
         "assert torch.equal(m(d['x']), d['y'])"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("nbits", range(1, 9))

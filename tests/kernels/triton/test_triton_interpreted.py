@@ -1,4 +1,4 @@
-"""Runs the tests of ``interpreted/`` in processes of their own: Triton reads TRITON_INTERPRET when it is imported."""
+"""Runs the tests of ``interpreted/`` in a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
 
 import importlib.util
 import os
@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 
-PARTS = 2
-"""Processes that the tests are shared out to, so that two can run at a time. Each imports torch and Triton anew."""
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_equal_the_reference_under_the_interpreter(part: int) -> None:
+def test_kernels_equal_the_reference_under_the_interpreter() -> None:
     folder = Path(__file__).parent / "interpreted"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "INTERPRETED_PART": f"{part}/{PARTS}"},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,

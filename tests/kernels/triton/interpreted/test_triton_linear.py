@@ -72,9 +72,11 @@ def test_linear_equals_the_dense_product(nbits, size, axis, N, K, M, dtype, scal
     assert_product(got, x if pre is None else x * pre, *span_of(q, scale, zero, nbits, size, axis, K), bias)
 
 
-@pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize("M", [1, 12, 70])
-@pytest.mark.parametrize("size", [32, 64, 128, 256])
+# Each width with each size of groups, and each of both with each M: every pair of values, a third of all cases.
+TILINGS = [(nbits, (1, 12, 70)[(nbits + i) % 3], 32 << i) for nbits in range(1, 9) for i in range(4)]
+
+
+@pytest.mark.parametrize(("nbits", "M", "size"), TILINGS)
 def test_every_width_in_every_tiling(nbits: int, M: int, size: int) -> None:
     K = 512
     q, scale, zero = weight(66, K, nbits, size, 1)
@@ -83,10 +85,15 @@ def test_every_width_in_every_tiling(nbits: int, M: int, size: int) -> None:
     assert_product(got, x, *span_of(q, scale, zero, nbits, size, 1, K))
 
 
-@pytest.mark.parametrize("nbits", range(1, 8))
-@pytest.mark.parametrize("size", [32, 64, 256])
-@pytest.mark.parametrize("with_pre", [False, True])
-@pytest.mark.parametrize("K", [512, 264, 260])
+# Every pair of values, a sixth of all cases.
+PAIRS = [
+    (nbits, (32, 64, 256)[(nbits + i) % 3], (nbits + i) % 2 == 0, K)
+    for nbits in range(1, 8)
+    for i, K in enumerate((512, 264, 260))
+]
+
+
+@pytest.mark.parametrize(("nbits", "size", "with_pre", "K"), PAIRS)
 def test_columns_taken_in_pairs(monkeypatch: pytest.MonkeyPatch, nbits: int, size: int, with_pre: bool, K: int) -> None:
     asked: list[int] = []
     monkeypatch.setattr(launch, "pair_of", lambda *args: asked.append(2) or 2)
@@ -98,14 +105,19 @@ def test_columns_taken_in_pairs(monkeypatch: pytest.MonkeyPatch, nbits: int, siz
     assert_product(got, x if pre is None else x * pre, *span_of(q, scale, zero, nbits, size, 1, K))
 
 
-@pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("K", [8, 128, 200, 260])
-def test_dequantize_is_the_reference_bit_for_bit(nbits: int, axis: int, K: int) -> None:
+# Every pair of values, a quarter of all cases.
+DENSE = [
+    (nbits, (nbits + i) % 2, K, (torch.float32, torch.float16)[(nbits + i // 2) % 2])
+    for nbits in range(1, 9)
+    for i, K in enumerate((8, 128, 200, 260))
+]
+
+
+@pytest.mark.parametrize(("nbits", "axis", "K", "dtype"), DENSE)
+def test_dequantize_is_the_reference_bit_for_bit(nbits: int, axis: int, K: int, dtype: torch.dtype) -> None:
     q, scale, zero = weight(37, K, nbits, 8, axis, (2,))
-    args = (q, scale, zero, [], nbits, "int", 8, axis, K)
-    for dtype in (torch.float32, torch.float16):
-        assert torch.equal(called(launch.dequantize, *args, dtype), called(reference.dequantize, *args, dtype))
+    args = (q, scale, zero, [], nbits, "int", 8, axis, K, dtype)
+    assert torch.equal(called(launch.dequantize, *args), called(reference.dequantize, *args))
 
 
 def formats() -> list[tuple[str, int]]:

@@ -11,6 +11,11 @@ from hqqtensor.ops.reference import expand_groups
 from hqqtensor.packing import pack, row_bytes, unpack
 
 SHAPES = [(6, 200, 64, 1), (50, 20, 16, 0), (4, 256, 256, 1), (7, 100, 12, 1), (33, 9, 33, 0)]
+# Each width, and each shape with two: to a solver, a width is the largest code.
+SOLVED = [(i % 8 + 1, *SHAPES[i % 5]) for i in range(10)]
+# Each width with three shapes, each shape with three widths or more: here both decide where bits go.
+PACKED_SHAPES = [*SHAPES, (20, 130, 65, 1), (5, 3, 2, 1)]
+PACKED = [(nbits, *PACKED_SHAPES[(nbits + 2 * i) % 7]) for nbits in range(1, 9) for i in range(3)]
 
 
 def matrix(N: int, K: int, axis: int) -> torch.Tensor:
@@ -26,8 +31,7 @@ def error(w: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, nbits: int
     return ((codes - full[1]) / full[0] - w.double()).square().sum()
 
 
-@pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize(("N", "K", "size", "axis"), SHAPES)
+@pytest.mark.parametrize(("nbits", "N", "K", "size", "axis"), SOLVED)
 def test_rtn_is_the_plain_solver(nbits: int, N: int, K: int, size: int, axis: int) -> None:
     w = matrix(N, K, axis)
     config = HqqConfig(nbits, size, axis=axis, solver="rtn")
@@ -38,8 +42,7 @@ def test_rtn_is_the_plain_solver(nbits: int, N: int, K: int, size: int, axis: in
     torch.testing.assert_close(zero, want.zero_point, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize(("N", "K", "size", "axis"), SHAPES)
+@pytest.mark.parametrize(("nbits", "N", "K", "size", "axis"), SOLVED)
 def test_joint_reaches_the_plain_solvers_error(nbits: int, N: int, K: int, size: int, axis: int) -> None:
     w = matrix(N, K, axis)
     with backend("reference"):
@@ -61,8 +64,7 @@ def test_constant_groups_come_back_exactly() -> None:
     assert torch.equal((codes - zero) / inverse, w)
 
 
-@pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize(("N", "K", "size", "axis"), [*SHAPES, (20, 130, 65, 1), (5, 3, 2, 1)])
+@pytest.mark.parametrize(("nbits", "N", "K", "size", "axis"), PACKED)
 def test_assign_packs_the_nearest_codes(nbits: int, N: int, K: int, size: int, axis: int) -> None:
     w = matrix(N, K, axis).bfloat16()
     inverse, zero = launch.solve(w, nbits, size, axis, "rtn")
