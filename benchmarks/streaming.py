@@ -133,7 +133,7 @@ def quantize(source: Path, out: Path, processes: int) -> dict[str, Any]:
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(processes)]
     while any(process.poll() is None for process in running):
         peak = max(peak, *(anonymous(process.pid) for process in running))
-        time.sleep(0.05)
+        time.sleep(0.5)  # reading it costs milliseconds of the process that is measured
     seconds = time.perf_counter() - started
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):

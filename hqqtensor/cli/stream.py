@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import os
 import sys
@@ -78,6 +79,7 @@ def run(
     folder = folder_of(out)
     if is_begun(folder) and not (args.json or together):
         print(f"going on with what an interrupted run left in {folder}", file=sys.stderr)
+    _use_memory_again()
     started = time.perf_counter()
     try:
         with writing(out), progress_on_stderr("quantizing", not args.json, "weights") as progress:
@@ -93,3 +95,13 @@ def run(
         print(f"{out} was put into its place by another process", file=sys.stderr)
         return None
     return Summary(before, model_size(plan.model), left_dense(plan.model, config), seconds, config)
+
+
+def _use_memory_again() -> None:
+    """Let large blocks that were freed serve the next tensor: the system clears each that it gives anew, which takes a
+    fifth of the time. For a process that does nothing else; without glibc nothing happens.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+    with contextlib.suppress(AttributeError, OSError):
+        for parameter in (mmap_threshold, trim_threshold):
+            ctypes.CDLL(None).mallopt(parameter, most)

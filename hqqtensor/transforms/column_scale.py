@@ -25,17 +25,20 @@ def column_scale(weight: Tensor) -> Tensor:
     """
     flat = weight.detach().reshape(-1, weight.shape[-1])
     column = torch.ones(flat.shape[1], dtype=torch.float32, device=flat.device)
-    largest = flat.abs().amax().to(torch.float32)
+    live = column > 0
+    low, high = flat.aminmax()
+    largest = torch.maximum(-low, high).to(torch.float32)
     if not largest > 0:
         return column
-    # Divided first, so that squares of very small or large weights are normal numbers.
-    squares = (flat.to(torch.float32) / largest).square_()
+    # Divided first, so that squares of very small or large weights are normal numbers. In place: this is the one large
+    # tensor here, and new memory costs as much as the arithmetic.
+    squares = flat.to(torch.float32, copy=True).div_(largest).square_()
     row = torch.ones(flat.shape[0], dtype=torch.float32, device=flat.device)
     for _ in range(ROUNDS):
         row = (squares @ column.reciprocal()) / flat.shape[1]
         row = torch.where(row > 0, row, 1.0)
         column = (row.reciprocal() @ squares) / flat.shape[0]
-        column = torch.where(column > 0, column, 1.0)
-    live = squares.amax(0) > 0
+        live = column > 0
+        column = torch.where(live, column, 1.0)
     scale = (column / column[live].median()).pow_(STRENGTH / 2).clamp_(1 / LIMIT, LIMIT)
     return torch.where(live, scale, 1.0)

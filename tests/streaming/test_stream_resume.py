@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from killing import run_script
+from fresh_python import run_fresh
 from streaming_files import files, quantize
 
 from hqqtensor.cli import model_dir
@@ -83,7 +83,7 @@ KILLED = """
 def test_a_run_that_is_killed_anywhere_goes_on_and_gives_the_same_bytes(dense: Path, tmp_path: Path) -> None:
     """Kills spread over reading, solving, writing, syncing, and the last renames, while a model is replaced."""
     (tmp_path / "place").mkdir()
-    run = run_script(KILLED, dense, tmp_path / "place")
+    run = run_fresh(KILLED, dense, tmp_path / "place")
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout == "20\n"
 

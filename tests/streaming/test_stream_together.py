@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from killing import run_script
+from fresh_python import run_fresh
 from streaming_files import files, quantize
 
 from hqqtensor.streaming import folder_of, plan
@@ -75,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def codes(dense: Path, place: Path) -> dict[str, list[int]]:
     """Exit statuses of the workers by scenario (of the one that hangs: of the other)."""
-    run = run_script(WORKERS, dense, place, json.dumps(SCENARIOS))
+    run = run_fresh(WORKERS, dense, place, json.dumps(SCENARIOS))
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 
