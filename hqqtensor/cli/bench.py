@@ -12,7 +12,7 @@ from hqqtensor.cli import running
 from hqqtensor.cli.errors import UsageError
 from hqqtensor.cli.output import print_json, print_table
 from hqqtensor.diagnostics import model_size
-from hqqtensor.diagnostics.bandwidth import read_bandwidth
+from hqqtensor.diagnostics.machine import memory_bandwidth
 from hqqtensor.diagnostics.table import megabytes
 
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
             f"positions of {args.dir}"
         )
     model = running.open_to_write(args.dir, args.bits, args.json)
-    bandwidth = read_bandwidth()
+    bandwidth = memory_bandwidth()
     timings = measure(model, args.prompt_tokens, args.new_tokens, args.rounds)
     figures = summary(model, timings, bandwidth)
     if args.json:

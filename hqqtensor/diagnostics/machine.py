@@ -7,14 +7,18 @@ from pathlib import Path
 
 import torch
 
-BUFFER = 128 << 20
-"""Bytes that are read to measure, more than the caches hold."""
-ROUNDS = 5
+BUFFER = 256 << 20
+"""Bytes that are read to measure, more than the caches of most processors hold."""
+ROUNDS = 6
+"""Of which the first maps the pages."""
 
 
 @functools.cache
 def memory_bandwidth() -> float:
-    """Bytes a second that torch's threads read, the best of a few sums over a large buffer; measured once."""
+    """Bytes a second that torch's threads read, the best of a few sums over a large buffer; measured once.
+
+    A loop written for the processor may read some percent faster (``benchmarks/bandwidth.py``).
+    """
     buffer = torch.ones(BUFFER // 4)
     best = float("inf")
     for _ in range(ROUNDS):
