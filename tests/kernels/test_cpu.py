@@ -192,6 +192,22 @@ def test_quantized_scales_and_zero_points_are_read_in_place(axis: int, quant_sca
         assert (got - want).abs().max() < 2e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("nbits", "group_size", "K"), [(4, 20, 256), (4, 20, 2100), (3, 20, 256), (2, 16, 256), (4, 32, 96)]
+)
+def test_what_scratch_memory_held_before_never_gets_into_a_result(nbits: int, group_size: int, K: int) -> None:
+    config = HqqConfig(nbits, group_size, quant_scale=True, quant_zero=True, meta_nbits=4)
+    q = HQQTensor.from_hp(torch.randn(70, K, generator=torch.manual_seed(0)), config)
+    x = torch.randn(1, K, generator=torch.manual_seed(1))
+    large, minus_one = weight((70, 16384), 4, 64, 1), torch.full((4, 16384), -1 / 32512)
+    minus_one[:, ::64] = 1
+    for _ in range(3):
+        F.linear(minus_one.bfloat16(), large)  # whose activations leave bytes of 0xFF behind: NaN as floats
+        error = (F.linear(x, q) - x @ dense(q).T).abs().max()
+        assert error < 1e-4 * K**0.5
+        assert F.linear(x.bfloat16(), q.to(torch.bfloat16)).isfinite().all()
+
+
 @pytest.mark.parametrize("K", [24, 40, 100, 128, 192, 300, 320, 452, 576, 640, 648, 767, 1536, 2100])
 def test_groups_of_20_equal_the_dense_product_wherever_a_row_ends(K: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):

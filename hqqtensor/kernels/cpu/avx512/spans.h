@@ -96,11 +96,11 @@ inline void store_span_digits(const __m512i* numbers, int8_t* out) {
 
 // Row m of x, [K], in the order of spans; limit: of the integers. False as for quantize_activations.
 inline bool quantize_spans(const float* x, int64_t K, float limit, int64_t m, const QuantizedActivations& d) {
-  const int64_t count = Spans::of(K).count;
+  const int64_t count = Spans::of(K).count, width = padded((K + kSpanGroup - 1) / kSpanGroup);
   const __m512i groups =
       _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kSpanGroup));
   int8_t* out = d.digits + m * d.chunks * d.count * 64;
-  float *step = d.step + m * d.steps_per_row, *sum = d.sum + m * padded((K + kSpanGroup - 1) / kSpanGroup);
+  float *step = d.step + m * d.steps_per_row, *sum = d.sum + m * width;
   for (int64_t s = 0; s < count; ++s, out += kSpanQuads * d.count * 64) {
     const float* from = x + s * kSpanCodes;
     const int64_t left = K - s * kSpanCodes;
@@ -125,6 +125,9 @@ inline bool quantize_spans(const float* x, int64_t K, float limit, int64_t m, co
     _mm512_storeu_ps(sum + 16 * s, _mm512_mul_ps(_mm512_cvtepi32_ps(total), unit));
     (d.count == 2 ? store_span_digits<2> : store_span_digits<3>)(integer, out);
   }
+  // Behind the last group, where vectors of RowMeta begin within a span and run on.
+  for (int64_t g = 16 * count; g < d.steps_per_row; g += 16) _mm512_storeu_ps(step + g, f_zero());
+  for (int64_t g = 16 * count; g < width; g += 16) _mm512_storeu_ps(sum + g, f_zero());
   return true;
 }
 
