@@ -6,7 +6,7 @@ from benchmarks.quality.method import Method
 
 NAMES = (
     "rtn", "hqq_library", "torchao_hqq", "nf4_paper", "bitsandbytes_4bit", "quanto", "sinq_paper", "sinq_package",
-    "llama_cpp", "gptq_paper", "awq_paper",
+    "llama_cpp", "gptq_paper", "awq_paper", "autoround_package",
 )  # fmt: skip
 
 
