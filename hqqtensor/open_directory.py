@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqqtensor.integrations.transformers import QUANT_METHOD
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
 from hqqtensor.serialization.load import load_model
-
-QUANT_METHOD = "hqqtensor"
 
 
 def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, generation: bool = False) -> Any:

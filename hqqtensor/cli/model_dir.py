@@ -16,6 +16,7 @@ from torch import nn
 
 from hqqtensor import HqqConfig
 from hqqtensor.cli.errors import CommandError, UsageError
+from hqqtensor.integrations.transformers import QUANT_METHOD
 from hqqtensor.serialization.layout import CheckpointError, InputError
 from hqqtensor.streaming.folder import settle as settle_streamed
 from hqqtensor.streaming.folder import work_prefix
@@ -25,7 +26,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-QUANT_METHOD = "hqqtensor"
 SMALL = 64 * 2**20
 """Bytes up to which a file of a model directory is carried over with the model."""
 _NOT_COMPANIONS = re.compile(

@@ -168,17 +168,7 @@ class PerformanceMonitor:
         K = first.in_features
         tokens = 0 if op.startswith("dequantize") else rows.numel() if op == "embedding" else rows.numel() // max(1, K)
         N = sum(w.qdata.shape[-2] for w in weights)
-        # Rows are rounded, so that prompts of all lengths do not fill the memory with counts.
-        key = (
-            op,
-            backend,
-            (1 << (tokens - 1).bit_length()) if tokens else 0,
-            N,
-            K,
-            first.nbits,
-            first.format,
-            first.group_size,
-        )
+        key = (op, backend, _rounded(tokens), N, K, first.nbits, first.format, first.group_size)
         with self._lock:
             numbers = self._products.get(key)
             if numbers is None:

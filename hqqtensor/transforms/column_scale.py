@@ -25,7 +25,6 @@ def column_scale(weight: Tensor) -> Tensor:
     """
     flat = weight.detach().reshape(-1, weight.shape[-1])
     column = torch.ones(flat.shape[1], dtype=torch.float32, device=flat.device)
-    live = column > 0
     low, high = flat.aminmax()
     largest = torch.maximum(-low, high).to(torch.float32)
     if not largest > 0:

@@ -26,7 +26,7 @@ struct Tile {
   const Quads* quads;
   const float* step[kGemvTokens];  // where quads have scales, of each chunk
 
-  // Fetches `bytes` from `at` on of the next rows.
+  // Fetches bytes [at, at + BYTES) of the next rows.
   template <int BYTES>
   void prefetch_rows(int64_t at) const {
     if (prefetch_from) {
