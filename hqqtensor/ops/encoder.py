@@ -1,6 +1,6 @@
 """What a backend may supply for quantizing weights on its devices; ``hqqtensor.encode`` asks ``backend.encoder``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -43,11 +43,12 @@ class Encoder(Protocol):
     """Quantizes matrices ``[N, K]`` of float32, bfloat16 or float16 on the backend's devices.
 
     passes: what goes over the weights while a codebook is learned; None where torch's operations have to.
-    column_steps: the same for calibration.
+    column_steps: the same for calibration. column_spread: ``transforms.column_scale.column_spread``, likewise.
     """
 
     passes: Passes | None
     column_steps: ColumnSteps | None
+    column_spread: Callable[[Tensor, int], Tensor] | None
 
     def why_not(self, step: Literal["solve", "assign"], matrix: Tensor, settings: EncodeSettings) -> str | None:
         """None, or why it cannot do this step for such a matrix; torch's operations do it then."""

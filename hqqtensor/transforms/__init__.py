@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hqqtensor.config import HqqConfig
+from hqqtensor.ops.backend import encoder
 from hqqtensor.solvers import column_scaled
 from hqqtensor.transforms.column_scale import column_scale
 from hqqtensor.transforms.hadamard import block_of, check_rotation, rotate, signs
@@ -29,8 +30,17 @@ def prepare(weight: Tensor, config: HqqConfig) -> tuple[Tensor, HqqConfig, Tenso
         act = sign if act is None else act * sign
     if act is None:
         return weight, inner, None, 0
-    w = weight.detach() / act.to(torch.float32)
+    w = _float_copy(weight.detach()).div_(act.to(torch.float32))
     return rotate(w, block) if block else w, inner, act, block
+
+
+def _float_copy(weight: Tensor) -> Tensor:
+    """float32; in memory of the kind that packed codes get, which takes a quarter of the time to touch first."""
+    compiled = encoder(weight.device.type)
+    if compiled is None:
+        return weight.to(torch.float32, copy=True)
+    sizes = (*weight.shape[:-1], 4 * weight.shape[-1])
+    return compiled.empty_packed(sizes, weight.device).view(torch.float32).copy_(weight)
 
 
 def to_inputs(x: Tensor, act: Tensor | None, block: int) -> Tensor:

@@ -11,10 +11,14 @@ best or near it on each of the three models measured (docs/solvers.md).
 import torch
 from torch import Tensor
 
+from hqqtensor.ops.backend import encoder
+
 ROUNDS, STRENGTH = 8, 0.7
 """Alternations, and the power of d."""
 LIMIT = 64.0
 """Largest scale of a column relative to the median; the smallest is its inverse."""
+LARGEST_UNIT = 1e38
+"""A finite float32, also where the largest weight is subnormal."""
 
 
 def column_scale(weight: Tensor) -> Tensor:
@@ -24,20 +28,26 @@ def column_scale(weight: Tensor) -> Tensor:
     a row likewise; the two alternate. Experts (leading dimensions) share the scales.
     """
     flat = weight.detach().reshape(-1, weight.shape[-1])
-    column = torch.ones(flat.shape[1], dtype=torch.float32, device=flat.device)
-    low, high = flat.aminmax()
-    largest = torch.maximum(-low, high).to(torch.float32)
-    if not largest > 0:
-        return column
-    # Divided first, so that squares of very small or large weights are normal numbers. In place: this is the one large
-    # tensor here, and new memory costs as much as the arithmetic.
-    squares = flat.to(torch.float32, copy=True).div_(largest).square_()
-    row = torch.ones(flat.shape[0], dtype=torch.float32, device=flat.device)
-    for _ in range(ROUNDS):
-        row = (squares @ column.reciprocal()) / flat.shape[1]
-        row = torch.where(row > 0, row, 1.0)
-        column = (row.reciprocal() @ squares) / flat.shape[0]
-        live = column > 0
-        column = torch.where(live, column, 1.0)
+    compiled = encoder(flat.device.type)
+    spread = None if compiled is None else compiled.column_spread
+    column = (spread or column_spread)(flat, ROUNDS)
+    live = column > 0
+    if not live.any():
+        return torch.ones_like(column)
     scale = (column / column[live].median()).pow_(STRENGTH / 2).clamp_(1 / LIMIT, LIMIT)
     return torch.where(live, scale, 1.0)
+
+
+def column_spread(flat: Tensor, rounds: int) -> Tensor:
+    """float32 ``[K]``: mean square of each column of ``[N, K]`` over its rows' spreads, in units of the largest weight.
+
+    A unit keeps the squares of very small and very large weights normal numbers.
+    """
+    low, high = flat.aminmax()
+    largest = float(torch.maximum(-low, high))
+    squares = flat.to(torch.float32, copy=True).mul_(min(1 / largest, LARGEST_UNIT) if largest else 0.0).square_()
+    column = torch.ones(flat.shape[1], dtype=torch.float32, device=flat.device)
+    for _ in range(rounds):
+        row = (squares @ torch.where(column > 0, column, 1.0).reciprocal()) / flat.shape[1]
+        column = (torch.where(row > 0, row, 1.0).reciprocal() @ squares) / flat.shape[0]
+    return column

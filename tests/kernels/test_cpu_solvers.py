@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hqqtensor import HqqConfig, HQQTensor, backend
 from hqqtensor.kernels import cpu
+from hqqtensor.transforms.column_scale import column_spread
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
@@ -22,7 +23,7 @@ def both(w: torch.Tensor, config: HqqConfig) -> tuple[HQQTensor, HQQTensor]:
 @settings(deadline=None, max_examples=examples(80))
 @given(
     nbits=st.integers(1, 8),
-    group_size=st.sampled_from([2, 7, 16, 64, 100, None]),
+    group_size=st.sampled_from([2, 7, 16, 20, 64, 100, None]),
     axis=st.sampled_from([0, 1]),
     N=st.integers(1, 150),
     K=st.integers(1, 300),
@@ -36,6 +37,28 @@ def test_rtn_and_packing_equal_the_plain_ones_to_the_last_bit(nbits, group_size,
     fast, plain = both(w, HqqConfig(nbits, chosen, axis=axis, solver="rtn"))
     assert torch.equal(fast.scale, plain.scale) and torch.equal(fast.zero_point, plain.zero_point)
     assert torch.equal(fast.qdata, plain.qdata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), [(1, 8), (3, 5), (100, 64), (333, 77), (70, 300)])
+def test_column_spread_is_the_plain_one_up_to_rounding(N, K, dtype) -> None:
+    generator = torch.manual_seed(0)
+    w = (torch.randn(N, K, generator=generator) * torch.rand(K, generator=generator)).to(dtype)
+    w[:, 0], w[N // 2] = 0, 0
+    for matrix in (w, w.float() * 1e-38):
+        torch.testing.assert_close(cpu.OPS._column_spread(matrix, 8), column_spread(matrix, 8), rtol=1e-5, atol=0)
+
+
+def test_column_spread_does_not_depend_on_the_number_of_threads() -> None:
+    w, before = torch.randn(301, 200, generator=torch.manual_seed(0)), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(cpu.OPS._column_spread(w, 8))
+        assert torch.equal(*results)
+    finally:
+        torch.set_num_threads(before)
 
 
 GROUPS = [(64, 1), (64, 0), (24, 1), (None, 1), (16, 0)]

@@ -187,6 +187,7 @@ class _Encoder:
 
     passes: Passes | None = LloydPasses()
     column_steps: ColumnStepsProtocol | None = ColumnSteps() if _missing is None else None
+    column_spread: Callable[[Tensor, int], Tensor] | None = OPS._column_spread if _missing is None else None
 
     def why_not(self, step: str, matrix: Tensor, settings: EncodeSettings) -> str | None:
         if not assigns(settings.format):

@@ -1,6 +1,6 @@
 """``ops.encoder.Encoder`` of the Triton kernels, which load when they are first needed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class TritonEncoder:
 
     passes: Passes | None = None
     column_steps: ColumnSteps | None = None
+    column_spread: Callable[[Tensor, int], Tensor] | None = None
 
     def why_not(self, step: str, matrix: Tensor, settings: EncodeSettings) -> str | None:
         if step == "assign":

@@ -122,6 +122,10 @@ struct Kernels {
   int lanes;
   // Smallest and largest of `count` numbers.
   void (*extremes)(const float* w, int64_t count, float* low, float* high);
+  // Of `count` rows of K numbers, `stride` bytes apart: sums[k] grows by (w[k] * unit)^2 over the spread of the row, which is the
+  // mean of (w[k] * unit)^2 * inverse_columns[k]; 1 for a row of zeros.
+  void (*spread_rows)(const void* rows, DType, int64_t count, int64_t stride, int64_t K, float unit,
+                      const float* inverse_columns, float* sums);
   // Scale and zero point of each group. Overwrites w.
   void (*solve_block)(Solver, float* w, int64_t size, int nbits, float* inverse, float* zero);
   // The joint solver; importance: [size], of sum 1, what the squared error of weight j of each group counts. Overwrites w.

@@ -49,41 +49,32 @@ struct Assigner {
   int64_t group_size, group, left;
   Find find;
 
-  void columns(const float* w, int64_t k, int64_t count, uint8_t* codes) const {
+  // s, z: scale and zero point of each of the `count` weights.
+  void columns(const float* w, const float* s, const float* z, int64_t count, uint8_t* codes) const {
     int64_t i = 0;
-    for (; i + kFloats <= count; i += kFloats) find(f_load(w + i), f_load(inverse + k + i), f_load(zero + k + i), codes + i);
+    for (; i + kFloats <= count; i += kFloats) find(f_load(w + i), f_load(s + i), f_load(z + i), codes + i);
     if (i < count) {
-      float v[3][kFloats] = {};
-      const size_t bytes = sizeof(float) * (size_t)(count - i);
-      __builtin_memcpy(v[0], w + i, bytes);
-      __builtin_memcpy(v[1], inverse + k + i, bytes);
-      __builtin_memcpy(v[2], zero + k + i, bytes);
-      some(v, codes + i, count - i);
+      uint8_t rest[kFloats];
+      find(f_load_some(w + i, count - i), f_load_some(s + i, count - i), f_load_some(z + i, count - i), rest);
+      __builtin_memcpy(codes + i, rest, (size_t)(count - i));
     }
   }
 
+  // The scales are spread out over their weights first, a whole vector at a time: the next group overwrites what is too much.
   void groups(const float* w, int64_t count, uint8_t* codes) {
+    float s[128 + kFloats], z[128 + kFloats];
     for (int64_t i = 0; i < count;) {
       const int64_t end = count - i < left ? count : i + left;
       left -= end - i;
       const Floats scale = f_set(inverse[group]), shift = f_set(zero[group]);
-      for (; i + kFloats <= end; i += kFloats) find(f_load(w + i), scale, shift, codes + i);
-      if (i < end) {
-        float v[3][kFloats] = {};
-        __builtin_memcpy(v[0], w + i, sizeof(float) * (size_t)(end - i));
-        f_store(v[1], scale);
-        f_store(v[2], shift);
-        some(v, codes + i, end - i);
-        i = end;
+      for (; i < end; i += kFloats) {
+        f_store(s + i, scale);
+        f_store(z + i, shift);
       }
+      i = end;
       if (left == 0) ++group, left = group_size;
     }
-  }
-
-  void some(const float (*v)[kFloats], uint8_t* codes, int64_t count) const {
-    uint8_t found[kFloats];
-    find(f_load(v[0]), f_load(v[1]), f_load(v[2]), found);
-    __builtin_memcpy(codes, found, (size_t)count);
+    columns(w, s, z, count, codes);
   }
 };
 
@@ -99,7 +90,7 @@ void assign_with(const Find& find, const float* w, const float* inverse, const f
       if (axis == 1)
         a.groups(w + k, count, codes);
       else
-        a.columns(w + k, k, count, codes);
+        a.columns(w + k, inverse + k, zero + k, count, codes);
       if (count == 128)
         pack_block<nb.value>(codes, 128, out);
       else

@@ -3,6 +3,7 @@
 #pragma once
 #include "generic/assign.h"
 #include "generic/attention.h"
+#include "generic/column_spread.h"
 #include "generic/linear_rows.h"
 #include "generic/short_rows.h"
 #include "generic/solve.h"
@@ -38,6 +39,7 @@ constexpr Kernels generic_kernels(const char* name) {
       .gate = gate,
       .lanes = kFloats,
       .extremes = extremes,
+      .spread_rows = spread_rows,
       .solve_block = solve_block,
       .solve_weighted_block = solve_weighted_block,
       .feed_back_block = feed_back_block,

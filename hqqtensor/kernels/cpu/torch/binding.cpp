@@ -34,6 +34,7 @@ constexpr Operator kDequantize{"ttTLisiiii", dequantize, "hqqtensor::registry_de
 constexpr Operator kDequantizeInto{"tttTLisiii", dequantize_into, "hqqtensor::registry_dequantize_into"};
 constexpr Operator kEmbedding{"tttTLisiiii", embedding, "hqqtensor::registry_embedding"};
 
+constexpr Operator kColumnSpread{"ti", column_spread, nullptr};
 constexpr Operator kSolve{"tiiis", solve, nullptr};
 constexpr Operator kAssign{"ttttiii", assign, nullptr};
 constexpr Operator kSolveLevels{"ttttifiis", solve_levels, nullptr};
@@ -65,6 +66,7 @@ constexpr Operator kSetChoice{"i", set_choice, nullptr};
 using namespace hqqtensor;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
+  m.def("_column_spread(Tensor weight, int rounds) -> Tensor");
   m.def("_solve(Tensor weight, int nbits, int group_size, int axis, str solver) -> (Tensor, Tensor)");
   m.def("_assign(Tensor(a!) out, Tensor weight, Tensor inverse, Tensor zero_point, int nbits, int group_size, int axis) -> ()");
   m.def(
@@ -120,6 +122,7 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("dequantize_into", entry<kDequantizeInto, Mode::automatic>);
   m.impl("embedding", entry<kEmbedding, Mode::automatic>);
   m.impl("_cpu_embedding", entry<kEmbedding, Mode::by_name>);
+  m.impl("_column_spread", entry<kColumnSpread, Mode::automatic>);
   m.impl("_solve", entry<kSolve, Mode::automatic>);
   m.impl("_assign", entry<kAssign, Mode::automatic>);
   m.impl("_solve_levels", entry<kSolveLevels, Mode::automatic>);

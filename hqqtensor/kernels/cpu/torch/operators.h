@@ -33,6 +33,7 @@ bool dequantize_into(Call&);
 bool embedding(Call&);
 
 // Quantizing a matrix: see hqqtensor/kernels/cpu/__init__.py for what each does.
+bool column_spread(Call&);
 bool solve(Call&);
 bool assign(Call&);
 bool solve_levels(Call&);

@@ -265,7 +265,55 @@ Tensor totals(const std::vector<double>& sums, int64_t rows, int64_t first, int6
   return out;
 }
 
+constexpr int64_t kSpreadPieces = 64;  // of rows: sums of columns do not depend on the number of threads
+
+// 1 over the largest weight, or a finite number where that is infinite; 0 where all weights are 0.
+float unit_of(const Matrix& w, int64_t rows, int64_t pieces) {
+  std::vector<float> largest((size_t)pieces);
+  parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> line((size_t)w.K);
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t n = p * rows; n < std::min((p + 1) * rows, w.N); ++n) {
+        float low, high;
+        kernels().extremes(w.floats(w.at(n, 0), w.K, line), w.K, &low, &high);
+        largest[(size_t)p] = std::max({largest[(size_t)p], -low, high});
+      }
+  });
+  const float most = *std::max_element(largest.begin(), largest.end());
+  return most > 0 ? std::min(1 / most, 1e38f) : 0;
+}
+
 }  // namespace
+
+bool column_spread(Call& c) {
+  const Tensor weight = c.tensor();
+  const int64_t rounds = c.integer();
+  const Matrix w(weight);
+  const int64_t rows = (w.N - 1) / kSpreadPieces + 1, pieces = (w.N - 1) / rows + 1;
+  const float unit = unit_of(w, rows, pieces);
+  std::vector<float> inverse((size_t)w.K, 1.0f), sums((size_t)(pieces * w.K));
+  Tensor out = empty(std::vector<int64_t>{w.K}, Scalar::float32);
+  auto* column = (float*)out.mutable_data();
+  for (int64_t round = 0; round < rounds; ++round) {
+    parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
+      for (int64_t p = first; p < last; ++p) {
+        float* to = sums.data() + p * w.K;
+        std::fill_n(to, w.K, 0.0f);
+        kernels().spread_rows(w.at(p * rows, 0), w.type, std::min(rows, w.N - p * rows), w.stride * size_of(w.type), w.K, unit,
+                              inverse.data(), to);
+      }
+    });
+    std::fill_n(column, w.K, 0.0f);
+    for (int64_t p = 0; p < pieces; ++p)
+      for (int64_t i = 0; i < w.K; ++i) column[i] += sums[(size_t)(p * w.K + i)];
+    for (int64_t i = 0; i < w.K; ++i) {
+      column[i] /= (float)w.N;
+      inverse[(size_t)i] = column[i] > 0 ? 1 / column[i] : 1;
+    }
+  }
+  c.give(std::move(out));
+  return true;
+}
 
 bool solve(Call& c) {
   const Tensor weight = c.tensor();
