@@ -11,7 +11,7 @@ from hqqtensor.formats import get_format
 from hqqtensor.solvers import get_solver
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ACTIVATIONS = ("float", "int8")
+ACTIVATIONS = ("float", "exact", "int8")
 CODEBOOKS = ("tensor", "row")
 META_NBITS = (4, 8)
 _LAYER_FIELDS = (
@@ -71,8 +71,9 @@ class HqqConfig(AOBaseConfig):
     view_as_float: store the packed bytes viewed as the weight's floating dtype.
     weight_quant_params: the hqq library's nested dict, translated into the settings above and then dropped.
     lp_norm: p of the error |w - dequantized|^p that hqq_joint minimises, over 0 and up to 2.
-    activation: "float" multiplies activations as they are; "int8" rounds them first to 8-bit integers, one step for
-        each token and group of features (see docs/numerics.md for speed and error).
+    activation: "float" multiplies activations as they are; many tokens of bfloat16 may meet weights that are rounded to
+        bfloat16 once, as in a dense product. "exact" never rounds weights. "int8" rounds activations to 8-bit integers,
+        one step for each token and group of features (see docs/numerics.md for speed and error).
     integer_zero: zero points are integers, which costs about 14 % more squared error.
     rotation: mix inputs by a random Hadamard rotation (``hqqtensor.transforms``): the weight is quantized rotated,
         the activations are rotated before each product.

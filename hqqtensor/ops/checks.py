@@ -145,7 +145,8 @@ def _input(op: str, x: Tensor, w: PackedWeight, lead: str, rank: int = 0) -> Non
 
 
 def _activation(name: str) -> None:
-    _check(name in ("float", "high", "int8"), lambda: f"activation must be 'float', 'high' or 'int8', got '{name}'")
+    names = ("float", "exact", "high", "int8")
+    _check(name in names, lambda: f"activation must be 'float', 'exact', 'high' or 'int8', got '{name}'")
 
 
 def _floating(dtype: torch.dtype) -> None:

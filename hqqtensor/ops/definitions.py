@@ -40,8 +40,9 @@ SCHEMAS = {
 }
 """Arguments of each operator; those of the weight are explained in ``PackedWeight``.
 
-activation: "float", as exact as float32 sums (16-bit inputs: finer than they are); "high", the same but for float32
-inputs, which may be rounded to 16-bit integers (``torch.set_float32_matmul_precision``); "int8" (see ``HqqConfig``).
+activation: "exact", as exact as float32 sums (16-bit inputs: finer than they are); "float", the same, but for bfloat16
+inputs weights may be rounded to bfloat16; "high", the same, and float32 inputs may be rounded to 16-bit integers
+(``torch.set_float32_matmul_precision``); "int8" (see ``HqqConfig``).
 """
 PRODUCTS = ("linear", "batched_linear", "grouped_linear")
 

@@ -140,3 +140,27 @@ def test_sums_too_large_for_float32_are_infinite(axis: int, size: int) -> None:
         got = F.linear(x, q)
     assert (got[4] == float("inf")).all() and (got[5] == -float("inf")).all()
     torch.testing.assert_close(got[6:], x[6:] @ dense(q).T, atol=1e-3, rtol=1e-3)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("format", "nbits", "axis", "size"),
+    [("int", 4, 1, 64), ("int", 4, 1, 20), ("int", 3, 1, 32), ("int", 4, 0, 64), ("nf4", 4, 1, 64), ("fp8", 8, 1, 32)],
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_many_bfloat16_rows_are_no_farther_off_than_dense_ones_and_exact_ones_less(
+    format, nbits, axis, size, scaled
+) -> None:
+    q = weight((200, 520), nbits, size, axis, format=format)
+    x = activations(70, 520, torch.bfloat16)
+    if scaled:
+        q = q.with_data(act_pre_scale=torch.rand(520, generator=torch.manual_seed(3)) + 0.5)
+    exact = x.double() @ dense(q).double().T
+    as_dense = relative_error(F.linear(x, dense(q).bfloat16()), exact)
+    # Scaled activations are rounded as well, which a dense weight has multiplied in.
+    assert relative_error(F.linear(x, q), exact) < (1.3 if scaled else 1.1) * as_dense
+    sharp = relative_error(F.linear(x, q.with_data(activation="exact")), exact)
+    assert sharp < 1.02 * relative_error(exact.bfloat16(), exact)

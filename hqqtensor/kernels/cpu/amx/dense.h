@@ -13,6 +13,11 @@ namespace {
 
 // Which splits are multiplied: product i of `count` takes split w(i) of the weight and split x(i) of the activations. Products
 // that are too small to change the result are left out. Neighbours share a split, which is loaded once.
+struct Splits11 {  // both rounded once, as a dense bf16 product has them
+  static constexpr int W = 1, X = 1, count = 1;
+  static constexpr int w(int) { return 0; }
+  static constexpr int x(int) { return 0; }
+};
 struct Splits21 {
   static constexpr int W = 2, X = 1, count = 2;
   static constexpr int w(int i) { return 1 - i; }
@@ -32,6 +37,9 @@ struct Splits33Large {
   static constexpr int W = 3, X = 3, count = 1;
   static constexpr int w(int) { return 0; }
   static constexpr int x(int) { return 0; }
+};
+struct Splits33 {  // the small ones, then the large ones
+  static constexpr int W = 3, X = 3;
 };
 
 // A register tile of R x T tiles of the result, rows of the weight x tokens. The eight tile registers:
@@ -56,23 +64,23 @@ struct Block {
   }
 
   // sums += product, R x T tiles `row` floats apart.
-  template <int SPLITS>
+  template <class P>
   static void multiply(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t count, float* sums, int64_t row,
                        bool first) {
     const auto each = [&](auto f) __attribute__((always_inline)) {
       unrolled<R * T>([&](auto c) { f(c, sums + c / T * row + c % T * 256); });
     };
-    if (SPLITS < 3 && !first)
+    if (P::W < 3 && !first)
       each([](auto c, float* sum) { tile_load<c>(sum); });
     else
       each([](auto c, float*) { tile_zero<c>(); });
-    if constexpr (SPLITS == 1) steps<Splits21>(a, a_tile, b, b_tile, count);
-    if constexpr (SPLITS == 2) steps<Splits22>(a, a_tile, b, b_tile, count);
-    if constexpr (SPLITS == 3) {
+    if constexpr (P::W == 3) {
       steps<Splits33Small>(a, a_tile, b, b_tile, count);
       steps<Splits33Large>(a, a_tile, b, b_tile, count);
+    } else {
+      steps<P>(a, a_tile, b, b_tile, count);
     }
-    if (SPLITS < 3 || first) return each([](auto c, float* sum) { tile_store<c>(sum); });
+    if (P::W < 3 || first) return each([](auto c, float* sum) { tile_store<c>(sum); });
     // Rounding adds up where sums are long: these are of no more than a slice.
     alignas(64) float more[256];
     each([&](auto c, float* sum) {
@@ -83,11 +91,11 @@ struct Block {
 };
 
 using Multiply = void (*)(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
-template <int SPLITS>
+template <class P>
 Multiply pick_multiply(int64_t rows, int64_t tokens) {
-  static constexpr Multiply one[] = {Block<1, 1>::multiply<SPLITS>, Block<2, 1>::multiply<SPLITS>,
-                                     Block<3, 1>::multiply<SPLITS>, Block<4, 1>::multiply<SPLITS>};
-  static constexpr Multiply two[] = {Block<1, 2>::multiply<SPLITS>, Block<2, 2>::multiply<SPLITS>};
+  static constexpr Multiply one[] = {Block<1, 1>::multiply<P>, Block<2, 1>::multiply<P>, Block<3, 1>::multiply<P>,
+                                     Block<4, 1>::multiply<P>};
+  static constexpr Multiply two[] = {Block<1, 2>::multiply<P>, Block<2, 2>::multiply<P>};
   return (tokens == 1 ? one : two)[rows - 1];
 }
 
@@ -109,12 +117,10 @@ struct RowBlock {
   int64_t row(int64_t place) const { return first + (place - begin) / width * step + (place - begin) % width; }
 };
 
-constexpr int64_t kDenseRows = 128;  // of a panel: with its sums and the tokens of a slice it stays in the second level
-
-int64_t amx_scratch(const Problem& p, int splits) {
-  return kDenseRows * (kSlice / 2 * (splits == 3 ? 3 : 2) + token_tiles(p.M) * 16);
+int64_t amx_scratch(const Problem& p) {
+  return kDenseRows * (kSlice / 2 * 3 + token_tiles(p.M) * 16) + PanelValues::floats(p.w);
 }
-int64_t linear_dense_scratch(const Problem& p) { return amx_scratch(p, 3) + kernels_avx512()->linear_dense_scratch(p); }
+int64_t linear_dense_scratch(const Problem& p) { return amx_scratch(p) + kernels_avx512()->linear_dense_scratch(p); }
 
 // To nearest even. Not the instruction for it, which makes the smallest numbers zero.
 inline __m256i to_bf16(Floats v) {
@@ -162,10 +168,11 @@ constexpr int64_t kRowTile = kSlice / kTileColumns * W * kTileBytes;
 template <int W, class PutRow>
 inline __attribute__((always_inline)) void fill_panel(const Weight& w, const RowBlock& block, int64_t end, const int64_t* index,
                                                       int64_t count, int64_t k, int64_t depth, PutRow put, SliceValues& values,
-                                                      char* panel) {
+                                                      const PanelValues& groups, char* panel) {
   const int64_t next = k + kSlice;
   const auto make = [&](int64_t r) {
-    put(w, index[r], k, depth, values, panel + r / 16 * kRowTile<W> + r % 16 * 64);
+    put(w, index[r], k, depth, values, w.axis == 1 ? groups.row(r, k) : GroupValues{},
+        panel + r / 16 * kRowTile<W> + r % 16 * 64);
     const uint8_t* soon = nullptr;
     if (next < w.K) {
       soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
@@ -189,28 +196,29 @@ inline __attribute__((always_inline)) void fill_panel(const Weight& w, const Row
 }
 
 // sums += the panel times the same columns of all tokens, of which `x` has the first: [row tiles][token tiles][16][16].
-template <int SPLITS, int W>
+template <class P>
 inline __attribute__((always_inline)) void multiply_panel(const char* panel, int64_t row_tiles, const char* x, int64_t x_tile,
                                                           int64_t tiles, int64_t steps, bool first, float* sums) {
   for (int64_t t = 0, tokens; t < tiles; t += tokens) {
     tokens = tiles - t < 2 ? 1 : 2;
     for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
       rows = row_tiles - r < most ? row_tiles - r : most;
-      pick_multiply<SPLITS>(rows, tokens)(panel + r * kRowTile<W>, kRowTile<W>, x + t * x_tile, x_tile, steps,
-                                          sums + (r * tiles + t) * 256, tiles * 256, first);
+      pick_multiply<P>(rows, tokens)(panel + r * kRowTile<P::W>, kRowTile<P::W>, x + t * x_tile, x_tile, steps,
+                                     sums + (r * tiles + t) * 256, tiles * 256, first);
     }
   }
 }
 
-template <int SPLITS>
+template <class P>
 void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
-  constexpr int W = SPLITS == 3 ? 3 : 2;
+  constexpr int W = P::W;
   const Weight& w = p.w;
-  const int64_t tiles = token_tiles(p.M), x_tile = tile_steps(w.K) * SPLITS * kTileBytes;
+  const int64_t tiles = token_tiles(p.M), x_tile = tile_steps(w.K) * P::X * kTileBytes;
   char* panel = (char*)scratch;
   float* sums = scratch + kDenseRows * kSlice / 2 * W;
   const auto put = pick_row<W>(w);
   SliceValues values;
+  PanelValues groups(w, sums + kDenseRows * tiles * 16);
   constexpr Tiles::Shape whole{kAmxTileRows, 64};
   const Tiles::Shape shapes[8] = {whole, whole, whole, whole, whole, whole, whole, whole};
   RowBlock block(w, first);
@@ -224,9 +232,10 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
     const Tiles configured(shapes);
     for (int64_t k = 0; k < w.K; k += kSlice) {
       const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice;
-      fill_panel<W>(w, block, end, index, count, k, depth, put, values, panel);
-      const char* columns = (const char*)x.packed + k / kTileColumns * SPLITS * kTileBytes;
-      multiply_panel<SPLITS, W>(panel, row_tiles, columns, x_tile, tiles, tile_steps(depth), k == 0, sums);
+      if (w.axis == 1 && k % kLong == 0) groups.load(w, index, count, k);
+      fill_panel<W>(w, block, end, index, count, k, depth, put, values, groups, panel);
+      const char* columns = (const char*)x.packed + k / kTileColumns * P::X * kTileBytes;
+      multiply_panel<P>(panel, row_tiles, columns, x_tile, tiles, tile_steps(depth), k == 0, sums);
     }
     for (int64_t r = 0; r < row_tiles; ++r) {
       uint32_t bad = 0;
@@ -235,7 +244,7 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
       // Inf times the split of a number that is zero is NaN: only vectors say what such rows are.
       for (; bad; bad &= bad - 1) {
         const int64_t row = index[16 * r + __builtin_ctz(bad)];
-        kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p, SPLITS));
+        kernels_avx512()->linear_dense(p, x, row, row + 1, scratch + amx_scratch(p));
       }
     }
   }
@@ -243,7 +252,11 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
 
 void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
   if (!x.packed) return kernels_avx512()->linear_dense(p, x, first, last, scratch);
-  (x.splits == 1 ? dense_rows<1> : x.splits == 2 ? dense_rows<2> : dense_rows<3>)(p, x, first, last, scratch);
+  const auto run = x.splits == 3   ? dense_rows<Splits33>
+                   : x.splits == 2 ? dense_rows<Splits22>
+                   : p.rounded     ? dense_rows<Splits11>
+                                   : dense_rows<Splits21>;
+  run(p, x, first, last, scratch);
 }
 
 }  // namespace

@@ -35,7 +35,8 @@ inline bool can_look_up(const Weight& w) {
 
 // As write_row.
 template <int SPLITS, class Entries>
-void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues&, char* out) {
+void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues&, const GroupValues& groups,
+                 char* out) {
   static constexpr auto order = [] {  // lanes of the first 32 columns at even places, of the second at odd ones
     std::array<uint8_t, 64> places{};
     for (int i = 0; i < 64; ++i) places[i] = (uint8_t)(i / 4 + i / 2 % 2 * 16 + i % 2 * 32);
@@ -43,7 +44,6 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
   }();
   alignas(64) uint8_t codes[kSlice + 128];
   unpack_slice(w, n, k, depth, codes);
-  const GroupValues groups(w, n, k, depth);
   const Entries entries(w, n);
   const __m512i places = _mm512_loadu_si512(order.data());
   __m512i splits[SPLITS], both{};

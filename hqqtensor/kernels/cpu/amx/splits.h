@@ -16,10 +16,19 @@ namespace hqqtensor {
 namespace {
 
 constexpr int64_t kTileColumns = 32, kTileBytes = 1024;
-constexpr int64_t kSlice = 256;  // columns made dense at a time: whole blocks of codes
+constexpr int64_t kSlice = 256;        // columns made dense at a time: whole blocks of codes
+constexpr int64_t kLong = 8 * kSlice;  // columns whose scales are decoded at a time
+constexpr int64_t kDenseRows = 128;    // of a panel: with its sums and the tokens of a slice it stays in the second level
 
-// Parts are rounded to nearest but the last, which is cut off: three parts of float32 are exact, two keep 2^-15 of each
-// number at worst. What is not finite stays so in a part at least.
+// To the nearest number with 16 bits, in the upper half; the lower half has no meaning.
+inline Floats rounded(Floats v) {
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x8000));
+  return _mm512_mask_mov_ps(_mm512_castsi512_ps(bits), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                            _mm512_set1_ps(__builtin_nanf("")));
+}
+
+// Parts are rounded to nearest but the last of several, which is cut off: three parts of float32 are exact, two keep 2^-15 of
+// each number at worst. What is not finite stays so in a part at least.
 template <int SPLITS>
 inline __attribute__((always_inline)) void split(Floats a, Floats b, __m512i* out) {
   const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32((int)0xffff0000);
@@ -30,6 +39,7 @@ inline __attribute__((always_inline)) void split(Floats a, Floats b, __m512i* ou
     a = _mm512_sub_ps(a, _mm512_castsi512_ps(low));
     b = _mm512_sub_ps(b, _mm512_castsi512_ps(high));
   }
+  if (SPLITS == 1) a = rounded(a), b = rounded(b);
   out[SPLITS - 1] = _mm512_ternarylogic_epi32(top, _mm512_castps_si512(b), _mm512_srli_epi32(_mm512_castps_si512(a), 16), 0xCA);
 }
 
@@ -69,17 +79,42 @@ inline __attribute__((always_inline)) void load_few(const Values& v, int64_t row
   }
 }
 
-// Scales and zero points of the groups of columns [k, k + depth) of row n, for axis 1. Up to 15 numbers of no meaning follow.
+// Scales and zero points of the groups of a row from that of some column on, for axis 1. Up to 15 numbers of no meaning follow.
 struct GroupValues {
-  int64_t size, first;  // columns of a group; the group of column k
-  float scale[kSlice + 32], zero[kSlice + 32];
+  int64_t size, first;  // columns of a group; the first group
+  const float *scale, *zero;
+};
 
-  GroupValues(const Weight& w, int64_t n, int64_t k, int64_t depth)
-      : size(w.groups == 1 ? w.K : w.group_size), first(k / size) {
-    const int64_t count = (k + depth - 1) / size + 1 - first;
-    load_few(w.scale, n, first, count, scale);
-    if (w.zero.data) load_few(w.zero, n, first, count, zero);
+// The same of the rows of a panel for kLong columns: to decode a few groups at a time would take longer than all else.
+class PanelValues {
+ public:
+  PanelValues(const Weight& w, float* memory)
+      : size_(size_of_group(w)), stride_(stride(w)), scale_(memory), zero_(memory + kDenseRows * stride_) {}
+
+  static int64_t floats(const Weight& w) { return 2 * kDenseRows * stride(w); }
+
+  // Rows index[0, count). k: a multiple of kLong.
+  void load(const Weight& w, const int64_t* index, int64_t count, int64_t k) {
+    first_ = k / size_;
+    const int64_t groups = ((w.K - k < kLong ? w.K : k + kLong) - 1) / size_ + 1 - first_;
+    for (int64_t r = 0; r < count; ++r) {
+      load_values(w.scale, index[r], first_, groups, scale_ + r * stride_);
+      if (w.zero.data) load_values(w.zero, index[r], first_, groups, zero_ + r * stride_);
+    }
   }
+  // Of row r of the panel, from column k on.
+  GroupValues row(int64_t r, int64_t k) const {
+    const int64_t first = k / size_, at = r * stride_ + first - first_;
+    return {size_, first, scale_ + at, zero_ + at};
+  }
+
+ private:
+  static int64_t size_of_group(const Weight& w) { return w.groups == 1 ? w.K : w.group_size; }
+  // Groups in kLong columns, one more at either end, and what is read behind them.
+  static int64_t stride(const Weight& w) { return w.axis == 0 ? 0 : (kLong / size_of_group(w) + 2 + 31) / 16 * 16; }
+
+  int64_t size_, first_ = 0, stride_;
+  float *scale_, *zero_;
 };
 
 // How the columns of a slice find their scales and zero points: what rows of a panel have in common.
@@ -129,12 +164,12 @@ inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, u
 
 // Columns [k, k + depth) of row n into its row of tiles; k a multiple of kSlice, depth no more.
 template <int SPLITS, class Numbers>
-void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, char* out) {
+void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, const GroupValues& groups,
+               char* out) {
   alignas(64) uint8_t codes[kSlice + 128];
   unpack_slice(w, n, k, depth, codes);
   const Numbers numbers(w, n);
   if (w.axis == 1) {
-    const GroupValues groups(w, n, k, depth);
     const int64_t size = groups.size;
     if (w.groups == 1 || size % kTileColumns == 0) {
       for (int64_t g = 0, i = 0; i < depth; ++g) {

@@ -17,6 +17,7 @@ struct Problem {
   const float* pre_scale;  // [K] or null: x is multiplied by it first
   void* y;                 // [M, N] of x_type
   int64_t y_stride;        // numbers from a row of y to the next
+  bool rounded = false;  // of bf16 x: weights, and x times pre_scale, may be rounded to bf16 once, as a dense product has them
 };
 
 // The order in which quantized activations lie in memory. A row of x is a token; 4 neighbouring columns are a quad, 64 a

@@ -10,10 +10,11 @@ namespace hqqtensor {
 
 // How linear_panel wants its activations, and for which numbers of rows of x (M) each kernel is the fastest.
 struct PanelShape {
-  Layout layout;                  // Layout::rows if there is no panel for this weight
-  int tile;                       // tokens of a tile; 0 if there is no panel
-  int64_t max_rows_for_gemv;      // M up to which linear_rows is the fastest kernel
-  int64_t max_rows_for_integers;  // M up to which integer kernels beat linear_dense
+  Layout layout;                           // Layout::rows if there is no panel for this weight
+  int tile;                                // tokens of a tile; 0 if there is no panel
+  int64_t max_rows_for_gemv;               // M up to which linear_rows is the fastest kernel
+  int64_t max_rows_for_integers;           // M up to which integer kernels beat linear_dense
+  int64_t max_rows_unrounded = INT64_MAX;  // M up to which they beat it with numbers rounded to bf16 (Problem::rounded)
 };
 
 // The levels of a format for solvers: the numbers that codes stand for at scale 1. Either up to 16 levels in ascending order,
@@ -122,8 +123,8 @@ struct Kernels {
   int lanes;
   // Smallest and largest of `count` numbers.
   void (*extremes)(const float* w, int64_t count, float* low, float* high);
-  // Of `count` rows of K numbers, `stride` bytes apart: sums[k] grows by (w[k] * unit)^2 over the spread of the row, which is the
-  // mean of (w[k] * unit)^2 * inverse_columns[k]; 1 for a row of zeros.
+  // Of `count` rows of K numbers, `stride` bytes apart: sums[k] grows by (w[k] * unit)^2 over the spread of the row, which is
+  // the mean of (w[k] * unit)^2 * inverse_columns[k]; 1 for a row of zeros.
   void (*spread_rows)(const void* rows, DType, int64_t count, int64_t stride, int64_t K, float unit,
                       const float* inverse_columns, float* sums);
   // Scale and zero point of each group. Overwrites w.

@@ -144,9 +144,10 @@ void multiply_dense(const Problem& p, DenseActivations x, float* packed) {
 }
 
 // A product with kMaxRows tokens at most.
-bool run_block(const Problem& p, int digits) {
+bool run_block(Problem p, int digits) {
   const Kernels& k = kernels();
-  const bool integers = integers_serve(p.w, p.M, digits);
+  p.rounded = rounding_serves(p, digits);
+  const bool integers = !p.rounded && integers_serve(p.w, p.M, digits);
   const int splits = splits_of(p, digits);
   const ActivationScratch memory(p, integers && p.w.axis == 1 ? quantized_bytes(p.w, p.M, digits) : 0,
                                  k.pack_activations ? k.packed_activations_size(p.M, p.w.K, splits) : 0);
@@ -170,7 +171,7 @@ bool run_block(const Problem& p, int digits) {
 bool run_linears(Problem* parts, int64_t count, int digits) {
   const Problem& p = *parts;
   // How activations are quantized depends on the digits of a table, and each weight may have a codebook of its own.
-  bool alike = p.w.axis == 1 && p.M <= kMaxRows && integers_serve(p.w, p.M, digits);
+  bool alike = p.w.axis == 1 && p.M <= kMaxRows && !rounding_serves(p, digits) && integers_serve(p.w, p.M, digits);
   for (int64_t i = 1; i < count; ++i) alike = alike && parts[i].w.table.count == p.w.table.count;
   if (alike) {
     const ActivationScratch memory(p, quantized_bytes(p.w, p.M, digits), 0);

@@ -31,6 +31,10 @@ bool integers_serve(const Weight& w, int64_t M, int digits) {
   return M <= shape.max_rows_for_integers && (shape.layout != Layout::rows || linear_rows_serves(w, M, digits));
 }
 
+bool rounding_serves(const Problem& p, int digits) {
+  return p.rounded && p.M > panel_shape(p.w, p.M, digits).max_rows_unrounded;
+}
+
 int64_t quantized_bytes(const Weight& w, int64_t M, int digits) {
   const int64_t chunks = row_chunks(w), bytes = std::max(digits, 2);  // of an activation, in any layout
   return (M * (chunks * bytes * 64 + 4 * steps_per_row(w) + 4 * padded(w.axis == 1 ? w.groups : 1)) + 191) / 64 * 64;
@@ -63,6 +67,7 @@ void multiply(const Problem& p, const QuantizedActivations* x, int64_t first, in
 
 // Activations of 8 bits count as what is left of them, their product with the step, a float32.
 int splits_of(const Problem& p, int digits) {
+  if (rounding_serves(p, digits)) return 1;
   if (digits == 3 || (digits == 1 && p.x_type == DType::f32)) return 3;
   return digits == 2 && p.x_type == DType::bf16 && p.pre_scale == nullptr ? 1 : 2;
 }

@@ -13,6 +13,8 @@ PanelShape panel_shape(const Weight&, int64_t M, int digits);
 bool linear_rows_serves(const Weight&, int64_t M, int digits);
 // True if products of integers serve M tokens; linear_dense serves the others.
 bool integers_serve(const Weight&, int64_t M, int digits);
+// True if linear_dense with numbers rounded to bf16 is the fastest kernel, and the problem allows it.
+bool rounding_serves(const Problem&, int digits);
 
 // Bytes that quantized_in takes, and as many behind as vectors run past the end; a multiple of 64.
 int64_t quantized_bytes(const Weight&, int64_t M, int digits);

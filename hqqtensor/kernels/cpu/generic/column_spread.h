@@ -44,8 +44,8 @@ void spread_some(const char* const (&w)[R], int64_t K, float unit, const float* 
     for (int r = 0; r < R; ++r) sums[i] += square(r, i) * inverse[r];
 }
 
-void spread_rows(const void* rows, DType type, int64_t count, int64_t stride, int64_t K, float unit, const float* inverse_columns,
-                 float* sums) {
+void spread_rows(const void* rows, DType type, int64_t count, int64_t stride, int64_t K, float unit,
+                 const float* inverse_columns, float* sums) {
   const auto of_type = [&](auto t) {
     constexpr DType T = decltype(t)::value;
     const auto* at = (const char*)rows;

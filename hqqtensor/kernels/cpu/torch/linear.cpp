@@ -10,19 +10,20 @@ namespace hqqtensor {
 namespace {
 
 struct Activation {
-  DType type;  // of the input
-  int digits;  // that it is quantized to, see run_linear
+  DType type;    // of the input
+  int digits;    // that it is quantized to, see run_linear
+  bool rounded;  // Problem::rounded
 };
 
 // How an operator multiplies: nothing where the kernels do not serve the format or the input's dtype.
 std::optional<Activation> activation_of(const Tensor& x, std::string_view activation, const PackedArguments& w) {
   const auto type = dtype_of(x.scalar());
   if (!type || !knows_format(w.format, w.nbits)) return std::nullopt;
-  HQQ_CHECK(activation == "float" || activation == "high" || activation == "int8",
-            "activation must be 'float', 'high' or 'int8', got '", activation, "'");
+  HQQ_CHECK(activation == "float" || activation == "exact" || activation == "high" || activation == "int8",
+            "activation must be 'float', 'exact', 'high' or 'int8', got '", activation, "'");
   // 16-bit numbers need no more than two digits; "high" allows as much for float32.
   const int digits = activation == "int8" ? 1 : *type != DType::f32 || activation == "high" ? 2 : 3;
-  return Activation{*type, digits};
+  return Activation{*type, digits, *type == DType::bf16 && activation == "float"};
 }
 
 void check_input(const char* op, const Tensor& x, int64_t rank, int64_t K) {
@@ -97,7 +98,7 @@ bool multiply_runs(const Rows& x, const Activation& how, const std::vector<int64
     const int64_t last = ends[(size_t)e];
     if (last == first) continue;
     const Problem run{weights.at(e),  x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr,
-                      pre_scale.data, out + first * N * size,           N};
+                      pre_scale.data, out + first * N * size,           N,        how.rounded};
     if (!run_linear(run, how.digits)) return false;
     first = last;
   }
@@ -140,7 +141,8 @@ bool linear(Call& c) {
   const FloatVector bias32(bias, "bias", w.N()), pre32(pre_scale, "act_pre_scale", w.K());
   const Rows rows(x, w.K());
   Tensor y = output_like(x, w.N());
-  const Problem p{w.at(0), rows.data, rows.stride, rows.count, how->type, bias32.data, pre32.data, y.mutable_data(), w.N()};
+  const Problem p{w.at(0),     rows.data,  rows.stride,      rows.count, how->type,
+                  bias32.data, pre32.data, y.mutable_data(), w.N(),      how->rounded};
   if (!run_linear(p, how->digits)) return false;
   c.give(std::move(y));
   return true;
@@ -167,7 +169,8 @@ bool linear_many(Call& c) {
   std::vector<Problem> parts;
   auto* out = (char*)y.mutable_data();
   for (size_t i = 0; i < all.size(); out += weights[i++].N() * y.item_size())
-    parts.push_back({weights[i].at(0), rows.data, rows.stride, rows.count, how->type, bias32[i].data, nullptr, out, N});
+    parts.push_back(
+        {weights[i].at(0), rows.data, rows.stride, rows.count, how->type, bias32[i].data, nullptr, out, N, how->rounded});
   if (!run_linears(parts.data(), (int64_t)parts.size(), how->digits)) return false;
   c.give(std::move(y));
   return true;
