@@ -53,6 +53,7 @@ class HQQTensor(TorchAOBaseTensor):
     scale: Tensor
     zero_point: Tensor | None
     act_pre_scale: Tensor | None
+    shard_rows: int | None = None  # of a shard on another device than FSDP left it on, see tensor/sharding.py
 
     def __new__(
         cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
@@ -266,7 +267,9 @@ torch.serialization.add_safe_globals([HQQTensor])
 
 # Registers what torch functions do with an HQQTensor.
 from hqqtensor.tensor import experts as experts  # noqa: E402
+from hqqtensor.tensor import flat as flat  # noqa: E402
 from hqqtensor.tensor import products as products  # noqa: E402
+from hqqtensor.tensor import sharding as sharding  # noqa: E402
 from hqqtensor.tensor import storage as storage  # noqa: E402
 from hqqtensor.tensor import unsupported as unsupported  # noqa: E402
 from hqqtensor.tensor import views as views  # noqa: E402

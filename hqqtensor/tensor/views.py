@@ -8,6 +8,8 @@ from torchao.utils import fill_defaults
 
 from hqqtensor.packing import BLOCK, byte_offset
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.flat import FlatTensors
+from hqqtensor.tensor.rows import shard
 
 aten = torch.ops.aten
 implements = HQQTensor.implements
@@ -122,8 +124,9 @@ def _(func, types, args, kwargs):
     if sum(sizes) != length:
         raise ValueError(f"split: sizes {list(sizes)} do not add up to the {length} of dimension {dim}")
     out, first = [], 0
+    rows = dim == 0 and (not self.transposed or self.ndim > 2)
     for size in sizes:
-        out.append(_cut(self, dim, first, first + size))
+        out.append(shard(self, first, first + size) if rows else _cut(self, dim, first, first + size))
         first += size
     return out
 
@@ -217,4 +220,6 @@ def _(func, types, args, kwargs):
     same = list(size) == list(self.shape)
     if same or (-1 in size and torch.empty(self.shape, device="meta").view(size).shape == self.shape):
         return return_and_correct_aliasing(func, args, kwargs, self.with_data())
+    if list(size) == [-1]:
+        return FlatTensors([self])
     raise NotImplementedError(f"view: {list(self.shape)} as {list(size)} would need unpacking; dequantize() first")

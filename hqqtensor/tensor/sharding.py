@@ -1,0 +1,143 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What torch's FSDP2 (``fully_shard``), DTensor and distributed checkpoints ask of an HQQTensor.
+
+FSDP cuts a weight along its first dimension, fills the last shards up to equal length, and calls the two hooks here
+around each all-gather, in which packed bytes travel. DTensor cuts, scatters and gathers with the operators below.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.flat import FlatTensors
+from hqqtensor.tensor.rows import cut, is_cyclic, parts_along, plain_parts, rolled, shard, with_rows, zeros
+
+aten, functional = torch.ops.aten, torch.ops._c10d_functional
+implements = HQQTensor.implements
+
+
+def _fsdp_pre_all_gather(self: HQQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """What FSDP gathers, packed bytes and scales of as many rows as the longest shard has, and what
+    ``fsdp_post_all_gather`` needs beside them.
+
+    FSDP's longer signature would tell the number of rows, but asks that what is sent has the shape of the weight.
+    """
+    rows = padded_rows(self)
+    parts = (torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) if len(t) < rows else t for t in parts_along(self))
+    return tuple(t.contiguous() for t in parts), (self, mesh.get_local_rank() * rows)
+
+
+def _fsdp_post_all_gather(
+    self: HQQTensor, all_gather_outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *,
+    out: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """The weight over the gathered bytes, presenting ``param_dtype``. FSDP cuts off the rows that fill up the shards.
+
+    out: the weight of an earlier call, in whose memory the bytes lie; it gets what all rows share, which may have
+    changed since.
+    """
+    local, start = metadata
+    outputs = iter(all_gather_outputs)
+    rows = all_gather_outputs[0].shape[0]
+    whole = with_rows(local, rows, lambda _: next(outputs), lambda t: rolled(t, -start)).with_data(dtype=param_dtype)
+    if out is None:
+        return whole, ()
+    _share(whole, out)
+    return None
+
+
+def _share(source: HQQTensor, to: Any) -> None:
+    names = cut(source)
+    for name in (*names.cyclic, *names.whole):
+        setattr(to, name, getattr(source, name))
+    for name in names.along:
+        if isinstance(part := getattr(source, name), HQQTensor):
+            _share(part, getattr(to, name))
+
+
+HQQTensor.fsdp_pre_all_gather = _fsdp_pre_all_gather  # type: ignore[attr-defined]
+HQQTensor.fsdp_post_all_gather = _fsdp_post_all_gather  # type: ignore[attr-defined]
+
+
+def padded_rows(w: HQQTensor) -> int:
+    """The rows that every shard of a weight has memory for; more than ``w`` has where it is a short last shard.
+
+    FSDP copies a shard into a new tensor of that length and keeps a view of its first rows. So all parts begin where
+    their memory does, and the memory of each has the same number of rows. A copy on another device notes it.
+    """
+    if w.shard_rows is not None:
+        return w.shard_rows
+    lengths = set()
+    for part in parts_along(w):
+        row = part.new_empty(1, *part.shape[1:]).nbytes
+        memory = part.untyped_storage().nbytes()
+        lengths.add(memory // row if part.storage_offset() == 0 and row and memory % row == 0 else 0)
+    return max(w.shape[0], *lengths) if len(lengths) == 1 else w.shape[0]
+
+
+def _rows_of(w: HQQTensor, size: Any, what: str) -> int:
+    """The length of the first dimension of ``size``, where the others are those of ``w``."""
+    if len(size) != w.ndim or list(size[1:]) != list(w.shape[1:]):
+        raise NotImplementedError(
+            f"{what}: a quantized weight can have another length in its first dimension only (shard it with Shard(0)), "
+            f"got {list(size)} for {w!r}"
+        )
+    return size[0]
+
+
+@implements([aten.new_zeros.default, aten.new_empty.default])
+def _(func, types, args, kwargs):
+    self, size = args
+    if list(size) == [0]:
+        # FSDP makes the shards of ranks for which no rows are left in this way, on all ranks.
+        if is_cyclic(self):
+            raise NotImplementedError(
+                f"there are more processes than shards of rows, which share scales: {self!r}. Leave it out of what is "
+                "sharded (ignored_params), or quantize with axis=1 and plain scales (quant_scale=False, quant_zero=False)"
+            )
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+    rows = _rows_of(self, size, "new_zeros")
+    out = zeros(self, rows, **({"device": kwargs["device"]} if kwargs.get("device") else {}))
+    return out.with_data(dtype=kwargs["dtype"]) if kwargs.get("dtype") else out
+
+
+@implements([aten.constant_pad_nd.default])
+def _(func, types, args, kwargs):
+    self, pad = args[:2]
+    extra = pad[-1] if len(pad) == 2 * self.ndim else 0
+    value = args[2] if len(args) > 2 else 0
+    if any(pad[:-1]) or extra < 0 or value != 0 or is_cyclic(self):
+        raise NotImplementedError(
+            f"pad: zeros can be put behind the rows of a quantized weight (axis=1, plain scales), got {list(pad)} for "
+            f"{self!r}. To shard it evenly, use a number of processes that divides {list(self.shape)}"
+        )
+    return with_rows(
+        self, self.shape[0] + extra, lambda t: torch.cat([t, t.new_zeros(extra, *t.shape[1:])])
+    )
+
+
+@implements([aten.as_strided.default])
+def _(func, types, args, kwargs):
+    self, size, stride = args[:3]
+    offset = args[3] if len(args) > 3 else 0
+    rows = _rows_of(self, size, "as_strided")
+    if list(stride) != list(torch.empty(size, device="meta").stride()) or offset or rows > self.shape[0]:
+        raise NotImplementedError(f"as_strided: only the first rows of a quantized weight, got {size} {stride} {offset}")
+    return return_and_correct_aliasing(func, args, kwargs, shard(self, 0, rows))
+
+
+@implements([functional.wait_tensor.default])
+def _(func, types, args, kwargs):
+    for part in plain_parts(args[0]):
+        func(part)
+    return args[0]
+
+
+@implements([functional.all_gather_into_tensor.default])
+def _(func, types, args, kwargs):
+    """The rows of all processes below one another."""
+    self, size, group = args
+    ...
