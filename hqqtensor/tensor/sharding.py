@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from hqqtensor.tensor import HQQTensor
-from hqqtensor.tensor.flat import FlatTensors
 from hqqtensor.tensor.rows import cut, is_cyclic, parts_along, plain_parts, rolled, shard, with_rows, zeros
 
 aten, functional = torch.ops.aten, torch.ops._c10d_functional
 implements = HQQTensor.implements
+
+
+def _filled(part: Tensor, rows: int) -> Tensor:
+    """``part`` with zeros behind its rows."""
+    return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])]) if len(part) < rows else part
 
 
 def _fsdp_pre_all_gather(self: HQQTensor, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -26,7 +30,9 @@ def _fsdp_pre_all_gather(self: HQQTensor, mesh: Any) -> tuple[tuple[Tensor, ...]
     FSDP's longer signature would tell the number of rows, but asks that what is sent has the shape of the weight.
     """
     rows = padded_rows(self)
-    parts = (torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) if len(t) < rows else t for t in parts_along(self))
+    parts = (
+        torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) if len(t) < rows else t for t in parts_along(self)
+    )
     return tuple(t.contiguous() for t in parts), (self, mesh.get_local_rank() * rows)
 
 
@@ -96,7 +102,7 @@ def _(func, types, args, kwargs):
         if is_cyclic(self):
             raise NotImplementedError(
                 f"there are more processes than shards of rows, which share scales: {self!r}. Leave it out of what is "
-                "sharded (ignored_params), or quantize with axis=1 and plain scales (quant_scale=False, quant_zero=False)"
+                "sharded (ignored_params), or quantize with axis=1, quant_scale=False, quant_zero=False"
             )
         return torch.empty(0, dtype=self.dtype, device=self.device)
     rows = _rows_of(self, size, "new_zeros")
@@ -114,9 +120,8 @@ def _(func, types, args, kwargs):
             f"pad: zeros can be put behind the rows of a quantized weight (axis=1, plain scales), got {list(pad)} for "
             f"{self!r}. To shard it evenly, use a number of processes that divides {list(self.shape)}"
         )
-    return with_rows(
-        self, self.shape[0] + extra, lambda t: torch.cat([t, t.new_zeros(extra, *t.shape[1:])])
-    )
+    rows = self.shape[0] + extra
+    return with_rows(self, rows, lambda t: _filled(t, rows))
 
 
 @implements([aten.as_strided.default])
@@ -125,19 +130,41 @@ def _(func, types, args, kwargs):
     offset = args[3] if len(args) > 3 else 0
     rows = _rows_of(self, size, "as_strided")
     if list(stride) != list(torch.empty(size, device="meta").stride()) or offset or rows > self.shape[0]:
-        raise NotImplementedError(f"as_strided: only the first rows of a quantized weight, got {size} {stride} {offset}")
+        raise NotImplementedError(
+            f"as_strided: only the first rows of a quantized weight, got {size} {stride} {offset}"
+        )
     return return_and_correct_aliasing(func, args, kwargs, shard(self, 0, rows))
 
 
-@implements([functional.wait_tensor.default])
+@implements([functional.wait_tensor.default, functional._wrap_tensor_autograd.default])
 def _(func, types, args, kwargs):
-    for part in plain_parts(args[0]):
-        func(part)
+    """Nothing is left to wait for: what gathers a weight waits for its parts."""
     return args[0]
 
 
 @implements([functional.all_gather_into_tensor.default])
 def _(func, types, args, kwargs):
     """The rows of all processes below one another."""
-    self, size, group = args
-    ...
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    self, processes, group = args
+    rows, rank = self.shape[0], _resolve_process_group(group).rank()
+
+    def gathered(part: Tensor) -> Tensor:
+        return functional.wait_tensor(func(part.contiguous(), processes, group))
+
+    def first(part: Tensor) -> Tensor:
+        """Data that all rows share, as the first process has it."""
+        part = rolled(part, -rank * rows)
+        for plain in plain_parts(part) if isinstance(part, HQQTensor) else [part]:
+            copies = gathered(plain).view(torch.uint8).view(processes, -1)
+            if not torch.equal(copies, copies[:1].expand_as(copies)):
+                raise NotImplementedError(
+                    "all_gather: shards of in_features have scales (axis=0) or column scales of their own, which one "
+                    f"weight of all their rows cannot have: {self!r}. Gather its dequantize(), or its parts one by one"
+                )
+        return part
+
+    names = cut(self)
+    shared = {name: first(getattr(self, name)) for name in names.whole}
+    return with_rows(self, processes * rows, gathered, first).with_data(**shared)

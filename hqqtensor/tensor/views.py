@@ -91,7 +91,7 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
             raise NotImplementedError(f"slice: {start}:{end} is no whole number of {self.qdata.dtype} in qdata")
         data = {"qdata": piece(self.qdata, stored, first // item, last // item)}
         low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
-        data |= {n: piece(getattr(self, n), stored, low, high) for n in _sliced_with(self, rows=False)}
+        data |= {n: _columns(getattr(self, n), stored, low, high) for n in _sliced_with(self, rows=False)}
         if self.rotation and (start % self.rotation or end % self.rotation):
             raise NotImplementedError(
                 f"slice: in_features are rotated in blocks of {self.rotation} and can be cut between them, "
@@ -99,6 +99,22 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
             )
         act = None if act is None else act[start:end]
     return self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
+
+
+def _columns(part: Tensor, dim: int, start: int, end: int) -> Tensor:
+    """Scales or zero points of some columns. Quantized ones of 8 bits are a byte each and can be cut anywhere."""
+    if not isinstance(part, HQQTensor):
+        return aten.slice.Tensor(part, dim, start, end)
+    columns = part.in_features
+    if part.nbits != 8 and (start % BLOCK or (end % BLOCK and end != columns)):
+        raise NotImplementedError(
+            f"slice: scales quantized to {part.nbits} bits can be cut at multiples of {BLOCK} groups, got {start}:{end} "
+            f"of {columns}; those of 8 bits (meta_nbits=8) anywhere"
+        )
+    if part.nbits != 8:
+        return aten.slice.Tensor(part, dim, start, end)
+    data = {n: aten.slice.Tensor(getattr(part, n), dim, start, end) for n in _stored(part)}
+    return part.with_data(**data, shape=torch.Size([*part.shape[:-1], end - start]))
 
 
 @implements([aten.slice.Tensor])
