@@ -53,7 +53,9 @@ class HQQTensor(TorchAOBaseTensor):
     scale: Tensor
     zero_point: Tensor | None
     act_pre_scale: Tensor | None
-    shard_rows: int | None = None  # of a shard on another device than FSDP left it on, see tensor/sharding.py
+    shard_rows: int | None = None  # of a shard of FSDP that was moved to another device: see rows.padded_rows
+    # Of rows that begin within the groups of axis 0: the shared scales that theirs are rolled copies of, and how far.
+    rolled_from: tuple[dict[str, Tensor], int] | None = None
 
     def __new__(
         cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,

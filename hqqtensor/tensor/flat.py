@@ -76,6 +76,10 @@ def _parts(t: Tensor) -> list[Tensor]:
     """The plain tensors of a flat tensor, of a weight, or of a plain tensor itself."""
     if isinstance(t, FlatTensors):
         return [part for member in t.members for part in _parts(member)]
+    if isinstance(t, HQQTensor) and t.rolled_from:
+        raise NotImplementedError(
+            f"communication: rows that share scales are sent as a copy; clone() them first: {t!r}"
+        )
     return plain_parts(t) if isinstance(t, HQQTensor) else [t]
 
 

@@ -76,26 +76,38 @@ def is_cyclic(w: HQQTensor) -> bool:
 
 
 def rolled(part: Tensor, start: int) -> Tensor:
-    """Shared scales as a shard has them that starts ``start`` rows later; NotImplementedError where there are none."""
-    groups = part.shape[0]
+    """Shared scales ``[..., G, K]`` as rows have them that begin ``start`` rows later.
+
+    NotImplementedError where they are quantized and share scales of their own in a way that cannot follow.
+    """
+    groups = part.shape[-2]
     if start % groups == 0:
         return part
     if not isinstance(part, HQQTensor):
-        return torch.roll(part, -start, 0)
-    if groups % part.scale.shape[0]:
+        return torch.roll(part, -start, -2)
+    if groups % part.scale.shape[-2]:
         raise NotImplementedError(
             f"rows that share {groups} quantized scales can be cut at multiples of {groups}, got {start}; use axis=1, "
             "or quant_scale=False and quant_zero=False"
         )
-    data = {name: torch.roll(getattr(part, name), -start, 0) for name in part.__tensor_flatten__()[0]}
+    data = {name: torch.roll(getattr(part, name), -start, -2) for name in part.__tensor_flatten__()[0]}
     return part.with_data(**data)
 
 
-def shard(w: HQQTensor, start: int, end: int) -> HQQTensor:
-    """Rows ``start`` to ``end``: a view, but for shared scales where they have to be rolled."""
-    if start >= end:
-        start = end = 0
-    return with_rows(w, end - start, lambda t: t[start:end], lambda t: rolled(t, start))
+def padded_rows(w: HQQTensor) -> int:
+    """The rows that every shard of a weight has memory for; more than ``w`` has where it is a short last shard.
+
+    FSDP copies a shard into a new tensor of that length and keeps a view of its first rows. So all parts begin where
+    their memory does, and the memory of each has the same number of rows. A copy on another device notes it.
+    """
+    if w.shard_rows is not None:
+        return w.shard_rows
+    lengths = set()
+    for part in parts_along(w):
+        row = part.new_empty(1, *part.shape[1:]).nbytes
+        memory = part.untyped_storage().nbytes()
+        lengths.add(memory // row if part.storage_offset() == 0 and row and memory % row == 0 else 0)
+    return max(w.shape[0], *lengths) if len(lengths) == 1 else w.shape[0]
 
 
 def zeros(w: HQQTensor, rows: int, **options: Any) -> HQQTensor:

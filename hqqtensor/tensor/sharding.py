@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from hqqtensor.tensor import HQQTensor
-from hqqtensor.tensor.rows import cut, is_cyclic, parts_along, plain_parts, rolled, shard, with_rows, zeros
+from hqqtensor.tensor.rows import cut, is_cyclic, padded_rows, parts_along, plain_parts, rolled, with_rows, zeros
 
 aten, functional = torch.ops.aten, torch.ops._c10d_functional
 implements = HQQTensor.implements
@@ -68,22 +68,6 @@ HQQTensor.fsdp_pre_all_gather = _fsdp_pre_all_gather  # type: ignore[attr-define
 HQQTensor.fsdp_post_all_gather = _fsdp_post_all_gather  # type: ignore[attr-defined]
 
 
-def padded_rows(w: HQQTensor) -> int:
-    """The rows that every shard of a weight has memory for; more than ``w`` has where it is a short last shard.
-
-    FSDP copies a shard into a new tensor of that length and keeps a view of its first rows. So all parts begin where
-    their memory does, and the memory of each has the same number of rows. A copy on another device notes it.
-    """
-    if w.shard_rows is not None:
-        return w.shard_rows
-    lengths = set()
-    for part in parts_along(w):
-        row = part.new_empty(1, *part.shape[1:]).nbytes
-        memory = part.untyped_storage().nbytes()
-        lengths.add(memory // row if part.storage_offset() == 0 and row and memory % row == 0 else 0)
-    return max(w.shape[0], *lengths) if len(lengths) == 1 else w.shape[0]
-
-
 def _rows_of(w: HQQTensor, size: Any, what: str) -> int:
     """The length of the first dimension of ``size``, where the others are those of ``w``."""
     if len(size) != w.ndim or list(size[1:]) != list(w.shape[1:]):
@@ -133,7 +117,7 @@ def _(func, types, args, kwargs):
         raise NotImplementedError(
             f"as_strided: only the first rows of a quantized weight, got {size} {stride} {offset}"
         )
-    return return_and_correct_aliasing(func, args, kwargs, shard(self, 0, rows))
+    return return_and_correct_aliasing(func, args, kwargs, aten.slice.Tensor(self, 0, 0, rows))
 
 
 @implements([functional.wait_tensor.default, functional._wrap_tensor_autograd.default])
@@ -153,9 +137,8 @@ def _(func, types, args, kwargs):
     def gathered(part: Tensor) -> Tensor:
         return functional.wait_tensor(func(part.contiguous(), processes, group))
 
-    def first(part: Tensor) -> Tensor:
-        """Data that all rows share, as the first process has it."""
-        part = rolled(part, -rank * rows)
+    def same(part: Tensor) -> Tensor:
+        """``part``, if it is the same on all processes."""
         for plain in plain_parts(part) if isinstance(part, HQQTensor) else [part]:
             copies = gathered(plain).view(torch.uint8).view(processes, -1)
             if not torch.equal(copies, copies[:1].expand_as(copies)):
@@ -165,6 +148,6 @@ def _(func, types, args, kwargs):
                 )
         return part
 
-    names = cut(self)
-    shared = {name: first(getattr(self, name)) for name in names.whole}
-    return with_rows(self, processes * rows, gathered, first).with_data(**shared)
+    whole = {name: same(getattr(self, name)) for name in cut(self).whole}
+    out = with_rows(self, processes * rows, gathered, lambda part: same(rolled(part, -rank * rows)))
+    return out.with_data(**whole)
