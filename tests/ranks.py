@@ -4,11 +4,11 @@ A process costs seconds for importing torch alone, so one start runs many checks
 that has imported everything.
 """
 
-import datetime
 import json
 import os
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,17 +18,17 @@ from fresh_python import run_fresh
 Check = Callable[[], None]
 
 
-def run_checks(module: str, path: Path, names: Sequence[str], processes: int, folder: Path, timeout: float = 60):
+def run_checks(module: str, path: Path, names: Sequence[str], processes: int, folder: Path) -> dict[str, list[str]]:
     """Run the functions ``names`` of a module, which lies in the folder ``path``, on all processes at once.
 
-    Gives by name what went wrong, a text for each process on which it did. timeout: seconds of an operation of gloo.
+    Gives by name what went wrong, a text for each process on which it did.
     """
     code = f"""
         import sys
         sys.path.insert(0, {str(path)!r})
         import {module} as checks
         from ranks import fork
-        fork([getattr(checks, name) for name in {list(names)!r}], {processes}, {str(folder)!r}, {timeout})
+        fork([getattr(checks, name) for name in {list(names)!r}], {processes}, {str(folder)!r})
     """
     result = run_fresh(code)
     files = [folder / f"rank{rank}.json" for rank in range(processes)]
@@ -38,7 +38,7 @@ def run_checks(module: str, path: Path, names: Sequence[str], processes: int, fo
     return {name: [report[name] for report in reports if report[name]] for name in names}
 
 
-def fork(checks: Sequence[Check], processes: int, folder: str, timeout: float) -> None:
+def fork(checks: Sequence[Check], processes: int, folder: str) -> None:
     """Run ``checks`` in a process for each rank; each writes what went wrong into ``folder``."""
     torch.set_num_threads(1)
     children = []
@@ -47,8 +47,7 @@ def fork(checks: Sequence[Check], processes: int, folder: str, timeout: float) -
             children.append(pid)
             continue
         report = {check.__name__: "" for check in checks}
-        limit = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("gloo", f"file://{folder}/store", limit, processes, rank)
+        dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=2), processes, rank)
         for check in checks:
             try:
                 check()

@@ -30,11 +30,11 @@ KILLED, HANGS = "a_killed_process_is_an_error_on_the_others", "a_process_that_ha
 
 
 @cache
-def problems(processes: int, names: tuple[str, ...], timeout: float = 60) -> dict[str, list[str]]:
+def problems(processes: int, names: tuple[str, ...]) -> dict[str, list[str]]:
     """What went wrong in one start of ``processes`` that run these checks."""
     with TemporaryDirectory() as folder:
         os.environ["CHECKS"] = folder
-        return run_checks("sharding_checks", Path(__file__).parent, names, processes, Path(folder), timeout)
+        return run_checks("sharding_checks", Path(__file__).parent, names, processes, Path(folder))
 
 
 @pytest.mark.slow
@@ -51,4 +51,4 @@ def test_on_four_processes(name: str) -> None:
 
 @pytest.mark.parametrize("name", [KILLED, HANGS])
 def test_a_lost_process_ends_in_an_error(name: str) -> None:
-    assert problems(2, (name,), timeout=2 if name == HANGS else 60)[name] == []
+    assert problems(2, (name,))[name] == []
