@@ -76,13 +76,13 @@ class HQQTensorHfQuantizer(HfQuantizer):
             return
         if (wanted.fsdp_size or 1) > 1:
             raise ValueError(
-                f"fsdp_size={wanted.fsdp_size}: a quantized model is not loaded into FSDP's shards; load it without, then "
-                "call torch.distributed.fsdp.fully_shard on its layers"
+                f"fsdp_size={wanted.fsdp_size}: a quantized model is not loaded into the shards of FSDP; load it whole, "
+                "then call torch.distributed.fsdp.fully_shard on its layers"
             )
         if not self.pre_quantized:
             raise ValueError(
-                f"tp_size={wanted.tp_size}: a model cannot be quantized while it is distributed; quantize and save it once, "
-                " then load the quantized directory with the same DistributedConfig"
+                f"tp_size={wanted.tp_size}: a model is not quantized while it is distributed; quantize and save it "
+                "once, then load the quantized directory with the same DistributedConfig"
             )
 
     def _read(self, model: Any, files: Sequence[str] | None) -> None:
