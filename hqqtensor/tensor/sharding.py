@@ -97,9 +97,9 @@ def _(func, types, args, kwargs):
 @implements([aten.constant_pad_nd.default])
 def _(func, types, args, kwargs):
     self, pad = args[:2]
-    extra = pad[-1] if len(pad) == 2 * self.ndim else 0
+    *others, extra = pad if len(pad) == 2 * self.ndim else (*pad, 0)
     value = args[2] if len(args) > 2 else 0
-    if any(pad[:-1]) or extra < 0 or value != 0 or is_cyclic(self):
+    if any(others) or extra < 0 or value != 0 or is_cyclic(self):
         raise NotImplementedError(
             f"pad: zeros can be put behind the rows of a quantized weight (axis=1, plain scales), got {list(pad)} for "
             f"{self!r}. To shard it evenly, use a number of processes that divides {list(self.shape)}"

@@ -1,4 +1,4 @@
-"""What ``test_tensor_parallel.py`` runs on two processes: transformers' own tensor parallel on a quantized directory."""
+"""What ``test_tensor_parallel.py`` runs: transformers' tensor parallel on a quantized directory."""
 
 import os
 from pathlib import Path

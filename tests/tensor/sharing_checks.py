@@ -24,8 +24,9 @@ def a_weight_goes_through_a_queue_and_shares_its_memory() -> None:
     child.start()
     for settings in ({}, {"quant_scale": True, "quant_zero": True}):
         weight = HQQTensor.from_hp(torch.randn(64, 128), HqqConfig(4, 64, **settings))
+        product = torch.nn.functional.linear(torch.eye(128), weight)
         inbox.put(weight)
-        assert torch.equal(outbox.get(timeout=60), torch.nn.functional.linear(torch.eye(128), weight))
+        assert torch.equal(outbox.get(timeout=60), product)
         assert outbox.get(timeout=60) == "changed"
         assert torch.equal(weight.qdata, weight.qdata[:1].expand(64, -1))  # one memory
     inbox.put(None)

@@ -76,7 +76,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
             return
         if (wanted.fsdp_size or 1) > 1:
             raise ValueError(
-                f"fsdp_size={wanted.fsdp_size}: a quantized model is not loaded into the shards of FSDP; load it whole, "
+                f"fsdp_size={wanted.fsdp_size}: a quantized model is not loaded into FSDP's shards; load it whole, "
                 "then call torch.distributed.fsdp.fully_shard on its layers"
             )
         if not self.pre_quantized:
