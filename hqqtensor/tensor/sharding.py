@@ -46,22 +46,26 @@ def _fsdp_post_all_gather(
     changed since.
     """
     local, start = metadata
-    outputs = iter(all_gather_outputs)
-    rows = all_gather_outputs[0].shape[0]
-    whole = with_rows(local, rows, lambda _: next(outputs), lambda t: rolled(t, -start)).with_data(dtype=param_dtype)
+    if alone := len(all_gather_outputs) < len(parts_along(local)):
+        whole = local  # of one process: FSDP sends nothing, and hands over the first part only
+    else:
+        outputs = iter(all_gather_outputs)
+        rows = all_gather_outputs[0].shape[0]
+        whole = with_rows(local, rows, lambda _: next(outputs), lambda t: rolled(t, -start))
     if out is None:
-        return whole, ()
-    _share(whole, out)
+        return whole.with_data(dtype=param_dtype), ()
+    _share(whole, out, alone)
     return None
 
 
-def _share(source: HQQTensor, to: Any) -> None:
+def _share(source: HQQTensor, to: Any, rows: bool) -> None:
+    """Give ``to`` what all rows of ``source`` share, and its rows too where ``rows`` says so."""
     names = cut(source)
-    for name in (*names.cyclic, *names.whole):
+    for name in (*names.cyclic, *names.whole, *(names.along if rows else ())):
         setattr(to, name, getattr(source, name))
-    for name in names.along:
+    for name in () if rows else names.along:
         if isinstance(part := getattr(source, name), HQQTensor):
-            _share(part, getattr(to, name))
+            _share(part, getattr(to, name), rows)
 
 
 HQQTensor.fsdp_pre_all_gather = _fsdp_pre_all_gather  # type: ignore[attr-defined]

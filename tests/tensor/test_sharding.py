@@ -26,6 +26,7 @@ ON_FOUR = [
     "checkpoints_go_from_all_processes_to_two_and_to_one",
     "fsdp_over_tensor_parallel_layers",
 ]
+ON_ONE = ["fsdp_shards_rows_unevenly", "fsdp_follows_its_policies", "whole_state_dicts_are_gathered_and_spread"]
 KILLED, HANGS = "a_killed_process_is_an_error_on_the_others", "a_process_that_hangs_is_an_error_after_the_timeout"
 
 
@@ -35,6 +36,11 @@ def problems(processes: int, names: tuple[str, ...]) -> dict[str, list[str]]:
     with TemporaryDirectory() as folder:
         os.environ["CHECKS"] = folder
         return run_checks("sharding_checks", Path(__file__).parent, names, processes, Path(folder))
+
+
+@pytest.mark.parametrize("name", ON_ONE)
+def test_on_one_process(name: str) -> None:
+    assert problems(1, tuple(ON_ONE))[name] == []
 
 
 @pytest.mark.slow
