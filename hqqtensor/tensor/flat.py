@@ -6,6 +6,8 @@ back. FSDP keeps ``weight.view(-1)`` beside a weight. A flat tensor here is a li
 theirs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class FlatTensors(Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         implementation = _OPERATIONS.get(func)
         if implementation is None:
             raise NotImplementedError(f"{func} is not offered for view(-1) of quantized weights; dequantize() first")
@@ -104,8 +106,8 @@ def _scatter(func, outputs, inputs, group, root, async_op=True, timeout=-1):
     return outputs, work
 
 
-_COLLECTIVES = {c10d.broadcast_.default: _broadcast, c10d.scatter_.default: _scatter}
-_OPERATIONS = {
+_COLLECTIVES: dict[Any, Any] = {c10d.broadcast_.default: _broadcast, c10d.scatter_.default: _scatter}
+_OPERATIONS: dict[Any, Any] = {
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.view.default: _view,
