@@ -53,6 +53,9 @@ class HQQTensor(TorchAOBaseTensor):
     scale: Tensor
     zero_point: Tensor | None
     act_pre_scale: Tensor | None
+    shard_rows: int | None = None  # of a shard of FSDP that was moved to another device: see rows.padded_rows
+    # Of rows that begin within the groups of axis 0: the shared scales that theirs are rolled copies of, and how far.
+    rolled_from: tuple[dict[str, Tensor], int] | None = None
 
     def __new__(
         cls, qdata: Tensor, scale: Any = None, nbits: int = 0, group_size: int = 0, axis: int = 1, shape: Any = None,
@@ -266,7 +269,9 @@ torch.serialization.add_safe_globals([HQQTensor])
 
 # Registers what torch functions do with an HQQTensor.
 from hqqtensor.tensor import experts as experts  # noqa: E402
+from hqqtensor.tensor import flat as flat  # noqa: E402
 from hqqtensor.tensor import products as products  # noqa: E402
+from hqqtensor.tensor import sharding as sharding  # noqa: E402
 from hqqtensor.tensor import storage as storage  # noqa: E402
 from hqqtensor.tensor import unsupported as unsupported  # noqa: E402
 from hqqtensor.tensor import views as views  # noqa: E402

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.rows import padded_rows, rolled
 
 aten = torch.ops.aten
 implements = HQQTensor.implements
@@ -19,6 +20,8 @@ def _(func, types, args, kwargs):
     if not to["dtype"].is_floating_point:
         raise TypeError(f"to: an HQQTensor presents a floating dtype, got {to['dtype']}")
     moved = _moved(self, {"device": to["device"], "non_blocking": to["non_blocking"]}).with_data(dtype=to["dtype"])
+    if not self.transposed and (rows := padded_rows(self)) > self.shape[0]:
+        moved.shard_rows = rows
     return return_and_correct_aliasing(func, args, kwargs, moved)
 
 
@@ -28,6 +31,16 @@ def _moved(self: HQQTensor, where) -> HQQTensor:
     return self.with_data(
         **{n: _moved(t, where) if isinstance(t, HQQTensor) else t.to(**where) for n, t in parts.items()}
     )
+
+
+_base_alias = HQQTensor._ATEN_OP_TABLE[HQQTensor][aten.detach.default]
+
+
+@implements([aten.detach.default, aten.alias.default])
+def _(func, types, args, kwargs):
+    out = _base_alias(func, types, args, kwargs)
+    out.rolled_from, out.shard_rows = args[0].rolled_from, args[0].shard_rows
+    return out
 
 
 _base_copy = HQQTensor._ATEN_OP_TABLE[HQQTensor][aten.copy_.default]
@@ -44,6 +57,10 @@ def _(func, types, args, kwargs):
     if src.dtype != self.dtype:  # as for dense tensors: the numbers come, the dtype stays
         src = src.with_data(dtype=self.dtype)
     _base_copy(func, types, (self, src), kwargs)
+    if self.rolled_from:
+        shared, start = self.rolled_from
+        for name, part in shared.items():
+            part.copy_(rolled(getattr(src, name), -start))
     return self
 
 

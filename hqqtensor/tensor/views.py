@@ -8,6 +8,8 @@ from torchao.utils import fill_defaults
 
 from hqqtensor.packing import BLOCK, byte_offset
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.tensor.flat import FlatTensors
+from hqqtensor.tensor.rows import rolled
 
 aten = torch.ops.aten
 implements = HQQTensor.implements
@@ -59,21 +61,22 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
     lead = self.ndim - 1 - self.row_dims
     stored = dim if dim < lead or not self.transposed else 2 * lead + 1 - dim
     if start == 0 and end == self.shape[dim]:
-        return self.with_data()
+        return aten.alias.default(self)
     if stored > lead and self.row_dims > 1:
         raise NotImplementedError("slice: the weight of a convolution can be cut along its first dimension only")
-    act, piece = self.act_pre_scale, aten.slice.Tensor
+    act, piece, origin = self.act_pre_scale, aten.slice.Tensor, self.rolled_from
     if stored < lead:
         data = {n: piece(getattr(self, n), stored, start, end) for n in _stored(self)}
     elif stored == lead:
-        groups = self.scale.shape[-2]
-        if self.axis == 0 and start % groups:
-            raise NotImplementedError(
-                f"slice: with axis=0 rows can be cut at multiples of the {groups} groups, got {start}:{end}"
-            )
         data = {"qdata": piece(self.qdata, stored, start, end)}
         if self.axis == 1:
             data |= {n: piece(getattr(self, n), stored, start, end) for n in _sliced_with(self, rows=True)}
+        else:
+            names = _sliced_with(self, rows=False)
+            data |= {n: rolled(getattr(self, n), start) for n in names}
+            if self.rolled_from or start % self.scale.shape[-2]:
+                shared, before = self.rolled_from or ({n: getattr(self, n) for n in names}, 0)
+                origin = shared, before + start
     else:
         K, size = self.in_features, self.group_size
         first, last = byte_offset(start, K, self.nbits), byte_offset(end, K, self.nbits)
@@ -89,14 +92,35 @@ def _cut(self: HQQTensor, dim: int, start: int, end: int) -> HQQTensor:
             raise NotImplementedError(f"slice: {start}:{end} is no whole number of {self.qdata.dtype} in qdata")
         data = {"qdata": piece(self.qdata, stored, first // item, last // item)}
         low, high = (start, end) if self.axis == 0 else (start // size, -(-end // size))
-        data |= {n: piece(getattr(self, n), stored, low, high) for n in _sliced_with(self, rows=False)}
+        names = _sliced_with(self, rows=False)
+        data |= {n: _columns(getattr(self, n), stored, low, high) for n in names}
+        if origin:
+            origin = {n: _columns(origin[0][n], stored, low, high) for n in names}, origin[1]
         if self.rotation and (start % self.rotation or end % self.rotation):
             raise NotImplementedError(
                 f"slice: in_features are rotated in blocks of {self.rotation} and can be cut between them, "
                 f"got {start}:{end} of {K}"
             )
         act = None if act is None else act[start:end]
-    return self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
+    out = self.with_data(**data, shape=torch.Size(shape), act_pre_scale=act)
+    out.rolled_from = origin
+    return out
+
+
+def _columns(part: Tensor, dim: int, start: int, end: int) -> Tensor:
+    """Scales or zero points of some columns. Quantized ones of 8 bits are a byte each and can be cut anywhere."""
+    if not isinstance(part, HQQTensor):
+        return aten.slice.Tensor(part, dim, start, end)
+    columns = part.in_features
+    if part.nbits != 8 and (start % BLOCK or (end % BLOCK and end != columns)):
+        raise NotImplementedError(
+            f"slice: scales quantized to {part.nbits} bits can be cut at multiples of {BLOCK} groups, got "
+            f"{start}:{end} of {columns}; those of 8 bits (meta_nbits=8) anywhere"
+        )
+    if part.nbits != 8:
+        return aten.slice.Tensor(part, dim, start, end)
+    data = {n: aten.slice.Tensor(getattr(part, n), dim, start, end) for n in _stored(part)}
+    return part.with_data(**data, shape=torch.Size([*part.shape[:-1], end - start]))
 
 
 @implements([aten.slice.Tensor])
@@ -217,4 +241,6 @@ def _(func, types, args, kwargs):
     same = list(size) == list(self.shape)
     if same or (-1 in size and torch.empty(self.shape, device="meta").view(size).shape == self.shape):
         return return_and_correct_aliasing(func, args, kwargs, self.with_data())
+    if list(size) == [-1]:
+        return FlatTensors([self])
     raise NotImplementedError(f"view: {list(self.shape)} as {list(size)} would need unpacking; dequantize() first")

@@ -3,7 +3,11 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.core_model_loading import ConversionOps
+
+from hqqtensor.tensor import HQQTensor
 
 
 class _Op(ConversionOps):
@@ -49,5 +53,24 @@ class HqqLoad(_Op):
         packed = next(iter(input_dict.values()))
         device = (packed[0] if isinstance(packed, list) else packed).device
         tensor = self.hf_quantizer.ready[full_layer_name]
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-        return {full_layer_name: nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)}
+        place = model.get_parameter_or_buffer(full_layer_name)
+        if isinstance(place, DTensor):
+            tensor = local_shard(tensor, place, full_layer_name)
+        return {full_layer_name: nn.Parameter(tensor.to(device=device, dtype=place.dtype), requires_grad=False)}
+
+
+def local_shard(whole: HQQTensor, like: DTensor, name: str) -> HQQTensor:
+    """A copy of the part of ``whole`` that this process holds of a parameter distributed as ``like``.
+
+    NotImplementedError, with ``name``, where packed columns cannot be cut there or the placement is not contiguous.
+    """
+    if not all(type(placement) in (Shard, Replicate) for placement in like.placements):
+        raise NotImplementedError(f"{name}: a quantized weight cannot be distributed as {like.placements}")
+    shape, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    part = whole
+    try:
+        for dim, (length, first) in enumerate(zip(shape, offsets, strict=True)):
+            part = part.narrow(dim, first, length)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name} on {like.device_mesh.size()} processes: {error}") from None
+    return part.clone()

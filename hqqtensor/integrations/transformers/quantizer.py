@@ -58,6 +58,7 @@ class HQQTensorHfQuantizer(HfQuantizer):
     ) -> None:
         if self.hqq_config is not None:
             self.quantization_config = from_transformers(self.hqq_config, model)
+        self._check_distribution(getattr(model.config, "distributed_config", None))
         # transformers builds the model under torch.device("meta"); what is read here is real.
         with torch.device("cpu"):
             if self.pre_quantized:
@@ -68,6 +69,21 @@ class HQQTensorHfQuantizer(HfQuantizer):
                     raise ValueError("nothing to quantize: no linear layer outside skip_modules")
                 check_shapes(choices)
                 self.plan = {name: choice for choice in choices for name in choice.names}
+
+    def _check_distribution(self, wanted: Any) -> None:
+        """ValueError for a ``DistributedConfig`` whose parameters could not be quantized, or sharded, as they load."""
+        if wanted is None:
+            return
+        if (wanted.fsdp_size or 1) > 1:
+            raise ValueError(
+                f"fsdp_size={wanted.fsdp_size}: a quantized model is not loaded into FSDP's shards; load it whole, "
+                "then call torch.distributed.fsdp.fully_shard on its layers"
+            )
+        if not self.pre_quantized:
+            raise ValueError(
+                f"tp_size={wanted.tp_size}: a model is not quantized while it is distributed; quantize and save it "
+                "once, then load the quantized directory with the same DistributedConfig"
+            )
 
     def _read(self, model: Any, files: Sequence[str] | None) -> None:
         if not files or not all(str(file).endswith(".safetensors") for file in files):
@@ -145,6 +161,9 @@ class HQQTensorHfQuantizer(HfQuantizer):
             if not isinstance(getattr(module, leaf), HQQTensor) and not self.missing & set(choice.names):
                 raise RuntimeError(f"{name} was loaded without being quantized")
         self.plan, self.ready = {}, {}
+        for p in model.parameters():
+            if isinstance(getattr(p, "_local_tensor", None), HQQTensor):  # a DTensor: transformers makes it trainable
+                p.requires_grad_(False)
         for module in model.modules():
             show_quantized(module)
         # Saved under the names that the model has in memory: stored parts cannot go back through the converters.
