@@ -107,6 +107,33 @@ def tokens(run: figures.Run) -> Figure:
     return figure
 
 
+def speed_quality(run: figures.Run) -> Figure:
+    """KL against tokens a second, a disc for each setting, its area the bytes of the model."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = {"ours": BLUE, "peer": OCHRE, "other": PURPLE}
+    rows = [one for one in run["rows"] if one["kl"] > 0.0005]  # the dense model has no place on a logarithmic scale
+    for one in rows:
+        kind = "peer" if one["name"].startswith("llama.cpp") else one["kind"] if one["kind"] == "ours" else "other"
+        axes.scatter(one["tokens/s"], one["kl"], s=3 * one["MB"], color=colors[kind], alpha=0.55, linewidths=0)
+        label = f"{one['name'].removeprefix('hqqtensor ')}, {one['MB']:.0f} MB"
+        axes.annotate(
+            label, (one["tokens/s"], one["kl"]), xytext=(0, 4 + (3 * one["MB"]) ** 0.5 / 2), color=colors[kind],
+            textcoords="offset points", ha="center", fontsize=8.5,
+        )  # fmt: skip
+    for label, color in (("hqqtensor", BLUE), ("llama.cpp", OCHRE), ("others in transformers", PURPLE)):
+        axes.scatter([], [], color=color, alpha=0.55, s=60, label=label, linewidths=0)
+    axes.legend(frameon=False, loc="upper left")
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.12, y=0.15)
+    axes.set_xlabel("tokens a second, generate() on two cores (farther right is better)")
+    axes.set_ylabel("KL to the dense model (higher up is better)")
+    axes.grid(alpha=0.2)
+    axes.set_title(f"SmolLM2-135M-Instruct, {run['machine']}; area: size of the model", loc="left", fontsize=11)
+    return figure
+
+
 def solvers(run: figures.Run) -> Figure:
     """Million weights a second by solver at 4 bits, float32 weights."""
     named = {}

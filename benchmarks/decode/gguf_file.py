@@ -39,9 +39,12 @@ def _interleaved(w: Tensor, heads: int) -> Tensor:
 
 
 def write_gguf(
-    path: Path, config: LlamaConfig, weights: dict[str, Tensor], nbits: int
+    path: Path, config: LlamaConfig, weights: dict[str, Tensor], types: int | tuple[str, str]
 ) -> tuple[int, dict[str, Tensor]]:
-    """Write the file; gives the bytes of its tensors and, in float32, the weights that they stand for."""
+    """Write the file; gives the bytes of its tensors and, in float32, the weights that they stand for.
+
+    types: of the layers and of the embedding, or the bits of the layers (``TYPES``).
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -67,7 +70,7 @@ def write_gguf(
             total += w.nbytes
             dense[name] = w
             continue
-        kind = TYPES[nbits][name == EMBEDDING]
+        kind = (TYPES[types] if isinstance(types, int) else types)[name == EMBEDDING]
         packed = llama_cpp.quantize(w, kind)
         dense[name] = llama_cpp.dequantize(packed, kind, *w.shape)
         packed = packed.view(len(w), -1)

@@ -73,6 +73,20 @@ class LlamaRunner:
             times.append(time.perf_counter() - started)
         return times, tokens
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """float32 ``[T, V]`` of the tokens ``[T]``, at most 512."""
+        lib, count = self.lib, len(ids)
+        lib.llama_memory_seq_rm(self.memory, -1, 0, -1)
+        batch = lib.llama_batch_init(count, 0, 1)
+        batch.n_tokens = count
+        for i, token in enumerate(ids.tolist()):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+        self._decode(batch)
+        raw = ctypes.cast(lib.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float * (self.vocab * count)))
+        out = torch.frombuffer(raw.contents, dtype=torch.float32).view(count, self.vocab).clone()
+        lib.llama_batch_free(batch)
+        return out
+
     def _decode(self, batch: Any) -> None:
         if self.lib.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")

@@ -108,7 +108,12 @@ def from_quantize(results: dict[str, Any]) -> Run:
     return {"shape": first, "rows": rows}
 
 
-_READ = {"linear": from_linear, "generate": from_generate, "quantize": from_quantize}
+_READ = {
+    "linear": from_linear,
+    "generate": from_generate,
+    "quantize": from_quantize,
+    "speed_quality": from_generate,
+}
 KINDS = tuple(_READ)
 
 

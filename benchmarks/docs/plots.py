@@ -6,7 +6,10 @@ from typing import Any
 from benchmarks.docs.figures import digest, quality, runs
 
 FOLDER = Path(__file__).parents[2] / "docs" / "plots"
-PLOTS = ("layer_amd.svg", "layer_intel.svg", "generate.svg", "quantize.svg", "errors_doclm.svg", "errors_minilm.svg")
+PLOTS = (
+    "layer_amd.svg", "layer_intel.svg", "generate.svg", "speed_quality.svg", "quantize.svg", "errors_doclm.svg",
+    "errors_minilm.svg",
+)  # fmt: skip
 
 
 def data(name: str) -> Any:
@@ -15,6 +18,8 @@ def data(name: str) -> Any:
         return runs("linear")["zen4" if name == "layer_amd.svg" else "intel"]
     if name == "generate.svg":
         return runs("generate")["intel"]
+    if name == "speed_quality.svg":
+        return runs("speed_quality")["intel"]
     if name == "quantize.svg":
         return runs("quantize")["zen4"]
     model = "doclm" if name == "errors_doclm.svg" else "MiniLM"
@@ -31,6 +36,8 @@ def write() -> None:
             figure = plot.layer(found)
         elif name == "generate.svg":
             figure = plot.tokens(found)
+        elif name == "speed_quality.svg":
+            figure = plot.speed_quality(found)
         elif name == "quantize.svg":
             figure = plot.solvers(found)
         elif name == "errors_doclm.svg":

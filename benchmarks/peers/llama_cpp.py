@@ -21,7 +21,9 @@ from torch import Tensor
 from benchmarks.contender import Contender, NotHere, copies_needed
 
 # enum ggml_type: its number, and bits of a code.
-TYPES = {"Q4_0": (2, 4), "Q4_1": (3, 4), "Q4_K": (12, 4), "Q6_K": (14, 6), "Q8_0": (8, 8)}
+TYPES = {
+    "Q4_0": (2, 4), "Q4_1": (3, 4), "Q5_0": (6, 5), "Q4_K": (12, 4), "Q6_K": (14, 6), "Q8_0": (8, 8), "IQ4_NL": (20, 4),
+}  # fmt: skip
 LINEAR = ("Q4_0", "Q4_1", "Q4_K", "Q8_0")
 _F32, _CPU = 0, 0
 
@@ -186,7 +188,8 @@ def quantize(w: Tensor, name: str) -> Tensor:
 
 def dequantize(packed: Tensor, name: str, N: int, K: int) -> Tensor:
     out = torch.empty(N, K)
-    row = ggml().function(f"dequantize_row_{name[0].lower()}{name[1:]}", None, [c_void_p, c_void_p, c_int64])
+    lower = name.lower() if name.startswith("IQ") else name[0].lower() + name[1:]
+    row = ggml().function(f"dequantize_row_{lower}", None, [c_void_p, c_void_p, c_int64])
     row(packed.data_ptr(), out.data_ptr(), N * K)
     return out
 
