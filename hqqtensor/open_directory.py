@@ -37,10 +37,6 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if missing:
         raise CheckpointError(f"{directory} has no value for {len(missing)} parameters, e.g. {missing[0]}")
-    if model.can_generate() and (directory / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if dtype is not None:
         _convert(model, dtype)
     if not generation:
@@ -78,6 +74,8 @@ def empty_model(directory: Path, settings: Mapping[str, Any], otherwise: torch.d
             if module._non_persistent_buffers_set:
                 part._init_weights(module)
     model.tie_weights()
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 

@@ -74,20 +74,23 @@ class _Probe:
     error: float
 
 
-def measure_layer(layer: Layer, outputs: Outputs | None, importance: Tensor | None) -> dict[str, Any]:
+def measure_layer(
+    layer: Layer, dense: nn.Parameter, outputs: Outputs | None, importance: Tensor | None
+) -> dict[str, Any]:
     """The "bytes" and "loss" of a layer, see ``Sensitivity``.
 
-    importance: float32 ``[K]``, mean square of each input where the layer will be calibrated.
+    dense: the layer's weight with its values. importance: float32 ``[K]``, mean square of each input where the layer
+    will be calibrated.
     """
     sizes: list[int | None] = [None] * len(layer.configs)
     losses: list[float | None] = [None] * len(layer.configs)
-    w = layer.weight.detach().to(torch.float32)
+    w = dense.detach().to(torch.float32)
     total = _squares(w, importance)
     probes: dict[str, _Probe] = {}
     for i, config in enumerate(layer.configs):
         if config is None:
             continue
-        quantized = _quantized(layer.weight, config, importance)
+        quantized = _quantized(dense, config, importance)
         relative = _squares(quantized.dequantize(torch.float32) - w, importance) / total if total else 0.0
         error = relative * w.numel()
         sizes[i], losses[i] = quantized.nbytes, error
@@ -116,9 +119,9 @@ def _squares(w: Tensor, importance: Tensor | None) -> float:
     return float(columns.sum() if importance is None else columns @ importance)
 
 
-def key_of(layer: Layer, outputs: Outputs | None, importance: Tensor | None) -> str:
+def key_of(layer: Layer, dense: nn.Parameter, outputs: Outputs | None, importance: Tensor | None) -> str:
     """What a measurement depends on: the weight, the settings, the outputs compared, the calibration."""
-    w = layer.weight.detach()
+    w = dense.detach()
     weight_key = [list(w.shape), str(w.dtype), float(w.double().sum()), float(w.double().square().sum())]
     configs = [None if config is None else config.to_dict() for config in layer.configs]
     everything = [*weight_key, "" if outputs is None else outputs.fingerprint, configs]

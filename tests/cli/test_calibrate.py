@@ -91,7 +91,7 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny: Path, tmp_path: Path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hqqtensor.cli.quantize.save_model", stop)
+        patch.setattr("hqqtensor.streaming.run.Worker", stop)
         assert run(*command) == 130
     assert (kept / "run.json").is_file() and not (tmp_path / "out").exists()
     printed = capsys.readouterr().err
