@@ -37,14 +37,23 @@ class WeightError:
             weight, quantized = weight.T, quantized.T
         dense = weight.detach()
         # Groups that lie across rows cannot be cut between them.
-        runs = _runs(len(dense)) if quantized.axis == 1 else [slice(None)]
+        runs = _runs(len(dense), _step(quantized)) if quantized.axis == 1 else [slice(None)]
         pairs = [(dense[rows].float(), quantized[rows].dequantize().float()) for rows in runs]
         factor = share / sum(rows.numel() for rows, _ in pairs)
         self._error += factor * sum(float((got - want).square().sum()) for want, got in pairs)
         self._size += factor * sum(float(want.square().sum()) for want, _ in pairs)
 
 
-def _runs(count: int) -> list[slice]:
-    """A few runs of rows, evenly spread over ``count``."""
+def _step(quantized: HQQTensor) -> int:
+    """Rows by whose multiples a weight can be cut: row n of quantized scales is in group n % G of theirs."""
+    return max(
+        (meta.scale.shape[-2] for meta in (quantized.scale, quantized.zero_point) if isinstance(meta, HQQTensor)),
+        default=1,
+    )
+
+
+def _runs(count: int, step: int) -> list[slice]:
+    """A few runs of rows, about evenly spread over ``count``; each begins at a multiple of ``step``."""
     last = max(0, count - ROWS)
-    return [slice(first, first + ROWS) for first in sorted({last * run // (RUNS - 1) for run in range(RUNS)})]
+    firsts = {last * run // (RUNS - 1) // step * step for run in range(RUNS)}
+    return [slice(first, first + ROWS) for first in sorted(firsts)]

@@ -76,12 +76,16 @@ def write_config(directory: Path, settings: Mapping[str, Any], dtype: torch.dtyp
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def complete(directory: Path, source: Path, settings: Mapping[str, Any], config: HqqConfig, dtype: torch.dtype) -> None:
+def complete(
+    directory: Path, source: Path, settings: Mapping[str, Any], config: HqqConfig, dtype: torch.dtype,
+    name: str | None = None,
+) -> None:  # fmt: skip
     """Add to the weights in ``directory`` what lies beside those of ``source``, and a config.json that says how they
-    were quantized. settings, dtype: of the dense model."""
+    were quantized. settings, dtype: of the dense model. name: what it is called, by default as its directory.
+    """
     copy_companions(source, directory)
     # The name of the original's directory says what it was; its place on this machine concerns nobody else.
-    entry = {"quant_method": QUANT_METHOD, **config.to_dict(), "source": source.name}
+    entry = {"quant_method": QUANT_METHOD, **config.to_dict(), "source": name or source.name}
     write_config(directory, {**settings, "quantization_config": entry}, dtype)
 
 

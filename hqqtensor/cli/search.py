@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def check_model(empty: Any, config: HqqConfig, target_bytes: int | None, args: a
 
 
 def run(
-    model: Any, config: HqqConfig, target_bytes: int | None, text: str | None, options: dict[str, Any],
-    args: argparse.Namespace, offloaded: OffloadedBlocks | None = None,
+    model: Any, config: HqqConfig, target_bytes: int | None, text: str | None, tokenizer_dir: Path,
+    options: dict[str, Any], args: argparse.Namespace, offloaded: OffloadedBlocks | None = None,
 ) -> tuple[HqqConfig, dict[str, Any]]:  # fmt: skip
     """``config`` with settings by layer for the target, and what the summary says of the search.
 
@@ -75,7 +76,7 @@ def run(
 
     with from_arguments():  # again with the dtypes that the weights really have
         check_target(model, config, args.target_bpw, target_bytes, _candidates(args))
-        batches = _batches(model, text, args)
+        batches = _batches(model, text, tokenizer_dir, args)
     wanted = not args.json
     calibrated = None if args.fast else _shared_calibration(model, options, wanted)
     with progress_on_stderr("measuring", wanted) as progress:
@@ -106,13 +107,13 @@ def _takes_random_tokens(args: argparse.Namespace) -> bool:
     return args.text is None and not args.fast and not is_calibrated(args)
 
 
-def _batches(model: Any, text: str | None, args: argparse.Namespace) -> list[Any] | None:
+def _batches(model: Any, text: str | None, tokenizer_dir: Path, args: argparse.Namespace) -> list[Any] | None:
     """Batches of the text or of random tokens; None for ``--fast``, and where the calibration has some."""
     from hqqtensor.search import random_tokens
 
     context = min(256, getattr(model.config, "max_position_embeddings", 256))
     if text is not None:
-        return [{"input_ids": token_windows(model_dir.open_tokenizer(args.model_dir), text, context)[:8]}]
+        return [{"input_ids": token_windows(model_dir.open_tokenizer(tokenizer_dir), text, context)[:8]}]
     return random_tokens(model.config.vocab_size, context) if _takes_random_tokens(args) else None
 
 

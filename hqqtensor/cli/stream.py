@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hqqtensor import HqqConfig
 from hqqtensor.cli import calibration, model_dir, search
 from hqqtensor.cli.errors import UsageError, writing
+from hqqtensor.cli.model_source import ModelSource
 from hqqtensor.cli.output import progress_on_stderr
 from hqqtensor.cli.summary import Summary
 from hqqtensor.diagnostics import model_size
@@ -46,7 +47,7 @@ class Task:
     for random tokens. to_calibrate_on: the text that ``--calibrate`` names.
     """
 
-    source: Path
+    source: ModelSource
     out: Path
     config: HqqConfig
     settings: dict[str, Any]
@@ -67,10 +68,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def opened(source: Path, args: argparse.Namespace) -> Iterator[Source | None]:
+def opened(source: ModelSource, args: argparse.Namespace) -> Iterator[Source | None]:
     """The files of the dense model; None where it has to be opened whole."""
     try:
-        files = Source(source)
+        files = source.open_files()
     except NotStreamable as error:
         say_why_not(error, args)
         yield None
@@ -93,18 +94,20 @@ def run(files: Source, empty: Any, task: Task, args: argparse.Namespace) -> Summ
 
     empty: the model on the meta device. NotStreamable, before anything is done, where it has to be opened whole.
     """
-    source, out, config, together = task.source, task.out, task.config, is_together(args)
+    source, out, config, together = task.source.directory, task.out, task.config, is_together(args)
     options = calibration.arguments_of_quantize(empty, task.to_calibrate_on, source, args)
     measured = None
     if search.is_search(args):
         with offloaded(empty, files) as blocks, blocks.keeping(memory_to_use()):
-            config, measured = search.run(empty, config, task.target_bytes, task.text, options, args, blocks)
+            config, measured = search.run(empty, config, task.target_bytes, task.text, source, options, args, blocks)
     request = _request(options, args)
     plan = make_plan(empty, files, config, args.max_shard_size, None if request is None else request.label)
     if together and not is_written(out, plan):
         model_dir.check_output(out, source, args.overwrite)
     before, dtype = model_size(empty), next(empty.parameters()).dtype
-    complete = functools.partial(model_dir.complete, source=source, settings=task.settings, config=config, dtype=dtype)
+    complete = functools.partial(
+        model_dir.complete, source=source, settings=task.settings, config=config, dtype=dtype, name=task.source.name
+    )
     folder = folder_of(out)
     if is_begun(folder) and not (args.json or together):
         print(f"going on with what an interrupted run left in {folder}", file=sys.stderr)

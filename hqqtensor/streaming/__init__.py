@@ -9,12 +9,14 @@ give for the model opened whole, bit for bit.
 
 from hqqtensor.streaming.calibrated import CalibrationRequest, memory_to_use, offloaded
 from hqqtensor.streaming.folder import folder_of, settle
+from hqqtensor.streaming.gguf_source import GgufSource
 from hqqtensor.streaming.plan import Plan, make_plan
 from hqqtensor.streaming.run import is_written, quantize_files
 from hqqtensor.streaming.source import NotStreamable, Source
 
 __all__ = [
     "CalibrationRequest",
+    "GgufSource",
     "NotStreamable",
     "Plan",
     "Source",
