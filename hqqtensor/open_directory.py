@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hqqtensor.integrations.transformers import QUANT_METHOD
+from hqqtensor.model_config import quantized_settings
 from hqqtensor.parameters import replace_parameters
-from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
+from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.serialization.load import load_model
 
 
@@ -32,7 +32,7 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     directory = Path(directory)
-    model = empty_model(directory, _read_settings(directory))
+    model = empty_model(directory, quantized_settings(directory))
     load_model(model, directory)
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if missing:
@@ -87,25 +87,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _read_settings(directory: Path) -> dict[str, Any]:
-    """config.json of a quantized model, checked."""
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} is not a model directory: it has no config.json")
-    settings = read_json(path.read_bytes(), str(path))
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    entry = settings.get("quantization_config")
-    if entry is None:
-        raise InputError(f"{directory} is not quantized: its config.json has no quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    if method != QUANT_METHOD:
-        raise InputError(f"{directory} is quantized with {method!r}, not with {QUANT_METHOD!r}")
-    return settings
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:

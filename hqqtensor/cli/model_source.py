@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,20 +62,28 @@ def located(place: Path) -> Iterator[ModelSource]:
 def _write_companions(file: Path, directory: Path) -> None:
     """config.json and tokenizer of a GGUF file."""
     with from_files():
-        settings = llama_config(open_gguf(file))
+        header = open_gguf(file)
+        settings = llama_config(header)
         source = GgufSource(file)
         source.close()
-    transformers = model_dir.import_transformers()
     directory.mkdir()
+    if "tokenizer.ggml.model" in header.metadata:
+        _write_tokenizer(file, directory)
+    else:
+        print(f"hqqtensor: {file} holds no tokenizer, so none is written", file=sys.stderr)
+    settings["dtype"] = str(source.dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(file: Path, directory: Path) -> None:
+    transformers = model_dir.import_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except ImportError as error:
-        raise CommandError(
-            f"a tokenizer in a .gguf file needs gguf (pip install 'hqqtensor[gguf]'): {error}"
-        ) from error
+        raise CommandError(f"{file}: its tokenizer takes gguf (pip install 'hqqtensor[gguf]'): {error}") from error
+    except Exception as error:  # whatever transformers makes of a vocabulary that it does not know
+        raise CommandError(f"{file}: transformers cannot read its tokenizer: {error}") from error
     tokenizer.save_pretrained(directory)
-    settings["dtype"] = str(source.dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _fetched(name: str) -> Path:
