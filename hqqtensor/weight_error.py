@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hqqtensor.tensor import HQQTensor
 
-RUNS, ROWS = 4, 8
+RUNS, ROWS = 2, 16
 """Runs of neighbouring rows that are compared of each matrix, and rows of a run."""
 
 
@@ -53,7 +53,7 @@ def _step(quantized: HQQTensor) -> int:
 
 
 def _runs(count: int, step: int) -> list[slice]:
-    """A few runs of rows, about evenly spread over ``count``; each begins at a multiple of ``step``."""
+    """A few runs of rows, each from the middle of its share of ``count``; they begin at multiples of ``step``."""
     last = max(0, count - ROWS)
-    firsts = {last * run // (RUNS - 1) // step * step for run in range(RUNS)}
+    firsts = {last * (2 * run + 1) // (2 * RUNS) // step * step for run in range(RUNS)}
     return [slice(first, first + ROWS) for first in sorted(firsts)]

@@ -20,6 +20,7 @@ from hqqtensor.cli.output import progress_on_stderr
 from hqqtensor.cli.summary import Summary
 from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.left_dense import left_dense
+from hqqtensor.diagnostics.table import megabytes
 from hqqtensor.quantize import QUALITIES
 from hqqtensor.run_record import ResumeError, is_begun
 from hqqtensor.streaming import (
@@ -96,6 +97,8 @@ def run(files: Source, empty: Any, task: Task, args: argparse.Namespace) -> Summ
     """
     source, out, config, together = task.source.directory, task.out, task.config, is_together(args)
     options = calibration.arguments_of_quantize(empty, task.to_calibrate_on, source, args)
+    if options.get("calibration") == "self" and not args.json:
+        _say_if_read_for_each_token(empty)
     measured = None
     if search.is_search(args):
         with offloaded(empty, files) as blocks, blocks.keeping(memory_to_use()):
@@ -140,6 +143,17 @@ def _request(options: dict[str, Any], args: argparse.Namespace) -> CalibrationRe
         return None
     label = f"{options['quality']}, on {args.calibrate or 'what fits the model'}"
     return CalibrationRequest(options["calibration"], QUALITIES[options["quality"]], label, options.get("tokenizer"))
+
+
+def _say_if_read_for_each_token(empty: Any) -> None:
+    nbytes, limit = model_size(empty).nbytes, memory_to_use()
+    if nbytes > limit:
+        print(
+            f"hqqtensor: the dense model ({megabytes(nbytes)}) is larger than half of the free memory "
+            f"({megabytes(limit)}): what does not fit is read again for each token that it writes; "
+            "--calibrate random needs none",
+            file=sys.stderr,
+        )
 
 
 def _text_of(error: WeightError) -> str:

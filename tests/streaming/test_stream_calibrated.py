@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"of-{layers}")
         return tmp_path / f"of-{layers}", sum(p.nbytes for p in model.parameters())
 
-    (few, bytes_of_few), (many, bytes_of_many) = dense(2), dense(14)
+    (few, bytes_of_few), (many, bytes_of_many) = dense(2), dense(9)
     result = run_fresh(MEMORY, few, many)
     assert result.returncode == 0, result.stderr
     before, after = (int(line) for line in result.stdout.splitlines() if line.isdecimal())
@@ -170,7 +170,7 @@ def test_a_run_that_was_stopped_at_any_call_gives_the_same_bytes(
     monkeypatch.setattr(Source, "read", read)
     runs = 0
     while True:
-        runs, calls, stop_at = runs + 1, 0, 60 + 9 * runs
+        runs, calls, stop_at = runs + 1, 0, 45 + 6 * runs
         if quantize(*command) == 0:
             break
         assert folder_of(out).is_dir() and not out.exists()
@@ -211,14 +211,14 @@ KILLED = """
     want = content()
     points = [(os, "preadv"), (os, "pwrite"), (os, "replace"), (os, "rename"), (torch, "save")]
     killed = 0
-    for step in (10, 33, 47, 60, 71, 88, 100, 121, 140, 180):
+    for step in (33, 60, 71, 100, 121, 160):
         status = run(step, *points)
         killed += status == 9
         assert status in (0, 9), (step, status)
         assert run(0) == 0, step
         assert content() == want, step
         assert sorted(p.name for p in parent.iterdir()) == ["out"], step
-    assert killed >= 6, killed
+    assert killed >= 4, killed
 """
 
 
