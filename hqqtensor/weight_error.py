@@ -11,10 +11,9 @@ RUNS, ROWS = 2, 16
 
 
 class WeightError:
-    """Adds up squares over layers. ``weights``: of the layers that were counted."""
+    """Adds up squares over layers."""
 
     def __init__(self) -> None:
-        self.weights = 0
         self._error = self._size = 0.0
 
     @property
@@ -29,7 +28,6 @@ class WeightError:
         """Count a weight ``[N, K]``, or a stack ``[E, N, K]`` of which one matrix is looked at."""
         if not isinstance(quantized, HQQTensor) or weight.ndim not in (2, 3):
             return
-        self.weights += weight.numel()
         share = weight.numel()
         if weight.ndim == 3:
             weight, quantized = weight[len(weight) // 2], quantized[len(quantized) // 2]

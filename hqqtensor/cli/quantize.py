@@ -10,7 +10,7 @@ from typing import Any
 from hqqtensor import HqqConfig, quantize_, save_model
 from hqqtensor.cli import calibration, dry_run, model_dir, model_source, presets, search, stream
 from hqqtensor.cli.argument_types import group_size
-from hqqtensor.cli.errors import from_arguments, writing
+from hqqtensor.cli.errors import CommandError, from_arguments, writing
 from hqqtensor.cli.output import progress_on_stderr
 from hqqtensor.cli.stream import Task
 from hqqtensor.cli.summary import Summary, report
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
             else:
                 summary = stream.run(files, empty, task, args)
         except NotStreamable as error:
+            if source.gguf is not None:
+                raise CommandError(f"{source.gguf}: {error}") from error
             stream.say_why_not(error, args)
             summary = run_in_memory(task, args)
     if summary is not None:

@@ -14,7 +14,7 @@ from hqqtensor.cli import main, model_dir
 
 pytest.importorskip("gguf")
 
-from test_gguf import CASES, make
+from test_gguf import make
 
 TOKENIZER: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [*"abcdefgh", "ab", *(f"<{i}>" for i in range(55))],
@@ -43,7 +43,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gguf_file_is_quantized_as_the_dense_model_that_it_stands_for(
     tied: bool, options: list[object], tmp_path: Path, capsys: Any
 ) -> None:
-    file, dense = make(tmp_path, CASES["mixed"], tied)
+    file, dense = make(tmp_path, {"down": "Q8_0", "embed": "Q5_0", "v_proj": "F16"}, tied)  # exact ones
     transformers.AutoModelForCausalLM.from_pretrained(dense).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     assert quantize(file, tmp_path / "got", *options) == 0
     assert f"{file} holds no tokenizer" in capsys.readouterr().err
