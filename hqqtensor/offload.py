@@ -88,11 +88,18 @@ class OffloadedBlocks:
         """A parameter of the model with its values."""
         return self._with_values(parameter) if parameter.is_meta else parameter
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights of all blocks."""
-        each = {id(meta): meta.nbytes for slots in self._slots.values() for _, _, meta in slots}
-        return sum(each.values())
+    @contextlib.contextmanager
+    def replaced(self, parameter: nn.Parameter, other: nn.Parameter) -> Iterator[None]:
+        """Let the model use ``other`` in place of a parameter of a block, whether that block is in memory or not."""
+        places = [(m, leaf) for slots in self._slots.values() for m, leaf, meta in slots if meta is parameter]
+        before = [module._parameters[leaf] for module, leaf in places]
+        try:
+            for module, leaf in places:
+                module._parameters[leaf] = other
+            yield
+        finally:
+            for (module, leaf), value in zip(places, before, strict=True):
+                module._parameters[leaf] = value
 
     def _by_block(self) -> dict[str, list[tuple[nn.Module, str, nn.Parameter]]]:
         """Where the model uses its parameters, by block; under "" those that stay in memory."""

@@ -132,7 +132,7 @@ def dense_modules(state: Mapping[str, Tensor]) -> list[str]:
     short = {name: name.rpartition(".")[2] for name in names}
     mixed = {short[name] for name, is_quantized in names.items() if is_quantized}
     dense = [name for name, is_quantized in names.items() if not is_quantized]
-    return list(dict.fromkeys(name if short[name] in mixed else short[name] for name in dense))
+    return sorted({name if short[name] in mixed else short[name] for name in dense})
 
 
 def hqq_config(weights: Mapping[str, HQQTensor], dense: list[str]) -> dict[str, Any]:

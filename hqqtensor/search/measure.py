@@ -1,8 +1,10 @@
 """One layer's sizes and losses by candidate: errors of the weight, and what they do to the model's outputs."""
 
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from hqqtensor.calibration.build import from_calibrated
 from hqqtensor.calibration.moments import InputMoments
 from hqqtensor.config import HqqConfig
 from hqqtensor.forward import comparable_output, evaluating
+from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.layers import Layer
 from hqqtensor.tensor import HQQTensor
@@ -22,11 +25,13 @@ from hqqtensor.tensor import HQQTensor
 class Outputs:
     """The outputs of a dense model on batches, to compare with. ``seconds``: how long they took.
 
+    offloaded: the model where its blocks lie on disk.
+
     ValueError for outputs that are not finite, or neither logits nor hidden states.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Any]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, batches: list[Any], offloaded: OffloadedBlocks | None = None) -> None:
+        self.model, self.batches, self.offloaded = model, batches, offloaded
         started = time.monotonic()
         self.dense, self.has_logits = self._run()
         self.seconds = time.monotonic() - started
@@ -38,18 +43,26 @@ class Outputs:
 
         Of the model with ``quantized`` wherever it uses ``weight``; the model is left as it was.
         """
-        replacement = nn.Parameter(quantized, requires_grad=False)
-        try:
-            replace_parameters(self.model, {id(weight): replacement})
+        with self._replaced(weight, nn.Parameter(quantized, requires_grad=False)):
             outputs, _ = self._run()
-        finally:
-            replace_parameters(self.model, {id(replacement): weight})
         pairs = list(zip(self.dense, outputs, strict=True))
         if self.has_logits:
             total = sum(F.kl_div(q, p, reduction="sum", log_target=True).item() for p, q in pairs)
             return max(0.0, total / sum(p[..., 0].numel() for p, _ in pairs))
         size = sum(p.square().sum().item() for p, _ in pairs)
         return sum((p - q).square().sum().item() for p, q in pairs) / max(size, 1e-30)
+
+    @contextlib.contextmanager
+    def _replaced(self, weight: nn.Parameter, other: nn.Parameter) -> Iterator[None]:
+        if self.offloaded is not None and weight.is_meta:
+            with self.offloaded.replaced(weight, other):
+                yield
+            return
+        try:
+            replace_parameters(self.model, {id(weight): other})
+            yield
+        finally:
+            replace_parameters(self.model, {id(other): weight})
 
     @torch.no_grad()
     def _run(self) -> tuple[list[Tensor], bool]:

@@ -115,7 +115,7 @@ def measure_sensitivity(
     path = None if file is None else Path(file)
     earlier = {} if path is None else _earlier_layers(path, model, tried)
     pace = Pace(time_limit)
-    outputs = None if batches is None else Outputs(model, batches)
+    outputs = None if batches is None else Outputs(model, batches, offloaded)
     method = "weights" if outputs is None else "outputs"
     measured: dict[str, dict[str, Any]] = {}
     for name, entry in _measurements(measuring_order(layers), earlier, outputs, calibration, pace, announce, offloaded):

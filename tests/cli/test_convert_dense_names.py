@@ -13,9 +13,9 @@ PLAIN = ["--bits", "4", "--group-size", "64", "--solver", "hqq_joint", "--embedd
 @pytest.mark.parametrize(
     ("options", "dense"),
     [
-        ([], ["embed_tokens"]),
-        (["--skip", "lm_head"], ["embed_tokens", "lm_head"]),
-        (["--skip", "lm_head", "--layers", "o_proj=none"], ["embed_tokens", "o_proj", "lm_head"]),
+        (["--skip"], ["embed_tokens"]),
+        ([], ["embed_tokens", "lm_head"]),
+        (["--skip", "lm_head", "--layers", "o_proj=none"], ["embed_tokens", "lm_head", "o_proj"]),
         (["--skip", "layers.1.mlp.up_proj"], ["embed_tokens", "model.layers.1.mlp.up_proj"]),
     ],
 )
