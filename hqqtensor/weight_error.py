@@ -31,8 +31,10 @@ class WeightError:
         share = weight.numel()
         if weight.ndim == 3:
             weight, quantized = weight[len(weight) // 2], quantized[len(quantized) // 2]
+        assert isinstance(quantized, HQQTensor)  # for mypy: views of one are ones
         if quantized.transposed:
-            weight, quantized = weight.T, quantized.T
+            weight, quantized = weight.T, quantized.transpose(-1, -2)
+            assert isinstance(quantized, HQQTensor)
         dense = weight.detach()
         # Groups that lie across rows cannot be cut between them.
         runs = _runs(len(dense), _step(quantized)) if quantized.axis == 1 else [slice(None)]

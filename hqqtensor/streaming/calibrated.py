@@ -21,7 +21,7 @@ from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.streaming.plan import Plan
 from hqqtensor.streaming.resources import available_memory
 from hqqtensor.streaming.source import Source
-from hqqtensor.streaming.targets import find_targets, ties
+from hqqtensor.streaming.targets import Target, find_targets, ties
 from hqqtensor.streaming.work import Progress
 from hqqtensor.weight_error import WeightError
 
@@ -46,7 +46,7 @@ def offloaded(model: nn.Module, source: Source) -> Iterator[OffloadedBlocks]:
     Blocks are those of its lists of layers. A model without any is in memory as a whole. Errors as ``find_targets``.
     """
     targets = find_targets(model, source)
-    by_name = {}
+    by_name: dict[str, Target] = {}
     for names in ties(model.state_dict(keep_vars=True)):
         by_name |= dict.fromkeys(names, next(targets[name] for name in names if name in targets))
     blocks = [name for names in block_lists(model) for name in names]
