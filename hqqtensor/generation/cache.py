@@ -160,6 +160,16 @@ def adopt(layer: Any) -> Any:
     return made
 
 
+class CacheOfEach:
+    """Caches of several sequences, of any lengths: ``forward`` of a prepared model decodes one new token of each.
+
+    caches: ``DynamicCache`` or ``HqqQuantizedCache`` of one sequence each, which hold at least one token.
+    """
+
+    def __init__(self, caches: list[Any]) -> None:
+        self.caches = caches
+
+
 def on_cpu(layers: list[Any], dtype: torch.dtype) -> bool:
     """Whether all layers hold keys of ``dtype`` on the CPU."""
     return all(layer.is_initialized and layer.dtype is dtype and layer.device.type == "cpu" for layer in layers)
