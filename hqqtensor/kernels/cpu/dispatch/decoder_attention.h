@@ -5,12 +5,12 @@
 
 #include "dispatch/decoder.h"
 #include "dispatch/member_products.h"
+#include "dispatch/pieces.h"
 
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kLeastTokens = 32, kMostTokens = 512;  // of a cache that are one piece of work
-constexpr int64_t kMostPacked = 256;                     // of packed ones, which are made dense in the second level of cache
+constexpr int64_t kMostPacked = 256;  // packed tokens that are one piece, which are made dense in the second level of cache
 
 // How the tokens of a layer's caches are shared out, of each sequence alike: first runs of packed blocks, then the others.
 struct Pieces {
@@ -61,10 +61,9 @@ class MemberAttention {
       const LayerCache& c = s.cache(i, b);
       all_tokens += tokens(c), all_blocks += c.packed.blocks, block = std::max(block, c.packed.block);
     }
-    const int64_t even = (all_tokens * d.kv_heads / (6 * threads) + 31) / 32 * 32;
     const int64_t most_blocks = std::max<int64_t>(1, kMostPacked / block);
     Pieces p{.run = std::clamp<int64_t>(all_blocks * d.kv_heads / (6 * threads), 1, most_blocks),
-             .size = std::clamp(even, kLeastTokens, kMostTokens),
+             .size = piece_size(all_tokens * d.kv_heads, threads),
              .count = 0};
     for (int64_t b = 0; b < s.batch; ++b) {
       const LayerCache& c = s.cache(i, b);
@@ -103,23 +102,9 @@ class MemberAttention {
   void join(int64_t pieces) {
     const int64_t dim = d_.head_dim;
     for (int64_t m = 0; m < s_.batch * s_.tokens; ++m)
-      for (int64_t head = 0; head < d_.heads; ++head) {
-        float *const out = line_ + (m * d_.heads + head) * dim, largest = -INFINITY, total = 0;
-        for (int64_t c = 0; c < pieces; ++c) {
-          const float* const p = partial(m, head, c, pieces) + dim;
-          if (p[1] > 0) largest = std::max(largest, p[0]);
-        }
-        std::fill_n(out, dim, 0.0f);
-        for (int64_t c = 0; c < pieces; ++c) {
-          const float* const p = partial(m, head, c, pieces);
-          if (!(p[dim + 1] > 0)) continue;
-          const float weight = std::exp(p[dim] - largest);
-          total += weight * p[dim + 1];
-          for (int64_t j = 0; j < dim; ++j) out[j] += weight * p[j];
-        }
-        const float inverse = total > 0 ? 1 / total : 0;
-        for (int64_t j = 0; j < dim; ++j) out[j] *= inverse;
-      }
+      for (int64_t head = 0; head < d_.heads; ++head)
+        join_pieces(partial(m, head, 0, pieces), d_.heads * (dim + 2), pieces, dim, -INFINITY,
+                    line_ + (m * d_.heads + head) * dim);
   }
 
  private:

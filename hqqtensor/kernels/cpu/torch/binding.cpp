@@ -34,6 +34,8 @@ constexpr Operator kDequantize{"ttTLisiiii", dequantize, "hqqtensor::registry_de
 constexpr Operator kDequantizeInto{"tttTLisiii", dequantize_into, "hqqtensor::registry_dequantize_into"};
 constexpr Operator kEmbedding{"tttTLisiiii", embedding, "hqqtensor::registry_embedding"};
 
+constexpr Operator kAttention{"tttTTff", attention, "hqqtensor::registry_attention"};
+
 constexpr Operator kSolve{"tiiis", solve, nullptr};
 constexpr Operator kAssign{"ttttiii", assign, nullptr};
 constexpr Operator kSolveLevels{"ttttifiis", solve_levels, nullptr};
@@ -120,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("dequantize_into", entry<kDequantizeInto, Mode::automatic>);
   m.impl("embedding", entry<kEmbedding, Mode::automatic>);
   m.impl("_cpu_embedding", entry<kEmbedding, Mode::by_name>);
+  m.impl("attention", entry<kAttention, Mode::automatic>);
+  m.impl("_cpu_attention", entry<kAttention, Mode::by_name>);
   m.impl("_solve", entry<kSolve, Mode::automatic>);
   m.impl("_assign", entry<kAssign, Mode::automatic>);
   m.impl("_solve_levels", entry<kSolveLevels, Mode::automatic>);
