@@ -59,10 +59,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks
             raise RuntimeError(f"attention: all tensors must be on {query.device}, got one on {t.device}")
 
 
-def _plain(
+def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, scaling: float, softcap: float
 ) -> Tensor:
-    """The same by torch's operators, in float32 at least."""
+    """``attention`` by torch's own operators, in float32 at least; it has a gradient."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     q = query.to(dtype).unflatten(1, (key.shape[1], -1))  # [B, kv_heads, group, T, D]
     scores = q @ key.to(dtype).unsqueeze(2).transpose(-1, -2) * scaling
@@ -82,7 +82,7 @@ def _from_registry(query: Tensor, *rest: Any) -> Tensor:
     _check(query, *rest[:4])
     served = query.device.type == "cpu" and serves("cpu", "cpu")
     out = OPS._cpu_attention(query, *rest) if served else None
-    return _plain(query, *rest) if out is None else out
+    return plain_attention(query, *rest) if out is None else out
 
 
 def _fake(
