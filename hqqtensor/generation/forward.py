@@ -140,7 +140,8 @@ class DecoderForward:
         if change_with_length(self.base):  # a token would get those of the longest sequence
             return None
         of_each = [
-            self._roomy(cache) if type(cache) is DynamicCache and not cache.offloading else None for cache in each.caches
+            self._roomy(cache) if type(cache) is DynamicCache and not cache.offloading else None
+            for cache in each.caches
         ]
         if any(layers is None or layers[0].batch != 1 for layers in of_each):
             return None

@@ -56,7 +56,9 @@ def test_answers_at_once_are_those_of_each_call_alone(family: str) -> None:
     together.close()
     for answer, expected in zip(answers, alone, strict=True):
         assert torch.equal(answer, expected)
-    assert model.model.forward.decoded_calls - before < 2 * GREEDY["max_new_tokens"]  # of 36 tokens after the first ones
+    assert (
+        model.model.forward.decoded_calls - before < 2 * GREEDY["max_new_tokens"]
+    )  # of 36 tokens after the first ones
 
 
 def test_each_call_has_its_own_settings_and_samples(model: Any, together: GenerateTogether) -> None:

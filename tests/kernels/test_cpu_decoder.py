@@ -176,7 +176,10 @@ def test_sequences_with_caches_of_their_own_equal_each_alone(case: Case, tokens:
     tables = [tuple(torch.randn(800, case.width, generator=generator) for _ in range(2)) for _ in range(2)]
     # of each sequence, of each layer: keys, values
     caches = [
-        [torch.randn(2, 1, s.kv_heads, past + 10, s.head_dim, generator=generator).to(case.dtype) for _ in range(s.layers)]
+        [
+            torch.randn(2, 1, s.kv_heads, past + 10, s.head_dim, generator=generator).to(case.dtype)
+            for _ in range(s.layers)
+        ]
         for past in pasts
     ]
 
@@ -347,7 +350,12 @@ def run_with(decoder: CompiledDecoder, **changes: Any) -> Any:
         ({"lengths": [8, 4]}, "a cache of 8 tokens has no room for 1 behind 8"),
         ({"lengths": [4]}, "as many values, lengths and first places as keys are needed, got 2, 1 and 2 for 2"),
         (
-            {"x": torch.randn(2, 1, 96), "mask": torch.ones(2, 5, dtype=torch.bool), "lengths": [4] * 4, "firsts": [0] * 4}
+            {
+                "x": torch.randn(2, 1, 96),
+                "mask": torch.ones(2, 5, dtype=torch.bool),
+                "lengths": [4] * 4,
+                "firsts": [0] * 4,
+            }
             | {name: [torch.zeros(1, 2, 8, 32)] * 4 for name in ("keys", "values")},
             "sequences with caches of their own have no mask",
         ),

@@ -41,7 +41,9 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     if dropout or kwargs.get("position_bias") is not None:
-        raise ValueError(f"attention {NAME!r} has no dropout and no position bias beside soft caps or sinks: use 'eager'")
+        raise ValueError(
+            f"attention {NAME!r} has no dropout and no position bias beside soft caps or sinks: use 'eager'"
+        )
     tokens, causal = query.shape[2], getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and tokens > 1:  # a prompt, perhaps in a cache with room behind it
         key, value = key[:, :, :tokens], value[:, :, :tokens]
