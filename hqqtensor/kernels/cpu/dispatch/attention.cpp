@@ -1,15 +1,13 @@
 #include "dispatch/attention.h"
 
-#include <atomic>
-
 #include "dispatch/pieces.h"
 #include "dispatch/scratch.h"
-#include "dispatch/team.h"
+#include "dispatch/threads.h"
 
 namespace hqqtensor {
 namespace {
 
-// Memory of one member of the team: queries of a group of heads, and their scores; or a result.
+// Memory of one thread: queries of a group of heads, and their scores.
 int64_t member_floats(const AttentionCall& a) {
   const int64_t group = a.heads / a.kv_heads;
   return padded(group * a.dim) + padded(group * padded(kMostTokens));
@@ -49,23 +47,20 @@ void attend(const AttentionCall& a, int64_t size, int64_t count, int64_t item, f
 void run_attention(const AttentionCall& a) {
   const int64_t rows = a.batch * a.tokens * a.heads, work = a.batch * a.kv_heads, threads = num_threads();
   const int64_t size = piece_size(a.length * work, threads), count = (a.length + size - 1) / size, row = a.dim + 2;
-  const int64_t partial_floats = padded(rows * count * row), per_member = member_floats(a);
-  auto* const partial = (float*)scratch(4 * (partial_floats + threads * per_member), Scratch::decoder);
-  std::atomic<int64_t> members{0}, pieces{0}, joined{0};
-  Team::run([&](Team& team) {
-    float* const memory = partial + partial_floats + members.fetch_add(1) * per_member;
-    team.share(pieces, work * count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item) attend(a, size, count, item, partial, memory);
-    });
-    team.meet();
-    team.share(joined, rows, 8, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t token = i / a.heads, head = i % a.heads;
-        const float* const from = partial + (token * count * a.heads + head) * row;
-        join_pieces(from, a.heads * row, count, a.dim, a.sinks ? a.sinks[head] : -INFINITY, memory);
-        kernels().from_float(memory, a.dim, a.type, (char*)a.y + i * a.dim * size_of(a.type));
-      }
-    });
+  auto* const partial = (float*)scratch(4 * rows * count * row, Scratch::decoder);
+  const int64_t products = 2 * a.batch * a.tokens * a.heads * a.length * a.dim;
+  parallel_over_dynamic(work * count, 1, products, [&](int64_t first, int64_t last) {
+    auto* const memory = (float*)scratch(4 * member_floats(a), Scratch::decoder_member);
+    for (int64_t item = first; item < last; ++item) attend(a, size, count, item, partial, memory);
+  });
+  parallel_over(rows, 1, rows * count * a.dim, [&](int64_t first, int64_t last) {
+    auto* const line = (float*)scratch(4 * a.dim, Scratch::decoder_member);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t token = i / a.heads, head = i % a.heads;
+      const float* const from = partial + (token * count * a.heads + head) * row;
+      join_pieces(from, a.heads * row, count, a.dim, a.sinks ? a.sinks[head] : -INFINITY, line);
+      kernels().from_float(line, a.dim, a.type, (char*)a.y + i * a.dim * size_of(a.type));
+    }
   });
 }
 
