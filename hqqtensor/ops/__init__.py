@@ -26,6 +26,7 @@ __all__ = [
     "set_backend",
 ]
 
+from hqqtensor.ops import attention as attention  # before the kernels, which implement it
 from hqqtensor.kernels import cpu as cpu
 from hqqtensor.kernels import triton as triton
 from hqqtensor.ops import batching as batching
