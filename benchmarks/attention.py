@@ -1,6 +1,6 @@
-"""``python -m benchmarks.attention``: one new token against a long cache, ``hqqtensor::attention`` beside torch's own.
+"""``python -m benchmarks.attention``: one new token, a long cache, ``hqqtensor::attention`` beside torch's own.
 
-Keys and values are bfloat16, as ``DynamicCache`` has them; torch's runs as transformers' "sdpa" calls it. Several caches
+Keys and values are bfloat16, as ``DynamicCache`` has them; torch's runs as transformers' "sdpa" does. Several caches
 take turns, so that none is in the processor's cache already. GB/s: of keys and values read.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = []
     for shape, batch, tokens in itertools.product(args.shapes, args.batch, args.tokens):
-        heads, kv_heads, dim = SHAPES[shape]
+        _, kv_heads, dim = SHAPES[shape]
         nbytes = 4 * batch * kv_heads * tokens * dim
         figures.append(
             {"shape": shape, "batch": batch, "tokens": tokens, "bytes": nbytes}

@@ -57,6 +57,9 @@ def batches_of(
             raise ValueError(f'calibration on "random" tokens: {type(model).__name__} has no config.vocab_size')
         ids = random_ids(vocabulary, count, context, seed)
     else:
+        if tokenizer is None:
+            name = source.name if isinstance(source, Text) else source
+            raise ValueError(f"calibration on {name}: a tokenizer is needed")
         ids = _windows(source if isinstance(source, Text) else _read(Path(source)), tokenizer, count, context)
     device = device_of(model)
     return [{"input_ids": part.to(device)} for part in ids.split(windows)]
@@ -76,8 +79,6 @@ def _read(path: Path) -> Text:
 
 def _windows(text: Text, tokenizer: Any, count: int, context: int) -> Tensor:
     """``count`` windows (or all that there are) spread evenly over the text."""
-    if tokenizer is None:
-        raise ValueError(f"calibration on {text.name}: a tokenizer is needed")
     windows = token_windows(tokenizer, text.content, context)
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 

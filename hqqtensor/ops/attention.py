@@ -1,6 +1,6 @@
-"""``hqqtensor::attention``: a few new tokens against the keys and values of a cache, which are read where they lie.
+"""``hqqtensor::attention``: a few new tokens against keys and values of a cache, which are read where they lie.
 
-The compiled kernel serves float32, bfloat16 and float16 on the CPU with heads of a multiple of 16 numbers; all else, and
+The compiled kernel serves float32, bfloat16 and float16 on CPUs with heads of a multiple of 16 numbers; all else, and
 any call while another backend is chosen, takes the plain code here.
 """
 
@@ -25,7 +25,7 @@ def attention(
     D]``. It has no gradient.
 
     Head h reads head h * kv_heads / heads of the keys. mask: bool ``[B or 1, 1, T, S]``, False for tokens that are not
-    seen; a token that sees none gives zeros. sinks: ``[heads]``, a score of each head that takes part in the softmax and
+    seen; a token that sees none gives zeros. sinks: ``[heads]``, a score of each head that is part of the softmax and
     has no value. Scores s are ``scaling`` times the products, and become ``softcap * tanh(s / softcap)`` where softcap
     is not 0. RuntimeError where shapes, dtypes or devices do not fit.
     """

@@ -72,7 +72,7 @@ class Decoder(Protocol):
         own: ``[1, kv_heads, capacity, head_dim]``, those of all sequences for the first layer, then for the next one.
         mask: bool or int64 ``[B, tokens of the sequence]``, zero for tokens that none sees; not where sequences have
         caches of their own. packed: for each of the caches keys and values of older tokens, HQQTensors ``[B or 1,
-        kv_heads, blocks, block, head_dim]`` of equal settings, up to 256 tokens in a block; for layers without a window.
+        kv_heads, blocks, block, head_dim]`` of equal settings, up to 256 tokens in a block; for layers with no window.
         """
 
 

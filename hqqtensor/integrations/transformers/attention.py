@@ -30,7 +30,7 @@ def attention_forward(
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
     is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls for query ``[B, heads, T, D]``, key and value ``[B, kv_heads, S, D]``: ``[B, T, heads, D]``
+    """What transformers calls: query ``[B, heads, T, D]``, key, value ``[B, kv_heads, S, D]`` to ``[B, T, heads, D]``,
     and no weights. attention_mask: bool ``[B, 1, T, S]`` as of "sdpa"; None for all, or for the causal one of a prompt.
     """
     few = query.shape[2] <= MOST_TOKENS and _is_served(query, key, value, attention_mask, dropout, kwargs)

@@ -7,7 +7,7 @@ namespace hqqtensor {
 
 // Strides count numbers. Those of a mask are 0 where one mask serves all sequences.
 struct AttentionCall {
-  DType type;  // of all but the mask and the sinks
+  DType type;                                           // of all but the mask and the sinks
   int64_t batch, heads, kv_heads, tokens, length, dim;  // length: tokens that have keys and values; dim: a multiple of 16
   const void *q, *keys, *values;                        // [batch][heads][tokens][dim]; [batch][kv_heads][length][dim]
   int64_t q_strides[3];                                 // of a sequence, a head, a token
