@@ -71,4 +71,3 @@ class EmbeddingMethod(QuantizeMethodBase):
         logits = layer.part(x, None)
         logits = nn.functional.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
         return logits if bias is None else logits + bias
-

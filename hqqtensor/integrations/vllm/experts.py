@@ -101,7 +101,9 @@ class ExpertsMethod(FusedMoEMethodBase):
             raise ValueError(f"{self.online.prefix}: {full} rows of an expert cannot be split into parts of {size}")
         start, end = (0, size) if full == size else (rank * size, (rank + 1) * size)
         halves = gate_up.shape[-2] // full
-        pieces = [gate_up] if full == size else [cut_rows(gate_up, h * full + start, h * full + end) for h in range(halves)]
+        pieces = (
+            [gate_up] if full == size else [cut_rows(gate_up, h * full + start, h * full + end) for h in range(halves)]
+        )
         parts = nn.ModuleList([part_of(piece, (0, K), device, dtype) for piece in pieces])
         return parts, part_of(down, (start, end), device, dtype)
 

@@ -35,7 +35,7 @@ class LinearMethod(LinearMethodBase):
         place = SHARDS.get(shard, shard)
         return self.online.quantized(weight, place if isinstance(place, int) else None, self.sizes[-1])
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what arrived into what runs; ValueError where weights are missing or do not fit."""
         arrived = layer.weight.arrived
         if arrived.is_dense:
@@ -83,7 +83,9 @@ def _columns(stored: int, local: int, rank: int, name: str) -> tuple[int, int]:
     return start, start + local
 
 
-def _hand_over(layer: Any, sizes: tuple[Any, ...], attributes: dict[str, Any], weights: list[tuple[Any, Tensor]]) -> None:
+def _hand_over(
+    layer: Any, sizes: tuple[Any, ...], attributes: dict[str, Any], weights: list[tuple[Any, Tensor]]
+) -> None:
     """Let vLLM's method for dense layers load what arrived and run it."""
     del layer.weight
     method = UnquantizedLinearMethod()

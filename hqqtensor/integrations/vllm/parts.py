@@ -33,7 +33,7 @@ class DensePart(nn.Module):
 
 
 class PackedPart(nn.Module):
-    """A quantized weight ``[..., N, K]`` that has no transpose. before, after: zeros that its inputs lack (``Columns``)."""
+    """A quantized weight ``[..., N, K]``, not transposed. before, after: zeros that its inputs lack (``Columns``)."""
 
     qdata: Tensor
     scale: Tensor
@@ -125,9 +125,9 @@ def routed(
 ) -> Tensor:  # fmt: skip
     """The sum of the experts' answers to x ``[T, K]``, ``[T, K]`` in its dtype.
 
-    weights, experts: ``[T, k]``, each token's experts and what their answers are multiplied with; numbers from the count
-    of experts on stand for experts of other processes, which add nothing. gate_up: 3-D weights whose results lie beside
-    each other. activate: ``[S, 2 * I]`` to ``[S, I]``.
+    weights, experts: ``[T, k]``, each token's experts and what their answers are multiplied with; numbers from the
+    count of experts on stand for experts of other processes, which add nothing. gate_up: 3-D weights whose results lie
+    beside each other. activate: ``[S, 2 * I]`` to ``[S, I]``.
     """
     tokens, each = experts.shape
     count = down.qdata.shape[0]
