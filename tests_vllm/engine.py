@@ -14,6 +14,8 @@ import transformers
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+import hqqtensor
+
 PROMPTS = [[1, 5, 9, 200], [7, 3], list(range(20, 60))]
 NEW = 12
 
@@ -64,9 +66,12 @@ def of_vllm(directory: Path, lora: Path | None = None, **options: Any) -> list[l
 
 
 def of_transformers(model: Any) -> list[list[int]]:
-    """The same from ``generate`` of a model or of the directory of one, in float32."""
+    """The same from transformers' ``generate`` of a model or of the directory of a quantized one, in float32.
+
+    The directory is read by ``hqqtensor.load``: the transformers that vLLM requires is older than ours.
+    """
     if isinstance(model, Path):
-        model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        model = hqqtensor.load(model, dtype=torch.float32)
     out = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])

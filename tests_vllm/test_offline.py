@@ -1,4 +1,4 @@
-"""vLLM on directories as hqqtensor writes them, against transformers' ``generate``: the same greedy tokens in float32."""
+"""vLLM on directories as hqqtensor writes them: the same greedy tokens as transformers' ``generate`` in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,7 @@ def test_dense_experts_are_quantized_while_they_load(tmp_path: Path) -> None:
 def test_an_adapter_on_top(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     directory = save(llama(), tmp_path / "model", HqqConfig(4, 64))
-    import transformers
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    base = hqqtensor.load(directory, dtype=torch.float32)
     plain = of_transformers(base)
     targets = ["q_proj", "v_proj", "down_proj"]
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=targets, init_lora_weights=False))
