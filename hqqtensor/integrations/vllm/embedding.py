@@ -37,7 +37,9 @@ class EmbeddingMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what arrived into what runs. Tied layers have one parameter, and share it."""
         arrived = layer.weight.arrived
-        if arrived.is_dense:
+        if arrived.part is None:
+            arrived.check(self.online.prefix)
+        if arrived.part is None and arrived.is_dense:
             self.gathering.done(None)
             self._hand_over(layer, arrived)
             return
@@ -46,6 +48,7 @@ class EmbeddingMethod(QuantizeMethodBase):
             indices = layer.shard_indices
             rows = cut_rows(weight, indices.org_vocab_start_index, indices.org_vocab_end_index)
             arrived.part = part_of(rows, (0, weight.shape[1]), layer.weight.device, self.sizes[-1])
+            arrived.weights.clear()
         layer.part = arrived.part
         self.gathering.done(layer.part)
 

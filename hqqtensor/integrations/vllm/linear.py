@@ -38,6 +38,7 @@ class LinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what arrived into what runs; ValueError where weights are missing or do not fit."""
         arrived = layer.weight.arrived
+        arrived.check(self.online.prefix, len(self.sizes[1]))
         if arrived.is_dense:
             self.gathering.done(None)
             _hand_over(layer, self.sizes, self.attributes, arrived.weights)

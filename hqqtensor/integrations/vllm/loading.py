@@ -43,7 +43,8 @@ class Online:
 
 @dataclass
 class Arrived:
-    """The weights of one layer so far. replay: repeats the calls of the loader, for vLLM's method of dense layers."""
+    """The weights of one layer so far, with the loader's name of each. Layers that are tied share it: the first that is
+    turned into what runs leaves its ``part`` to the others, or itself as ``dense_twin``."""
 
     weights: list[tuple[Any, Tensor]] = field(default_factory=list)
     dense_twin: nn.Module | None = None
@@ -53,6 +54,13 @@ class Arrived:
     def is_dense(self) -> bool:
         """Whether nothing of the layer is quantized."""
         return not any(isinstance(weight, HQQTensor) for _, weight in self.weights)
+
+    def check(self, prefix: str, joined: int = 1) -> None:
+        """ValueError naming the layer where the checkpoint lacks it, or some of the ``joined`` weights it consists of."""
+        shards = {shard for shard, _ in self.weights}
+        single = {shard for shard in shards if isinstance(shard, int | str)}
+        if not shards or (shards == single and len(shards) < joined):
+            raise ValueError(f"{prefix}: the checkpoint has {len(shards)} of the {joined} weights of this layer")
 
 
 def placeholder(layer: nn.Module, name: str, dtype: torch.dtype, loader: Callable[..., Any]) -> Arrived:
