@@ -56,7 +56,7 @@ class Arrived:
         return not any(isinstance(weight, HQQTensor) for _, weight in self.weights)
 
     def check(self, prefix: str, joined: int = 1) -> None:
-        """ValueError naming the layer where the checkpoint lacks it, or some of the ``joined`` weights it consists of."""
+        """ValueError naming the layer where the checkpoint lacks it, or some of the ``joined`` weights that it has."""
         shards = {shard for shard, _ in self.weights}
         single = {shard for shard in shards if isinstance(shard, int | str)}
         if not shards or (shards == single and len(shards) < joined):
