@@ -82,7 +82,8 @@ class ExpertsMethod(FusedMoEMethodBase):
 
     def _stack(self, layer: Any, weights: dict[str, Tensor], is_down: bool) -> Tensor:
         """Dense experts that are stored one by one, ``[E, N, K]``."""
-        names = [layer.ckpt_down_proj_name] if is_down else [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name]
+        gate_up = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name is not None]
+        names = [layer.ckpt_down_proj_name] if is_down else gate_up
         rows = [[weights.get(f"{e}.{name}.weight") for name in names] for e in range(self.moe.num_logical_experts)]
         missing = [e for e, of_expert in enumerate(rows) if any(weight is None for weight in of_expert)]
         if missing:
