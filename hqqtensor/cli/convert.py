@@ -14,7 +14,7 @@ from hqqtensor.cli.errors import UsageError, from_arguments, from_files, writing
 from hqqtensor.cli.output import print_json
 from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.diagnostics.table import megabytes
-from hqqtensor.integrations.vllm import for_vllm
+from hqqtensor.integrations.vllm.torchao_checkpoint import for_vllm
 from hqqtensor.presets import BYTE_UNITS, parse_size
 from hqqtensor.selection import OUTPUT_LAYER, embeddings_and_output
 from hqqtensor.serialization.gguf_file import open_gguf
