@@ -1,14 +1,17 @@
 """LoRA layers over quantized weights. Merging dequantizes, adds and quantizes again; unmerging is exact."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora import layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hqqtensor.integrations import patches
+from hqqtensor.integrations.peft.adapted_weight import AdaptedWeight
 from hqqtensor.integrations.versions import PEFT
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.tensor.settings import config_of
@@ -24,35 +27,42 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
 class _QuantizedBase:
     """Lets a LoRA layer merge into a dense copy of its base weight, which is then quantized again."""
 
+    parameter_name = "weight"
     _weight_before_merging: tuple[nn.Parameter, ...] = ()
     """None or one; in a tuple, as it would else become a parameter of this layer, to be saved and moved with it."""
 
+    def _set_weight(self: Any, weight: nn.Parameter) -> None:
+        setattr(self.get_base_layer(), self.parameter_name, weight)
+
+    def _set_dense(self: Any) -> nn.Parameter:
+        """Put a dense copy in the quantized weight's place; the quantized one, which peft must not change."""
+        quantized = getattr(self.get_base_layer(), self.parameter_name)
+        self._set_weight(nn.Parameter(quantized.dequantize(), requires_grad=False))
+        return quantized
+
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters; ``unmerge`` puts back the weight from before the first merge. On an error nothing changes."""
-        base = self.get_base_layer()
-        quantized = base.weight
         count = len(self.merged_adapters)
-        base.weight = nn.Parameter(quantized.dequantize(), requires_grad=False)
+        quantized = self._set_dense()
         try:
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
             merged = quantized
             if len(self.merged_adapters) > count:
-                merged = nn.Parameter(quantize_like(base.weight.detach(), quantized), requires_grad=False)
+                dense = getattr(self.get_base_layer(), self.parameter_name).detach()
+                merged = nn.Parameter(quantize_like(dense, quantized), requires_grad=False)
         except BaseException:
-            base.weight = quantized
+            self._set_weight(quantized)
             raise
-        base.weight = merged
+        self._set_weight(merged)
         if merged is not quantized:
             self._weight_before_merging = self._weight_before_merging or (quantized,)
 
     def unmerge(self: Any) -> None:
         """Put back the weight from before the merge, bit for bit; peft undoes the bias and its records."""
-        base = self.get_base_layer()
-        before = self._weight_before_merging or (base.weight,)
-        # peft subtracts the update from this dense copy, which is then dropped.
-        base.weight = nn.Parameter(base.weight.dequantize(), requires_grad=False)
+        quantized = self._set_dense()  # peft subtracts the update from the dense copy, which is then dropped
         super().unmerge()  # type: ignore[misc]
-        (base.weight,) = before
+        (before,) = self._weight_before_merging or (quantized,)
+        self._set_weight(before)
         self._weight_before_merging = ()
 
 
@@ -62,6 +72,37 @@ class HqqLoraLinear(_QuantizedBase, layer.Linear):
 
 class HqqLoraEmbedding(_QuantizedBase, layer.Embedding):
     """LoRA over a quantized ``nn.Embedding``."""
+
+
+class ParamWrapper(_QuantizedBase, layer.ParamWrapper):
+    """LoRA over a quantized parameter that ``target_parameters`` names, such as the weights of all experts.
+
+    peft lets two parameters of a module be wrapped only where the class has this very name.
+    """
+
+    @contextmanager
+    def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
+        """Let the module see the parameter with the updates; the parameter itself stays where it is."""
+        factors = [self._low_rank(name) for name in active_adapters if name in self.lora_A]
+        if not factors:
+            yield
+            return
+        lhs, rhs = (torch.cat(parts, dim) for parts, dim in zip(zip(*factors, strict=True), (-1, -2), strict=True))
+        base = self.get_base_layer()
+        # An entry here is found before the parameter of the same name, which stays registered.
+        base.__dict__[self.parameter_name] = AdaptedWeight(self.get_param(), lhs, rhs)
+        try:
+            yield
+        finally:
+            del base.__dict__[self.parameter_name]
+
+    def _low_rank(self: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """lhs ``[..., N, r]`` and rhs ``[..., r, K]``, whose product is the update of the parameter ``[..., N, K]``."""
+        if self.get_param().ndim == 2:
+            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            return b * self.scaling[adapter], a
+        lhs, rhs, scaling = self.get_delta_factors(adapter)
+        return (lhs * scaling).contiguous(), rhs.contiguous()
 
 
 class _QuantizedConvolution(_QuantizedBase):
@@ -104,15 +145,12 @@ def _dispatcher(dispatch_torchao: Callable) -> Callable:
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         name = kwargs.pop("parameter_name", None)
-        if name is not None and isinstance(getattr(base, name, None), HQQTensor):
-            raise NotImplementedError(
-                f"target_parameters: {name} is quantized, and peft would add to it what it cannot hold; leave it dense "
-                "with skip_modules, or target linear layers"
-            )
-        if not isinstance(getattr(base, "weight", None), HQQTensor):
+        if not isinstance(getattr(base, name or "weight", None), HQQTensor):
             return dispatch_torchao(target, adapter_name, config=config, parameter_name=name, **kwargs)
         patches.require("peft.")
         kwargs.pop("get_apply_tensor_subclass", None)
+        if name is not None:
+            return ParamWrapper(target, adapter_name, parameter_name=name, config=config, **kwargs)
         for kind, lora in _LORA_LAYERS:
             if isinstance(base, kind):
                 return lora(target, adapter_name, config=config, **kwargs)
