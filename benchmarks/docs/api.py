@@ -15,7 +15,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hqqtensor.compile": ("JoinLinears",),
     "hqqtensor.integrations.transformers": ("adopt", "model_card", "register"),
     "hqqtensor.integrations.transformers.cache": ("HqqQuantizedCache",),
-    "hqqtensor.integrations.peft": ("register",),
+    "hqqtensor.integrations.peft": ("register", "initialize_lora_from_error"),
     "hqqtensor.diagnostics": ("model_size",),
     "hqqtensor.background": ("JobProgress",),
     "hqqtensor.transfer": (),

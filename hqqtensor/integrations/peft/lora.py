@@ -1,5 +1,6 @@
 """LoRA layers over quantized weights. Merging dequantizes, adds and quantizes again; unmerging is exact."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ def quantize_like(dense: Tensor, old: HQQTensor) -> HQQTensor:
     return new.transpose(-1, -2) if old.transposed else new  # type: ignore[return-value]
 
 
-class _QuantizedBase:
+class QuantizedBase:
     """Lets a LoRA layer merge into a dense copy of its base weight, which is then quantized again."""
 
     parameter_name = "weight"
@@ -66,19 +67,24 @@ class _QuantizedBase:
         self._weight_before_merging = ()
 
 
-class HqqLoraLinear(_QuantizedBase, layer.Linear):
+class HqqLoraLinear(QuantizedBase, layer.Linear):
     """LoRA over a quantized ``nn.Linear`` or ``Conv1D``."""
 
 
-class HqqLoraEmbedding(_QuantizedBase, layer.Embedding):
+class HqqLoraEmbedding(QuantizedBase, layer.Embedding):
     """LoRA over a quantized ``nn.Embedding``."""
 
 
-class ParamWrapper(_QuantizedBase, layer.ParamWrapper):
+class ParamWrapper(QuantizedBase, layer.ParamWrapper):
     """LoRA over a quantized parameter that ``target_parameters`` names, such as the weights of all experts.
 
     peft lets two parameters of a module be wrapped only where the class has this very name.
     """
+
+    @property
+    def is_swapped(self: Any) -> bool:
+        """Whether a stack of experts is ``[E, outputs, inputs]``, not ``[E, inputs, outputs]``."""
+        return self._did_swap_in_out_features
 
     @contextmanager
     def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
@@ -105,7 +111,7 @@ class ParamWrapper(_QuantizedBase, layer.ParamWrapper):
         return (lhs * scaling).contiguous(), rhs.contiguous()
 
 
-class _QuantizedConvolution(_QuantizedBase):
+class QuantizedConvolution(QuantizedBase):
     """peft's DoRA for convolutions computes with ``base_layer.weight`` itself."""
 
     def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> Any:
@@ -115,15 +121,15 @@ class _QuantizedConvolution(_QuantizedBase):
         return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
 
 
-class HqqLoraConv1d(_QuantizedConvolution, layer.Conv1d):
+class HqqLoraConv1d(QuantizedConvolution, layer.Conv1d):
     """LoRA over a quantized ``nn.Conv1d``."""
 
 
-class HqqLoraConv2d(_QuantizedConvolution, layer.Conv2d):
+class HqqLoraConv2d(QuantizedConvolution, layer.Conv2d):
     """LoRA over a quantized ``nn.Conv2d``."""
 
 
-class HqqLoraConv3d(_QuantizedConvolution, layer.Conv3d):
+class HqqLoraConv3d(QuantizedConvolution, layer.Conv3d):
     """LoRA over a quantized ``nn.Conv3d``."""
 
 
@@ -139,6 +145,9 @@ _LORA_LAYERS: tuple[tuple[type[nn.Module], Any], ...] = (
 def install() -> None:
     """Put our layers before the one that peft takes for all torchao tensors."""
     patches.wrap("peft.tuners.lora.model", "dispatch_torchao", _dispatcher, "LoRA over quantized weights", PEFT)
+    importlib.import_module("peft.tuners.lora.dora")
+    name, reason = "DoraLinearLayer.get_weight_norm", "DoRA over quantized embeddings"
+    patches.wrap("peft.tuners.lora.dora", name, _norm_of_quantized, reason, PEFT)
 
 
 def _dispatcher(dispatch_torchao: Callable) -> Callable:
@@ -159,3 +168,13 @@ def _dispatcher(dispatch_torchao: Callable) -> Callable:
         return HqqLoraLinear(target, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
     return dispatch
+
+
+def _norm_of_quantized(get_weight_norm: Callable) -> Callable:
+    """For embeddings peft hands over ``base_layer.weight`` itself."""
+
+    def wrapper(self: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dense = weight.dequantize() if isinstance(weight, HQQTensor) else weight
+        return get_weight_norm(self, dense, *args, **kwargs)
+
+    return wrapper
