@@ -16,7 +16,7 @@ def _fitting(w: PackedWeight, dtype: torch.dtype, rows: int) -> int:
 
 
 def times_dense(grad: Tensor, w: PackedWeight) -> Tensor:
-    """``grad [..., N]`` times a packed weight ``[N, K]``: ``[..., K]`` in grad's dtype; pieces are summed in float32."""
+    """``grad [..., N]`` times a packed weight ``[N, K]``: ``[..., K]`` in grad's dtype, summed in float32."""
     count, rows = _fitting(w, grad.dtype, 1), grad.shape[-1]
     if rows <= count:
         return grad @ OPS.dequantize(*w, grad.dtype)

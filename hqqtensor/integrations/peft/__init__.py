@@ -33,9 +33,8 @@ def initialize_lora_from_error(
     gets new magnitudes. The result does not depend on the random state.
 
     Returns for each adapted weight, by its name in the dense model, the share of the squared error that is left.
-    ValueError where no quantized weight has the adapter, one is merged, or ``dense`` has no such dense weight of the same
-    shape; NotImplementedError for convolutions; ImportError
-    without peft. After an error the model is as before.
+    ValueError where no quantized weight has the adapter, one is merged, or ``dense`` has no such dense weight of the
+    same shape; NotImplementedError for convolutions; ImportError without peft. After an error the model is as before.
     """
     from hqqtensor.integrations.peft import correction
 

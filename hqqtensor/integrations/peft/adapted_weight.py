@@ -1,4 +1,4 @@
-"""A quantized parameter and a low-rank update, as one operand of products: ``x W + (x lhs) rhs``, never ``W + lhs rhs``.
+"""A quantized parameter and a low-rank update, as one operand of products: ``x W + (x lhs) rhs``.
 
 peft adds the update to the parameter itself, which would need the dense weights of all experts. Modules that hold such
 parameters only choose experts, transpose, and multiply, so this stands in for the parameter while they run.

@@ -145,6 +145,8 @@ _LORA_LAYERS: tuple[tuple[type[nn.Module], Any], ...] = (
 def install() -> None:
     """Put our layers before the one that peft takes for all torchao tensors."""
     patches.wrap("peft.tuners.lora.model", "dispatch_torchao", _dispatcher, "LoRA over quantized weights", PEFT)
+    name, reason = "get_peft_model_state_dict", "saving adapters of quantized embeddings"
+    patches.wrap("peft.utils.save_and_load", name, _without_quantized, reason, PEFT)
     importlib.import_module("peft.tuners.lora.dora")
     name, reason = "DoraLinearLayer.get_weight_norm", "DoRA over quantized embeddings"
     patches.wrap("peft.tuners.lora.dora", name, _norm_of_quantized, reason, PEFT)
@@ -176,5 +178,15 @@ def _norm_of_quantized(get_weight_norm: Callable) -> Callable:
     def wrapper(self: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dense = weight.dequantize() if isinstance(weight, HQQTensor) else weight
         return get_weight_norm(self, dense, *args, **kwargs)
+
+    return wrapper
+
+
+def _without_quantized(get_peft_model_state_dict: Callable) -> Callable:
+    """Beside adapters of embeddings peft saves the embedding itself; a quantized one is frozen and stays out."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = get_peft_model_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not isinstance(value, HQQTensor)}
 
     return wrapper
