@@ -43,8 +43,6 @@ def logits(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("tying", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 def test_embeddings_and_tied_heads_learn_save_and_merge(dora: bool, tying: bool, tmp_path: Path) -> None:
-    if dora and tying:
-        pytest.skip("peft 0.21 ties no DoRA")
     targets = ["q_proj", "embed_tokens"] if tying else ["q_proj", "embed_tokens", "lm_head"]
     model = adapted(targets, use_dora=dora, ensure_weight_tying=tying)
     base = model.get_base_model()

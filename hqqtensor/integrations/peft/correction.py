@@ -39,18 +39,22 @@ def initialize(model: nn.Module, dense: nn.Module | str | Path, adapter_name: st
     return left
 
 
+def _base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     """The layers over quantized weights that have the adapter, by the name of the weight in the dense model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = {}
-    for name, module in base.named_modules():
-        if isinstance(module, lora.QuantizedBase) and adapter in module.r:
+    layers: dict[str, Any] = {}
+    for name, module in _base_model(model).named_modules():
+        layer: Any = module
+        if isinstance(module, lora.QuantizedBase) and adapter in layer.r:
             path = [part for part in name.split(".") if part != "base_layer"]
             if isinstance(module, lora.QuantizedConvolution):
                 raise NotImplementedError(f"{name}: adapters of convolutions cannot be initialized from the error")
-            if module.merged:
+            if layer.merged:
                 raise ValueError(f"{name}: its adapters are merged; call unmerge_adapter() first")
-            layers[".".join([*path, module.parameter_name])] = module
+            layers[".".join([*path, layer.parameter_name])] = layer
     if not layers:
         raise ValueError(f"model: no quantized weight has a LoRA adapter named {adapter!r}")
     return layers
@@ -62,7 +66,7 @@ def _dense_weights(model: nn.Module, dense: nn.Module | str | Path) -> Iterator[
     if isinstance(dense, nn.Module):
         yield dict(dense.named_parameters(remove_duplicate=False)).get
         return
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_model(model)
     with torch.device("meta"):
         empty = type(base)(base.config)
     empty.tie_weights()
