@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("doclm", "smollm"), default="doclm")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--test-windows", type=int, default=60, help="windows of 256 tokens that the loss is measured on")
+    parser.add_argument("--test-windows", type=int, default=60, help="held-out windows of 256 tokens")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}, joined by commas")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
