@@ -14,7 +14,7 @@ from hqqtensor.streaming.targets import find_targets
 from hqqtensor.tensor import HQQTensor
 
 _OVERSAMPLING = 16
-"""Further directions that the randomized SVD follows; with them it finds what an exact one does to about 1 %."""
+"""Further directions that the randomized SVD follows, which bring it nearer to an exact one."""
 
 
 @torch.no_grad()
