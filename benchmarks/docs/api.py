@@ -17,7 +17,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hqqtensor.integrations.transformers.cache": ("HqqQuantizedCache",),
     "hqqtensor.generation": ("growing_cache",),
     "hqqtensor.generation.together": ("GenerateTogether",),
-    "hqqtensor.integrations.peft": ("register",),
+    "hqqtensor.integrations.peft": ("register", "initialize_lora_from_error"),
     "hqqtensor.diagnostics": ("model_size",),
     "hqqtensor.background": ("JobProgress",),
     "hqqtensor.transfer": (),

@@ -11,6 +11,7 @@ from hqqtensor.ops import reference
 from hqqtensor.ops.batching import mapped_linear
 from hqqtensor.ops.definitions import LIBRARY, OPS, split_many
 from hqqtensor.ops.packed import PackedWeight, flat, structured
+from hqqtensor.ops.pieces import batched_times_dense, grouped_times_dense, times_dense
 
 
 def forward_mode() -> bool:
@@ -65,7 +66,7 @@ class _Linear(_Product):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             w, act = _saved(ctx)
-            grad_x = _scaled(grad @ OPS.dequantize(*w, grad.dtype), act)
+            grad_x = _scaled(times_dense(grad, w), act)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_bias, None, None
@@ -92,7 +93,7 @@ class _Batched(_Product):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         w, act = _saved(ctx)
-        return _scaled(torch.bmm(grad, OPS.dequantize(*w, grad.dtype)), act), None, None, None
+        return _scaled(batched_times_dense(grad, w), act), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
@@ -113,12 +114,7 @@ class _Grouped(_Product):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         packed, act, offsets = _saved(ctx)
-        w = OPS.dequantize(*packed, grad.dtype)
-        out, first = grad.new_zeros(grad.shape[0], w.shape[-1]), 0
-        for expert, last in enumerate(offsets.tolist()):
-            out[first:last] = grad[first:last] @ w[expert]
-            first = max(first, last)
-        return _scaled(out, act), None, None, None, None
+        return _scaled(grouped_times_dense(grad, offsets, packed), act), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:

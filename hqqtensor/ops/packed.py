@@ -28,6 +28,13 @@ class PackedWeight(NamedTuple):
     in_features: int
 
 
+def expert(w: PackedWeight, index: int | slice) -> PackedWeight:
+    """One weight of a stack, or some; a codebook without a leading dimension is one for all."""
+    zero = w.zero_point if w.zero_point is None or w.zero_point.ndim < 3 else w.zero_point[index]
+    meta = [t[index] for t in w.meta or ()]
+    return w._replace(qdata=w.qdata[index], scale=w.scale[index], zero_point=zero, meta=meta)
+
+
 LAYOUTS = {
     "linear": (1, 2),
     "batched_linear": (1, 1),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.ops.backend import Backend, register_backend
-from hqqtensor.ops.packed import PackedWeight
+from hqqtensor.ops.packed import PackedWeight, expert
 from hqqtensor.packing import unpack, unpack_meta
 
 
@@ -95,13 +95,6 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tenso
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def _expert(w: PackedWeight, index: int) -> PackedWeight:
-    """One weight of a stack; a codebook without a leading dimension is one for all."""
-    zero = w.zero_point if w.zero_point is None or w.zero_point.ndim < 3 else w.zero_point[index]
-    meta = [t[index] for t in w.meta or ()]
-    return w._replace(qdata=w.qdata[index], scale=w.scale[index], zero_point=zero, meta=meta)
-
-
 def batched_linear(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activation: str) -> Tensor:
     S = x.shape[1]
     ends = torch.arange(1, x.shape[0] + 1) * S
@@ -113,13 +106,13 @@ def grouped_linear(
 ) -> Tensor:
     out = x.new_zeros(x.shape[0], w.qdata.shape[-2])
     first = 0
-    for expert, last in enumerate(offsets.tolist()):
+    for index, last in enumerate(offsets.tolist()):
         if last < first or last > x.shape[0]:
             raise RuntimeError(
                 f"grouped_linear: offsets must rise from 0 to at most {x.shape[0]}, got {last} after {first}"
             )
         if last > first:
-            out[first:last] = _product(x[first:last], _expert(w, expert), act_pre_scale, activation)
+            out[first:last] = _product(x[first:last], expert(w, index), act_pre_scale, activation)
         first = last
     return out
 

@@ -210,17 +210,6 @@ def test_convolutions_take_adapters(kind: type) -> None:
         model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
 
 
-def test_target_parameters_of_quantized_experts_are_refused() -> None:
-    config = tf.MixtralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    base = tf.MixtralForCausalLM(config)
-    quantize_(base, CONFIG)
-    with pytest.raises(NotImplementedError, match="target_parameters: gate_up_proj is quantized"):
-        peft.get_peft_model(base, peft.LoraConfig(target_parameters=["experts.gate_up_proj"]))
-
-
 def test_importing_hqqtensor_does_not_import_peft_and_either_order_works() -> None:
     first = "import sys, hqqtensor; assert 'peft' not in sys.modules; import peft.tuners.lora.model as m"
     second = "import peft.tuners.lora.model as m, hqqtensor"
