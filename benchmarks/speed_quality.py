@@ -49,37 +49,53 @@ Contender = tuple[Any, float]
 """A runner, and the KL of its model."""
 
 
-def kl(task: LanguageTask, logits: Callable[[Tensor], Tensor]) -> float:
-    """Mean KL over the reporting windows. logits: float32 ``[T - 1, V]`` of a window ``[T]``."""
-    total, windows = 0.0, task.halves["report"]
+@functools.cache
+def language_task() -> LanguageTask:
+    task = TASKS["SmolLM2"]()
+    assert isinstance(task, LanguageTask)
+    return task
+
+
+@functools.cache
+def dense_log_p(index: int) -> Tensor:
+    """float32 ``[T - 1, V]``: what the dense model says of a reporting window."""
+    task = language_task()
     with torch.no_grad():
-        for ids in windows:
-            log_p = task.model(ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)
+        return task.model(task.halves["report"][index : index + 1]).logits[0, :-1].float().log_softmax(-1)
+
+
+def kl(logits: Callable[[Tensor], Tensor]) -> float:
+    """Mean KL over the reporting windows. logits: float32 ``[T - 1, V]`` of a window ``[T]``."""
+    total, windows = 0.0, language_task().halves["report"]
+    with torch.no_grad():
+        for index, ids in enumerate(windows):
+            log_p = dense_log_p(index)
             log_q = logits(ids).log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     return total / len(windows)
 
 
-def of_transformers(task: LanguageTask, name: str, kind: str, model: Any) -> Contender:
-    found = kl(task, lambda ids: model(ids.unsqueeze(0)).logits[0, :-1].float())
+def of_transformers(name: str, kind: str, model: Any) -> Contender:
+    found = kl(lambda ids: model(ids.unsqueeze(0)).logits[0, :-1].float())
     return HfRunner(name, kind, model), found
 
 
-def ours(task: LanguageTask, folder: Path) -> list[Contender]:
+def ours(folder: Path) -> list[Contender]:
     out = []
     for label, options in OURS.items():
         target = folder / label.replace(" ", "_")
         if not target.exists():
             cli.main(["quantize", str(smollm_dir()), str(target), *options])
         model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
-        out.append(of_transformers(task, f"hqqtensor {label}", "ours", prepare_for_generation_(model)))
+        out.append(of_transformers(f"hqqtensor {label}", "ours", prepare_for_generation_(model)))
     return out
 
 
-def llama_cpp(task: LanguageTask, folder: Path, stack: ExitStack) -> list[Contender]:
+def llama_cpp(folder: Path, stack: ExitStack) -> list[Contender]:
     if gguf_file.available() is not None:
         print(f"left out: llama.cpp ({gguf_file.available()})")
         return []
+    task = language_task()
     config = task.model.config
     weights = {name: p.detach() for name, p in task.model.named_parameters()}
     out = []
@@ -88,11 +104,11 @@ def llama_cpp(task: LanguageTask, folder: Path, stack: ExitStack) -> list[Conten
         gguf_file.write_gguf(path, config, weights, (kind, "Q8_0"))
         runner = LlamaRunner(f"llama.cpp {kind}", path, config.vocab_size, task.context + 8)
         stack.callback(runner.close)
-        out.append((runner, kl(task, lambda ids, runner=runner: runner.logits(ids)[:-1])))  # type: ignore[misc]
+        out.append((runner, kl(lambda ids, runner=runner: runner.logits(ids)[:-1])))  # type: ignore[misc]
     return out
 
 
-def peers(task: LanguageTask) -> list[Contender]:
+def peers() -> list[Contender]:
     load = functools.partial(AutoModelForCausalLM.from_pretrained, smollm_dir(), dtype=torch.bfloat16)
     makers: dict[str, Callable[[], Any]] = {
         "dense bf16": lambda: load(),
@@ -102,7 +118,7 @@ def peers(task: LanguageTask) -> list[Contender]:
     out = []
     for name, make in makers.items():
         try:
-            out.append(of_transformers(task, name, "dense" if name == "dense bf16" else "peer", make().eval()))
+            out.append(of_transformers(name, "dense" if name == "dense bf16" else "peer", make().eval()))
         except (ImportError, RuntimeError, NotImplementedError) as error:
             print(f"left out: {name} ({str(error).splitlines()[0]})")
     return out
@@ -129,13 +145,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     print(machine())
-    task = TASKS["SmolLM2"]()
-    assert isinstance(task, LanguageTask)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if args.folder:
             args.folder.mkdir(parents=True, exist_ok=True)
-        found = [*ours(task, args.folder or scratch), *llama_cpp(task, scratch, stack), *peers(task)]
+        found = [*ours(args.folder or scratch), *llama_cpp(scratch, stack), *peers()]
         gc.collect()
         ids = torch.randint(10, 40000, (1, 128), generator=torch.manual_seed(0))
         rows = measure([runner for runner, _ in found], ids, args.new, args.rounds)
