@@ -28,6 +28,9 @@ int main(int count, char** words) try {
     std::printf("%lld\n", (long long)ids.item<int64_t>());
   }
   return 0;
+} catch (const c10::Error& error) {
+  std::fprintf(stderr, "%s\n", error.what_without_backtrace());
+  return 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 1;
