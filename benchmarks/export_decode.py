@@ -54,7 +54,7 @@ def package_of(model: Any, length: int, path: Path, one_token: bool, settings: d
 
     one_token: the package takes one token at a time, and shapes are constants; else as many as the cache has room for.
     """
-    model.generation_config.cache_implementation = "static"
+    model.generation_config.use_cache, model.generation_config.cache_implementation = True, "static"
     module = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=length)
     tokens = 1 if one_token else 5
     example = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64), "cache_position": torch.arange(tokens)}

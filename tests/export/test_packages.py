@@ -32,7 +32,7 @@ def language_model() -> LlamaForCausalLM:
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    quantize_(model, HqqConfig(4, 32, quantize_embeddings=True))
+    quantize_(model, HqqConfig(4, 32, embedding_nbits=8))
     model.generation_config.cache_implementation = "static"
     return model
 
