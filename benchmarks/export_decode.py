@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each after a first one")
     parser.add_argument("--layers", type=int, help="only the first of the model's 30 layers")
-    parser.add_argument("--packages", nargs="+", default=["any", "one"], choices=["any", "one"], help="tokens at a time")
+    kinds = ["any", "one"]
+    parser.add_argument("--packages", nargs="+", default=kinds, choices=kinds, help="tokens at a time")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     print(machine())

@@ -1,4 +1,4 @@
-"""Processes that load the library of kernels and do not import hqqtensor: its operators, and what they cannot do there."""
+"""Processes that load the library of kernels and do not import hqqtensor: its operators, and what is not there."""
 
 import json
 from pathlib import Path

@@ -132,7 +132,7 @@ void Call::give(std::string_view text) {
 void Call::forward(const char* op) {
   if (is_standalone())
     fail(op, ": the compiled kernels do not serve this dtype or format, and the Python package hqqtensor, which does, is not "
-         "imported in this process (served: float32, bfloat16 and float16; formats \"int\" and \"codebook\")");
+             "imported in this process (served: float32, bfloat16 and float16; formats \"int\" and \"codebook\")");
   forwarded_ = true;
   if (torch_call_dispatcher(op, "", stack_, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
   // torch before 2.13 does not tell what the error was: the operators in Python remember.
