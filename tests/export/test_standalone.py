@@ -67,7 +67,7 @@ def test_a_format_whose_table_python_has_is_one_clear_error() -> None:
     )
     done = run_fresh(code, cpu.LIBRARY)
     assert done.returncode == 1
-    assert "dequantize: the compiled kernels do not serve this dtype or format" in done.stderr
+    assert "hqqtensor::dequantize: the compiled kernels do not serve this dtype or format" in done.stderr
     assert "Python package hqqtensor, which does, is not imported" in done.stderr
 
 

@@ -15,6 +15,9 @@ namespace {
 std::atomic<bool> automatic_choice{true}, choice_was_told{false};
 thread_local std::string last_error;
 
+// The operators that ask Python's registry are called kRegistry and the name of the public one.
+constexpr const char *kPublic = "hqqtensor::", *kRegistry = "hqqtensor::registry_";
+
 // An optional value is the address of a word that holds it, null where there is none.
 const StableIValue* pointee(StableIValue word) { return (const StableIValue*)word; }
 
@@ -131,8 +134,9 @@ void Call::give(std::string_view text) {
 
 void Call::forward(const char* op) {
   if (is_standalone())
-    fail(op, ": the compiled kernels do not serve this dtype or format, and the Python package hqqtensor, which does, is not "
-             "imported in this process (served: float32, bfloat16 and float16; formats \"int\" and \"codebook\")");
+    fail(kPublic, std::string_view(op).substr(std::strlen(kRegistry)),
+         ": the compiled kernels do not serve this dtype or format, and the Python package hqqtensor, which does, is not "
+         "imported in this process (served: float32, bfloat16 and float16; formats \"int\" and \"codebook\")");
   forwarded_ = true;
   if (torch_call_dispatcher(op, "", stack_, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
   // torch before 2.13 does not tell what the error was: the operators in Python remember.

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -34,13 +35,13 @@ constexpr const char* kProducts[][2] = {
 
 void define_operators() {
   using torch::stable::detail::StableLibrary;
-  // Never freed: torch forgets the operators with it.
-  auto* library = new StableLibrary(StableLibrary::Kind::FRAGMENT, "hqqtensor", "", __FILE__, __LINE__);
+  auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::FRAGMENT, "hqqtensor", "", __FILE__, __LINE__);
   for (const auto& [name, schema] : kOperators) library->def((std::string(name) + schema).c_str());
   for (const auto& [name, schema] : kProducts) {
     library->def((std::string(name) + schema).c_str());
     library->def((std::string("_") + name + schema).c_str());  // what compiled graphs call
   }
+  library.release();  // torch forgets the operators with it: all are defined, or none
 }
 
 }  // namespace
