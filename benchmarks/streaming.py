@@ -1,9 +1,10 @@
 """``hqqtensor quantize`` of a checkpoint larger than it may hold: speed beside the disk's, anonymous memory.
 
-    python -m benchmarks.streaming [--small] [--processes N] [--place DIR]
+    python -m benchmarks.streaming [--small] [--layers N] [--processes N] [--calibrate SOURCE] [--place DIR]
 
 Writes a 7B-shaped bfloat16 checkpoint of random weights piece by piece (13 GB), quantizes it with the default settings
-in processes of their own, and removes everything. ``--small`` is the same with small layers.
+in processes of their own, and removes everything. ``--small`` is the same with small layers. With ``--calibrate`` the
+model is calibrated block by block, which takes hours for 32 layers of 7B: give fewer ``--layers``.
 """
 
 import argparse
@@ -28,6 +29,11 @@ SHARD_BYTES = {False: 2 * 10**9, True: 4 * 10**6}
 _PIECE = 16 * 2**20
 
 
+def shapes_of(small: bool, layers: int | None = None) -> dict[str, int]:
+    """Shapes with another number of layers."""
+    return SHAPES[small] | ({} if layers is None else {"num_hidden_layers": layers})
+
+
 def tensors(shapes: dict[str, int]) -> Iterator[tuple[str, list[int]]]:
     """Names and shapes of a Llama's weights."""
     hidden, inner = shapes["hidden_size"], shapes["intermediate_size"]
@@ -45,9 +51,9 @@ def tensors(shapes: dict[str, int]) -> Iterator[tuple[str, list[int]]]:
     yield "lm_head.weight", [shapes["vocab_size"], hidden]
 
 
-def write_checkpoint(directory: Path, small: bool) -> int:
+def write_checkpoint(directory: Path, small: bool, layers: int | None = None) -> int:
     """Write a random model in shards; the number of its weights."""
-    shapes = SHAPES[small]
+    shapes = shapes_of(small, layers)
     config = {
         **shapes, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
         "num_attention_heads": shapes["hidden_size"] // 128, "num_key_value_heads": shapes["hidden_size"] // 128,
@@ -123,10 +129,11 @@ def anonymous(pid: int) -> int:
     return 0
 
 
-def quantize(source: Path, out: Path, processes: int) -> dict[str, Any]:
+def quantize(source: Path, out: Path, processes: int, calibration: str | None = None) -> dict[str, Any]:
     """Run the command; seconds in all, those of quantizing, and the highest anonymous memory of a process."""
     command = [sys.executable, "-m", "hqqtensor", "quantize", str(source), str(out), "--json"]
     command += ["--workers-join"] if processes > 1 else []
+    command += [] if calibration is None else ["--calibrate", calibration]
     threads = max(1, (os.cpu_count() or 1) // processes)
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if processes > 1 else {})}
     started, peak = time.perf_counter(), 0
@@ -141,20 +148,27 @@ def quantize(source: Path, out: Path, processes: int) -> dict[str, Any]:
     return {"seconds_in_all": seconds, "seconds": max(json.loads(text)["seconds"] for text in outputs), "peak": peak}
 
 
-def measure(small: bool, processes: int, place: Path | None) -> dict[str, Any]:
+def measure(
+    small: bool, processes: int, place: Path | None, layers: int | None = None, calibration: str | None = None
+) -> dict[str, Any]:
     """All figures; SystemExit where the disk is too small."""
-    weights = sum(torch.Size(shape).numel() for _, shape in tensors(SHAPES[small]))
+    shapes = [shape for _, shape in tensors(shapes_of(small, layers))]
+    weights = sum(torch.Size(shape).numel() for shape in shapes)
+    block = sum(torch.Size(s).numel() for n, s in tensors(shapes_of(small, 1)) if ".layers." in n)
     with tempfile.TemporaryDirectory(prefix="streaming-", dir=place) as folder:
         needed, free = 3 * weights, shutil.disk_usage(folder).free
         if needed > free:
             raise SystemExit(f"{needed / 1e9:.1f} GB of disk are needed in {folder}, {free / 1e9:.1f} GB are free")
         source = Path(folder, "dense")
-        write_checkpoint(source, small)
+        write_checkpoint(source, small, layers)
         rate = read_rate(source)
-        figures = quantize(source, Path(folder, "quantized"), processes)
+        figures = quantize(source, Path(folder, "quantized"), processes, calibration)
     return {
         "weights": weights,
+        "dense_mib": 2 * weights / 2**20,
+        "block_mib": 2 * block / 2**20,
         "processes": processes,
+        "calibration": calibration,
         "seconds": figures["seconds"],
         "seconds_with_imports": figures["seconds_in_all"],
         "million_weights_per_second": weights / figures["seconds"] / 1e6,
@@ -168,9 +182,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small layers: seconds")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the work (default: 1)")
+    parser.add_argument("--layers", type=int, metavar="N", help="blocks of the model (default: 32, small 4)")
+    parser.add_argument("--calibrate", metavar="self|random|FILE", help="calibrate block by block (default: not)")
     parser.add_argument("--place", type=Path, metavar="DIR", help="where to write (default: the system's place)")
     args = parser.parse_args(argv)
-    print(json.dumps(measure(args.small, args.processes, args.place), indent=2))
+    print(json.dumps(measure(args.small, args.processes, args.place, args.layers, args.calibrate), indent=2))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hqqtensor import transforms
 from hqqtensor.config import HqqConfig
 from hqqtensor.formats import Levels, get_format
 from hqqtensor.ops.backend import encoder
@@ -23,7 +24,6 @@ from hqqtensor.solvers.base import CHUNK, SolverOptions
 from hqqtensor.solvers.coarse_zero import is_coarse, refit
 from hqqtensor.solvers.codebook import TORCH_PASSES, learn
 from hqqtensor.stored_size import META_GROUP, codebook_dtype, meta_width, scale_shape
-from hqqtensor.transforms import check_rotation
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight", row_di
             f"allowed are 1 to {extent}, or None for one group"
         )
     if config.rotation:
-        check_rotation(weight.shape[-1], name)
+        transforms.check_rotation(weight.shape[-1], name)
     if config.view_as_float and row_bytes(weight.shape[-1], config.nbits) % weight.element_size():
         raise ValueError(
             f"{name}: view_as_float needs packed rows of a multiple of {weight.element_size()} bytes, "
@@ -80,6 +80,11 @@ def check_weight(weight: Tensor, config: HqqConfig, name: str = "weight", row_di
         )
     if not _finite(weight.detach()):
         raise ValueError(f"{name}: holds NaN or Inf; quantization needs finite weights")
+
+
+def prepare(weight: Tensor, config: HqqConfig) -> tuple[Tensor, HqqConfig, Tensor | None, int]:
+    """``transforms.prepare`` with what the weight's device has for it."""
+    return transforms.prepare(weight, config, encoder(weight.device.type))
 
 
 def encode(weight: Tensor, config: HqqConfig) -> Encoded:

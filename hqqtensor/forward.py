@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter that has values: of an offloaded model some are on the meta device."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode within the block; afterwards, whatever ended it, every module has its own mode back.

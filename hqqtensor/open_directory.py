@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hqqtensor.integrations.transformers import QUANT_METHOD
+from hqqtensor.model_config import quantized_settings
 from hqqtensor.parameters import replace_parameters
-from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
+from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.serialization.load import load_model
 
 
@@ -32,15 +32,11 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     directory = Path(directory)
-    model = empty_model(directory, _read_settings(directory))
+    model = empty_model(directory, quantized_settings(directory))
     load_model(model, directory)
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if missing:
         raise CheckpointError(f"{directory} has no value for {len(missing)} parameters, e.g. {missing[0]}")
-    if model.can_generate() and (directory / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if dtype is not None:
         _convert(model, dtype)
     if not generation:
@@ -78,6 +74,8 @@ def empty_model(directory: Path, settings: Mapping[str, Any], otherwise: torch.d
             if module._non_persistent_buffers_set:
                 part._init_weights(module)
     model.tie_weights()
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 
@@ -89,25 +87,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _read_settings(directory: Path) -> dict[str, Any]:
-    """config.json of a quantized model, checked."""
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} is not a model directory: it has no config.json")
-    settings = read_json(path.read_bytes(), str(path))
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    entry = settings.get("quantization_config")
-    if entry is None:
-        raise InputError(f"{directory} is not quantized: its config.json has no quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    if method != QUANT_METHOD:
-        raise InputError(f"{directory} is quantized with {method!r}, not with {QUANT_METHOD!r}")
-    return settings
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:

@@ -93,7 +93,7 @@ def _folder(
     from hqqtensor.calibration.resume import ResumeFolder  # costly to import, and seldom used
 
     folder = resume if isinstance(resume, ResumeFolder) else ResumeFolder(resume)
-    folder.describe(model, config, [choice.names[0] for choice in choices])
+    folder.describe(model, config.to_dict(), [choice.names[0] for choice in choices])
     return folder
 
 

@@ -15,6 +15,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hqqtensor.compile": ("JoinLinears",),
     "hqqtensor.integrations.transformers": ("adopt", "model_card", "register"),
     "hqqtensor.integrations.transformers.cache": ("HqqQuantizedCache",),
+    "hqqtensor.generation": ("growing_cache",),
+    "hqqtensor.generation.together": ("GenerateTogether",),
     "hqqtensor.integrations.peft": ("register",),
     "hqqtensor.diagnostics": ("model_size",),
     "hqqtensor.background": ("JobProgress",),

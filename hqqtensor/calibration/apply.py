@@ -20,7 +20,10 @@ from hqqtensor.calibration.moments import InputMoments, MomentSums
 from hqqtensor.calibration.resume import ResumeFolder
 from hqqtensor.calibration.train import STEPS
 from hqqtensor.forward import evaluating
+from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.selection import EXPERT_WEIGHTS, Choice
+from hqqtensor.tensor import HQQTensor
+from hqqtensor.weight_error import WeightError
 
 MANY_STAGES = 12
 """Passes through the whole model that are made without a warning."""
@@ -69,6 +72,8 @@ def quantize_calibrated(
     calibration: Calibration,
     done: Callable[[int, str], None],
     kept: ResumeFolder | None = None,
+    offloaded: OffloadedBlocks | None = None,
+    error: WeightError | None = None,
 ) -> dict[int, nn.Parameter]:
     """The quantized weights of the calibrated layers of ``choices``, by id of the dense ones.
 
@@ -76,10 +81,13 @@ def quantize_calibrated(
     quantized one after the other (``calibration.chain``); for layers outside of blocks the batches run once for each
     stage (layers with a common input) in a model whose earlier layers are quantized already. The model is left as it
     was, whatever ends the work. ValueError naming the layer where its scales cannot be stored.
-    kept: an open folder, for what is finished; steps that are in it are not done again.
+    kept: an open folder, for what is finished; steps that are in it are not done again. offloaded: where the weights of
+    blocks lie on disk; then ``kept`` is needed, and is to map what it keeps. error: is told of each layer.
     """
-    work = _Work(model, choices, calibration, done, kept)
-    with evaluating(model), tempfile.TemporaryDirectory(prefix="hqqtensor-") as folder:
+    work = _Work(model, choices, calibration, done, kept, offloaded, error)
+    # Beside what is kept there is room for what does not fit into memory; the system's folder may be in memory itself.
+    place = None if offloaded is None or kept is None else kept.path
+    with evaluating(model), tempfile.TemporaryDirectory(prefix="hqqtensor-", dir=place) as folder:
         try:
             work.report_finished()
             if calibration.mode == "diagonal":
@@ -131,8 +139,9 @@ def _run_chain(work: "_Work", chain: ChainRun, names: Sequence[str]) -> None:
             chain.go_on(work.kept.streams(chain.dense.tensors[0].device, mmap=chain.dense.is_on_disk))
             is_behind = False
         stages = work.wanted(s for s in work.calibration.stages if s[0].startswith(f"{name}."))
-        chain.run_block(i, name, stages, work.quantize, work.quantize_experts)
-        work.keep(name, stages, chain.state() if i + 1 < len(names) else None)
+        with work.in_memory(name):
+            chain.run_block(i, name, stages, work.quantize, work.quantize_experts)
+            work.keep(name, stages, chain.state() if i + 1 < len(names) else None)
 
 
 def _traced_again(model: nn.Module, batches: list[Any], chain: Chain) -> Chain:
@@ -145,9 +154,11 @@ class _Work:
 
     def __init__(
         self, model: nn.Module, choices: Sequence[Choice], calibration: Calibration,
-        done: Callable[[int, str], None], kept: ResumeFolder | None,
+        done: Callable[[int, str], None], kept: ResumeFolder | None, offloaded: OffloadedBlocks | None,
+        error: WeightError | None,
     ) -> None:  # fmt: skip
         self.model, self.calibration, self.done, self.kept = model, calibration, done, kept
+        self.offloaded, self.error = offloaded, error
         self.by_name = {_calibrated_name(choice, calibration): choice for choice in choices}
         self.quantized_by_id: dict[int, nn.Parameter] = {}
         self.replaced: list[tuple[nn.Module, str, nn.Parameter]] = []  # module, name there, dense weight
@@ -171,12 +182,16 @@ class _Work:
         if names[0] in self.calibration.experts:
             passes = whole_passes(self.model, self.calibration.batches)
             once = self.calibration.called_once
-            self.quantize_experts(names[0], routed_calls(self.model, names[0], passes, once) if is_full else [])
-        else:
-            moments = _second_moments(self.model, names[0], self.calibration) if is_full else None
+            calls = routed_calls(self.model, names[0], passes, once) if is_full else []
+            with self.in_memory(names[0]):
+                self.quantize_experts(names[0], calls)
+                self.keep(stage[0], [names])
+            return int(is_full)
+        moments = _second_moments(self.model, names[0], self.calibration) if is_full else None
+        with self.in_memory(names[0]):
             for name in names:
                 self.quantize(name, moments or InputMoments(self.calibration.moments[name]))
-        self.keep(stage[0], [names])
+            self.keep(stage[0], [names])
         return int(is_full)
 
     def quantize(self, name: str, moments: InputMoments) -> Tensor | None:
@@ -188,8 +203,10 @@ class _Work:
         choice = self.by_name[full]
         if not bool(moments.diagonal.isfinite().all()):
             raise ValueError(f"{full}: its inputs are not finite on the calibration batches")
+        weight = self.model.get_parameter(full)
         with _naming(full):
-            quantized, above = from_calibrated(choice.weight, choice.settings, moments)
+            quantized, above = from_calibrated(weight, choice.settings, moments)
+        self._note_error(weight, quantized)
         self.put(full, quantized)
         self.done(choice.weight.numel(), full)
         return above
@@ -203,11 +220,12 @@ class _Work:
         for full in self.weights(name):
             choice, leaf = self.by_name[full], full.removeprefix(f"{name}.")
             moments = whole_moments(module, joined(calls), leaf) if calls else _of_expert(diagonal[leaf])
-            rows = choice.weight.detach()
+            rows = self.model.get_parameter(full).detach()
             rows = rows.transpose(-1, -2) if choice.transposed else rows
             done = functools.partial(self._done_expert, full, rows[0].numel())
             with _naming(full):
                 quantized = experts_from_calibrated(rows, choice.settings, moments, done)
+            self._note_error(rows, quantized)
             self.put(full, quantized.transpose(-1, -2) if choice.transposed else quantized)
 
     def _done_expert(self, full: str, elements: int, expert: int) -> None:
@@ -218,7 +236,7 @@ class _Work:
         if self.kept is None or step not in self.kept.steps:
             return False
         for full, weight in self.kept.steps[step].items():
-            self.put(full, weight.to(self.by_name[full].weight.device))
+            self.put(full, weight if self.offloaded is not None else weight.to(self.by_name[full].weight.device))
         return True
 
     def keep(self, step: str, stages: Iterable[Sequence[str]], streams: Any = None) -> None:
@@ -226,6 +244,8 @@ class _Work:
         if self.kept is not None:
             names = [full for stage in stages for name in stage for full in self.weights(name)]
             self.kept.finish(step, {full: self.model.get_parameter(full).detach() for full in names}, streams)
+            for full, weight in self.kept.steps[step].items():  # mapped, in place of the one in memory
+                self._set(full, weight)
 
     def report_finished(self) -> None:
         """Count the weights that an interrupted run has finished."""
@@ -235,11 +255,21 @@ class _Work:
 
     def put(self, full: str, quantized: Tensor) -> None:
         """Put a quantized weight into its place."""
-        dense = self.by_name[full].weight
         name, _, leaf = full.rpartition(".")
-        module = self.model.get_submodule(name)
-        self.replaced.append((module, leaf, dense))
-        module._parameters[leaf] = nn.Parameter(quantized, requires_grad=False)
+        self.replaced.append((self.model.get_submodule(name), leaf, self.by_name[full].weight))
+        self._set(full, quantized)
+
+    def in_memory(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """The weights of the block that the module ``name`` is in are in memory within the block of code."""
+        return contextlib.nullcontext() if self.offloaded is None else self.offloaded.loaded(name)
+
+    def _set(self, full: str, quantized: Tensor) -> None:
+        name, _, leaf = full.rpartition(".")
+        self.model.get_submodule(name)._parameters[leaf] = nn.Parameter(quantized, requires_grad=False)
+
+    def _note_error(self, weight: Tensor, quantized: HQQTensor) -> None:
+        if self.error is not None:
+            self.error.add(weight, quantized)
 
     def restore(self) -> None:
         """Put the dense weights back; the quantized ones are noted as they are by then."""

@@ -12,11 +12,10 @@ from hqqtensor.calibration.feedback import column_steps, feed_back
 from hqqtensor.calibration.moments import InputMoments
 from hqqtensor.calibration.weighted import normalized
 from hqqtensor.config import HqqConfig
-from hqqtensor.encode import Encoded, storage_dtype, store
+from hqqtensor.encode import Encoded, prepare, storage_dtype, store
 from hqqtensor.packing import pack
 from hqqtensor.solvers import column_scaled
 from hqqtensor.tensor import HQQTensor
-from hqqtensor.transforms import prepare
 
 
 def check_calibrated(config: HqqConfig, name: str, mode: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor.diagnostics.language import token_windows
-from hqqtensor.forward import evaluating
+from hqqtensor.forward import device_of, evaluating
 
 TOKENS, CONTEXT, BATCH = 8192, 512, 4
 """Tokens in all, tokens of a window, windows of a batch."""
 MANY_TOKENS = 4 * TOKENS
 """Tokens in all for ``quality="best"``."""
 
-Source = str | os.PathLike[str] | Iterable[Any]
+
+@dataclass(frozen=True)
+class Text:
+    """A text to calibrate on, and what messages call it."""
+
+    content: str = field(repr=False)
+    name: str
+
+
+Source = str | os.PathLike[str] | Text | Iterable[Any]
 """What ``batches_of`` takes."""
 
 
@@ -27,12 +37,12 @@ def batches_of(
     """Batches for ``model``, as ``calibrate`` takes them.
 
     source: "self" (the model writes the text: it must be able to generate), "random" (random tokens), the path of a
-        UTF-8 text file, for which ``tokenizer`` is needed, or batches, which are returned as a list.
+        UTF-8 text file or a ``Text``, for which ``tokenizer`` is needed, or batches, which are returned as a list.
     tokens: how many to take, a little fewer where they fill no whole window. windows: windows of a batch. seed: of
         "self" and "random". progress: called as ``progress(done, total, "writing text")`` while the model writes.
     ValueError for a model that cannot do what is asked for, a text too short for a window, or a missing tokenizer.
     """
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike, Text)):
         return list(source)
     if tokens < 2:
         raise ValueError(f"calibration needs at least 2 tokens, got {tokens}")
@@ -47,8 +57,11 @@ def batches_of(
             raise ValueError(f'calibration on "random" tokens: {type(model).__name__} has no config.vocab_size')
         ids = random_ids(vocabulary, count, context, seed)
     else:
-        ids = _from_file(Path(source), tokenizer, count, context)
-    device = next(model.parameters()).device
+        if tokenizer is None:
+            name = source.name if isinstance(source, Text) else source
+            raise ValueError(f"calibration on {name}: a tokenizer is needed")
+        ids = _windows(source if isinstance(source, Text) else _read(Path(source)), tokenizer, count, context)
+    device = device_of(model)
     return [{"input_ids": part.to(device)} for part in ids.split(windows)]
 
 
@@ -57,15 +70,16 @@ def random_ids(vocabulary: int, count: int, length: int, seed: int) -> Tensor:
     return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _from_file(path: Path, tokenizer: Any, count: int, context: int) -> Tensor:
-    """``count`` windows (or all that there are) spread evenly over the text."""
-    if tokenizer is None:
-        raise ValueError(f"calibration on {path}: a tokenizer is needed")
+def _read(path: Path) -> Text:
     try:
-        text = path.read_text(encoding="utf-8")
+        return Text(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"calibration on {path}: not UTF-8 text ({error})") from None
-    windows = token_windows(tokenizer, text, context)
+
+
+def _windows(text: Text, tokenizer: Any, count: int, context: int) -> Tensor:
+    """``count`` windows (or all that there are) spread evenly over the text."""
+    windows = token_windows(tokenizer, text.content, context)
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 
 
@@ -103,7 +117,7 @@ def _written(
         )
     from transformers import GenerationConfig
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
         torch.manual_seed(seed)
         first = getattr(model.config, "bos_token_id", None)

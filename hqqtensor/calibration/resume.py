@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from hqqtensor.calibration.collect import Calibration, batches_for, calibrate
 from hqqtensor.calibration.data import Source
 from hqqtensor.calibration.experts import ExpertMoments
-from hqqtensor.config import HqqConfig
+from hqqtensor.forward import device_of
 from hqqtensor.run_record import PART, ResumeError, begin, check_same, digest, is_begun, write_whole
 from hqqtensor.tensor import HQQTensor
 
 SAMPLE = 4096
 """Numbers of each parameter that count for the digest of a model, evenly spread."""
+CPU = torch.device("cpu")
 _OURS = re.compile(r"(run\.json|(batches|calibration|(weights|streams)-\d{5})\.pt)(\.part)?")
 
 
@@ -38,10 +39,11 @@ class ResumeFolder(os.PathLike[str]):
 
     quantize_ empties a folder that it is given by name, and leaves a ``ResumeFolder`` to the caller, who may want to
     keep it until the weights are saved. steps: the weights of each finished step by name, those of this process empty.
+    is_mapped: weights stay on disk, those of this process too: ``steps`` has all of them, mapped into memory.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], is_mapped: bool = False) -> None:
+        self.path, self.is_mapped = Path(path), is_mapped
         self.run: dict[str, Any] = {}
         self.steps: dict[str, dict[str, Tensor]] = {}
 
@@ -53,15 +55,28 @@ class ResumeFolder(os.PathLike[str]):
         """Whether there is something to go on with."""
         return is_begun(self.path)
 
-    def describe(self, model: nn.Module, config: HqqConfig, names: Sequence[str]) -> None:
-        """Say what the run is, but for its calibration: names of the weights to quantize."""
-        parameters = {name: (list(p.shape), str(p.dtype), _sample(p)) for name, p in model.named_parameters()}
+    @property
+    def has_batches(self) -> bool:
+        """Whether the text that the model was to write is there."""
+        return (self.path / "batches.pt").is_file()
+
+    def describe(
+        self, model: nn.Module, settings: Mapping[str, Any], names: Sequence[str], identity: str | None = None
+    ) -> None:
+        """Say what the run is, but for its calibration.
+
+        settings: what ``HqqConfig.to_dict`` gives. names: of the weights to quantize. identity: what tells the model
+        from others, where its numbers are not in memory.
+        """
+        if identity is None:
+            parameters = {name: (list(p.shape), str(p.dtype), _sample(p)) for name, p in model.named_parameters()}
+            identity = digest(parameters)
         self.run = {
             "hqqtensor": sys.modules["hqqtensor"].__version__,  # an import would be a circle
             "torch": torch.__version__,
-            "settings": config.to_dict(),
+            "settings": dict(settings),
             "names of the weights": digest(names),
-            "model": digest(parameters),
+            "model": identity,
         }
 
     def open(self, mode: str, calibrated_on: str) -> None:
@@ -74,7 +89,7 @@ class ResumeFolder(os.PathLike[str]):
             return
         check_same(self.path, self.run)
         for file in sorted(self.path.glob("weights-*.pt")):
-            step = torch.load(file, map_location="cpu")
+            step = torch.load(file, map_location="cpu", mmap=self.is_mapped)
             self.steps[step["step"]] = step["weights"]
 
     def load(self, name: str, device: torch.device, mmap: bool = False) -> Any:
@@ -92,7 +107,7 @@ class ResumeFolder(os.PathLike[str]):
         if streams is not None:
             self.save(f"streams-{number}", streams)
         self.save(f"weights-{number}", {"step": step, "weights": dict(weights)})
-        self.steps[step] = {}
+        self.steps[step] = self.load(f"weights-{number}", CPU, mmap=True)["weights"] if self.is_mapped else {}
         for file in self.path.glob("streams-*.pt"):
             if file.stem != f"streams-{number}":
                 file.unlink()
@@ -116,7 +131,7 @@ def calibrated(
     if isinstance(source, Calibration):
         folder.open(mode, digest([source.batches, source.moments, source.stages]))
         return dataclasses.replace(source, mode=mode)
-    device = next(model.parameters()).device
+    device = device_of(model)
     if isinstance(source, str) and source == "self":
         folder.open(mode, source)
         batches = folder.load("batches", device)

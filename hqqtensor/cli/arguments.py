@@ -63,7 +63,10 @@ def _add_output(parser: argparse.ArgumentParser, place: str) -> None:
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model_dir", metavar="MODEL_DIR", type=Path, help="directory of a dense model: config.json and safetensors")
+    add(
+        "model_dir", metavar="MODEL_DIR", type=Path,
+        help="directory of a dense model (config.json and safetensors), a .gguf file, or org/model on the hub",
+    )  # fmt: skip
     add("out_dir", metavar="OUT_DIR", type=Path, help="directory to write; created if it is missing")
     add("--bits", type=int, metavar="N", help="bits a weight, 1 to 8 (default: 4, or what --format takes)")
     add(

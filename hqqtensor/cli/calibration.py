@@ -5,12 +5,15 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hqqtensor import HqqConfig
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.errors import UsageError, from_arguments
 from hqqtensor.selection import choose
+
+if TYPE_CHECKING:
+    from hqqtensor.calibration.data import Text
 
 NAMES = ("self", "random")
 """What ``--calibrate`` takes besides the name of a file."""
@@ -21,12 +24,15 @@ def is_calibrated(args: argparse.Namespace) -> bool:
     return args.calibrate is not None or args.quality in ("good", "best")
 
 
-def check(empty: Any, config: HqqConfig, args: argparse.Namespace) -> None:
-    """UsageError where calibration does not serve the model or the settings; ``empty`` holds no numbers."""
+def check(empty: Any, config: HqqConfig, args: argparse.Namespace) -> "Text | None":
+    """UsageError where calibration does not serve the model or the settings; ``empty`` holds no numbers.
+
+    Gives the text to calibrate on where that is a file.
+    """
     if not is_calibrated(args):
-        return
+        return None
     from hqqtensor.calibration.apply import check_settings
-    from hqqtensor.calibration.data import writes_text
+    from hqqtensor.calibration.data import Text, writes_text
     from hqqtensor.quantize import QUALITIES
 
     with from_arguments():
@@ -37,12 +43,16 @@ def check(empty: Any, config: HqqConfig, args: argparse.Namespace) -> None:
             )
         if args.calibrate != "self" and not isinstance(getattr(empty.config, "vocab_size", None), int):
             raise ValueError(f"{args.model_dir}: the model takes no tokens, so it cannot be calibrated here")
-    if args.calibrate not in (None, *NAMES):
-        model_dir.read_text(Path(args.calibrate))
+    return None if args.calibrate in (None, *NAMES) else Text(model_dir.read_text(Path(args.calibrate)), args.calibrate)
 
 
-def arguments_of_quantize(model: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What ``quantize_`` is to be called with besides the settings; says on stderr what it calibrates on."""
+def arguments_of_quantize(
+    model: Any, text: "Text | None", tokenizer_dir: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What ``quantize_`` is to be called with besides the settings; says on stderr what it calibrates on.
+
+    text: what ``check`` gave.
+    """
     if not is_calibrated(args):
         return {}
     from hqqtensor.calibration.data import MANY_TOKENS, TOKENS, writes_text
@@ -52,8 +62,8 @@ def arguments_of_quantize(model: Any, args: argparse.Namespace) -> dict[str, Any
         what = {"self": "text that the model writes", "random": "random tokens"}.get(source, source)
         tokens = MANY_TOKENS if args.quality == "best" else TOKENS
         print(f"calibrating on about {tokens} tokens: {what}", file=sys.stderr)
-    tokenizer = None if source in NAMES else model_dir.open_tokenizer(args.model_dir)
-    return {"calibration": source, "quality": args.quality or "good", "tokenizer": tokenizer}
+    tokenizer = None if text is None else model_dir.open_tokenizer(tokenizer_dir)
+    return {"calibration": text or source, "quality": args.quality or "good", "tokenizer": tokenizer}
 
 
 @contextlib.contextmanager

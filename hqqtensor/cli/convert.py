@@ -14,9 +14,9 @@ from hqqtensor.cli.errors import UsageError, from_arguments, from_files, writing
 from hqqtensor.cli.output import print_json
 from hqqtensor.config import SCALE_DTYPES
 from hqqtensor.diagnostics.table import megabytes
-from hqqtensor.integrations.vllm import for_vllm
+from hqqtensor.integrations.vllm.torchao_checkpoint import for_vllm
 from hqqtensor.presets import BYTE_UNITS, parse_size
-from hqqtensor.selection import embeddings_and_output
+from hqqtensor.selection import OUTPUT_LAYER, embeddings_and_output
 from hqqtensor.serialization.gguf_file import open_gguf
 from hqqtensor.serialization.gguf_llama import llama_config
 from hqqtensor.serialization.hqq_export import to_flat
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "hqq":
         state = _for_hqq(state, settings)
         weights = quantized_weights(state)
-        settings["quantization_config"] = hqq_config(weights)
+        settings["quantization_config"] = hqq_config(weights, dense_modules(state))
         state = to_flat(state)
     elif args.to == "vllm":
         state, settings["quantization_config"] = _for_vllm(state, settings)
@@ -120,10 +120,28 @@ def hqqtensor_config(weights: Mapping[str, HQQTensor], settings: Mapping[str, An
     return {"quant_method": model_dir.QUANT_METHOD, **config.to_dict()}
 
 
-def hqq_config(weights: Mapping[str, HQQTensor]) -> dict[str, Any]:
-    """What transformers writes for an hqq model, with the settings that most of the weights have."""
+def dense_modules(state: Mapping[str, Tensor]) -> list[str]:
+    """The modules with dense matrices, and the output layer where it is tied and so has none: what hqq leaves alone.
+
+    By the last part of their names, such as "lm_head", where all modules with that part are dense.
+    """
+    names = {
+        name.rpartition(".")[0]: isinstance(tensor, HQQTensor) for name, tensor in state.items() if tensor.ndim > 1
+    }
+    names.setdefault(OUTPUT_LAYER, False)
+    short = {name: name.rpartition(".")[2] for name in names}
+    mixed = {short[name] for name, is_quantized in names.items() if is_quantized}
+    dense = [name for name, is_quantized in names.items() if not is_quantized]
+    return sorted({name if short[name] in mixed else short[name] for name in dense})
+
+
+def hqq_config(weights: Mapping[str, HQQTensor], dense: list[str]) -> dict[str, Any]:
+    """What transformers writes for an hqq model, with the settings that most of the weights have.
+
+    dense: modules that are not quantized.
+    """
     config = common_config(weights.values())
     weight = {"nbits": config.nbits, "group_size": config.group_size, "axis": config.axis, "channel_wise": True,
               "optimize": True, "round_zero": False, "view_as_float": False}  # fmt: skip
     params = {"weight_quant_params": weight, "scale_quant_params": None, "zero_quant_params": None}
-    return {"quant_method": "hqq", "quant_config": {**params, "offload_meta": False}, "skip_modules": ["lm_head"]}
+    return {"quant_method": "hqq", "quant_config": {**params, "offload_meta": False}, "skip_modules": dense}

@@ -24,7 +24,6 @@ def run(empty: Any, config: HqqConfig, is_search: bool, args: argparse.Namespace
     """Say what ``config`` does to the model of MODEL_DIR; ``empty`` is that model without its numbers."""
     if is_search:
         raise UsageError("--dry-run cannot say what a search would choose: leave --target-bpw and --target-size out")
-    with_stored_dtype(empty, args.model_dir)
     parts = parts_when_quantized(empty, config)
     after, before = sum(part.nbytes for part in parts), sum(p.nbytes for p in empty.parameters())
     groups: Counter[tuple[str, str]] = Counter()

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from hqqtensor import HqqConfig
-from hqqtensor.cli.errors import CommandError, UsageError
+from hqqtensor.cli.errors import CommandError, UsageError, from_files
 from hqqtensor.integrations.transformers import QUANT_METHOD
-from hqqtensor.serialization.layout import CheckpointError, InputError
+from hqqtensor.model_config import quantization_entry, quantized_settings, read_settings
 from hqqtensor.streaming.folder import settle as settle_streamed
 from hqqtensor.streaming.folder import work_prefix
 
@@ -47,23 +47,13 @@ def import_transformers() -> Any:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory. UsageError where there is none, CommandError where it is damaged.
+    """``config.json`` of a model directory. UsageError where there is none, CheckpointError where it is damaged.
 
     What a run that was killed while it replaced the directory left behind is put in order first.
     """
     _settle_killed(directory.resolve())
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory")
-    if not path.is_file():
-        raise UsageError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CommandError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CommandError(f"{path} does not hold a JSON object")
-    return config
+    with from_files():
+        return read_settings(directory)
 
 
 def write_config(directory: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -76,24 +66,23 @@ def write_config(directory: Path, settings: Mapping[str, Any], dtype: torch.dtyp
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def complete(directory: Path, source: Path, settings: Mapping[str, Any], config: HqqConfig, dtype: torch.dtype) -> None:
+def complete(
+    directory: Path, source: Path, settings: Mapping[str, Any], config: HqqConfig, dtype: torch.dtype,
+    name: str | None = None,
+) -> None:  # fmt: skip
     """Add to the weights in ``directory`` what lies beside those of ``source``, and a config.json that says how they
-    were quantized. settings, dtype: of the dense model."""
+    were quantized. settings, dtype: of the dense model. name: what it is called, by default as its directory.
+    """
     copy_companions(source, directory)
     # The name of the original's directory says what it was; its place on this machine concerns nobody else.
-    entry = {"quant_method": QUANT_METHOD, **config.to_dict(), "source": source.name}
+    entry = {"quant_method": QUANT_METHOD, **config.to_dict(), "source": name or source.name}
     write_config(directory, {**settings, "quantization_config": entry}, dtype)
 
 
 def quantization_of(directory: Path) -> dict[str, Any] | None:
     """The ``quantization_config`` that hqqtensor wrote; None for a dense directory, UsageError for another's."""
-    entry = read_config(directory).get("quantization_config")
-    if entry is None:
-        return None
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    if method != QUANT_METHOD:
-        raise UsageError(f"{directory} is quantized with {method!r}, not with {QUANT_METHOD!r}")
-    return entry
+    with from_files():
+        return quantization_entry(read_config(directory), directory)
 
 
 def read_dense_config(directory: Path) -> dict[str, Any]:
@@ -123,21 +112,17 @@ def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     """The model of a directory that ``hqqtensor quantize`` wrote, in eval mode, on the CPU.
 
     The model is built on the meta device, so that dense weights never take memory. UsageError where the
-    directory is not one of hqqtensor's, CommandError where its file leaves a parameter without a value.
+    directory is not one of hqqtensor's, CheckpointError where its file leaves a parameter without a value.
     """
     directory = Path(directory)
-    if quantization_of(directory) is None:
-        raise UsageError(f"{directory} is not quantized: its config.json has no quantization_config")
-    _say_if_without_head(read_config(directory), directory)
+    _settle_killed(directory.resolve())
+    with from_files():
+        _say_if_without_head(quantized_settings(directory), directory)
     import_transformers()
     from hqqtensor.open_directory import load
 
-    try:
+    with from_files():
         return load(directory)
-    except InputError as error:
-        raise UsageError(str(error)) from error
-    except CheckpointError as error:
-        raise CommandError(str(error)) from error
 
 
 def empty_model_of(directory: Path, otherwise: torch.dtype | None = None) -> nn.Module:

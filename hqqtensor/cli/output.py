@@ -43,10 +43,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 
 @contextmanager
-def progress_on_stderr(title: str, wanted: bool, unit: str = "") -> Iterator[Progress | None]:
+def progress_on_stderr(
+    title: str, wanted: bool, unit: str = "", note: Callable[[], str] = str
+) -> Iterator[Progress | None]:
     """A ``progress(done, total, name)`` callback that draws on stderr; None where it is not ``wanted``.
 
-    unit: of ``done``, such as "weights", if the rate is to be shown.
+    unit: of ``done``, such as "weights", if the rate is to be shown. note(): more to show. Neither is for ``PHASES``.
     A bar on a terminal that has rich, else a line at every tenth of the work and at least every minute. Each phase of
     ``PHASES`` begins anew, with a time left of its own.
     """
@@ -57,9 +59,9 @@ def progress_on_stderr(title: str, wanted: bool, unit: str = "") -> Iterator[Pro
         from rich.progress import Progress as Bar
         from rich.progress import TextColumn
 
-        columns = [*Bar.get_default_columns(), TextColumn("{task.fields[rate]}")] if unit else Bar.get_default_columns()
+        columns = [*Bar.get_default_columns(), TextColumn("{task.fields[more]}")]
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=None, rate="")
+            task = bar.add_task(title, total=None, more="")
             phase = None
 
             def draw(done: int, total: int, name: str) -> None:
@@ -68,12 +70,14 @@ def progress_on_stderr(title: str, wanted: bool, unit: str = "") -> Iterator[Pro
                     phase = _phase(title, name)
                     bar.reset(task, total=total)
                 speed = bar.tasks[0].speed
-                rate = _rate(speed, unit).removeprefix(", ") if unit and speed else ""
-                bar.update(task, completed=done, total=total, description=_label(title, name), rate=rate)
+                more = [_rate(speed, unit) if unit and speed else "", note()] if name not in PHASES else []
+                description = _label(title, name)
+                shown = ", ".join(filter(None, more))
+                bar.update(task, completed=done, total=total, description=description, more=shown)
 
             yield draw
     else:
-        yield _Lines(title, unit).report
+        yield _Lines(title, unit, note).report
 
 
 def _phase(title: str, name: str) -> str:
@@ -87,8 +91,8 @@ def _label(title: str, name: str) -> str:
 class _Lines:
     """Progress in lines of text: what is at work, its share of the phase, and the time left by the speed so far."""
 
-    def __init__(self, title: str, unit: str = "") -> None:
-        self.title, self.unit, self.phase, self.tenth = title, unit, "", 0
+    def __init__(self, title: str, unit: str = "", note: Callable[[], str] = str) -> None:
+        self.title, self.unit, self.note, self.phase, self.tenth = title, unit, note, "", 0
         self.began = self.shown = time.monotonic()
         self.first_done = 0
 
@@ -102,13 +106,13 @@ class _Lines:
             self.tenth, self.shown = tenth, now
             speed = (done - self.first_done) / (now - self.began) if now > self.began else 0
             left = (total - done) / speed if speed else 0
-            rate = _rate(speed, self.unit) if self.unit and speed else ""
-            line = f"{_label(self.title, name)}: {100 * done // total}%{rate}{time_left(left)}"
-            print(line, file=sys.stderr, flush=True)
+            more = [_rate(speed, self.unit) if self.unit and speed else "", self.note()] if name not in PHASES else []
+            line = ", ".join([f"{_label(self.title, name)}: {100 * done // total}%", *filter(None, more)])
+            print(f"{line}{time_left(left)}", file=sys.stderr, flush=True)
 
 
 def _rate(speed: float, unit: str) -> str:
-    return f", {speed / 1e6:.1f} M {unit}/s"
+    return f"{speed / 1e6:.1f} M {unit}/s"
 
 
 def time_left(seconds: float) -> str:

@@ -1,64 +1,73 @@
 """``hqqtensor quantize``: a Hugging Face model directory in, a quantized one out."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from hqqtensor import HqqConfig, quantize_, save_model
-from hqqtensor.cli import calibration, dry_run, model_dir, presets, search, stream
+from hqqtensor.cli import calibration, dry_run, model_dir, model_source, presets, search, stream
 from hqqtensor.cli.argument_types import group_size
-from hqqtensor.cli.errors import from_arguments, writing
+from hqqtensor.cli.errors import CommandError, from_arguments, writing
 from hqqtensor.cli.output import progress_on_stderr
+from hqqtensor.cli.stream import Task
 from hqqtensor.cli.summary import Summary, report
 from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.left_dense import left_dense
 from hqqtensor.presets import BYTE_UNITS, parse_size
 from hqqtensor.selection import OUTPUT_LAYER, check_shapes, choose, output_layers
+from hqqtensor.streaming import NotStreamable
 
 
 def run(args: argparse.Namespace) -> int:
     """Check all that the arguments say, quantize, write, report."""
-    source, out = args.model_dir.resolve(), args.out_dir.resolve()
     with from_arguments():
         config = make_config(args)
         target_bytes = search.check_arguments(args)
         parse_size(args.max_shard_size, "--max-shard-size", BYTE_UNITS)
         stream.check_arguments(args)
-    settings = model_dir.read_dense_config(source)
-    model_dir.check_output(out, source, args.overwrite or stream.is_together(args))
-    text = None if args.text is None else model_dir.read_text(args.text)
-    with stream.opened(source, args) as files:
-        empty = model_dir.empty_model_of(source, None if files is None else files.first_floating_dtype())
+    out = args.out_dir.resolve()
+    with model_source.located(args.model_dir) as source, contextlib.ExitStack() as stack:
+        settings = model_dir.read_dense_config(source.directory)
+        model_dir.check_output(out, source.gguf or source.directory, args.overwrite or stream.is_together(args))
+        text = None if args.text is None else model_dir.read_text(args.text)
+        files = stack.enter_context(stream.opened(source, args))
+        empty = model_dir.empty_model_of(source.directory, None if files is None else files.first_floating_dtype())
         config = skip_output_layer(empty, config, args)
         check_model(empty, config, target_bytes, args)
-        calibration.check(empty, config, args)
+        to_calibrate_on = calibration.check(empty, config, args)
         if args.dry_run:
+            if source.gguf is None:
+                dry_run.with_stored_dtype(empty, source.directory)
             return dry_run.run(empty, config, search.is_search(args), args)
-        plan = None if files is None else stream.plan(empty, files, config, args)
-        if files is not None and plan is not None:
-            summary = stream.run(files, plan, config, settings, args)
-        else:
-            summary = run_in_memory(source, out, config, settings, target_bytes, text, args)
+        task = Task(source, out, config, settings, target_bytes, text, to_calibrate_on)
+        try:
+            if files is None:
+                summary: Summary | None = run_in_memory(task, args)
+            else:
+                summary = stream.run(files, empty, task, args)
+        except NotStreamable as error:
+            if source.gguf is not None:
+                raise CommandError(f"{source.gguf}: {error}") from error
+            stream.say_why_not(error, args)
+            summary = run_in_memory(task, args)
     if summary is not None:
         report(out, summary, args.json)
     return 0
 
 
-def run_in_memory(
-    source: Path, out: Path, config: HqqConfig, settings: dict[str, Any], target_bytes: int | None, text: str | None,
-    args: argparse.Namespace,
-) -> Summary:  # fmt: skip
-    """Quantize the model opened whole: what calibration and search need."""
+def run_in_memory(task: Task, args: argparse.Namespace) -> Summary:
+    """Quantize the model opened whole, for one whose files cannot be read weight by weight."""
+    source, out, config = task.source.directory, task.out, task.config
     model = model_dir.open_dense(source)
     before = model_size(model)
     with calibration.resumable(out, args) as kept:
-        options = {**calibration.arguments_of_quantize(model, args), **kept}
+        options = {**calibration.arguments_of_quantize(model, task.to_calibrate_on, source, args), **kept}
         measured = None
         if search.is_search(args):
-            config, measured = search.run(model, config, target_bytes, text, options, args)
+            config, measured = search.run(model, config, task.target_bytes, task.text, source, options, args)
         started = time.perf_counter()
         with progress_on_stderr("quantizing", not args.json) as progress:
             quantize_(model, config, progress=progress, **options)
@@ -66,7 +75,7 @@ def run_in_memory(
 
         with writing(out), model_dir.written_at_once(out) as work:
             save_model(model, work, max_shard_size=args.max_shard_size, non_persistent_buffers=False)
-            model_dir.complete(work, source, settings, config, next(model.parameters()).dtype)
+            model_dir.complete(work, source, task.settings, config, next(model.parameters()).dtype, task.source.name)
     return Summary(before, model_size(model), left_dense(model, config), seconds, config, measured)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hqqtensor.cli.calibration import is_calibrated
 from hqqtensor.cli.errors import from_arguments
 from hqqtensor.cli.output import duration, progress_on_stderr
 from hqqtensor.diagnostics.language import token_windows
+from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.presets import BYTE_UNITS, parse_size
 
 
@@ -61,25 +63,26 @@ def check_model(empty: Any, config: HqqConfig, target_bytes: int | None, args: a
 
 
 def run(
-    model: Any, config: HqqConfig, target_bytes: int | None, text: str | None, options: dict[str, Any],
-    args: argparse.Namespace,
+    model: Any, config: HqqConfig, target_bytes: int | None, text: str | None, tokenizer_dir: Path,
+    options: dict[str, Any], args: argparse.Namespace, offloaded: OffloadedBlocks | None = None,
 ) -> tuple[HqqConfig, dict[str, Any]]:  # fmt: skip
     """``config`` with settings by layer for the target, and what the summary says of the search.
 
     Outputs are measured on ``text``, else on batches of the calibration, else on random tokens. options: of
     ``quantize_``; where they ask for a calibration that the search needs, the calibration itself takes its place.
+    offloaded: ``model`` where its blocks lie on disk.
     """
     from hqqtensor.search import check_target, choose_config, measure_sensitivity
 
     with from_arguments():  # again with the dtypes that the weights really have
         check_target(model, config, args.target_bpw, target_bytes, _candidates(args))
-        batches = _batches(model, text, args)
-    calibrated = None if args.fast else _shared_calibration(model, options)
+        batches = _batches(model, text, tokenizer_dir, args)
     wanted = not args.json
+    calibrated = None if args.fast else _shared_calibration(model, options, wanted)
     with progress_on_stderr("measuring", wanted) as progress:
         sensitivity = measure_sensitivity(
             model, config, batches, _candidates(args), args.sensitivity, progress, calibrated, args.time_limit,
-            functools.partial(_announce, limit=args.time_limit) if wanted else None,
+            functools.partial(_announce, limit=args.time_limit) if wanted else None, offloaded,
         )  # fmt: skip
     estimated, total = len(sensitivity.estimated), len(sensitivity.layers)
     if estimated and wanted:
@@ -104,17 +107,17 @@ def _takes_random_tokens(args: argparse.Namespace) -> bool:
     return args.text is None and not args.fast and not is_calibrated(args)
 
 
-def _batches(model: Any, text: str | None, args: argparse.Namespace) -> list[Any] | None:
+def _batches(model: Any, text: str | None, tokenizer_dir: Path, args: argparse.Namespace) -> list[Any] | None:
     """Batches of the text or of random tokens; None for ``--fast``, and where the calibration has some."""
     from hqqtensor.search import random_tokens
 
     context = min(256, getattr(model.config, "max_position_embeddings", 256))
     if text is not None:
-        return [{"input_ids": token_windows(model_dir.open_tokenizer(args.model_dir), text, context)[:8]}]
+        return [{"input_ids": token_windows(model_dir.open_tokenizer(tokenizer_dir), text, context)[:8]}]
     return random_tokens(model.config.vocab_size, context) if _takes_random_tokens(args) else None
 
 
-def _shared_calibration(model: Any, options: dict[str, Any]) -> Any:
+def _shared_calibration(model: Any, options: dict[str, Any], wanted: bool) -> Any:
     """The calibration that ``options`` ask for, put into its place there; None where they ask for none."""
     if "calibration" not in options:
         return None
@@ -122,7 +125,8 @@ def _shared_calibration(model: Any, options: dict[str, Any]) -> Any:
     from hqqtensor.quantize import QUALITIES
 
     source, tokenizer = options["calibration"], options.pop("tokenizer", None)
-    options["calibration"] = calibrate(model, source, QUALITIES[options["quality"]], tokenizer=tokenizer)
+    with progress_on_stderr("calibrating", wanted) as progress:
+        options["calibration"] = calibrate(model, source, QUALITIES[options["quality"]], progress, tokenizer)
     return options["calibration"]
 
 

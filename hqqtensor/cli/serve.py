@@ -58,7 +58,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_app(model: Any, tokenizer: Any, name: str) -> Any:
-    """The FastAPI application of ``transformers serve`` that answers with this model alone."""
+    """The FastAPI application of ``transformers serve`` that answers with this model alone.
+
+    Requests are answered together where ``GenerateTogether`` serves the model. Where it does not, one line on stderr
+    says why, and they take turns.
+    """
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
@@ -67,6 +71,8 @@ def make_app(model: Any, tokenizer: Any, name: str) -> Any:
     from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState
+
+    from hqqtensor.cli import serve_together  # needs what `check_installed` looks for
 
     class OneModel(ModelManager):
         """Transformers' manager, which holds one model for ever and loads no other."""
@@ -81,7 +87,11 @@ def make_app(model: Any, tokenizer: Any, name: str) -> Any:
             return [{"id": name, "object": "model", "owned_by": "hqqtensor", "created": 0}]
 
     manager = OneModel(device="cpu", force_model=name)
-    state = GenerationState()
+    try:
+        state = serve_together.answer_together(model)
+    except ValueError as error:
+        print(f"requests take turns: {error}", file=sys.stderr)
+        state = GenerationState()
     handlers = {
         "completion_handler": CompletionHandler, "response_handler": ResponseHandler,
         "transcription_handler": TranscriptionHandler, "systemone_handler": SystemOneHandler,

@@ -16,7 +16,10 @@ from hqqtensor.diagnostics.table import megabytes
 
 @dataclass(frozen=True)
 class Summary:
-    """Sizes of the dense and the quantized model, what stayed dense, the time, the settings, and what a search says."""
+    """Sizes of the dense and the quantized model, what stayed dense, the time, the settings, and what a search says.
+
+    weight_error: of the weights that this process quantized, relative; None where it was not measured.
+    """
 
     before: ModelSize
     after: ModelSize
@@ -24,6 +27,7 @@ class Summary:
     seconds: float
     config: HqqConfig
     measured: dict[str, Any] | None = None
+    weight_error: float | None = None
 
 
 def report(out: Path, summary: Summary, as_json: bool) -> None:
@@ -41,6 +45,7 @@ def report(out: Path, summary: Summary, as_json: bool) -> None:
                 "parts": byte_table.as_dicts(parts),
                 "left_dense": [dataclasses.asdict(group) for group in summary.dense],
                 "seconds": summary.seconds,
+                "weight_error": summary.weight_error,
                 "config": summary.config.to_dict(),
                 **({} if summary.measured is None else {"search": summary.measured}),
             }
@@ -54,6 +59,8 @@ def report(out: Path, summary: Summary, as_json: bool) -> None:
     print(f"left dense: {megabytes(after.nbytes - after.quantized_nbytes)}")
     for group in summary.dense:
         print(f"  {group}")
+    if summary.weight_error is not None:
+        print(f"error of the weights: {100 * summary.weight_error:.2f} %")
     print(f"time to quantize: {summary.seconds:.1f} s")
     byte_table.show_parts(parts)
     print(f"try it: {command_to_try(out)}")

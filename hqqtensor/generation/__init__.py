@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from hqqtensor.generation.cache import growing_cache as growing_cache
 from hqqtensor.generation.families import FAMILIES
 from hqqtensor.generation.forward import DecoderForward
 from hqqtensor.generation.memory import gather_weights

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hqqtensor.integrations.transformers.cache import HqqCacheLayer
@@ -158,6 +159,24 @@ def adopt(layer: Any) -> Any:
     made.__dict__.update(state)
     made._loose = (keys, values)
     return made
+
+
+class CacheOfEach:
+    """Caches of several sequences, of any lengths: ``forward`` of a prepared model decodes one new token of each.
+
+    caches: ``DynamicCache`` or ``HqqQuantizedCache`` of one sequence each, which hold at least one token.
+    """
+
+    def __init__(self, caches: list[Any]) -> None:
+        self.caches = caches
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """A ``DynamicCache`` for a model's ``config`` to which tokens are added in place: transformers' own copies all keys
+    and values for each new token. For ``generate(..., past_key_values=...)`` of models that are not prepared."""
+    cache = DynamicCache(config=config)
+    cache.layers[:] = [adopt(layer) or layer for layer in cache.layers]
+    return cache
 
 
 def on_cpu(layers: list[Any], dtype: torch.dtype) -> bool:

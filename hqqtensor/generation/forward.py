@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
-from hqqtensor.generation.angles import Angles
-from hqqtensor.generation.cache import ROOMY, RoomyQuantizedLayer, adopt, on_cpu
+from hqqtensor.generation.angles import Angles, change_with_length
+from hqqtensor.generation.cache import ROOMY, CacheOfEach, RoomyQuantizedLayer, adopt, on_cpu
 from hqqtensor.generation.check import checked
 from hqqtensor.generation.families import FAMILIES, Family
 from hqqtensor.generation.layers import NotServed, dtype_of
@@ -62,7 +62,9 @@ class DecoderForward:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model's ``forward``."""
+        """As the base model's ``forward``; with a ``CacheOfEach`` one token of each of its sequences."""
+        if isinstance(past_key_values, CacheOfEach):
+            return self._decode_each(input_ids, past_key_values, use_cache, kwargs)
         if type(past_key_values) in (DynamicCache, HqqQuantizedCache) and not torch.is_grad_enabled():
             out = self._decode(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
@@ -102,15 +104,57 @@ class DecoderForward:
         x = self.base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if layers[0].batch != batch or x.dtype is not layers[0].dtype:
             return None
-        return self._run(x, attention_mask, position_ids, past, layers, cache)
+        assert self._angles is not None
+        return self._run(x, attention_mask, self._angles.of(position_ids, past, tokens), layers, cache)
+
+    def _decode_each(
+        self, input_ids: Tensor | None, each: CacheOfEach, use_cache: bool | None, kwargs: dict[str, Any]
+    ) -> Any:
+        """The output for tokens ``[B, 1]`` of sequences with caches of their own: together, or where the decoder does
+        not serve them one after the other."""
+        count = len(each.caches)
+        if input_ids is None or input_ids.shape != (count, 1):
+            got = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"{count} sequences with caches of their own take input_ids [{count}, 1], got {got}")
+        layers = self._roomy_each(each, input_ids, kwargs)
+        if layers is not None and self._ready():
+            x = self.base.embed_tokens(input_ids)
+            if x.dtype is layers[0].dtype:
+                assert self._angles is not None
+                positions = torch.tensor([[cache.get_seq_length()] for cache in each.caches])
+                angles = self._angles.of(positions, int(positions.max()), 1)
+                out = self._run(x, None, angles, layers, each)
+                if out is not None:
+                    return out
+        outputs = [
+            self(input_ids[i : i + 1], past_key_values=cache, use_cache=use_cache, **kwargs)
+            for i, cache in enumerate(each.caches)
+        ]
+        hidden = torch.cat([output.last_hidden_state for output in outputs])
+        return self._output_type()(last_hidden_state=hidden, past_key_values=each)
+
+    def _roomy_each(self, each: CacheOfEach, input_ids: Tensor, kwargs: dict[str, Any]) -> list[Any] | None:
+        """The layers of all caches, those of the first layer first; None where the decoder serves no such call."""
+        if torch.is_grad_enabled() or len(each.caches) > MOST_ROWS or not self._plain_call(kwargs):
+            return None
+        if change_with_length(self.base):  # a token would get those of the longest sequence
+            return None
+        of_each = [
+            self._roomy(cache) if type(cache) is DynamicCache and not cache.offloading else None
+            for cache in each.caches
+        ]
+        if any(layers is None or layers[0].batch != 1 for layers in of_each):
+            return None
+        return [layer for same in zip(*of_each, strict=True) for layer in same]  # type: ignore[arg-type]
 
     def _run(
-        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, past: int, layers: list[Any], cache: Any
-    ) -> Any:
+        self, x: Tensor, mask: Tensor | None, angles: tuple[list[tuple[Tensor, Tensor]], Tensor | None],
+        layers: list[Any], cache: Any,
+    ) -> Any:  # fmt: skip
         tokens = x.shape[1]
         buffers = [layer.make_room(tokens) for layer in layers]
-        assert self._decoder is not None and self._angles is not None
-        tables, positions = self._angles.of(positions, past, tokens)
+        assert self._decoder is not None
+        tables, positions = angles
         hidden = self._decoder.run(
             x.contiguous(),
             tables,
@@ -120,7 +164,7 @@ class DecoderForward:
             None if mask is None else mask.contiguous(),
             [layer.end for layer in layers],
             [layer.first for layer in layers],
-            (0, len(layers)),
+            (0, len(self.base.layers)),
             self._verify,
             [layer.packed for layer in layers] if layers[0].packed is not None else None,
         )
@@ -132,8 +176,10 @@ class DecoderForward:
         self.decoded_tokens += x.shape[0] * tokens
         for layer in layers:
             layer.advance(tokens)
-        output = MoeModelOutputWithPast if self.family.experts else BaseModelOutputWithPast
-        return output(last_hidden_state=hidden, past_key_values=cache)
+        return self._output_type()(last_hidden_state=hidden, past_key_values=cache)
+
+    def _output_type(self) -> Any:
+        return MoeModelOutputWithPast if self.family.experts else BaseModelOutputWithPast
 
     def _plain_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing is asked for but hidden states, and no other code looks on."""
@@ -192,6 +238,12 @@ class DecoderForward:
             self._decoder, self.why_not = None, str(reason)
         self._watch = watch
         return True
+
+
+def decoder_forward(model: nn.Module) -> DecoderForward | None:
+    """What ``prepare_for_generation_`` put into the model; None for a model that is not prepared."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return next((forward for forward in forwards if isinstance(forward, DecoderForward)), None)
 
 
 def _is_plain_mask(mask: Any, batch: int, length: int) -> bool:

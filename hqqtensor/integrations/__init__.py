@@ -24,6 +24,7 @@ _SET_UPS = (
     ("transformers.core_model_loading", "transformers.offload", "install_writer"),
     ("transformers.modeling_utils", "transformers.offload", "install_dispatch"),
     ("transformers.modeling_utils", "transformers.model", "install"),
+    ("transformers.modeling_utils", "transformers.attention", "install"),
     ("transformers.integrations.moe", "transformers.experts", "install"),
 )
 """A module of another library, and the module here and the function of it that run when that has been imported."""

@@ -65,7 +65,7 @@ def _rebuild(scale: Tensor, per_tensor_scale: Tensor, zero_point: Tensor | None 
 
 def install_configs() -> None:
     """Add the modules that hold configs of ours to those in which ``config_from_dict`` looks up a class by its name."""
-    modules = ("hqqtensor.config", "hqqtensor.integrations.vllm")
+    modules = ("hqqtensor.config", "hqqtensor.integrations.vllm.torchao_checkpoint")
     patches.register("torchao.core.config", "ALLOWED_AO_MODULES", modules, "reading configs of hqqtensor", TORCHAO)
 
 

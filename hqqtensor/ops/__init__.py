@@ -26,6 +26,10 @@ __all__ = [
     "set_backend",
 ]
 
+# isort: split
+from hqqtensor.ops import attention as attention  # before the kernels, which implement it
+
+# isort: split
 from hqqtensor.kernels import cpu as cpu
 from hqqtensor.kernels import triton as triton
 from hqqtensor.ops import batching as batching

@@ -68,10 +68,11 @@ class Decoder(Protocol):
         angles: tables of cosines and sines, float32 ``[places, width]``; ``positions``: the places of the tokens in
         them, integers ``[B or 1, T]``, by default those behind the tokens in the caches. keys, values: ``[B, kv_heads,
         capacity, head_dim]`` for each of the layers, of which the first ``lengths`` tokens are there and T more are
-        written behind; ``firsts``: the place in the sequence of the first one. mask: bool or int64 ``[B, tokens of the
-        sequence]``, zero for tokens that none sees. packed: for each of the layers keys and values of older tokens,
-        HQQTensors ``[B, kv_heads, blocks, block, head_dim]`` of equal settings, up to 256 tokens in a block; for layers
-        without a window.
+        written behind; ``firsts``: the place in the sequence of the first one. Where sequences have caches of their
+        own: ``[1, kv_heads, capacity, head_dim]``, those of all sequences for the first layer, then for the next one.
+        mask: bool or int64 ``[B, tokens of the sequence]``, zero for tokens that none sees; not where sequences have
+        caches of their own. packed: for each of the caches keys and values of older tokens, HQQTensors ``[B or 1,
+        kv_heads, blocks, block, head_dim]`` of equal settings, up to 256 tokens in a block; for layers with no window.
         """
 
 

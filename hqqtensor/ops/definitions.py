@@ -63,7 +63,8 @@ _RESULTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define ``hqqtensor::NAME``, which ``run`` computes where no other kernel is registered."""
     LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hqqtensor::{name}", fake, lib=LIBRARY)
@@ -76,7 +77,7 @@ class _LastError(threading.local):
 _last_error = _LastError()
 
 
-def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
+def remembered(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run``, whose errors the compiled kernels can ask for: what they call hands no text of an error back."""
 
     def call(*args: Any) -> Any:
@@ -102,7 +103,7 @@ def _from_registry(op: str) -> Callable[..., Tensor]:
         check(*ours)
         return run_backend(op, args[0].device.type, ours)
 
-    return _remembered(run)
+    return remembered(run)
 
 
 def _fake(op: str) -> Callable[..., Tensor]:
@@ -118,7 +119,7 @@ def _fake(op: str) -> Callable[..., Tensor]:
 
 for _op, _schema in SCHEMAS.items():
     for _name in (_op, f"registry_{_op}", *([f"_{_op}"] if _op in PRODUCTS else [])):
-        _define(_name, _schema, _from_registry(_op), _fake(_op))
+        define(_name, _schema, _from_registry(_op), _fake(_op))
     # What the compiled kernels give when they are asked by name, None where they do not serve.
     LIBRARY.define(f"_cpu_{_op}{_schema}?")
 
@@ -136,7 +137,7 @@ def _fake_into(*args: Any) -> None:
 # dequantize, written into out [..., N, K] of any floating dtype, whose last dimension has stride 1 (the others any). No
 # backend needs a kernel of its own for it: the compiled ones for the CPU have one, the others' results are copied.
 for _name in ("dequantize_into", "registry_dequantize_into"):
-    _define(_name, f"(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", _remembered(_into), _fake_into)
+    define(_name, f"(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", remembered(_into), _fake_into)
 
 # x [..., K] times the transposes of several weights packed alike, [N_i, K], beside each other: [..., sum of N_i]. No
 # zero_point where the format has none, a bias for every weight or for none. meta: that of the first weight, of the
@@ -197,7 +198,7 @@ def _fake_many(*args: Any) -> Tensor:
 
 
 for _name in ("linear_many", "registry_linear_many", "_linear_many"):
-    _define(_name, _MANY, _remembered(_one_by_one), _fake_many)
+    define(_name, _MANY, remembered(_one_by_one), _fake_many)
 
 # Autograd passes over what has no gradient of its own: torch's fallback, which warns of that, costs at each call.
 for _op in (*PRODUCTS, "linear_many"):

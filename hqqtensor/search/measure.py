@@ -1,8 +1,10 @@
 """One layer's sizes and losses by candidate: errors of the weight, and what they do to the model's outputs."""
 
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from hqqtensor.calibration.build import from_calibrated
 from hqqtensor.calibration.moments import InputMoments
 from hqqtensor.config import HqqConfig
 from hqqtensor.forward import comparable_output, evaluating
+from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.layers import Layer
 from hqqtensor.tensor import HQQTensor
@@ -22,11 +25,13 @@ from hqqtensor.tensor import HQQTensor
 class Outputs:
     """The outputs of a dense model on batches, to compare with. ``seconds``: how long they took.
 
+    offloaded: the model where its blocks lie on disk.
+
     ValueError for outputs that are not finite, or neither logits nor hidden states.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Any]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, batches: list[Any], offloaded: OffloadedBlocks | None = None) -> None:
+        self.model, self.batches, self.offloaded = model, batches, offloaded
         started = time.monotonic()
         self.dense, self.has_logits = self._run()
         self.seconds = time.monotonic() - started
@@ -38,18 +43,26 @@ class Outputs:
 
         Of the model with ``quantized`` wherever it uses ``weight``; the model is left as it was.
         """
-        replacement = nn.Parameter(quantized, requires_grad=False)
-        try:
-            replace_parameters(self.model, {id(weight): replacement})
+        with self._replaced(weight, nn.Parameter(quantized, requires_grad=False)):
             outputs, _ = self._run()
-        finally:
-            replace_parameters(self.model, {id(replacement): weight})
         pairs = list(zip(self.dense, outputs, strict=True))
         if self.has_logits:
             total = sum(F.kl_div(q, p, reduction="sum", log_target=True).item() for p, q in pairs)
             return max(0.0, total / sum(p[..., 0].numel() for p, _ in pairs))
         size = sum(p.square().sum().item() for p, _ in pairs)
         return sum((p - q).square().sum().item() for p, q in pairs) / max(size, 1e-30)
+
+    @contextlib.contextmanager
+    def _replaced(self, weight: nn.Parameter, other: nn.Parameter) -> Iterator[None]:
+        if self.offloaded is not None and weight.is_meta:
+            with self.offloaded.replaced(weight, other):
+                yield
+            return
+        try:
+            replace_parameters(self.model, {id(weight): other})
+            yield
+        finally:
+            replace_parameters(self.model, {id(other): weight})
 
     @torch.no_grad()
     def _run(self) -> tuple[list[Tensor], bool]:
@@ -74,20 +87,23 @@ class _Probe:
     error: float
 
 
-def measure_layer(layer: Layer, outputs: Outputs | None, importance: Tensor | None) -> dict[str, Any]:
+def measure_layer(
+    layer: Layer, dense: nn.Parameter, outputs: Outputs | None, importance: Tensor | None
+) -> dict[str, Any]:
     """The "bytes" and "loss" of a layer, see ``Sensitivity``.
 
-    importance: float32 ``[K]``, mean square of each input where the layer will be calibrated.
+    dense: the layer's weight with its values. importance: float32 ``[K]``, mean square of each input where the layer
+    will be calibrated.
     """
     sizes: list[int | None] = [None] * len(layer.configs)
     losses: list[float | None] = [None] * len(layer.configs)
-    w = layer.weight.detach().to(torch.float32)
+    w = dense.detach().to(torch.float32)
     total = _squares(w, importance)
     probes: dict[str, _Probe] = {}
     for i, config in enumerate(layer.configs):
         if config is None:
             continue
-        quantized = _quantized(layer.weight, config, importance)
+        quantized = _quantized(dense, config, importance)
         relative = _squares(quantized.dequantize(torch.float32) - w, importance) / total if total else 0.0
         error = relative * w.numel()
         sizes[i], losses[i] = quantized.nbytes, error
@@ -116,9 +132,9 @@ def _squares(w: Tensor, importance: Tensor | None) -> float:
     return float(columns.sum() if importance is None else columns @ importance)
 
 
-def key_of(layer: Layer, outputs: Outputs | None, importance: Tensor | None) -> str:
+def key_of(layer: Layer, dense: nn.Parameter, outputs: Outputs | None, importance: Tensor | None) -> str:
     """What a measurement depends on: the weight, the settings, the outputs compared, the calibration."""
-    w = layer.weight.detach()
+    w = dense.detach()
     weight_key = [list(w.shape), str(w.dtype), float(w.double().sum()), float(w.double().square().sum())]
     configs = [None if config is None else config.to_dict() for config in layer.configs]
     everything = [*weight_key, "" if outputs is None else outputs.fingerprint, configs]

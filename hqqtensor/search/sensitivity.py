@@ -14,6 +14,7 @@ from hqqtensor.calibration import Calibration
 from hqqtensor.calibration.build import check_calibrated
 from hqqtensor.calibration.data import random_ids
 from hqqtensor.config import HqqConfig
+from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.search.layers import CANDIDATES, Layer, base_of, layers_of, measuring_order
 from hqqtensor.search.measure import Outputs, key_of, measure_layer
 from hqqtensor.search.pace import Pace, estimate
@@ -82,6 +83,7 @@ def measure_sensitivity(
     calibration: Calibration | None = None,
     time_limit: float | None = None,
     announce: Callable[[float, int], None] | None = None,
+    offloaded: OffloadedBlocks | None = None,
 ) -> Sensitivity:
     """Measure each layer that ``quantize_(model, config)`` would take; the model is left as it was.
 
@@ -98,6 +100,7 @@ def measure_sensitivity(
         ``announce(seconds, layers)``, when a layer has been timed: how long all the others would take.
     time_limit: seconds for measuring. The outputs of the dense model and one layer are measured in any case, others as
         long as they are expected to end in time. The rest is estimated, see ``Sensitivity.estimated``.
+    offloaded: ``model`` where its blocks lie on disk: each is in memory while it runs or is measured.
     ValueError for a layer that no candidate fits, a candidate that the calibration does not serve, or a ``file`` that
     is damaged or of another model (all before any is measured), for outputs without logits, and for outputs that are
     not finite.
@@ -112,10 +115,10 @@ def measure_sensitivity(
     path = None if file is None else Path(file)
     earlier = {} if path is None else _earlier_layers(path, model, tried)
     pace = Pace(time_limit)
-    outputs = None if batches is None else Outputs(model, batches)
+    outputs = None if batches is None else Outputs(model, batches, offloaded)
     method = "weights" if outputs is None else "outputs"
     measured: dict[str, dict[str, Any]] = {}
-    for name, entry in _measurements(measuring_order(layers), earlier, outputs, calibration, pace, announce):
+    for name, entry in _measurements(measuring_order(layers), earlier, outputs, calibration, pace, announce, offloaded):
         measured[name] = entry
         if path is not None:
             # Layers still to come may be in the file from an earlier run: they stay in it for the next one.
@@ -131,6 +134,7 @@ def measure_sensitivity(
 def _measurements(
     order: Sequence[Layer], earlier: dict[str, dict[str, Any]], outputs: Outputs | None,
     calibration: Calibration | None, pace: Pace, announce: Callable[[float, int], None] | None,
+    offloaded: OffloadedBlocks | None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
     """Name and entry of each layer: those of ``earlier`` that still hold, others measured as long as there is time."""
     pace.pass_seconds = 0.0 if outputs is None else outputs.seconds
@@ -138,12 +142,13 @@ def _measurements(
         if layer.name not in earlier and not pace.allows(layer):
             continue
         importance = _importance(layer, calibration)
-        key = key_of(layer, outputs, importance)
+        dense = layer.weight if offloaded is None else offloaded.values(layer.weight)
+        key = key_of(layer, dense, outputs, importance)
         if layer.name in earlier and earlier[layer.name]["key"] == key:
             yield layer.name, earlier[layer.name]
         elif pace.allows(layer):
             is_first, started = pace.weights == 0, time.monotonic()
-            entry = {"key": key, **measure_layer(layer, outputs, importance)}
+            entry = {"key": key, **measure_layer(layer, dense, outputs, importance)}
             pace.add(layer, time.monotonic() - started)
             to_come = [other for other in order[place:] if other.name not in earlier]
             if is_first and to_come and announce is not None:

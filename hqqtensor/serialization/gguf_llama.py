@@ -24,18 +24,23 @@ def from_llama(file: GgufFile) -> dict[str, Tensor]:
 
     CheckpointError for another architecture, mixtures of experts, and names that the architecture has not.
     """
-    heads = _heads(file)
-    out: dict[str, Tensor] = {}
-    for name, entry in file.tensors.items():
-        if name == _ROPE_FREQS:  # factors that transformers computes from the configuration
-            continue
-        new = _rename(file, name)
-        tensor = read_tensor(file, entry)
-        for part, count in zip(("q_proj", "k_proj"), heads, strict=True):
-            if f".{part}." in new:
-                tensor = _rows_of(tensor, count, name)
-        out[new] = tensor
-    return out
+    return {new: read_llama(file, new, name) for new, name in llama_names(file).items()}
+
+
+def llama_names(file: GgufFile) -> dict[str, str]:
+    """The names of all tensors in the file, by transformers' names; CheckpointError as ``from_llama``."""
+    _heads(file)
+    # Factors of rotary frequencies are what transformers computes from the configuration.
+    return {_rename(file, name): name for name in file.tensors if name != _ROPE_FREQS}
+
+
+def read_llama(file: GgufFile, new: str, name: str) -> Tensor:
+    """One tensor of ``llama_names``: dense, or an HQQTensor with the file's codes."""
+    tensor = read_tensor(file, file.tensors[name])
+    for part, count in zip(("q_proj", "k_proj"), _heads(file), strict=True):
+        if f".{part}." in new:
+            return _rows_of(tensor, count, name)
+    return tensor
 
 
 def llama_config(file: GgufFile) -> dict[str, Any]:

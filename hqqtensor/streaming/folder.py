@@ -5,6 +5,7 @@
     new/                the model
     side/               tensors whose dtype was not the planned one (``shards``)
     old/                the model that is replaced, between two renames
+    calibration/        what a calibration has finished (``calibrated``)
 
 Whenever a process is killed, ``settle`` or the same command goes on from what lies there.
 """
@@ -24,7 +25,8 @@ from hqqtensor.streaming.plan import Plan, Shard
 from hqqtensor.streaming.shards import create, is_whole, lay_out_again
 
 ENDING = ".unfinished"
-_OURS = {NAME, f"{NAME}{PART}", JOURNAL, CLAIMS, "new", "side", "old"}
+_CALIBRATION = "calibration"
+_OURS = {NAME, f"{NAME}{PART}", JOURNAL, CLAIMS, "new", "side", "old", _CALIBRATION}
 
 
 class Busy(ResumeError):
@@ -72,6 +74,16 @@ class RunFolder:
     def side(self) -> Path:
         """The folder of what does not fit the plan."""
         return self.path / "side"
+
+    @property
+    def calibration(self) -> Path:
+        """The folder of the calibration."""
+        return self.path / _CALIBRATION
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether something is finished that a later run can go on with."""
+        return bool(self.claims.done(len(self.plan.batches))) or is_begun(self.calibration)
 
     def close(self) -> None:
         """Leave the run to others, or to a later command."""

@@ -134,9 +134,13 @@ class Plan:
         replace_parameters(self.model, quantized)
 
 
-def make_plan(model: nn.Module, source: Source, config: HqqConfig, max_shard_size: int | str = "5GB") -> Plan:
+def make_plan(
+    model: nn.Module, source: Source, config: HqqConfig, max_shard_size: int | str = "5GB",
+    calibration: str | None = None,
+) -> Plan:  # fmt: skip
     """The plan for ``model`` (on the meta device, tied, in the dtype to load it in), whose weights ``source`` holds.
 
+    calibration: the label of one that is to come first.
     Errors as ``find_targets`` and ``choose``; ValueError for a bad ``max_shard_size``.
     """
     limit = shard_limit(max_shard_size)
@@ -147,6 +151,8 @@ def make_plan(model: nn.Module, source: Source, config: HqqConfig, max_shard_siz
     version = sys.modules["hqqtensor"].__version__  # an import would be a circle
     run = {"hqqtensor": version, "torch": torch.__version__, "max_shard_size": limit, "settings": config.to_dict()}
     run["model"] = identity
+    if calibration is not None:
+        run["calibration"] = calibration
     entries = {unit.name: unit.entry for unit in units}
     metadata = file_metadata(entries, aliases, [], save=digest(run)[:16])
     parts_of = into_shards([unit.nbytes for unit in units], limit)

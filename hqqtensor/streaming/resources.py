@@ -16,14 +16,17 @@ class TooLittle(RuntimeError):
     """Disk or memory does not suffice; the message says how much there is."""
 
 
-def check_resources(out: Path, plan: Plan) -> None:
+def check_resources(out: Path, plan: Plan, is_calibrated: bool = False) -> None:
     """TooLittle where disk or memory do not suffice to write ``out``.
 
-    The disk has to take what is not written yet. Memory, of the machine or the control group, has to hold the largest
-    weight while it is quantized.
+    The disk has to take what is not written yet; a run that calibrates writes weights twice. Memory, of the machine or
+    the control group, has to hold the largest weight while it is quantized.
     """
     place = next(parent for parent in out.parents if parent.exists())
-    needed, free = missing_bytes(out, plan) + _SMALL_FILES, shutil.disk_usage(place).free
+    needed = missing_bytes(out, plan) + _SMALL_FILES
+    if is_calibrated:
+        needed += max(0, plan.nbytes - _bytes_in(folder_of(out) / "calibration"))
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise TooLittle(f"{out} needs {_gigabytes(needed)} of disk, and {_gigabytes(free)} are free in {place}")
     largest = max(plan.units, key=memory_of)
@@ -33,6 +36,10 @@ def check_resources(out: Path, plan: Plan) -> None:
             f"{largest.name} {list(largest.target.shape)} needs {_gigabytes(needed)} of memory, and "
             f"{_gigabytes(available)} are available"
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
 
 
 def missing_bytes(out: Path, plan: Plan) -> int:

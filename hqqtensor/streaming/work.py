@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqqtensor.serialization.layout import flatten
 from hqqtensor.serialization.save import GUARD
@@ -15,6 +15,8 @@ from hqqtensor.streaming.plan import Batch, Unit
 from hqqtensor.streaming.shards import ShardWriter
 from hqqtensor.streaming.source import Source
 from hqqtensor.streaming.template import OTHER
+from hqqtensor.tensor import HQQTensor
+from hqqtensor.weight_error import WeightError
 
 AHEAD_BYTES = 32 * 2**20
 """Dense weights that are read ahead of the solver, and quantized ones that wait for the disk, each; or one of more."""
@@ -61,12 +63,21 @@ class Result:
 
 
 class Worker:
-    """Works on the batches of ``folder`` that no other process has, until all of them are finished."""
+    """Works on the batches of ``folder`` that no other process has, until all of them are finished.
 
-    def __init__(self, folder: RunFolder, source: Source, progress: Progress | None = None) -> None:
-        self.folder, self.source, self.progress = folder, source, progress
+    quantized: weights that a calibration has quantized, by the id of the plan's; they are only written. error: is told
+    of each weight that is quantized here.
+    """
+
+    def __init__(
+        self, folder: RunFolder, source: Source, progress: Progress | None = None,
+        quantized: Mapping[int, nn.Parameter] | None = None, error: WeightError | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.source, self.progress, self.error = folder, source, progress, error
+        self.quantized = quantized or {}
         self.claims, self.batches = folder.claims, folder.plan.batches
-        self.weights = [sum(unit.weights for unit in batch.units) for batch in self.batches]
+        self.weights = [sum(map(self._weights_of, batch.units)) for batch in self.batches]
+        self.weights_before = sum(unit.weights for batch in self.batches for unit in batch.units) - sum(self.weights)
         self.in_hand: dict[int, int] = {}
 
     def run(self, patience: float) -> None:
@@ -130,7 +141,7 @@ class Worker:
                 continue
             for unit in batch.units:
                 ends_batch = unit is batch.units[-1]
-                if unit.rows is None:
+                if unit.rows is None or self._calibrated(unit) is not None:
                     yield Piece(batch, unit, 0, None, True, ends_batch)
                     continue
                 count = unit.target.shape[0]
@@ -144,7 +155,9 @@ class Worker:
             piece: Piece | None = first
             while piece is not None:
                 dense.reserve(piece.nbytes)
-                weight = piece.unit.target.read(self.source, piece.first_row, piece.rows)
+                weight = self._calibrated(piece.unit)
+                if weight is None:
+                    weight = piece.unit.target.read(self.source, piece.first_row, piece.rows)
                 dense.send((piece, weight), piece.nbytes)
                 del weight
                 piece = next(pieces, None)
@@ -174,8 +187,8 @@ class Worker:
                 results.send(result, result.nbytes)
                 del result
             weight = None  # type: ignore[assignment]
-            if piece.ends_unit and unit.weights:
-                self.in_hand[piece.batch.number] = self.in_hand.get(piece.batch.number, 0) + unit.weights
+            if piece.ends_unit and (count := self._weights_of(unit)):
+                self.in_hand[piece.batch.number] = self.in_hand.get(piece.batch.number, 0) + count
                 self._report(unit.name)
 
     def _result(self, piece: Piece, weight: Tensor) -> Result:
@@ -183,9 +196,12 @@ class Worker:
         if choice is None:
             return Result(piece, {unit.name: weight}, {})
         try:
-            tensors, entry = flatten(unit.name, choice.quantize(weight))  # type: ignore[arg-type]
+            quantized = weight if isinstance(weight, HQQTensor) else choice.quantize(weight)
+            tensors, entry = flatten(unit.name, quantized)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{unit.name}: {str(error).removeprefix('weight: ')}") from None
+        if self.error is not None and quantized is not weight:
+            self.error.add(weight, quantized)
         beside: dict[str, Tensor] = {}
         for part in unit.parts:
             if part.key == unit.name:
@@ -229,5 +245,13 @@ class Worker:
         done = self.claims.done(len(self.batches))
         for number in done & self.in_hand.keys():
             del self.in_hand[number]
-        finished = sum(self.weights[number] for number in done)
-        self.progress(finished + sum(self.in_hand.values()), sum(self.weights), name)
+        finished = self.weights_before + sum(self.weights[number] for number in done)
+        self.progress(finished + sum(self.in_hand.values()), self.weights_before + sum(self.weights), name)
+
+    def _calibrated(self, unit: Unit) -> Tensor | None:
+        """The unit's weight where a calibration has quantized it."""
+        return None if unit.choice is None else self.quantized.get(id(unit.choice.weight))
+
+    def _weights_of(self, unit: Unit) -> int:
+        """Elements that are quantized here."""
+        return 0 if self._calibrated(unit) is not None else unit.weights

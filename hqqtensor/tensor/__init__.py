@@ -11,11 +11,11 @@ from torchao.utils import TorchAOBaseTensor
 
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
-from hqqtensor.encode import Encoded, check_weight, encode
+from hqqtensor.encode import Encoded, check_weight, encode, prepare
 from hqqtensor.ops import PackedWeight
 from hqqtensor.packing import pack, pack_meta, row_bytes, unpack, unpack_meta
 from hqqtensor.tensor.validate import check
-from hqqtensor.transforms import prepare, rotate
+from hqqtensor.transforms import rotate
 
 
 class HQQTensor(TorchAOBaseTensor):

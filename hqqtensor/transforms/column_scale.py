@@ -8,10 +8,10 @@ wide columns the larger error, which is right only where their activations are s
 best or near it on each of the three models measured (docs/solvers.md).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from hqqtensor.ops.backend import encoder
 
 ROUNDS, STRENGTH = 8, 0.7
 """Alternations, and the power of d."""
@@ -21,15 +21,14 @@ LARGEST_UNIT = 1e38
 """A finite float32, also where the largest weight is subnormal."""
 
 
-def column_scale(weight: Tensor) -> Tensor:
+def column_scale(weight: Tensor, spread: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
     """float32 ``[K]`` scales of the columns of ``[..., N, K]``, median 1; columns of zeros get 1.
 
     The spread of a column is the root mean square of its weights after each row was divided by its spread, and that of
-    a row likewise; the two alternate. Experts (leading dimensions) share the scales.
+    a row likewise; the two alternate. Experts (leading dimensions) share the scales. spread: computes
+    ``column_spread``, which is the default.
     """
     flat = weight.detach().reshape(-1, weight.shape[-1])
-    compiled = encoder(flat.device.type)
-    spread = None if compiled is None else compiled.column_spread
     column = (spread or column_spread)(flat, ROUNDS)
     live = column > 0
     if not live.any():

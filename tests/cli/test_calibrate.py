@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny: Path, tmp_path: Path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hqqtensor.cli.quantize.save_model", stop)
+        patch.setattr("hqqtensor.streaming.run.Worker", stop)
         assert run(*command) == 130
     assert (kept / "run.json").is_file() and not (tmp_path / "out").exists()
     printed = capsys.readouterr().err
@@ -109,3 +110,22 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny: Path, tmp_path: Path,
     got, want = (model_dir.open_quantized(tmp_path / name).state_dict() for name in ("out", "other"))
     assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_text_file_is_read_once(tiny: Path, tmp_path: Path, text: Path, monkeypatch) -> None:
+    reads, real = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: reads.append(self) or real(self, *a, **k))
+    assert run("quantize", tiny, tmp_path / "out", "--calibrate", text, "--quality", "fast", "--json") == 0
+    assert reads.count(text) == 1
+
+
+def test_progress_and_summary_tell_the_error_of_the_weights(tiny: Path, tmp_path: Path, capsys) -> None:
+    assert run("quantize", tiny, tmp_path / "out", "--calibrate", "random", "--bits", 3) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"quantizing model\.layers\.\S+: \d+%, [\d.]+ M weights/s, error so far [\d.]+ %", printed.err)
+    assert re.search(r"calibrating: 100%$", printed.err, re.M)
+    shown = re.search(r"error of the weights: ([\d.]+) %", printed.out)
+    assert shown
+    assert run("quantize", tiny, tmp_path / "again", "--calibrate", "random", "--bits", 3, "--json") == 0
+    error = json.loads(capsys.readouterr().out)["weight_error"]
+    assert 0 < error < 0.3 and f"{100 * error:.2f}" == shown[1]

@@ -183,7 +183,7 @@ WRONG = [
 ]
 FAILED = [
     ("quantize nan out", "model.layers.1.mlp.up_proj.weight: holds NaN"),
-    ("quantize no-json out", "not readable as JSON"),
+    ("quantize no-json out", "is not valid JSON"),
     ("quantize no-weights out", "model.safetensors"),
     ("convert a.gguf out", "a.gguf"),
     ("convert cut out", "not a whole safetensors file"),

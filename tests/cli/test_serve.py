@@ -7,11 +7,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hqqtensor.cli import main, model_dir, running, serve
+from hqqtensor.generation import together
 
 pytest.importorskip("fastapi", reason="the server needs fastapi, uvicorn and openai")
 pytest.importorskip("uvicorn", reason="the server needs fastapi, uvicorn and openai")
@@ -89,3 +91,71 @@ def test_a_missing_package_is_named_with_what_installs_it(small: Path, monkeypat
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", str(small / "packed")]) == 1
     assert "pip install 'hqqtensor[serve]'" in capsys.readouterr().err
+
+
+def chunks_of(stream: str) -> list[dict]:
+    return [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+
+
+def test_requests_at_once_get_what_each_gets_alone(url: str) -> None:
+    bodies = [
+        {"model": "packed", "prompt": prompt, "max_tokens": tokens, **settings}
+        for prompt, tokens, settings in [
+            ("The list", 12, {"temperature": 0}),
+            ("A class is", 5, {"temperature": 0}),
+            ("def f(x):", 20, {"temperature": 1.5, "seed": 7}),
+            ("Return", 9, {"temperature": 0, "stop": [" a", "the"]}),
+        ]
+    ]
+
+    def text(body: dict) -> str:
+        chunks = chunks_of(ask(f"{url}/v1/completions", {**body, "stream": True}))
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    alone = [text(body) for body in bodies]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        assert list(pool.map(text, bodies)) == alone
+    whole = [json.loads(ask(f"{url}/v1/completions", body))["choices"][0]["text"] for body in bodies]
+    assert whole == alone
+
+
+def test_a_stop_word_ends_the_answer(url: str) -> None:
+    body = {"model": "packed", "prompt": "The list", "max_tokens": 12, "temperature": 0}
+    text = json.loads(ask(f"{url}/v1/completions", body))["choices"][0]["text"]
+    word = text[len(text) // 2 :][:2]
+    stopped = json.loads(ask(f"{url}/v1/completions", {**body, "stop": [word]}))
+    assert word in stopped["choices"][0]["text"] and text.startswith(stopped["choices"][0]["text"])
+    assert stopped["usage"]["completion_tokens"] < 12 and stopped["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_client_that_goes_away_stops_its_answer_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endings: list[Exception] = []
+    fail = together._Sequence.fail
+    monkeypatch.setattr(together._Sequence, "fail", lambda self, error: (endings.append(error), fail(self, error))[1])
+    body = {"model": "packed", "prompt": "The list", "max_tokens": 200, "temperature": 0, "stream": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        answer.readline()
+    other = json.loads(ask(f"{url}/v1/chat/completions", BODY))
+    assert other["usage"]["completion_tokens"] > 0
+    for _ in range(200):
+        if endings:
+            break
+        time.sleep(0.02)
+    assert [type(error).__name__ for error in endings] == ["_GenerationCancelled"]
+
+
+def test_an_error_of_one_request_is_told_to_it_alone(url: str) -> None:
+    settings = json.dumps({"max_new_tokens": 4, "do_sample": True, "temperature": -1.0})
+    wrong = {"model": "packed", "prompt": "x", "generation_config": settings, "stream": True}
+    chunks = ask(f"{url}/v1/completions", wrong)
+    assert "temperature" in chunks and '"error"' in chunks
+    assert json.loads(ask(f"{url}/v1/chat/completions", BODY))["usage"]["completion_tokens"] > 0
+
+
+def test_models_without_a_decoder_take_turns_and_say_so(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = model_dir.open_dense(small / "dense"), model_dir.open_tokenizer(small / "dense")
+    serve.make_app(model, tokenizer, "dense")
+    assert "requests take turns: LlamaForCausalLM is not prepared" in capsys.readouterr().err

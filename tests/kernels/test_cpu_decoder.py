@@ -1,5 +1,6 @@
 """Decoder layers as one operator against the same written out in torch, on the instruction set in use."""
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,6 +167,42 @@ def compare(case: Case, batch: int = 1, tokens: int = 1, past: int = 9, padded: 
         torch.testing.assert_close(a.float(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("case", [Case(), Case(window=9, dtype=torch.bfloat16)], ids=str)
+def test_sequences_with_caches_of_their_own_equal_each_alone(case: Case, tokens: int) -> None:
+    decoder, _ = make(case)
+    s, pasts, generator = case.shape, [0, 700, 33, 5], torch.Generator().manual_seed(3)
+    x = torch.randn(len(pasts), tokens, s.hidden, generator=generator).to(case.dtype)
+    tables = [tuple(torch.randn(800, case.width, generator=generator) for _ in range(2)) for _ in range(2)]
+    # of each sequence, of each layer: keys, values
+    caches = [
+        [
+            torch.randn(2, 1, s.kv_heads, past + 10, s.head_dim, generator=generator).to(case.dtype)
+            for _ in range(s.layers)
+        ]
+        for past in pasts
+    ]
+
+    def run(rows: list[int], caches: Any) -> Tensor:
+        each = [caches[b][i] for i in range(s.layers) for b in rows]
+        lengths = [pasts[b] for _ in range(s.layers) for b in rows]
+        got = decoder.run(
+            x[rows], tables, [c[0] for c in each], [c[1] for c in each], None, None, lengths, [0] * len(each),
+            (0, s.layers), True,
+        )  # fmt: skip
+        assert got is not None
+        return got
+
+    alone_caches = copy.deepcopy(caches)
+    alone = torch.cat([run([b], alone_caches) for b in range(len(pasts))])
+    together = run(list(range(len(pasts))), caches)
+    tolerance = 1e-5 if case.dtype == torch.float32 else 1e-2  # other kernels serve one row
+    torch.testing.assert_close(together, alone, rtol=tolerance, atol=tolerance)
+    for of_each, of_alone in zip(caches, alone_caches, strict=True):
+        for a, b in zip(of_each, of_alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "tokens", "past"), [(1, 1, 1), (1, 1, 700), (3, 1, 40), (2, 3, 33), (1, 8, 0)])
 def test_layers_equal_those_written_out(dtype: torch.dtype, batch: int, tokens: int, past: int) -> None:
@@ -305,12 +342,23 @@ def run_with(decoder: CompiledDecoder, **changes: Any) -> Any:
         ({"angles": [(torch.ones(9, 32).bfloat16(), torch.ones(9, 32).bfloat16())] * 2}, "contiguous float32"),
         ({"positions": torch.zeros(1, 2, dtype=torch.int64)}, r"position_ids must be integers \[1, 1\]"),
         ({"positions": torch.zeros(1, 1)}, "position_ids must be integers"),
-        ({"keys": [torch.zeros(1, 2, 8, 32)]}, "2 layers need as many caches, got 1"),
+        ({"keys": [torch.zeros(1, 2, 8, 32)]}, "2 layers of 1 sequences need a cache for each layer.*got 1"),
         ({"keys": [torch.zeros(1, 3, 8, 32)] * 2}, r"a cache must be \[1, 2, capacity, 32\]"),
         ({"keys": [torch.zeros(1, 2, 8, 32).bfloat16()] * 2}, "of the input's dtype"),
         ({"keys": [torch.zeros(1, 2, 32, 8).transpose(2, 3)] * 2}, "whole heads"),
         ({"keys": [torch.zeros(1, 2, 16, 32)] * 2}, "the same strides"),
         ({"lengths": [8, 4]}, "a cache of 8 tokens has no room for 1 behind 8"),
+        ({"lengths": [4]}, "as many values, lengths and first places as keys are needed, got 2, 1 and 2 for 2"),
+        (
+            {
+                "x": torch.randn(2, 1, 96),
+                "mask": torch.ones(2, 5, dtype=torch.bool),
+                "lengths": [4] * 4,
+                "firsts": [0] * 4,
+            }
+            | {name: [torch.zeros(1, 2, 8, 32)] * 4 for name in ("keys", "values")},
+            "sequences with caches of their own have no mask",
+        ),
         ({"lengths": [-1, 4]}, "no room"),
         ({"firsts": [-1, 0]}, "no room"),
         ({"mask": torch.ones(1, 4, dtype=torch.bool)}, r"mask must be contiguous bool or int64 \[1, 5\]"),

@@ -144,7 +144,7 @@ def test_other_arguments_that_do_not_fit_are_named() -> None:
         (r"linear: input must be .* got int64 \[3, 256\]", ops.linear, x.long(), ONE),
         (r"bias must be floating-point \[64\], got float32 \[63\]", ops.linear, x, ONE, torch.ones(63)),
         (r"act_pre_scale must be floating-point \[256\], got int64", ops.linear, x, ONE, None, torch.arange(K)),
-        ("activation must be 'float', 'high' or 'int8', got 'int4'", ops.linear, x, ONE, None, None, "int4"),
+        ("activation must be 'float', 'exact', 'high' or 'int8', got 'int4'", ops.linear, x, ONE, None, None, "int4"),
         (r"qdata must be uint8 \[N, 128\], got uint8 \[2, 64, 128\]", ops.linear, x, experts),
         (r"qdata must be uint8 \[E, N, 128\], got uint8 \[64, 128\]", ops.grouped_linear, x, ends, ONE),
         (r"offsets must be integers \[2\], got int32 \[1\]", ops.grouped_linear, x, ends[:1], experts),

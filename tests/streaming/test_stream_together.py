@@ -41,7 +41,7 @@ WORKERS = """
             return real(self, piece, weight)
         work.Worker._result = result
         if what == "hang":
-            stream.quantize_files = lambda *args: run.quantize_files(*args, patience=1.5)
+            stream.quantize_files = lambda *args, **named: run.quantize_files(*args, **named, patience=1.5)
         parent = place / what
         sys.stderr, sys.stdout = (open(parent / f"{number}.{kind}", "w") for kind in ("err", "out"))
         command = ["quantize", dense, str(parent / "out"), "--max-shard-size", "20KB", "--workers-join"]

@@ -224,7 +224,7 @@ class Member {
   void finish() {
     if (d_.final_norm && s_.last_layer == (int64_t)d_.layers.size()) norm(d_.final_norm, residual_, residual_);
     const int64_t size = size_of(s_.type), step = (d_.hidden + team_.size() - 1) / team_.size();
-    team_.share(counter(s_.caches.size(), 0), d_.hidden, step, [&](int64_t first, int64_t last) {
+    team_.share(counter((size_t)(s_.last_layer - s_.first_layer), 0), d_.hidden, step, [&](int64_t first, int64_t last) {
       for (int64_t m = 0; m < M_; ++m)
         k_.from_float(residual_ + m * d_.hidden + first, last - first, s_.type, (char*)s_.y + (m * d_.hidden + first) * size);
     });
@@ -248,8 +248,9 @@ class Member {
 
 bool run_decoder(const Decoder& d, const DecoderStep& s) {
   const int64_t M = s.batch * s.tokens, threads = num_threads();
+  const auto layers = (size_t)(s.last_layer - s.first_layer);
   int64_t pieces = 1;
-  for (size_t i = 0; i < s.caches.size(); ++i)
+  for (size_t i = 0; i < layers; ++i)
     for (int64_t t = 1; t <= threads; ++t) pieces = std::max(pieces, MemberAttention::pieces_of(d, s, i, t).count);
   int64_t chosen = 1;
   for (const DecoderLayer& l : d.layers)
@@ -262,7 +263,7 @@ bool run_decoder(const Decoder& d, const DecoderStep& s) {
   Shared shared;
   float** const buffers[] = {&shared.qkv, &shared.partial, &shared.o, &shared.h, &shared.down};
   for (size_t i = 0; i < std::size(sizes); ++i) *buffers[i] = memory, memory += floats_of(sizes[i]);
-  shared.next = std::make_unique<std::atomic<int64_t>[]>(s.caches.size() * kCountersPerLayer + 1);
+  shared.next = std::make_unique<std::atomic<int64_t>[]>(layers * kCountersPerLayer + 1);
   Team::run([&](Team& team) { Member(d, s, shared, team).run(); });
   return !shared.failed;
 }

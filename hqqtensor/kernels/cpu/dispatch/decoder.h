@@ -63,21 +63,22 @@ struct Rope {
   int64_t width;           // of a head: the rest of it stays as it is
 };
 
-// Old keys and values of one layer as packed blocks [block][head_dim], those of a head one behind the other:
-// [batch][kv_heads][blocks].
+// Old keys and values of one sequence in one layer as packed blocks [block][head_dim], those of a head one behind the other:
+// [kv_heads][blocks].
 struct PackedCache {
   int64_t blocks = 0, block = 0;  // how many of a head, and tokens of one
   // The weight that block i of all is. It must be safe to call from several threads.
   std::function<Weight(int64_t i)> keys, values;
 };
 
-// Keys and values of one layer: [batch][kv_heads][capacity][head_dim]. Those of the new tokens are written behind `length`.
+// Keys and values of one sequence in one layer: [kv_heads][capacity][head_dim]. Those of the new tokens are written behind
+// `length`.
 struct LayerCache {
   char *keys, *values;
-  int64_t batch_stride, head_stride;  // numbers
-  int64_t length;                     // tokens that are there already
-  int64_t first;                      // place in the sequence of the first of them
-  PackedCache packed;                 // tokens before these
+  int64_t head_stride;  // numbers
+  int64_t length;       // tokens that are there already
+  int64_t first;        // place in the sequence of the first of them
+  PackedCache packed;   // tokens before these
 
   int64_t packed_tokens() const { return packed.blocks * packed.block; }
 };
@@ -89,9 +90,12 @@ struct DecoderStep {
   int64_t batch, tokens;
   int64_t first_layer, last_layer;  // layers [first, last) run; the final norm only if the last one of all is among them
   std::vector<Rope> ropes;
-  std::vector<LayerCache> caches;  // of these layers
+  std::vector<LayerCache> caches;  // [layers that run][batch]
   const uint8_t* mask;  // [batch][mask_columns]: 0 for tokens of the sequence that no token sees; null: there are none
   int64_t mask_columns;
+
+  // Of the i-th layer that runs and sequence b.
+  const LayerCache& cache(size_t i, int64_t b) const { return caches[i * (size_t)batch + (size_t)b]; }
 };
 
 // False, and y and the new places of the caches hold nothing of use, if no kernel serves the activations: with 8-bit ones,

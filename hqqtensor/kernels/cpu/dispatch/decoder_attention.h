@@ -5,20 +5,21 @@
 
 #include "dispatch/decoder.h"
 #include "dispatch/member_products.h"
+#include "dispatch/pieces.h"
 
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kLeastTokens = 32, kMostTokens = 512;  // of a cache that are one piece of work
-constexpr int64_t kMostPacked = 256;                     // of packed ones, which are made dense in the second level of cache
+constexpr int64_t kMostPacked = 256;  // packed tokens that are one piece, which are made dense in the second level of cache
 
-// How the tokens of a layer's cache are shared out: first runs of packed blocks, then the others.
+// How the tokens of a layer's caches are shared out, of each sequence alike: first runs of packed blocks, then the others.
 struct Pieces {
-  int64_t packed;  // pieces of packed tokens
-  int64_t run;     // packed blocks of one
-  int64_t first;   // token of the others that is the first one seen
-  int64_t size;    // tokens of a piece
-  int64_t count;   // of all pieces
+  int64_t run;    // packed blocks of a piece
+  int64_t size;   // tokens of a piece
+  int64_t count;  // pieces of the longest sequence; those that a shorter one lacks are empty
+
+  // Pieces of packed tokens.
+  int64_t packed(const LayerCache& c) const { return (c.packed.blocks + run - 1) / run; }
 };
 
 // What a member does of attention.
@@ -53,27 +54,34 @@ class MemberAttention {
 
   // Pieces of the cache of the i-th layer, the same for all members.
   static Pieces pieces_of(const Decoder& d, const DecoderStep& s, size_t i, int64_t threads) {
-    const int64_t length = s.caches[i].length, window = layer_of(d, s, i).window, total = length + s.tokens;
-    const int64_t first = window > 0 ? std::max<int64_t>(0, length - window + 1) : 0, heads = s.batch * d.kv_heads;
-    const int64_t even = ((total - first) * heads / (6 * threads) + 31) / 32 * 32;
-    const int64_t size = std::clamp(even, kLeastTokens, kMostTokens);
-    const PackedCache& packed = s.caches[i].packed;
-    const int64_t blocks = std::max<int64_t>(1, packed.block ? kMostPacked / packed.block : 1);
-    const int64_t run = std::clamp<int64_t>(packed.blocks * heads / (6 * threads), 1, blocks);
-    const int64_t of_packed = (packed.blocks + run - 1) / run;
-    return {of_packed, run, first, size, of_packed + (total - first + size - 1) / size};
+    const int64_t window = layer_of(d, s, i).window;
+    const auto tokens = [&](const LayerCache& c) { return c.length + s.tokens - first_seen(c, window); };
+    int64_t all_tokens = 0, all_blocks = 0, block = 1;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      const LayerCache& c = s.cache(i, b);
+      all_tokens += tokens(c), all_blocks += c.packed.blocks, block = std::max(block, c.packed.block);
+    }
+    const int64_t most_blocks = std::max<int64_t>(1, kMostPacked / block);
+    Pieces p{.run = std::clamp<int64_t>(all_blocks * d.kv_heads / (6 * threads), 1, most_blocks),
+             .size = piece_size(all_tokens * d.kv_heads, threads),
+             .count = 0};
+    for (int64_t b = 0; b < s.batch; ++b) {
+      const LayerCache& c = s.cache(i, b);
+      p.count = std::max(p.count, p.packed(c) + (tokens(c) + p.size - 1) / p.size);
+    }
+    return p;
   }
 
   // One piece of the tokens of one head of keys and values of one sequence. New keys and values in it are written first.
   void attend(size_t i, const Pieces& pieces, int64_t item) {
     const int64_t piece = item % pieces.count, b = item / pieces.count / d_.kv_heads, head = item / pieces.count % d_.kv_heads;
-    if (piece < pieces.packed) return attend_packed(i, pieces, piece, b, head);
-    const LayerCache& cache = s_.caches[i];
+    const LayerCache& cache = s_.cache(i, b);
+    if (piece < pieces.packed(cache)) return attend_packed(i, pieces, piece, b, head);
     const DecoderLayer& l = layer_of(d_, s_, i);
     const int64_t dim = d_.head_dim, size = size_of(s_.type);
-    const int64_t from = pieces.first + (piece - pieces.packed) * pieces.size;
+    const int64_t from = first_seen(cache, l.window) + (piece - pieces.packed(cache)) * pieces.size;
     const int64_t to = std::min(from + pieces.size, cache.length + s_.tokens);
-    const int64_t at = (b * cache.batch_stride + head * cache.head_stride) * size;
+    const int64_t at = head * cache.head_stride * size;
     char *keys = cache.keys + at, *values = cache.values + at;
     for (int64_t t = std::max(from, cache.length); t < to; ++t) {
       const int64_t m = b * s_.tokens + t - cache.length;
@@ -94,26 +102,17 @@ class MemberAttention {
   void join(int64_t pieces) {
     const int64_t dim = d_.head_dim;
     for (int64_t m = 0; m < s_.batch * s_.tokens; ++m)
-      for (int64_t head = 0; head < d_.heads; ++head) {
-        float *const out = line_ + (m * d_.heads + head) * dim, largest = -INFINITY, total = 0;
-        for (int64_t c = 0; c < pieces; ++c) {
-          const float* const p = partial(m, head, c, pieces) + dim;
-          if (p[1] > 0) largest = std::max(largest, p[0]);
-        }
-        std::fill_n(out, dim, 0.0f);
-        for (int64_t c = 0; c < pieces; ++c) {
-          const float* const p = partial(m, head, c, pieces);
-          if (!(p[dim + 1] > 0)) continue;
-          const float weight = std::exp(p[dim] - largest);
-          total += weight * p[dim + 1];
-          for (int64_t j = 0; j < dim; ++j) out[j] += weight * p[j];
-        }
-        const float inverse = total > 0 ? 1 / total : 0;
-        for (int64_t j = 0; j < dim; ++j) out[j] *= inverse;
-      }
+      for (int64_t head = 0; head < d_.heads; ++head)
+        join_pieces(partial(m, head, 0, pieces), d_.heads * (dim + 2), pieces, dim, -INFINITY,
+                    line_ + (m * d_.heads + head) * dim);
   }
 
  private:
+  // The token in the buffers of a cache that is the first one seen by any new token.
+  static int64_t first_seen(const LayerCache& c, int64_t window) {
+    return window > 0 ? std::max<int64_t>(0, c.length - window + 1) : 0;
+  }
+
   // A head of a new token, normalized where the family does that and turned, into `out`.
   void turned(const float* head, const float* weight, int64_t rope, int64_t m, float* out) {
     const int64_t dim = d_.head_dim;
@@ -137,11 +136,11 @@ class MemberAttention {
 
   // The same for packed tokens, which are made dense in the cache of this core.
   void attend_packed(size_t i, const Pieces& pieces, int64_t piece, int64_t b, int64_t head) {
-    const PackedCache& packed = s_.caches[i].packed;
+    const PackedCache& packed = s_.cache(i, b).packed;
     const int64_t dim = d_.head_dim, first = piece * pieces.run, last = std::min(first + pieces.run, packed.blocks);
     float *const keys = dense_, *const values = dense_ + kMostPacked * dim;
     for (int64_t block = first; block < last; ++block) {
-      const int64_t which = (b * d_.kv_heads + head) * packed.blocks + block, at = (block - first) * packed.block * dim;
+      const int64_t which = head * packed.blocks + block, at = (block - first) * packed.block * dim;
       k_.dequantize_rows(packed.keys(which), 0, packed.block, DType::f32, (char*)(keys + at), dim, head_);
       k_.dequantize_rows(packed.values(which), 0, packed.block, DType::f32, (char*)(values + at), dim, head_);
     }

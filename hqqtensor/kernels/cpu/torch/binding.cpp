@@ -35,6 +35,8 @@ constexpr Operator kDequantizeInto{"tttTLisiii", dequantize_into, "hqqtensor::re
 constexpr Operator kEmbedding{"tttTLisiiii", embedding, "hqqtensor::registry_embedding"};
 
 constexpr Operator kColumnSpread{"ti", column_spread, nullptr};
+constexpr Operator kAttention{"tttTTff", attention, "hqqtensor::registry_attention"};
+
 constexpr Operator kSolve{"tiiis", solve, nullptr};
 constexpr Operator kAssign{"ttttiii", assign, nullptr};
 constexpr Operator kSolveLevels{"ttttifiis", solve_levels, nullptr};
@@ -123,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("embedding", entry<kEmbedding, Mode::automatic>);
   m.impl("_cpu_embedding", entry<kEmbedding, Mode::by_name>);
   m.impl("_column_spread", entry<kColumnSpread, Mode::automatic>);
+  m.impl("attention", entry<kAttention, Mode::automatic>);
+  m.impl("_cpu_attention", entry<kAttention, Mode::by_name>);
   m.impl("_solve", entry<kSolve, Mode::automatic>);
   m.impl("_assign", entry<kAssign, Mode::automatic>);
   m.impl("_solve_levels", entry<kSolveLevels, Mode::automatic>);

@@ -128,16 +128,19 @@ bool pick_rows(const Tensor& table, const std::vector<int64_t>& places, int64_t 
   return true;
 }
 
-// Places of the new tokens of each sequence: of position_ids [batch or 1, tokens], or those behind `length`.
-std::vector<int64_t> places_of(const Tensor& position_ids, int64_t batch, int64_t tokens, int64_t length) {
+// Places of the new tokens of each sequence: of position_ids [batch or 1, tokens], or those behind the tokens of the caches,
+// of which sequence b has lengths[b].
+std::vector<int64_t> places_of(const Tensor& position_ids, int64_t tokens, const std::vector<int64_t>& lengths) {
   std::vector<int64_t> all, given;
+  const auto batch = (int64_t)lengths.size();
   if (position_ids) {
     const bool fits = position_ids.dim() == 2 && position_ids.size(1) == tokens && is_integer(position_ids.scalar()) &&
                       (position_ids.size(0) == batch || position_ids.size(0) == 1);
     HQQ_CHECK(fits, "decoder: position_ids must be integers [", batch, ", ", tokens, "], got ", position_ids);
     given = integers_of(position_ids);
   } else {
-    for (int64_t t = 0; t < tokens; ++t) given.push_back(length + t);
+    for (const int64_t length : lengths)
+      for (int64_t t = 0; t < tokens; ++t) given.push_back(length + t);
   }
   for (int64_t i = 0; i < batch * tokens; ++i) all.push_back(given[(size_t)i % given.size()]);
   return all;
@@ -169,8 +172,9 @@ std::unique_ptr<PackedWeights> packed_states(const Decoder& d, const Tensor* par
   return weights;
 }
 
-LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, int64_t batch, int64_t tokens, Scalar scalar,
-                    int64_t length, int64_t first) {
+// That of sequence b of `batch` whose keys and values lie in the same two tensors.
+LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, int64_t b, int64_t batch, int64_t tokens,
+                    Scalar scalar, int64_t length, int64_t first) {
   for (const Tensor* t : {&keys, &values}) {
     const bool fits = t->dim() == 4 && t->size(0) == batch && t->size(1) == d.kv_heads && t->size(3) == d.head_dim &&
                       t->scalar() == scalar && t->is_cpu() && t->stride(3) == 1 && t->stride(2) == d.head_dim;
@@ -181,7 +185,8 @@ LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, 
   }
   HQQ_CHECK(keys.stride(0) == values.stride(0) && keys.stride(1) == values.stride(1),
             "decoder: keys and values must have the same strides");
-  return {(char*)keys.mutable_data(), (char*)values.mutable_data(), keys.stride(0), keys.stride(1), length, first, {}};
+  const int64_t at = b * keys.stride(0) * size_of(*dtype_of(scalar));
+  return {(char*)keys.mutable_data() + at, (char*)values.mutable_data() + at, keys.stride(1), length, first, {}};
 }
 
 }  // namespace
@@ -288,7 +293,7 @@ bool decoder_run(Call& c) {
   const auto lengths = c.integers(), firsts = c.integers();
   const int64_t first_layer = c.integer(), last_layer = c.integer();
   const bool verify = c.integer() != 0;
-  const auto packed = c.optional_tensors();  // of each layer: qdata, scale, zero point of keys, then of values; or none at all
+  const auto packed = c.optional_tensors();  // of each cache: qdata, scale, zero point of keys, then of values; or none at all
   const auto settings = c.integers();        // nbits, group_size, axis of keys, axis of values
   check_complete(d);
   if (verify && owner->moved()) return false;
@@ -298,8 +303,12 @@ bool decoder_run(Call& c) {
   HQQ_CHECK(first_layer >= 0 && first_layer < last_layer && last_layer <= (int64_t)d.layers.size(), "decoder: layers ",
             first_layer, " to ", last_layer, " of ", (int64_t)d.layers.size());
   const auto layers = (size_t)(last_layer - first_layer);
-  HQQ_CHECK(keys.size() == layers && values.size() == layers && lengths.size() == layers && firsts.size() == layers,
-            "decoder: ", (int64_t)layers, " layers need as many caches, got ", (int64_t)keys.size());
+  const size_t caches = keys.size();  // one of all sequences for each layer, or one for each sequence
+  HQQ_CHECK(caches == layers || caches == layers * (size_t)x.size(0), "decoder: ", (int64_t)layers, " layers of ", x.size(0),
+            " sequences need a cache for each layer, or for each layer and sequence, got ", (int64_t)caches);
+  HQQ_CHECK(values.size() == caches && lengths.size() == caches && firsts.size() == caches,
+            "decoder: as many values, lengths and first places as keys are needed, got ", (int64_t)values.size(), ", ",
+            (int64_t)lengths.size(), " and ", (int64_t)firsts.size(), " for ", (int64_t)caches);
   HQQ_CHECK(!cos.empty() && cos.size() == sin.size(), "decoder: as many sines as cosines are needed");
   DecoderStep s{.x = x.data(),
                 .y = nullptr,
@@ -312,30 +321,40 @@ bool decoder_run(Call& c) {
                 .caches = {},
                 .mask = nullptr,
                 .mask_columns = 0};
-  HQQ_CHECK(packed.empty() || (packed.size() == 6 * layers && settings.size() == 4),
-            "decoder: packed states are 6 tensors of each layer with 4 settings, got ", (int64_t)packed.size(), " and ",
+  HQQ_CHECK(packed.empty() || (packed.size() == 6 * caches && settings.size() == 4),
+            "decoder: packed states are 6 tensors of each cache with 4 settings, got ", (int64_t)packed.size(), " and ",
             (int64_t)settings.size());
   std::vector<std::unique_ptr<PackedWeights>> states;
-  int64_t most = 0;
-  for (size_t i = 0; i < layers; ++i) {
-    HQQ_CHECK(d.layers[(size_t)first_layer + i].rope < (int64_t)cos.size(), "decoder: layer ", (int64_t)i,
-              " needs more cosines and sines");
-    s.caches.push_back(cache_of(d, keys[i], values[i], s.batch, s.tokens, x.scalar(), lengths[i], firsts[i]));
+  const int64_t together = caches == layers ? s.batch : 1;  // sequences in one cache
+  std::vector<int64_t> ends((size_t)s.batch);               // places behind the tokens of each sequence's caches
+  for (size_t j = 0; j < caches; ++j) {
+    const size_t i = j * (size_t)together / (size_t)s.batch;
+    const DecoderLayer& layer = d.layers[(size_t)first_layer + i];
+    HQQ_CHECK(layer.rope < (int64_t)cos.size(), "decoder: layer ", (int64_t)i, " needs more cosines and sines");
+    const PackedWeights *old_keys = nullptr, *old_values = nullptr;
     if (!packed.empty()) {
-      HQQ_CHECK(d.layers[(size_t)first_layer + i].window == 0, "decoder: layers with a window have no packed states");
-      PackedCache& to = s.caches.back().packed;
+      HQQ_CHECK(layer.window == 0, "decoder: layers with a window have no packed states");
       for (const size_t part : {0, 3})
-        states.push_back(packed_states(d, &packed[6 * i + part], s.batch, settings[0], settings[1], settings[part ? 3 : 2]));
-      const PackedWeights &keys = *states[states.size() - 2], &values = *states.back();
-      to.blocks = packed[6 * i].size(2), to.block = packed[6 * i].size(3);
-      HQQ_CHECK(packed[6 * i + 3].size(2) == to.blocks && packed[6 * i + 3].size(3) == to.block,
+        states.push_back(packed_states(d, &packed[6 * j + part], together, settings[0], settings[1], settings[part ? 3 : 2]));
+      old_keys = states[states.size() - 2].get(), old_values = states.back().get();
+      HQQ_CHECK(packed[6 * j + 3].size(2) == packed[6 * j].size(2) && packed[6 * j + 3].size(3) == packed[6 * j].size(3),
                 "decoder: as many packed values as keys are needed");
-      to.keys = [&keys](int64_t n) { return keys.at(n); };
-      to.values = [&values](int64_t n) { return values.at(n); };
     }
-    most = std::max(most, s.caches.back().packed_tokens() + firsts[i] + lengths[i] + s.tokens);
+    for (int64_t b = 0; b < together; ++b) {
+      LayerCache cache = cache_of(d, keys[j], values[j], b, together, s.tokens, x.scalar(), lengths[j], firsts[j]);
+      if (old_keys) {
+        PackedCache& to = cache.packed;
+        to.blocks = packed[6 * j].size(2), to.block = packed[6 * j].size(3);
+        const int64_t before = b * d.kv_heads * to.blocks;  // blocks of the sequences before this one
+        to.keys = [old_keys, before](int64_t n) { return old_keys->at(before + n); };
+        to.values = [old_values, before](int64_t n) { return old_values->at(before + n); };
+      }
+      int64_t& end = ends[s.caches.size() % (size_t)s.batch];
+      end = std::max(end, cache.packed_tokens() + cache.first + cache.length);
+      s.caches.push_back(std::move(cache));
+    }
   }
-  const auto places = places_of(positions, s.batch, s.tokens, most - s.tokens);
+  const auto places = places_of(positions, s.tokens, ends);
   std::vector<std::vector<float>> angles(2 * cos.size());
   for (size_t i = 0; i < cos.size(); ++i) {
     HQQ_CHECK(cos[i].dim() == sin[i].dim() && cos[i].size(-1) == sin[i].size(-1),
@@ -344,8 +363,10 @@ bool decoder_run(Call& c) {
       return false;
     s.ropes.push_back({angles[2 * i].data(), angles[2 * i + 1].data(), cos[i].size(1)});
   }
-  const auto seen = bytes_of_mask(mask, s.batch, most);
-  if (!seen.empty()) s.mask = seen.data(), s.mask_columns = most;
+  HQQ_CHECK(!mask || together == s.batch, "decoder: sequences with caches of their own have no mask");
+  s.mask_columns = ends[0] + s.tokens;
+  const auto seen = bytes_of_mask(mask, s.batch, s.mask_columns);
+  if (!seen.empty()) s.mask = seen.data();
   Tensor y = empty(x.sizes(), x.scalar());
   s.y = y.mutable_data();
   if (!run_decoder(d, s)) return false;

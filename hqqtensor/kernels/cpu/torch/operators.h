@@ -32,6 +32,9 @@ bool dequantize(Call&);
 bool dequantize_into(Call&);
 bool embedding(Call&);
 
+// As those above, see hqqtensor/ops/attention.py.
+bool attention(Call&);
+
 // Quantizing a matrix: see hqqtensor/kernels/cpu/__init__.py for what each does.
 bool column_spread(Call&);
 bool solve(Call&);

@@ -15,10 +15,12 @@ namespace {
 std::atomic<bool> standalone{false};
 std::mutex defining;
 
-// The schemas of hqqtensor/ops/definitions.py; tests/export/test_standalone.py compares them.
+// The schemas of hqqtensor/ops/definitions.py and attention.py; tests/export/test_standalone.py compares them.
 #define WEIGHT "Tensor qdata, Tensor scale, Tensor? zero_point"
 #define SETTINGS "Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features"
 constexpr const char* kOperators[][2] = {
+    {"attention",
+     "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scaling, float softcap) -> Tensor"},
     {"dequantize", "(" WEIGHT ", " SETTINGS ", ScalarType dtype) -> Tensor"},
     {"dequantize_into", "(Tensor(a!) out, " WEIGHT ", " SETTINGS ") -> ()"},
     {"embedding", "(Tensor indices, " WEIGHT ", " SETTINGS ", ScalarType dtype) -> Tensor"},

@@ -4,9 +4,7 @@ The steps are those of vllm/model_executor/layers/quantization/torchao.py (from_
 model_executor/model_loader/weight_utils.py (the "torchao" strategy) and layers/linear.py (the weight loaders).
 """
 
-import importlib.metadata
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from hqqtensor import HqqConfig, HQQTensor, load_model, quantize_
 from hqqtensor.cli import main
-from hqqtensor.integrations.vllm import HqqStoredConfig, for_vllm, register
+from hqqtensor.integrations.vllm.torchao_checkpoint import HqqStoredConfig, for_vllm
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
@@ -251,21 +249,12 @@ def test_stored_configs_are_checked() -> None:
         )
 
 
-def test_vllm_finds_the_plugin_and_it_may_run_again() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    group = "vllm.general_plugins"
-    ((name, value),) = project["entry-points"][group].items()
-    assert importlib.metadata.EntryPoint(name, value, group).load() is register
-    register()
-    register()
-
-
-def test_a_worker_that_ran_the_plugin_alone_reads_config_and_files(directory: Path) -> None:
+def test_a_process_that_imported_hqqtensor_alone_reads_config_and_files(directory: Path) -> None:
     code = f"""
 import json
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-from hqqtensor.integrations.vllm import register
-register()
+import hqqtensor.registration
+hqqtensor.registration.register()
 from safetensors import safe_open
 from torchao.core.config import config_from_dict
 entry = json.load(open({str(directory / "config.json")!r}))["quantization_config"]["quant_type"]["default"]

@@ -1,13 +1,11 @@
-"""vLLM, through its torchao loader: a checkpoint and a ``quantization_config`` that it accepts.
+"""For ``convert --to vllm``: a checkpoint and a ``quantization_config`` that vLLM's torchao loader accepts.
 
 vLLM creates a linear layer's weight with torchao's ``quantize_`` and the stored config, on memory that is not
 initialised, then copies slices of the checkpoint's tensor subclasses into slices of it. So the config here creates a
-packed weight of zeros in the right geometry and solves nothing. ``register`` is a ``vllm.general_plugins`` entry point:
-vLLM calls it in each of its processes. Nothing of vLLM is changed.
+packed weight of zeros in the right geometry and solves nothing.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +23,6 @@ from hqqtensor.tensor import HQQTensor
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Layers that vLLM's models of the Llama kind (Llama, Mistral, Qwen, Gemma, ...) join into one."""
-
-
-def register() -> None:
-    """Import hqqtensor, which registers with torchao; vLLM's plugin loader calls this, any number of times."""
-    importlib.import_module("hqqtensor")
 
 
 @dataclasses.dataclass(frozen=True)
