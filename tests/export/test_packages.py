@@ -1,7 +1,10 @@
 """AOTInductor packages of quantized models, run by a Python without hqqtensor and by a C++ program."""
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable())),
 ]
-SOURCE = Path(__file__).parents[2] / "docs" / "examples" / "export" / "decode.cpp"
+DOCS = Path(__file__).parents[2] / "docs"
 NEW, CACHE = 8, 32
 FAST_TO_COMPILE = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
@@ -52,20 +55,18 @@ def language_package(language_model: LlamaForCausalLM, tmp_path_factory: pytest.
     return path
 
 
-@pytest.fixture(scope="module")
-def prompt_and_answer(language_model: LlamaForCausalLM) -> tuple[Tensor, list[int]]:
-    prompt = torch.randint(3, 96, (1, 11), generator=torch.manual_seed(3))
-    out = language_model.generate(
+def answer_to(model: LlamaForCausalLM, prompt: Tensor) -> list[int]:
+    out = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
         pad_token_id=0,
     )  # fmt: skip
-    return prompt, out[0, prompt.shape[1] :].tolist()
+    return out[0, prompt.shape[1] :].tolist()
 
 
 def test_a_packages_logits_and_tokens_are_those_of_the_model(
-    language_model: LlamaForCausalLM, language_package: Path, prompt_and_answer: tuple[Tensor, list[int]]
+    language_model: LlamaForCausalLM, language_package: Path
 ) -> None:
-    prompt, answer = prompt_and_answer
+    prompt = torch.randint(3, 96, (1, 11), generator=torch.manual_seed(3))
     package = torch._inductor.aoti_load_package(str(language_package))
     with torch.no_grad():
         for length in (1, 4, 11):
@@ -77,28 +78,29 @@ def test_a_packages_logits_and_tokens_are_those_of_the_model(
             position += ids.shape[1]
             ids = logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
-    assert tokens == answer
+    assert tokens == answer_to(language_model, prompt)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_a_program_in_cpp_decodes_the_same_tokens(
-    language_package: Path, prompt_and_answer: tuple[Tensor, list[int]], tmp_path: Path
+def test_the_program_in_cpp_that_the_page_builds_decodes_the_same_tokens(
+    language_model: LlamaForCausalLM, language_package: Path, tmp_path: Path
 ) -> None:
-    torch_folder, program = Path(torch.__file__).parent, tmp_path / "decode"
-    folders = [torch_folder / "lib", cpu.LIBRARY.parent]
-    command = ["g++", "-std=c++20", "-O0", str(SOURCE), "-o", str(program), "-isystem", str(torch_folder / "include")]
-    command += [f"-L{folder}" for folder in folders] + [f"-Wl,-rpath,{folder}" for folder in folders]
-    subprocess.run([*command, "-lhqqtensor_cpu", "-ltorch_cpu", "-lc10"], check=True)
-    prompt, answer = prompt_and_answer
+    (tmp_path / "docs").symlink_to(DOCS)
+    (tmp_path / "llama.pt2").symlink_to(language_package)
+    (block,) = re.findall(r"^```sh\n(.*?)^```", (DOCS / "export.md").read_text(), re.S | re.M)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = str(DOCS.parent)
 
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program, *map(str, words)], capture_output=True, text=True)
+    def run(script: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-ec", script]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    done = run(language_package, NEW, *prompt[0].tolist())
-    assert (done.returncode, done.stderr) == (0, "")
-    assert list(map(int, done.stdout.split())) == answer
-    missing = run(tmp_path / "missing.pt2", 1, 1)
-    assert missing.returncode == 1 and "Failed to initialize zip archive" in missing.stderr
+    done = run(block)
+    assert done.returncode == 0, done.stderr
+    assert list(map(int, done.stdout.split())) == answer_to(language_model, torch.tensor([[5, 8, 13]]))
+    missing = run("./decode missing.pt2 1 1")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert len(missing.stderr.splitlines()) == 1 and "file open failed" in missing.stderr
 
 
 def test_a_package_with_dynamic_batch_and_length_runs_without_hqqtensor(tmp_path: Path) -> None:
