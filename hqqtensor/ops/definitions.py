@@ -46,8 +46,13 @@ inputs weights may be rounded to bfloat16; "high", the same, and float32 inputs 
 """
 PRODUCTS = ("linear", "batched_linear", "grouped_linear")
 
-LIBRARY = torch.library.Library("hqqtensor", "DEF")
 OPS = torch.ops.hqqtensor
+if hasattr(OPS, "linear"):
+    raise ImportError(
+        "hqqtensor_define_operators() was called in this process, which is for processes that do not import hqqtensor: "
+        "import hqqtensor instead of calling it"
+    )
+LIBRARY = torch.library.Library("hqqtensor", "DEF")
 
 _RESULTS: dict[str, Callable[..., Tensor]] = {
     "dequantize": lambda w, dtype: w.qdata.new_empty(*w.qdata.shape[:-1], w.in_features, dtype=dtype),

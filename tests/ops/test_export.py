@@ -1,15 +1,10 @@
-"""Exported and compiled graphs: one operator for each product, and AOTInductor runs them without Python's registry."""
-
-from pathlib import Path
+"""Exported and compiled graphs: one operator for each product. Packages of AOTInductor: tests/export."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, quantize_
-from hqqtensor.kernels import cpu
-
-compiled = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
 
 def model(**settings: object) -> nn.Module:
@@ -64,13 +59,12 @@ def test_float32_precision_holds_in_compiled_graphs_and_is_fixed_in_exported_one
         torch.set_float32_matmul_precision(before)
 
 
-@compiled
-@pytest.mark.slow
-def test_aotinductor_runs_a_model_with_plain_and_quantized_scales(tmp_path: Path) -> None:
-    """torch's executor hands an empty list of tensors over as None, which the schemas must allow."""
-    m, x = model(dynamic_config={"2": {"quant_scale": True, "quant_zero": True}}), torch.randn(3, 64)
-    assert [bool(layer.weight.operand().meta) for layer in (m[0], m[2])] == [False, True]
+@pytest.mark.parametrize("strict", [False, True])
+def test_batch_and_length_may_be_dynamic(strict: bool) -> None:
+    m, dim = model(dynamic_config={"2": {"quant_scale": True, "quant_zero": True}}), torch.export.Dim
+    shapes = ({0: dim("batch", min=1, max=64), 1: dim("length", min=1, max=512)},)
     with torch.no_grad():
-        exported = torch.export.export(m, (x,))
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "m.pt2"))
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), m(x))
+        exported = torch.export.export(m, (torch.randn(3, 5, 64),), dynamic_shapes=shapes, strict=strict).module()
+        for batch, length in ((1, 1), (2, 40), (64, 1)):
+            x = torch.randn(batch, length, 64)
+            assert torch.equal(exported(x), m(x))

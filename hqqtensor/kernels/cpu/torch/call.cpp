@@ -7,11 +7,16 @@
 #include <cstring>
 #include <new>
 
+#include "torch/standalone.h"
+
 namespace hqqtensor {
 namespace {
 
-std::atomic<bool> automatic_choice{true};
+std::atomic<bool> automatic_choice{true}, choice_was_told{false};
 thread_local std::string last_error;
+
+// The operators that ask Python's registry are called kRegistry and the name of the public one.
+constexpr const char *kPublic = "hqqtensor::", *kRegistry = "hqqtensor::registry_";
 
 // An optional value is the address of a word that holds it, null where there is none.
 const StableIValue* pointee(StableIValue word) { return (const StableIValue*)word; }
@@ -128,6 +133,10 @@ void Call::give(std::string_view text) {
 }
 
 void Call::forward(const char* op) {
+  if (is_standalone())
+    fail(kPublic, std::string_view(op).substr(std::strlen(kRegistry)),
+         ": the compiled kernels do not serve this dtype or format, and the Python package hqqtensor, which does, is not "
+         "imported in this process (served: float32, bfloat16 and float16; formats \"int\" and \"codebook\")");
   forwarded_ = true;
   if (torch_call_dispatcher(op, "", stack_, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
   // torch before 2.13 does not tell what the error was: the operators in Python remember.
@@ -142,7 +151,12 @@ void Call::forward(const char* op) {
 
 bool choice_is_automatic() { return automatic_choice.load(std::memory_order_relaxed); }
 
-void set_choice_is_automatic(bool on) { automatic_choice = on; }
+void set_choice_is_automatic(bool on) {
+  automatic_choice = on;
+  choice_was_told = true;
+}
+
+bool package_is_imported() { return choice_was_told; }
 
 bool invoke(const Operator& op, Mode mode, StableIValue* stack, uint64_t arguments) noexcept {
   try {

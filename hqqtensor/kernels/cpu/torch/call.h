@@ -64,6 +64,8 @@ enum class Mode { automatic, by_name };
 // False while the choice of backend is Python's: another one is the process's default, or one was chosen for a block of code.
 bool choice_is_automatic();
 void set_choice_is_automatic(bool);
+// Whether the Python package is in this process: it says what the choice is when it is imported.
+bool package_is_imported();
 
 bool invoke(const Operator&, Mode, StableIValue* stack, uint64_t arguments) noexcept;
 // Throws the last error of `invoke` through torch. Errors of this library's C++ never cross the border: torch may have been
