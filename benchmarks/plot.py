@@ -116,17 +116,19 @@ def speed_quality(run: figures.Run) -> Figure:
         kind = "peer" if one["name"].startswith("llama.cpp") else one["kind"] if one["kind"] == "ours" else "other"
         axes.scatter(one["tokens/s"], one["kl"], s=3 * one["MB"], color=colors[kind], alpha=0.55, linewidths=0)
         label = f"{one['name'].removeprefix('hqqtensor ')}, {one['MB']:.0f} MB"
+        side = -1 if kind == "peer" else 1
         axes.annotate(
-            label, (one["tokens/s"], one["kl"]), xytext=(0, 4 + (3 * one["MB"]) ** 0.5 / 2), color=colors[kind],
-            textcoords="offset points", ha="center", fontsize=8.5,
+            label, (one["tokens/s"], one["kl"]), xytext=(side * (3 + (3 * one["MB"]) ** 0.5 / 2), 0), va="center",
+            color=colors[kind], textcoords="offset points", ha="left" if side > 0 else "right", fontsize=8.5,
         )  # fmt: skip
     for label, color in (("hqqtensor", BLUE), ("llama.cpp", OCHRE), ("others in transformers", PURPLE)):
         axes.scatter([], [], color=color, alpha=0.55, s=60, label=label, linewidths=0)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower left")
     axes.set_yscale("log")
     axes.invert_yaxis()
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.12, y=0.15)
+    axes.margins(x=0.05, y=0.12)
+    axes.set_xlim(right=1.35 * max(one["tokens/s"] for one in rows))
     axes.set_xlabel("tokens a second, generate() on two cores (farther right is better)")
     axes.set_ylabel("KL to the dense model (higher up is better)")
     axes.grid(alpha=0.2)
