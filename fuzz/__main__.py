@@ -20,7 +20,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2**62, help="inputs of each target, where they are done sooner")
     parser.add_argument("--first", type=int, help="number of the first input; default: others in every run")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="run this one input here, without a child process")
-    parser.add_argument("--coverage", action="store_true", help="let atheris choose damages by the code that they reach")
+    parser.add_argument(
+        "--coverage", action="store_true", help="let atheris choose damages by the code that they reach"
+    )
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     return parser.parse_args()
 
@@ -40,7 +42,10 @@ def main() -> int:
         result = run_targets([name], first, args.count, args.seconds)[name]
         counts[name] = {"inputs": result.inputs, "taken": result.taken, "findings": len(result.findings)}
         if not args.json:
-            print(f"{name}: {result.inputs} inputs from {first}, {result.taken} taken, {len(result.findings)} findings", flush=True)
+            print(
+                f"{name}: {result.inputs} inputs from {first}, {result.taken} taken, {len(result.findings)} findings",
+                flush=True,
+            )
         for place in save_findings(name, result.findings, FOLDER):
             last = result.findings[int(place.name)].strip().splitlines()[-1]
             print(f"  {place}: {last[:300]}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fuzz.mutate import DEEP, VALUES, damage_bytes, damage_json, json_text, number
+from fuzz.mutate import DEEP, damage_bytes, damage_json, json_text, number
 
 SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2,
@@ -103,7 +103,9 @@ def damage_tensors(rng: random.Random, tensors: list[Stored]) -> list[Stored]:
     if choice == 0:
         del out[at]
     elif choice == 1:
-        out.append(replace(t, name=rng.choice([t.name + "_", "x", t.name.replace("qdata", "scale"), "model." + t.name])))
+        out.append(
+            replace(t, name=rng.choice([t.name + "_", "x", t.name.replace("qdata", "scale"), "model." + t.name]))
+        )
     elif choice == 2:
         other = rng.randrange(len(out))
         out[at], out[other] = replace(t, name=out[other].name), replace(out[other], name=t.name)
@@ -139,7 +141,3 @@ def _filled(t: Stored, rng: random.Random) -> Stored:
         return replace(t, shape=[0])
     seed = t.data or rng.choice(PATTERNS)
     return replace(t, data=(seed * (size // len(seed) + 1))[:size])
-
-
-def odd_value(rng: random.Random) -> Any:
-    return rng.choice(VALUES)

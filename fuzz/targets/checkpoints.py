@@ -115,7 +115,6 @@ def _compare_with_numpy(weights: dict[str, HQQTensor], folder: Path) -> None:
             raise Wrong(f"{name}: the reader of docs/examples reads other numbers from {tensor!r}")
 
 
-
 TARGETS = (
     Target("checkpoint", _single, run, (CheckpointError,)),
     Target("index", _sharded, run, (CheckpointError,)),

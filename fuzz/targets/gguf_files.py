@@ -1,7 +1,6 @@
 """GGUF files of a tiny llama with a tensor of every type; cross-checked with the gguf package."""
 
 import random
-import struct
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,11 +123,6 @@ def _compare_header(file: GgufFile, gguf: Any) -> None:
         placed = file.tensors.get(t.name)
         if placed is None or placed.offset != t.data_offset or placed.shape != tuple(map(int, t.shape[::-1])):
             raise Wrong(f"{t.name}: the gguf package finds it at {t.data_offset}, {list(t.shape)}; here it is {placed}")
-
-
-def header_of(fields: Fields, data: bytes = b"") -> bytes:
-    """A file of these fields after the magic and version 3: for tests that write one by hand."""
-    return b"GGUF" + struct.pack("<I", 3) + join_fields(fields) + data
 
 
 TARGETS = (Target("gguf", _case, run, (CheckpointError,)),)

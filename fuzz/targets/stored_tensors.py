@@ -128,7 +128,10 @@ def _run_state(case: tuple[int, dict[str, Any], dict[str, bool]], folder: Path) 
         given = state.get(name)
         if isinstance(given, Tensor) and not given.is_meta:
             want, got = (t.dequantize() if isinstance(t, HQQTensor) else t for t in (given, tensor))
-            if got.shape != want.shape or not torch.equal(got.nan_to_num(), want.to(got.dtype).nan_to_num()):
+            # Scales in 8 or 4 bits are rounded where they are copied into plain ones of the model.
+            nested = [t.nested for t in (given, tensor) if isinstance(t, HQQTensor)]
+            error = float(want.abs().max()) / 64 if len(set(nested)) > 1 else 0.0
+            if got.shape != want.shape or not torch.allclose(got, want.to(got.dtype), 0, error, equal_nan=True):
                 raise Wrong(f"{name}: loaded {tensor!r} from {given!r}, and their numbers differ")
 
 
@@ -166,7 +169,9 @@ def _run_pickled(files: Files, folder: Path) -> None:
 
 
 TARGETS = (
-    Target("unflatten", lambda rng: _parts(rng, rng.choice(_weights())), _run_unflatten, (ValueError, TypeError, KeyError)),
+    Target(
+        "unflatten", lambda rng: _parts(rng, rng.choice(_weights())), _run_unflatten, (ValueError, TypeError, KeyError)
+    ),
     Target("load-state-dict", _state, _run_state, (RuntimeError, ValueError, TypeError)),
     Target("pickle", _pickled, _run_pickled, (Unreadable,)),
 )
