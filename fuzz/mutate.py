@@ -130,7 +130,7 @@ def json_text(rng: random.Random, value: Any) -> str:
 
 
 def damage_fields(rng: random.Random, fields: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Fields ``(code of struct, number)`` or ``("bytes", bytes)`` with one to three of them changed, lost or doubled."""
+    """Fields ``(code of struct, number)`` or ``("bytes", bytes)``, one to three of them changed, lost or doubled."""
     out = list(fields)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if not out:

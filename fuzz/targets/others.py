@@ -93,7 +93,7 @@ def _run_packed(files: Files, folder: Path) -> None:
         return np.frombuffer(t.data, dtype).reshape(t.shape)
 
     scales = state["0.weight"].scale
-    if stored["0.scales"].dtype != "F16" or "0.g_idx" in stored and stored["0.g_idx"].dtype != "I32":
+    if stored["0.scales"].dtype != "F16" or ("0.g_idx" in stored and stored["0.g_idx"].dtype != "I32"):
         return
     qweight, qzeros, scale = numbers("qweight", "<u4"), numbers("qzeros", "<u4"), numbers("scales", "<f2")
     rows, bits = scale.shape[1], settings.nbits

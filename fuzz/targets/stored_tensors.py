@@ -24,7 +24,8 @@ def _weights() -> list[HQQTensor]:
     torch.manual_seed(0)
     meta = {"quant_scale": True, "quant_zero": True}
     configs = [
-        HqqConfig(4, 16), HqqConfig(3, 16, axis=0), HqqConfig(4, 8, **meta, meta_nbits=4), HqqConfig(8, 8, axis=0, **meta),
+        HqqConfig(4, 16), HqqConfig(3, 16, axis=0), HqqConfig(4, 8, **meta, meta_nbits=4),
+        HqqConfig(8, 8, axis=0, **meta),
         HqqConfig(4, 32, format="nf4"), HqqConfig(8, 32, format="fp8"), HqqConfig(6, 32, format="fp6"),
         HqqConfig(4, 32, format="codebook", codebook="row"), HqqConfig(2, 32, format="codebook"),
         HqqConfig(4, 32, rotation=True), HqqConfig(4, 16, solver="column_scaled"), HqqConfig(4, 16, view_as_float=True),
