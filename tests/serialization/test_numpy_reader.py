@@ -67,7 +67,9 @@ def test_it_reads_every_width_format_axis_and_quantized_metadata(
             q = HQQTensor.from_hp(torch.randn(50, columns).to(dtype), HqqConfig(**settings))
             weights[f"w{place}_{columns}"] = nn.Parameter(q, requires_grad=False)
     weights["odd"] = nn.Parameter(HQQTensor.from_hp(torch.randn(7, 13).to(dtype), HqqConfig(3, 5, **NESTED)), False)
-    weights["rows"] = nn.Parameter(HQQTensor.from_hp(torch.randn(50, 9).to(dtype), HqqConfig(4, 6, axis=0))[5:20], False)
+    weights["rows"] = nn.Parameter(
+        HQQTensor.from_hp(torch.randn(50, 9).to(dtype), HqqConfig(4, 6, axis=0))[5:20], False
+    )
     weights["dense"] = nn.Parameter(torch.randn(5).to(dtype))
     save_model(weights, tmp_path)
     arrays = reader.read(tmp_path)
