@@ -1,4 +1,4 @@
-"""Our checkpoints: one file, torchao's entries, shards with an index; cross-checked with docs/examples/read_numpy.py."""
+"""Our checkpoints: one file, torchao's entries, shards with an index; checked with docs/examples/read_numpy.py."""
 
 import importlib.util
 import json
