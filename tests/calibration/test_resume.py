@@ -293,3 +293,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "batches.pt").write_bytes(b"x")
     with pytest.raises(ResumeError, match=r"batches\.pt is damaged"):
         folder().load("batches", torch.device("cpu"))
+    for text in ("{", "[]", "5", '{"model": ' + "[" * 100_000):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ResumeError, match=r"run\.json is damaged"):
+            folder().open("mode", "text")
