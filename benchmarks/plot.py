@@ -116,10 +116,13 @@ def speed_quality(run: figures.Run) -> Figure:
         kind = "peer" if one["name"].startswith("llama.cpp") else one["kind"] if one["kind"] == "ours" else "other"
         axes.scatter(one["tokens/s"], one["kl"], s=3 * one["MB"], color=colors[kind], alpha=0.55, linewidths=0)
         label = f"{one['name'].removeprefix('hqqtensor ')}, {one['MB']:.0f} MB"
-        side = -1 if kind == "peer" else 1
+        away = 3 + (3 * one["MB"]) ** 0.5 / 2
+        offset, ha, va = {"ours": ((away, 0), "left", "center"), "peer": ((-away, 0), "right", "center")}.get(
+            kind, ((0, -away), "left", "top")
+        )
         axes.annotate(
-            label, (one["tokens/s"], one["kl"]), xytext=(side * (3 + (3 * one["MB"]) ** 0.5 / 2), 0), va="center",
-            color=colors[kind], textcoords="offset points", ha="left" if side > 0 else "right", fontsize=8.5,
+            label, (one["tokens/s"], one["kl"]), xytext=offset, textcoords="offset points", ha=ha, va=va,
+            color=colors[kind], fontsize=8.5,
         )  # fmt: skip
     for label, color in (("hqqtensor", BLUE), ("llama.cpp", OCHRE), ("others in transformers", PURPLE)):
         axes.scatter([], [], color=color, alpha=0.55, s=60, label=label, linewidths=0)

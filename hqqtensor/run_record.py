@@ -37,8 +37,10 @@ def check_same(folder: Path, run: Mapping[str, Any]) -> None:
     """ResumeError, naming the differences, where the run that ``folder`` holds is of another call than ``run``."""
     try:
         kept = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ResumeError(f"{folder / NAME} is damaged; remove the folder") from None
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply to be ours
+        kept = None
+    if not isinstance(kept, dict):
+        raise ResumeError(f"{folder / NAME} is damaged; remove the folder")
     different = _differences(kept, json.loads(json.dumps(run)))
     if different:
         raise ResumeError(

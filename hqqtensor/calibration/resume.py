@@ -89,13 +89,18 @@ class ResumeFolder(os.PathLike[str]):
             return
         check_same(self.path, self.run)
         for file in sorted(self.path.glob("weights-*.pt")):
-            step = torch.load(file, map_location="cpu", mmap=self.is_mapped)
-            self.steps[step["step"]] = step["weights"]
+            step = _read(file, CPU, self.is_mapped)
+            if not isinstance(step, dict) or not isinstance(step.get("step"), str):
+                raise ResumeError(f"{file} is damaged; remove the folder")
+            weights = step.get("weights")
+            if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+                raise ResumeError(f"{file} is damaged; remove the folder")
+            self.steps[step["step"]] = weights
 
     def load(self, name: str, device: torch.device, mmap: bool = False) -> Any:
-        """What ``save`` was given under this name; None where it was not."""
+        """What ``save`` was given under this name; None where it was not, ResumeError where the file is damaged."""
         file = self.path / f"{name}.pt"
-        return torch.load(file, map_location=device, mmap=mmap) if file.is_file() else None
+        return _read(file, device, mmap) if file.is_file() else None
 
     def save(self, name: str, value: Any) -> None:
         """Keep tensors and plain values under a name."""
@@ -149,6 +154,16 @@ def calibrated(
     seen = {f.name: getattr(calibration, f.name) for f in dataclasses.fields(calibration) if f.name != "batches"}
     folder.save("calibration", seen | {"experts": {k: vars(v) for k, v in calibration.experts.items()}})
     return calibration
+
+
+def _read(file: Path, device: torch.device, mmap: bool) -> Any:
+    try:
+        return torch.load(file, map_location=device, mmap=mmap, weights_only=True)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle raises anything: struct.error, IndexError, TypeError
+        first = (str(error).splitlines() or [""])[0]
+        raise ResumeError(f"{file} is damaged; remove the folder ({first})") from None
 
 
 def _sample(parameter: Tensor) -> Tensor:

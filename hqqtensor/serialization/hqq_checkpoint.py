@@ -43,8 +43,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     for module, entries in loaded.items():
         if not isinstance(module, str) or not isinstance(entries, Mapping):
             raise CheckpointError(f"{path}: {module!r} is no module with its entries")
+        if not all(map(_holds_numbers, entries.values())):
+            raise CheckpointError(f"{path}: {module!r} has a tensor that is sparse or holds no numbers")
         flat |= {f"{module}.{key}" if module else str(key): value for key, value in entries.items()}
     return from_flat(flat)
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether all tensors in a value are plain ones in memory: a pickle may bring those of the meta device too."""
+    if isinstance(value, Mapping):
+        return all(map(_holds_numbers, value.values()))
+    return not isinstance(value, Tensor) or (value.layout is torch.strided and value.device.type == "cpu")
 
 
 def from_flat(flat: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -114,6 +114,8 @@ def check(
         short = axis == 0 and format == "int" and nbits in META_NBITS and view == torch.uint8
         if not short or qdata.shape != (*lead, rows, meta_bytes(columns, nbits)):
             raise ValueError(f"qdata must be {[*lead, rows, width]} bytes, got {list(qdata.shape)} {view}")
+    if view != torch.uint8 and qdata.stride(-1) != 1:
+        raise ValueError(f"qdata viewed as {view} must have its rows in one piece, got strides {qdata.stride()}")
     _check_numbers("scale", scale, expected, qdata.device)
     fmt = get_format(format)
     if fmt.learned:

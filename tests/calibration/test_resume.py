@@ -271,3 +271,29 @@ def test_a_run_that_was_killed_goes_on_in_another_process(tmp_path: Path) -> Non
     assert calls.names()[0] == "finished before" and "model.layers.0.mlp.down_proj.weight" not in calls.names()
     same(model, want)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    def folder() -> ResumeFolder:
+        run = ResumeFolder(tmp_path)
+        run.describe(nn.Linear(2, 2), {"nbits": 4}, ["0.weight"], "a model")
+        return run
+
+    run = folder()
+    run.open("mode", "text")
+    run.save("batches", [torch.arange(3)])
+    run.finish("step", {"0.weight": torch.ones(2)})
+    file = tmp_path / "weights-00000.pt"
+    whole = file.read_bytes()
+    torch.save({"step": "step"}, tmp_path / "other.pt")
+    for content in (whole[:100], b"", b"x" * 500, (tmp_path / "other.pt").read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(ResumeError, match=r"weights-00000\.pt is damaged; remove the folder"):
+            folder().open("mode", "text")
+    (tmp_path / "batches.pt").write_bytes(b"x")
+    with pytest.raises(ResumeError, match=r"batches\.pt is damaged"):
+        folder().load("batches", torch.device("cpu"))
+    for text in ("{", "[]", "5", '{"model": ' + "[" * 100_000):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ResumeError, match=r"run\.json is damaged"):
+            folder().open("mode", "text")

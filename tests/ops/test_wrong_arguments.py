@@ -214,7 +214,7 @@ def test_empty_weights_give_empty_results() -> None:
 
 @pytest.mark.parametrize("seed", [0, 10_000])
 def test_random_wrong_arguments_never_crash(seed: int) -> None:
-    script = Path(__file__).with_name("wrong_calls.py").read_text()
+    script = (Path(__file__).parents[2] / "fuzz" / "wrong_calls.py").read_text()
     found = run_fresh(script, seed, 1500)
     assert found.returncode == 0, found.stderr[-3000:]
     refused, served = map(int, found.stdout.split()[-2:])

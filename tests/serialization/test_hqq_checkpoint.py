@@ -345,3 +345,12 @@ def test_a_slice_of_rows_keeps_its_groups_when_exported() -> None:
     assert torch.equal(read_layer("x", export_layer("x", half)).dequantize(), tensor.dequantize()[:32])
     with pytest.raises(ValueError, match="does not divide"):
         export_layer("x", tensor[:33])
+
+
+@pytest.mark.parametrize("value", [torch.empty((), device="meta"), torch.ones(64, 1).to_sparse()])
+@pytest.mark.parametrize("key", ["nbits", "scale", "other"])
+def test_tensors_of_a_pickle_that_hold_no_numbers_are_refused(key: str, value: Tensor, tmp_path: Path) -> None:
+    for changed in ({key: value}, {"meta": {key: value}}):
+        torch.save({"0": {**entries(layer()), **changed}}, tmp_path / "qmodel.pt")
+        with pytest.raises(CheckpointError, match=r"qmodel\.pt: '0' has a tensor that is sparse or holds no numbers"):
+            load_model(nn.Sequential(nn.Linear(96, 64)), tmp_path)

@@ -23,6 +23,10 @@ SETTINGS = {
     "codebook_tensor": {"nbits": 4, "format": "codebook", "codebook": "tensor"},
     "nf4_int8_activations": {"format": "nf4", "activation": "int8"},
     "rotation_column_scaled": {"rotation": 128},
+    "int1": {"nbits": 1},
+    "fp4": {"format": "fp4"},
+    "fp6_axis0": {"format": "fp6", "axis": 0},
+    "fp8_nested8": {"format": "fp8", "nested": True},
 }
 
 
@@ -52,7 +56,7 @@ def empty(expected: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def test_every_kind_of_checkpoint_is_there() -> None:
-    assert len([path for path in SAVED if path.parent.name == "v1"]) == 14
+    assert len([path for path in SAVED if path.parent.name == "v1"]) == 18
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.name}")

@@ -183,3 +183,10 @@ def test_a_compiled_function_returns_a_weight_that_was_checked(dynamic: bool) ->
     for count in (3, 5):
         half, y = halves(q, torch.randn(count, 256))
         assert isinstance(half, HQQTensor) and torch.equal(half, q[:48]) and y.shape == (count, 96)
+
+
+def test_a_view_of_codes_that_cannot_be_undone_is_refused() -> None:
+    """Bytes of rows that are not in one piece cannot be read through a view of another size."""
+    w = HQQTensor.from_hp(torch.randn(24, 64), HqqConfig(4, 16, view_as_float=True))
+    with pytest.raises(ValueError, match="rows in one piece"):
+        w.with_data(qdata=w.qdata.t().contiguous().t())

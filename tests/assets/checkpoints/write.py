@@ -1,10 +1,12 @@
-"""Writes the checkpoints of one format version: ``python write.py v1``, once, with the code that defines the version.
+"""Writes the checkpoints of one format version: ``python write.py v1``, with the code that defines the version.
 
-Never run it again for a version that is there: those files are what users have, and later code must read them. Each
+It leaves folders that are there as they are: those files are what users have, and later code must read them. Each
 folder holds a checkpoint and ``expected.safetensors``, the dense values of its weights as that code read them.
 """
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,6 +26,10 @@ LAYERS = {
     "nf4_int8_activations": {"nbits": 4, "group_size": 64, "format": "nf4", "activation": "int8"},
     "rotation_column_scaled": {"nbits": 4, "group_size": 32, "solver": "column_scaled", "rotation": True},
     "view_as_float": {"nbits": 4, "group_size": 64, "view_as_float": True},
+    "int1": {"nbits": 1, "group_size": 16},
+    "fp4": {"nbits": 4, "group_size": 32, "format": "fp4"},
+    "fp6_axis0": {"nbits": 6, "group_size": 6, "format": "fp6", "axis": 0},
+    "fp8_nested8": {"nbits": 8, "group_size": 32, "format": "fp8", "quant_scale": True},
 }
 
 
@@ -81,5 +87,9 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    with backend("dequantize"), torch.no_grad():
-        main(Path(__file__).parent / sys.argv[1])
+    version = Path(__file__).parent / sys.argv[1]
+    with backend("dequantize"), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        main(Path(scratch, "new"))
+        for folder in Path(scratch, "new").iterdir():
+            if not (version / folder.name).exists():
+                shutil.copytree(folder, version / folder.name)
