@@ -275,7 +275,7 @@ int64_t max_rows_for_integers(const Weight& w, int digits) {
 // Measured: M from which numbers rounded to bf16 are faster than integers.
 int64_t max_rows_unrounded(const Weight& w) {
   if (w.axis == 0) return 8;
-  return !w.table.values && amx_serves(w) && (w.groups == 1 || w.group_size >= 64) ? 32 : 16;
+  return !w.table.values && amx_serves(w) && (w.groups == 1 || w.group_size >= 64) ? 16 : 15;
 }
 
 PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
