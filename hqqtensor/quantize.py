@@ -14,7 +14,7 @@ from hqqtensor.config import HqqConfig
 from hqqtensor.encode import check_weight
 from hqqtensor.parameters import QuantizedExtraRepr as QuantizedExtraRepr  # models pickled before have it from here
 from hqqtensor.parameters import replace_parameters, show_quantized
-from hqqtensor.selection import Choice, choose, row_dims
+from hqqtensor.selection import Choice, choose, counting, row_dims
 from hqqtensor.tensor import HQQTensor
 
 if TYPE_CHECKING:
@@ -127,14 +127,7 @@ def _quantized_by_id(
     progress: Callable[[int, int, str], None] | None, calibration: "Calibration | None", kept: "ResumeFolder | None",
 ) -> dict[int, nn.Parameter]:  # fmt: skip
     """The quantized parameter of each choice, by the id of the dense one; the model is left as it was."""
-    total, done = sum(choice.weight.numel() for choice in choices), 0
-
-    def report(elements: int, name: str) -> None:
-        nonlocal done
-        done += elements
-        if progress is not None:
-            progress(done, total, name)
-
+    report = counting(choices, progress)
     quantized: dict[int, nn.Parameter] = {}
     if calibration is not None:
         from hqqtensor.calibration.apply import check_plan, quantize_calibrated  # costly to import, and seldom used

@@ -279,3 +279,16 @@ def tag_matches(tag: str, name: str) -> bool:
 def skipped(name: str, config: HqqConfig) -> str | None:
     """The ``skip_modules`` tag that leaves the module ``name`` alone, if any."""
     return next((tag for tag in config.skip_modules if tag_matches(tag, name)), None)
+
+
+def counting(choices: list[Choice], progress: Callable[[int, int, str], None] | None) -> Callable[[int, str], None]:
+    """A function to call with each weight's count of numbers and its name; it tells ``progress`` how many are done."""
+    total, done = sum(choice.weight.numel() for choice in choices), 0
+
+    def report(elements: int, name: str) -> None:
+        nonlocal done
+        done += elements
+        if progress is not None:
+            progress(done, total, name)
+
+    return report

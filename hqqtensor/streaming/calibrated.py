@@ -18,6 +18,7 @@ from hqqtensor.calibration.blocks import block_lists
 from hqqtensor.calibration.data import Source as Data
 from hqqtensor.calibration.resume import ResumeFolder, calibrated
 from hqqtensor.offload import OffloadedBlocks
+from hqqtensor.selection import counting
 from hqqtensor.streaming.plan import Plan
 from hqqtensor.streaming.resources import available_memory
 from hqqtensor.streaming.source import Source
@@ -68,14 +69,7 @@ def quantize_blocks(
     suffices; the others are read again for each token. ResumeError and ValueError as ``quantize_`` has them.
     """
     choices = [unit.choice for unit in plan.units if unit.choice is not None]
-    total, done = sum(choice.weight.numel() for choice in choices), 0
-
-    def report(elements: int, name: str) -> None:
-        nonlocal done
-        done += elements
-        if progress is not None:
-            progress(done, total, name)
-
+    report = counting(choices, progress)
     kept = ResumeFolder(folder, is_mapped=True)
     kept.describe(plan.model, plan.run["settings"], [choice.names[0] for choice in choices], plan.run["model"])
     with offloaded(plan.model, source) as blocks:
