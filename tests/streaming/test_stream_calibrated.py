@@ -114,9 +114,14 @@ def test_one_dense_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pyt
 
 
 MEMORY = """
-    import sys, threading, time
+    import ctypes, sys, threading, time
     from hqqtensor.calibration import data
     from hqqtensor.cli import main
+
+    # By default glibc keeps more and more freed memory for later, by chance up to half of what is measured here.
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    for threshold in M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
+        ctypes.CDLL(None).mallopt(threshold, 1 << 16)
 
     data.batches_of.__defaults__ = (None, 128, 0, 4, None)
     most = 0
@@ -148,7 +153,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     _, before, after = (int(line) for line in result.stdout.splitlines() if line.isdecimal())
     grown, dense_grown = after - before, bytes_of_many - bytes_of_few
-    assert grown < 0.5 * dense_grown, f"{grown / 1e6:.0f} MB more for {dense_grown / 1e6:.0f} MB more of dense weights"
+    assert grown < 0.25 * dense_grown, f"{grown / 1e6:.0f} MB more for {dense_grown / 1e6:.0f} MB more of dense weights"
 
 
 @pytest.mark.parametrize("calibration", ["self", "random"])
