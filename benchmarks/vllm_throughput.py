@@ -8,6 +8,7 @@ their input and compute nothing. A turn is ``clients`` requests at once with the
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -111,6 +112,8 @@ def with_int8_activations(source: Path, out: Path) -> Path:
         if isinstance(parameter, HQQTensor):
             parameter.activation = "int8"
     model.save_pretrained(out)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, out)
     return out
 
 

@@ -195,8 +195,8 @@ def _one_by_one(*args: Any) -> Tensor:
 
 
 def _fake_many(*args: Any) -> Tensor:
-    x, weights, *rest = split_many(*args)
-    checks.linear_many(x, weights, *rest)
+    x, weights, biases, activation, pre = split_many(*args)
+    checks.linear_many(x, weights, biases, activation, pre)
     return x.new_empty(*x.shape[:-1], sum(w.qdata.shape[-2] for w in weights))
 
 

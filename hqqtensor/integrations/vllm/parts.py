@@ -51,19 +51,32 @@ class PackedPart(nn.Module):
         self.meta_names = [f"meta_{place}" for place, _ in enumerate(packed.meta or ())]
         for name, values in zip(self.meta_names, packed.meta or (), strict=True):
             self.register_buffer(name, values, persistent=False)
+        self._operand: PackedWeight | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedPart":
+        self._operand = None  # it holds the buffers that are to be replaced
+        return super()._apply(*args, **kwargs)
 
     def operand(self) -> PackedWeight:
         """What the operators take."""
+        if self._operand is not None and not torch.compiler.is_compiling():
+            return self._operand
         meta = [getattr(self, name) for name in self.meta_names] or None
-        return PackedWeight(self.qdata, self.scale, self.zero_point, meta, *self.settings)
+        operand = PackedWeight(self.qdata, self.scale, self.zero_point, meta, *self.settings)
+        if not torch.compiler.is_compiling():
+            self._operand = operand
+        return operand
+
+    def column_scale(self) -> Tensor | None:
+        """``act_pre_scale``, without a module's slow search for attributes."""
+        return self._buffers["act_pre_scale"]
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The activations for the operators, and the scale that they are to multiply them with."""
+        act = self.column_scale()
         if self.padding != (0, 0):
             x = nn.functional.pad(x, self.padding)
-        if self.rotation:
-            return to_inputs(x, self.act_pre_scale, self.rotation), None
-        return x, self.act_pre_scale
+        return (to_inputs(x, act, self.rotation), None) if self.rotation else (x, act)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x [..., K]`` times the transpose of ``[N, K]``, plus bias ``[N]``."""
@@ -105,18 +118,20 @@ class Parts(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x [..., K]`` times the transpose of all rows, plus bias."""
         biases = [None] * len(self.rows) if bias is None else list(bias.split(self.rows))
+        if len(self.runs) == 1:
+            return _product(self.runs[0], x, biases)
         out, place = [], 0
         for run in self.runs:
             out.append(_product(run, x, biases[place : place + len(run)]))
             place += len(run)
-        return out[0] if len(out) == 1 else torch.cat(out, -1)
+        return torch.cat(out, -1)
 
 
 def _product(run: tuple[Any, ...], x: Tensor, biases: list[Tensor | None]) -> Tensor:
     if len(run) == 1:
         return run[0](x, biases[0])
     x, act = run[0].inputs(x)
-    acts = () if act is None else [part.act_pre_scale for part in run]
+    acts = () if act is None else [part.column_scale() for part in run]
     return ops.linear_many(x, [part.operand() for part in run], biases, run[0].activation, acts)
 
 
