@@ -40,7 +40,7 @@ class JoinLinears(CustomGraphPass):
 
 
 def _kinds(tensors: Sequence[fx.Node | None]) -> tuple[object, ...]:
-    """What must be equal of the tensors of two weights: which there are, and their dtypes (that of scales tells bits)."""
+    """What must be equal of the tensors of two weights: which there are, and their dtypes."""
     return tuple(None if t is None else t.meta["val"].dtype for t in tensors)
 
 

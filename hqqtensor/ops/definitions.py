@@ -140,8 +140,8 @@ for _name in ("dequantize_into", "registry_dequantize_into"):
     define(_name, f"(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", remembered(_into), _fake_into)
 
 # x [..., K] times the transposes of several weights packed alike, [N_i, K], beside each other: [..., sum of N_i]. No
-# zero_point where the format has none; a bias and an act_pre_scale for every weight or for none. meta: that of the first
-# weight, of the second, and so on in one list, each as in PackedWeight.
+# zero_point where the format has none; a bias and an act_pre_scale for every weight or for none. meta: that of the
+# first weight, of the second, and so on in one list, each as in PackedWeight.
 _MANY = (
     "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[]? zero_point, Tensor[]? bias, int nbits, str format, "
     "int group_size, int axis, int in_features, str activation, Tensor[]? meta=None, Tensor[]? act_pre_scale=None)"

@@ -156,7 +156,8 @@ inline void load_plain(const char* data, int64_t first, int64_t count, float* ou
   if (i < count) f_store(out + i, load_some_as<T>(data, first + i, count - i));
 }
 
-// Columns [first, first + count) of one row of scales or zero points, and up to kFloats - 1 zeros behind them.
+// Columns [first, first + count) of one row of scales or zero points, and zeros up to a multiple of kFloats numbers. Up to
+// kFloats - 1 more may be written behind `count`.
 inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
   const char* data = v.row(row);
   if (!v.quantized()) {
@@ -176,6 +177,7 @@ inline void load_values(const Values& v, int64_t row, int64_t first, int64_t cou
     (high ? scale_codes<2> : scale_codes<1>)(codes, scale + done, zero + done, here, out + done);
     done += here;
   }
+  for (int64_t i = count; i % kFloats; ++i) out[i] = 0;  // the last run may begin anywhere
 }
 
 // A row of codes with what they are scaled by.
