@@ -171,7 +171,7 @@ Result vector_case(Random& r, Buffers& b) {
 }  // namespace
 
 const std::vector<Case> kCases = {
-    {"product", product_case}, {"product", product_case},     {"products of one input", products_case},
+    {"product", product_case},  {"product", product_case},     {"products of one input", products_case},
     {"dense rows", dense_case}, {"attention", attention_case}, {"decoder", decoder_case},
     {"vectors", vector_case},   {"solvers", solver_case},
 };

@@ -30,10 +30,10 @@ struct Options {
 std::atomic<uint64_t> current_seed{0};
 std::string current_set;
 
-void on_fault(int signal) {
+[[maybe_unused]] void on_fault(int signal) {
   char text[200];
-  const int size = std::snprintf(text, sizeof(text), "%s, seed %llu: an access out of bounds (signal %d)\n", current_set.c_str(),
-                                 (unsigned long long)current_seed.load(), signal);
+  const int size = std::snprintf(text, sizeof(text), "%s, seed %llu: an access out of bounds (signal %d)\n",
+                                 current_set.c_str(), (unsigned long long)current_seed.load(), signal);
   (void)!write(2, text, (size_t)size);
   _exit(1);
 }
@@ -91,6 +91,7 @@ bool run_set(const Options& o) {
   std::printf("%s:", current_set.c_str());
   for (const auto& [name, count] : counts) std::printf(" %s %lld,", name.c_str(), (long long)count);
   std::printf(" %s\n", good ? "all well" : "FAILED");
+  std::fflush(stdout);
   return good;
 }
 

@@ -1,6 +1,10 @@
 // Threads, scratch memory and the choice of an instruction set, in the place of torch's pool, scratch.cpp and select.cpp.
 #include <sys/mman.h>
+#if __has_include(<valgrind/memcheck.h>)
+#include <valgrind/memcheck.h>
+#endif
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <functional>
@@ -14,6 +18,14 @@
 #include "standalone.h"
 
 namespace hqqtensor {
+
+#if defined(ABSENT_TARGETS)  // the sets that are not linked in
+#define HQQTENSOR_ABSENT(name)        \
+  bool has_##name() { return false; } \
+  const Kernels* kernels_##name() { return nullptr; }
+ABSENT_TARGETS(HQQTENSOR_ABSENT)
+#endif
+
 namespace {
 
 const Kernels* in_use = nullptr;
@@ -121,12 +133,20 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(const voi
   pool->run(piece);
 }
 
-// Anew at each call, between pages that cannot be touched.
+// Anew at each call, between pages that cannot be touched. It holds zeros or NaN in turns: whoever reads what nobody wrote
+// gets other numbers in a second run.
 char* scratch(int64_t bytes, Scratch purpose) {
   static thread_local std::unique_ptr<Buffers> buffers[5];
+  static thread_local bool zeros = false;
   auto& memory = buffers[(int)purpose];
   memory = std::make_unique<Buffers>(true, 0xA5);
-  return (char*)memory->take(bytes, 64);
+  void* const out = memory->take(bytes, 64);
+  zeros = !zeros;
+  std::memset(out, zeros ? 0 : 0xFF, (size_t)bytes);
+#if defined(VALGRIND_MAKE_MEM_UNDEFINED)
+  (void)VALGRIND_MAKE_MEM_UNDEFINED(out, bytes);
+#endif
+  return (char*)out;
 }
 
 // ---- Memory ----

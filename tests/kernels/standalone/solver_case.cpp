@@ -9,7 +9,9 @@ Result solver_case(Random& r, Buffers& b) {
   const int nbits = (int)r.from_to(1, 8);
   Result out;
   const auto numbers = [&](int64_t count) { return (float*)random_numbers(r, b, DType::f32, count, -1, 1); };
-  const auto add = [&](const void* data, int64_t bytes) { out.insert(out.end(), (const char*)data, (const char*)data + bytes); };
+  const auto add = [&](const void* data, int64_t bytes) {
+    out.insert(out.end(), (const char*)data, (const char*)data + bytes);
+  };
   float *const inverse = b.take<float>(lanes), *const zero = b.take<float>(lanes);
 
   k.extremes(numbers(size), size, &inverse[0], &zero[0]);
