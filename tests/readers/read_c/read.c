@@ -2,9 +2,7 @@
 // Written from docs/format.md alone, so that a mistake there, or in hqqtensor, shows as a difference. No file makes it read
 // or write out of bounds. Exit codes: 0, 2 for a wrong call, 3 for a file that is refused. Memory is left to the system.
 //
-// cc -std=c11 -O1 -ffp-contract=off read.c: float32 operations must be rounded one by one.
-#include <stdarg.h>
-
+// gcc -std=gnu11 -O1 -ffp-contract=off read.c -o read: float32 operations must be rounded one by one.
 #include "entry.h"
 
 static Text subject;  // the weight that is being read, for messages
