@@ -41,6 +41,7 @@ std::string current_set;
 Result run(uint64_t seed, bool touches_end, const char** name) {
   Random random(seed);
   Buffers buffers(touches_end, touches_end ? 0xA5 : 0xFF);
+  fill_scratch(touches_end);
   const Case& c = kCases[(size_t)random.below((int64_t)kCases.size())];
   *name = c.name;
   return c.run(random, buffers);

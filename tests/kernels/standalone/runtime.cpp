@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <functional>
@@ -29,6 +30,7 @@ ABSENT_TARGETS(HQQTENSOR_ABSENT)
 namespace {
 
 const Kernels* in_use = nullptr;
+std::atomic<bool> scratch_has_zeros{true};
 
 // Threads that wait for work of the one that made them.
 class Pool {
@@ -133,16 +135,15 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(const voi
   pool->run(piece);
 }
 
-// Anew at each call, between pages that cannot be touched. It holds zeros or NaN in turns: whoever reads what nobody wrote
-// gets other numbers in a second run.
+void fill_scratch(bool zeros) { scratch_has_zeros = zeros; }
+
+// Anew at each call, between pages that cannot be touched.
 char* scratch(int64_t bytes, Scratch purpose) {
   static thread_local std::unique_ptr<Buffers> buffers[5];
-  static thread_local bool zeros = false;
   auto& memory = buffers[(int)purpose];
   memory = std::make_unique<Buffers>(true, 0xA5);
   void* const out = memory->take(bytes, 64);
-  zeros = !zeros;
-  std::memset(out, zeros ? 0 : 0xFF, (size_t)bytes);
+  std::memset(out, scratch_has_zeros ? 0 : 0xFF, (size_t)bytes);
 #if defined(VALGRIND_MAKE_MEM_UNDEFINED)
   (void)VALGRIND_MAKE_MEM_UNDEFINED(out, bytes);
 #endif

@@ -58,6 +58,10 @@ class Buffers {
   std::vector<Mapping> mappings_;
 };
 
+// What scratch memory holds from now on, on all threads: zeros, or NaN. Whoever reads what nobody wrote then gets other
+// numbers.
+void fill_scratch(bool zeros);
+
 // ---- Random numbers ----
 
 struct Random {
