@@ -3,6 +3,7 @@
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -17,19 +18,20 @@ LINEAR, LINEAR_MANY = torch.ops.hqqtensor._linear.default, torch.ops.hqqtensor._
 class JoinLinears(CustomGraphPass):
     """Makes one ``hqqtensor::linear_many`` of the CPU's ``hqqtensor::linear`` calls that share input and settings.
 
-    It prepares activations once and wakes threads once. Parts of its result are views. Left alone are weights that
-    the graph computes, codebooks, weights with ``act_pre_scale`` and those with quantized scales.
+    It wakes threads once, and prepares activations once where no ``act_pre_scale`` tells weights apart. Parts of its
+    result are views. Left alone are weights that the graph computes and codebooks.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
         alike: defaultdict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             x, *weight, act_pre_scale, meta, nbits, format, group_size, axis, K, activation = node.args
-            stored = all(t is None or t.op == "placeholder" for t in weight)
-            if stored and act_pre_scale is None and not meta and format != "codebook" and x.meta["val"].is_cpu:
+            tensors = (*weight, act_pre_scale, *(meta or ()))
+            stored = all(t is None or t.op == "placeholder" for t in tensors)
+            if stored and format != "codebook" and x.meta["val"].is_cpu:
                 node_settings = (nbits, format, group_size, axis, K, activation)
-                alike[(x, *(t is None for t in weight), *node_settings)].append(node)
-        for (x, _, _, _, _, *settings), nodes in alike.items():
+                alike[(x, _kinds(tensors), *node_settings)].append(node)
+        for (x, _, *settings), nodes in alike.items():
             if len(nodes) > 1:
                 _join(graph, x, nodes, settings)  # type: ignore[arg-type]
 
@@ -37,9 +39,15 @@ class JoinLinears(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
+def _kinds(tensors: Sequence[fx.Node | None]) -> tuple[object, ...]:
+    """What must be equal of the tensors of two weights: which there are, and their dtypes (that of scales tells bits)."""
+    return tuple(None if t is None else t.meta["val"].dtype for t in tensors)
+
+
 def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], settings: list[object]) -> None:
-    # qdata, scale, zero point, bias; None where the weights have none.
-    parts = [[n.args[i] for n in nodes if n.args[i] is not None] or None for i in range(1, 5)]
+    # qdata, scale, zero point, bias, act_pre_scale; None where the weights have none.
+    *parts, act_pre_scales = [[n.args[i] for n in nodes if n.args[i] is not None] or None for i in range(1, 6)]
+    meta = [t for n in nodes for t in n.args[6] or ()] or None  # type: ignore[union-attr, arg-type]
     aten = torch.ops.aten
 
     def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
@@ -48,7 +56,7 @@ def _join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node], settings: list[obje
         return node
 
     with graph.inserting_before(nodes[0]):
-        joined, start = call(LINEAR_MANY, x, *parts, *settings), 0
+        joined, start = call(LINEAR_MANY, x, *parts, *settings, meta, act_pre_scales), 0
         for node in nodes:
             end = start + node.meta["val"].shape[-1]
             node.replace_all_uses_with(call(aten.slice.Tensor, joined, x.meta["val"].dim() - 1, start, end))

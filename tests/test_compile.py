@@ -51,10 +51,11 @@ def test_layers_of_one_input_and_the_same_settings_become_one_product(bias: bool
     alike = HqqConfig(4, 64)
     assert joined(Heads(bias, (alike, alike, HqqConfig(4, 32))), torch.randn(shape)) == [2]
     assert joined(Heads(bias, (alike, alike, alike)), torch.randn(shape)) == [3]
+    assert joined(Heads(bias, (HqqConfig(4), HqqConfig(4), alike)), torch.randn(shape)) == [2]
+    scaled = HqqConfig(4, 64, quant_scale=True)
+    assert joined(Heads(bias, (alike, scaled, scaled)), torch.randn(shape)) == [2]
 
 
 def test_layers_that_one_product_cannot_serve_are_left_alone() -> None:
-    scaled = HqqConfig(4, 64, quant_scale=True)
     codebook = HqqConfig(4, 64, format="codebook")
-    for config in (scaled, codebook):
-        assert joined(Heads(False, (config,) * 3), torch.randn(1, 128)) == []
+    assert joined(Heads(False, (codebook,) * 3), torch.randn(1, 128)) == []

@@ -55,16 +55,18 @@ def linear(
 
 
 def linear_many(
-    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None] = (), activation: str = "float"
-) -> Tensor:
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None] = (), activation: str = "float",
+    act_pre_scales: Sequence[Tensor | None] = (),
+) -> Tensor:  # fmt: skip
     """The products of x ``[..., K]`` with several weights ``[N_i, K]`` of equal settings beside each other:
-    ``[..., sum of N_i]``. biases: one for each weight, or none at all."""
-    activation, biases = precise(activation, x), list(biases) or [None] * len(weights)
-    args = join_many(x, weights, biases, activation)
+    ``[..., sum of N_i]``. biases ``[N_i]``, act_pre_scales ``[K]``: one for each weight, or none at all."""
+    none: list[Tensor | None] = [None] * len(weights)
+    activation, biases, act_pre_scales = precise(activation, x), list(biases) or none, list(act_pre_scales) or none
+    args = join_many(x, weights, biases, activation, act_pre_scales)
     if _is_compiling():
         return OPS.linear_many(*args)
     if gradients.wanted(x, *biases):
-        return gradients.linear_many(x, weights, biases, activation)
+        return gradients.linear_many(x, weights, biases, activation, act_pre_scales)
     return OPS._linear_many(*args)
 
 

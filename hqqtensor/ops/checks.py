@@ -161,11 +161,15 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, act_pre_scale: Tenso
     _vector(act_pre_scale, "act_pre_scale", w.in_features, w.qdata)
 
 
-def linear_many(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str) -> None:
+def linear_many(
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str,
+    act_pre_scales: Sequence[Tensor | None],
+) -> None:  # fmt: skip
     _activation(activation)
-    for w, bias in zip(weights, biases, strict=True):
+    for w, bias, act_pre_scale in zip(weights, biases, act_pre_scales, strict=True):
         check_packed(w, 2)
         _vector(bias, "bias", w.qdata.shape[-2], w.qdata)
+        _vector(act_pre_scale, "act_pre_scale", w.in_features, w.qdata)
     _input("linear_many", x, weights[0], "...")
 
 

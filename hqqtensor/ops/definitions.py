@@ -140,26 +140,27 @@ for _name in ("dequantize_into", "registry_dequantize_into"):
     define(_name, f"(Tensor(a!) out, {_WEIGHT}, {_SETTINGS}) -> ()", remembered(_into), _fake_into)
 
 # x [..., K] times the transposes of several weights packed alike, [N_i, K], beside each other: [..., sum of N_i]. No
-# zero_point where the format has none, a bias for every weight or for none. meta: that of the first weight, of the
-# second, and so on in one list, each as in PackedWeight.
+# zero_point where the format has none; a bias and an act_pre_scale for every weight or for none. meta: that of the first
+# weight, of the second, and so on in one list, each as in PackedWeight.
 _MANY = (
     "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[]? zero_point, Tensor[]? bias, int nbits, str format, "
-    "int group_size, int axis, int in_features, str activation, Tensor[]? meta=None) -> Tensor"
+    "int group_size, int axis, int in_features, str activation, Tensor[]? meta=None, Tensor[]? act_pre_scale=None)"
+    " -> Tensor"
 )
-Many = tuple[Tensor, list[PackedWeight], list[Tensor | None], str]
+Many = tuple[Tensor, list[PackedWeight], list[Tensor | None], str, list[Tensor | None]]
 
 
 def split_many(
     x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor] | None,
     bias: Sequence[Tensor] | None, nbits: int, format: str, group_size: int, axis: int, in_features: int,
-    activation: str, meta: Sequence[Tensor] | None = None,
+    activation: str, meta: Sequence[Tensor] | None = None, act_pre_scale: Sequence[Tensor] | None = None,
 ) -> Many:  # fmt: skip
-    """The input, the weights, a bias or None for each, and the activation of ``linear_many``'s arguments."""
+    """The input, the weights, a bias or None for each, the activation, and an act_pre_scale or None for each."""
     count = len(qdata)
-    if not count or len(scale) != count or any(t and len(t) != count for t in (zero_point, bias)):
+    if not count or len(scale) != count or any(t and len(t) != count for t in (zero_point, bias, act_pre_scale)):
         raise RuntimeError(
-            f"linear_many: {count} weights have {len(scale)} scales, {len(zero_point or ())} zero points and "
-            f"{len(bias or ())} biases"
+            f"linear_many: {count} weights have {len(scale)} scales, {len(zero_point or ())} zero points, "
+            f"{len(bias or ())} biases and {len(act_pre_scale or ())} act_pre_scales"
         )
     none: list[Tensor | None] = [None] * count
     weights, left = [], list(meta or ())
@@ -169,31 +170,33 @@ def split_many(
             own = max(own, len(left))  # what is left over is an error
         weights.append(PackedWeight(q, s, z, left[:own], nbits, format, group_size, axis, in_features))
         left = left[own:]
-    return x, weights, list(bias or none), activation
+    return x, weights, list(bias or none), activation, list(act_pre_scale or none)
 
 
 def join_many(
-    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str
-) -> tuple[Any, ...]:
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str,
+    act_pre_scales: Sequence[Tensor | None] = (None,),
+) -> tuple[Any, ...]:  # fmt: skip
     """The reverse of ``split_many``: the arguments of the schema."""
     first = weights[0]
     zeros = None if first.zero_point is None else [w.zero_point for w in weights]
     meta = [t for w in weights for t in w.meta or ()]
     bias = None if biases[0] is None else list(biases)
+    pre = None if act_pre_scales[0] is None else list(act_pre_scales)
     lists = ([w.qdata for w in weights], [w.scale for w in weights], zeros, bias)
-    return (x, *lists, *first[4:], activation, meta or None)
+    return (x, *lists, *first[4:], activation, meta or None, pre)
 
 
 def _one_by_one(*args: Any) -> Tensor:
-    x, weights, biases, activation = split_many(*args)
-    checks.linear_many(x, weights, biases, activation)
-    each = zip(weights, biases, strict=True)
-    return torch.cat([OPS.registry_linear(*flat("linear", (x, w, b, None, activation))) for w, b in each], -1)
+    x, weights, biases, activation, pre = split_many(*args)
+    checks.linear_many(x, weights, biases, activation, pre)
+    each = zip(weights, biases, pre, strict=True)
+    return torch.cat([OPS.registry_linear(*flat("linear", (x, w, b, s, activation))) for w, b, s in each], -1)
 
 
 def _fake_many(*args: Any) -> Tensor:
-    x, weights, biases, activation = split_many(*args)
-    checks.linear_many(x, weights, biases, activation)
+    x, weights, *rest = split_many(*args)
+    checks.linear_many(x, weights, *rest)
     return x.new_empty(*x.shape[:-1], sum(w.qdata.shape[-2] for w in weights))
 
 

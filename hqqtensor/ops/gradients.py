@@ -139,10 +139,13 @@ def grouped_linear(
     return _Grouped.apply(x, offsets, w, act_pre_scale, activation)
 
 
-def linear_many(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str) -> Tensor:
+def linear_many(
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], activation: str,
+    act_pre_scales: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
     """``hqqtensor::linear_many`` with a gradient: a product for each weight, of the same results to the last bit."""
-    each = zip(weights, biases, strict=True)
-    return torch.cat([_Linear.apply(x, w, b, None, activation) for w, b in each], -1)
+    each = zip(weights, biases, act_pre_scales, strict=True)
+    return torch.cat([_Linear.apply(x, w, b, s, activation) for w, b, s in each], -1)
 
 
 def _public(op: str, differentiable: Any) -> Any:
@@ -164,13 +167,13 @@ def _public(op: str, differentiable: Any) -> Any:
 
 
 def _public_many(*args: Any) -> Tensor:
-    x, weights, biases, activation = split_many(*args)
+    x, weights, biases, activation, pre = split_many(*args)
     if not wanted(x, *biases):
         return OPS._linear_many(*args)
     if not torch._C._are_functorch_transforms_active():
-        return linear_many(x, weights, biases, activation)
-    each = zip(weights, biases, strict=True)
-    return torch.cat([OPS.linear(*flat("linear", (x, w, b, None, activation))) for w, b in each], -1)
+        return linear_many(x, weights, biases, activation, pre)
+    each = zip(weights, biases, pre, strict=True)
+    return torch.cat([OPS.linear(*flat("linear", (x, w, b, s, activation))) for w, b, s in each], -1)
 
 
 for _function in (linear, batched_linear, grouped_linear):

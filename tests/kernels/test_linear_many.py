@@ -10,11 +10,12 @@ from hqqtensor import HqqConfig, HQQTensor, backend, ops
 
 def apart(x: Tensor, weights: list[HQQTensor], biases: list[Tensor]) -> Tensor:
     each = zip(weights, biases or [None] * len(weights), strict=True)
-    return torch.cat([ops.linear(x, w.operand(), b, None, w.activation) for w, b in each], -1)
+    return torch.cat([ops.linear(x, w.operand(), b, w.act_pre_scale, w.activation) for w, b in each], -1)
 
 
 def together(x: Tensor, weights: list[HQQTensor], biases: list[Tensor]) -> Tensor:
-    return ops.linear_many(x, [w.operand() for w in weights], biases, weights[0].activation)
+    acts = [w.act_pre_scale for w in weights]
+    return ops.linear_many(x, [w.operand() for w in weights], biases, weights[0].activation, acts)
 
 
 def packed(**options: object) -> list[HQQTensor]:
@@ -35,6 +36,9 @@ def packed(**options: object) -> list[HQQTensor]:
         {"format": "nf4"},
         {"format": "codebook"},
         {"group_size": None},
+        {"group_size": "auto"},
+        {"solver": "column_scaled", "activation": "int8"},
+        {"nbits": 2, "group_size": 16, "quant_scale": True, "quant_zero": True, "meta_nbits": 4},
     ],
     ids=str,
 )

@@ -84,12 +84,12 @@ class PackedPart(nn.Module):
 
     def join_key(self) -> Any:
         """Equal for weights of one input that one call of ``linear_many`` can multiply; unique where none can."""
-        if self.act_pre_scale is not None or self.settings[1] == "codebook":
+        if self.rotation or self.settings[1] == "codebook":
             return id(self)
         packed = self.operand()
         dtypes = tuple(None if t is None else t.dtype for t in (packed.scale, packed.zero_point))
         widths = tuple(None if t is None else t.shape[-1] for t in (packed.scale, packed.zero_point))
-        return (*self.settings, self.activation, self.padding, dtypes, widths)
+        return (*self.settings, self.activation, self.padding, dtypes, widths, self.act_pre_scale is None)
 
 
 class Parts(nn.Module):
@@ -115,8 +115,9 @@ class Parts(nn.Module):
 def _product(run: tuple[Any, ...], x: Tensor, biases: list[Tensor | None]) -> Tensor:
     if len(run) == 1:
         return run[0](x, biases[0])
-    x, _ = run[0].inputs(x)
-    return ops.linear_many(x, [part.operand() for part in run], biases, run[0].activation)
+    x, act = run[0].inputs(x)
+    acts = () if act is None else [part.act_pre_scale for part in run]
+    return ops.linear_many(x, [part.operand() for part in run], biases, run[0].activation, acts)
 
 
 def routed(

@@ -152,21 +152,12 @@ void unpack_panel(const Weight& w, const uint8_t* const* rows, int64_t first, in
           put(r, c + 1, decode<NB, 1>(from));
           continue;
         }
-        uint8_t codes[128];
-        unpack_tail(from, NB, (w.K - column + 7) / 8 * 8, codes);
+        uint8_t codes[128] = {};
+        unpack_last<NB>(from, w.K - column, codes);
         put(r, c, load_codes(codes));
         if (c + 1 < chunks) put(r, c + 1, load_codes(codes + 64));
       }
   });
-}
-
-// What scale_and_shift makes of each row, `width` apart. Zeros follow the last group: a chunk may have parts beyond it.
-void load_scales(const Weight& w, const int64_t* rows, int digits, int64_t width, float* scale, float* shift) {
-  const float unit = code_unit(w, digits), offset = w.table.offset * w.table.unit;
-  for (int64_t r = 0; r < kPanelRows; ++r, scale += width, shift += width) {
-    scale_and_shift(w, rows[r], unit, offset, scale, shift);
-    for (int64_t g = w.groups; g < width; ++g) scale[g] = shift[g] = 0;
-  }
 }
 
 // The scratch memory of a call, in floats.
@@ -213,6 +204,7 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
   }
   if (w.axis == 0)
     for (int64_t r = 0; r < kPanelRows; ++r) scale[r * size.width] = 1;
+  const float unit = code_unit(w, d.count), offset = w.table.offset * w.table.unit;
   const uint8_t k_bytes = (uint8_t)(64 / steps_of_chunk(w)), quads = (uint8_t)(16 / steps_of_chunk(w));
   AmxSegment segments[2 * kPanelChunks];
   const auto tiles = [&](int64_t tokens) {
@@ -221,7 +213,7 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
   };
   for (int64_t n = first; n < last; n += kPanelRows * step) {
     const PanelRows rows(w, n, step, last);
-    if (w.axis == 1) load_scales(w, rows.index, d.count, size.width, scale, shift);
+    if (w.axis == 1) scale_and_shift(w, rows.index, kPanelRows, unit, offset, size.width, scale, shift);
     begin_sums(w, size, shift, sums_x, sums);
     for (int64_t c = 0; c < d.chunks; c += kPanelChunks) {
       const int64_t chunks = d.chunks - c < kPanelChunks ? d.chunks - c : kPanelChunks;

@@ -64,21 +64,6 @@ struct Entries {
   }
 };
 
-// load_values for a few at a time; up to 15 more are written, since numbers written under a mask are slow to read back.
-inline __attribute__((always_inline)) void load_few(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
-  if (v.quantized()) return load_values(v, row, first, count, out);
-  const char* data = element(v.row(row), v.type, first);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 some = (__mmask16)(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
-    if (v.type == DType::f32) {
-      f_store(out + i, _mm512_maskz_loadu_ps(some, data + 4 * i));
-      continue;
-    }
-    const __m256i half = _mm256_maskz_loadu_epi16(some, data + 2 * i);
-    f_store(out + i, v.type == DType::f16 ? _mm512_cvtph_ps(half) : from_bf16(half));
-  }
-}
-
 // Scales and zero points of the groups of a row from that of some column on, for axis 1. Up to 15 numbers of no meaning follow.
 struct GroupValues {
   int64_t size, first;  // columns of a group; the first group
@@ -124,8 +109,8 @@ struct SliceValues {
   int64_t first[kSlice / 16];                     // that, counted from the slice's first
 
   void of_rows(const Weight& w, int64_t g, int64_t k, int64_t depth) {
-    load_few(w.scale, g, k, depth, scale);
-    if (w.zero.data) load_few(w.zero, g, k, depth, zero);
+    load_values(w.scale, g, k, depth, scale);
+    if (w.zero.data) load_values(w.zero, g, k, depth, zero);
     for (int64_t i = depth; i % kTileColumns; ++i) scale[i] = zero[i] = 0;
   }
   void of_columns(const Weight& w, int64_t k, int64_t depth) {
@@ -157,9 +142,10 @@ inline __attribute__((always_inline)) void write_columns(const Numbers& numbers,
 inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, uint8_t* codes) {
   const uint8_t* data = w.qdata + n * w.row_stride + k / 8 * w.nbits;
   const int64_t whole = depth / 128;
-  with_nbits(w.nbits, [&](auto nb) { unpack_blocks<nb.value>(data, whole, codes); });
-  if (depth > whole * 128)
-    unpack_tail(data + whole * 16 * w.nbits, w.nbits, (depth - whole * 128 + 7) / 8 * 8, codes + whole * 128);
+  with_nbits(w.nbits, [&](auto nb) {
+    unpack_blocks<nb.value>(data, whole, codes);
+    if (depth > whole * 128) unpack_last<nb.value>(data + whole * 16 * nb.value, depth - whole * 128, codes + whole * 128);
+  });
 }
 
 // Columns [k, k + depth) of row n into its row of tiles; k a multiple of kSlice, depth no more.

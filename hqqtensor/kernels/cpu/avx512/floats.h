@@ -43,21 +43,23 @@ inline float f_sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float f_hmax(Floats a) { return _mm512_reduce_max_ps(a); }
 inline float f_hmin(Floats a) { return _mm512_reduce_min_ps(a); }
 // 16 bytes, or their low (PART 1) or high (2) nibbles.
-template <int PART = 0>
-inline Floats f_codes(const uint8_t* p) {
-  __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+template <int PART>
+inline Floats from_bytes(__m128i bytes) {
+  __m512i v = _mm512_cvtepu8_epi32(bytes);
   if constexpr (PART == 0) return _mm512_cvtepi32_ps(v);
   if constexpr (PART == 2) v = _mm512_srli_epi32(v, 4);
   // The table of all nibbles as numbers: its index is the low 4 bits alone.
   return _mm512_permutexvar_ps(v, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
+template <int PART = 0>
+inline Floats f_codes(const uint8_t* p) {
+  return from_bytes<PART>(_mm_loadu_si128((const __m128i*)p));
+}
 // The first n of them (n < 16), zeros behind; nothing else is read.
 inline Floats f_load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 template <int PART>
 inline Floats f_codes_some(const uint8_t* p, int64_t n) {
-  alignas(16) uint8_t bytes[16];
-  _mm_store_si128((__m128i*)bytes, _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p));
-  return f_codes<PART>(bytes);
+  return from_bytes<PART>(_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p));
 }
 // table[code] for 16 codes, all below `entries`.
 inline Floats f_lookup(const uint8_t* codes, const float* table, int entries) {
@@ -97,6 +99,19 @@ inline void f_store_f16(uint16_t* p, Floats v) {
 }
 inline Floats from_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 inline Floats f_load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+inline Floats f_load_f16_some(const uint16_t* p, int64_t n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+inline Floats f_load_bf16_some(const uint16_t* p, int64_t n) {
+  return from_bf16(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+inline void f_store_bf16(uint16_t* p, Floats v) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i all = _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+}
 
 // Into the second level: aimed at the first, prefetches of a stream from memory wait for its few free slots (1.4 x slower).
 // Not the intrinsic: GCC 12 takes a function that only prefetches for one without effects, and leaves out calls of it.

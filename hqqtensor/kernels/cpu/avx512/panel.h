@@ -34,19 +34,20 @@ inline __attribute__((always_inline)) void put_codes(const __m512i* t, const Tab
 }
 
 // The block of 128 codes at `offset` of 16 rows into steps [0, 32) of a panel (every other vector).
-template <int NB, bool TABLE>
+template <int NB, bool TABLE, int QUADS = 32>
 void transpose_block(const uint8_t* const* rows, int64_t offset, const Table& table, __m512i* panel) {
-  __m512i t[4 * NB];
-  for (int i = 0; i < NB; ++i) transpose16(rows, offset + 16 * i, t + 4 * i);
-  put_codes<NB, TABLE>(t, table, panel, std::make_integer_sequence<int, 32>());
+  constexpr int parts = QUADS * NB / 32;
+  __m512i t[4 * parts];
+  for (int i = 0; i < parts; ++i) transpose16(rows, offset + 16 * i, t + 4 * i);
+  put_codes<NB, TABLE>(t, table, panel, std::make_integer_sequence<int, QUADS>());
 }
 
-template <int NB>
+template <int NB, int QUADS = 32>
 inline void transpose_rows(const uint8_t* const* rows, int64_t offset, const Table& table, __m512i* panel) {
   if (table.count)
-    transpose_block<NB, true>(rows, offset, table, panel);
+    transpose_block<NB, true, QUADS>(rows, offset, table, panel);
   else
-    transpose_block<NB, false>(rows, offset, table, panel);
+    transpose_block<NB, false, QUADS>(rows, offset, table, panel);
 }
 
 // Activations of T tokens against a part of the panel.
@@ -130,13 +131,11 @@ void run_panel_tile(const PanelTile& tile, const Segment* segments, int64_t coun
 constexpr int tokens_per_tile(int D, int W) { return W == 3 ? 3 : D == 3 ? 4 : D == 2 || W == 2 ? 6 : 12; }
 
 PanelShape panel_shape(const Weight& w, int64_t, int digits) {
-  // Widths that fill a nibble or a byte cost linear_rows least.
   return {.layout = Layout::tiles,
           .tile = tokens_per_tile(digits, w.table.count),
-          .max_rows_for_gemv = w.table.values ? 1
-                               : w.nbits == 8 ? 6
-                               : w.nbits == 4 ? 4
-                                              : 2,
+          .max_rows_for_gemv = w.table.values                                   ? 1
+                               : w.nbits == 8 || (w.nbits == 4 && quad_rows(w)) ? 3
+                                                                                : 2,
           .max_rows_for_integers = costly_as_integers(w, digits) ? 48 : INT64_MAX};
 }
 
@@ -150,10 +149,14 @@ RunPanelTile pick_panel_tile(int64_t tokens) {
   return found;
 }
 
+// Runs of kPanelDepth columns, and segments that they have at most.
+inline int64_t panel_runs(const Weight& w) { return (w.K + kPanelDepth - 1) / kPanelDepth; }
+inline int64_t most_segments(const Weight& w) { return panel_groups(w) + (w.K + 63) / 64 + panel_runs(w); }
+
 int64_t linear_panel_scratch(const Problem& p) {
   const int64_t values = padded(panel_groups(p.w));
   return kPanelQuads * kPanelRows * 3 + 2 * kPanelRows * values + 32 * values + (p.M + 1) * kPanelRows +
-         kPanelQuads * (int64_t)sizeof(Segment) / 4 + 128;
+         most_segments(p.w) * (int64_t)sizeof(Segment) / 4 + 2 * panel_runs(p.w) + 128;
 }
 
 // The codes of columns [k, k + depth) of 32 rows into the panel.
@@ -170,7 +173,7 @@ void transpose_columns(const Weight& w, const uint8_t* const* rows, int64_t k, i
       }
       for (int v = 0; v < 2; ++v) {
         const UnpackedRows<16> tail(rows + 16 * v, offset, NB, w.K - k - b);
-        transpose_rows<8>(tail.rows, 0, w.table, to + v);
+        (w.K - k - b > 64 ? transpose_rows<8> : transpose_rows<8, 16>)(tail.rows, 0, w.table, to + v);
       }
     }
   });
@@ -184,9 +187,14 @@ void run_panel(const Problem& p, const QuantizedActivations& d, int64_t first, i
   float* scale = scratch + kPanelQuads * kPanelRows * 3;
   float *shift = scale + kPanelRows * values, *lines = shift + kPanelRows * values, *sums = lines + 32 * values;
   Segment* segments = (Segment*)(sums + (p.M + 1) * kPanelRows);
+  int64_t* parts = (int64_t*)(segments + most_segments(w));  // segments of each run
   const float unit = code_unit(w, d.count), offset = w.table.offset * w.table.unit;
   const int64_t longest = step_spans_two_chunks(w) ? 128 : 64;  // sums stay within 32 bits over 128 codes
   constexpr int T = tokens_per_tile(D, W);
+  const auto depth_from = [&](int64_t k) { return w.K - k < kPanelDepth ? w.K - k : kPanelDepth; };
+  Segment* all = segments;
+  for (int64_t k = 0; k < w.K; k += kPanelDepth)
+    all += parts[k / kPanelDepth] = panel_segments(w, k, depth_from(k), longest, all);
   PanelTile tile;
   tile.panel = panel;
   if (w.axis == 0)
@@ -195,13 +203,13 @@ void run_panel(const Problem& p, const QuantizedActivations& d, int64_t first, i
     const PanelRows rows(w, n, step, last);
     if (w.axis == 1) transpose_scales(w, rows.index, kPanelRows, unit, offset, lines, scale, shift, transpose_floats);
     __builtin_memset(sums, 0, sizeof(float) * (size_t)(p.M * kPanelRows));
+    const Segment* run = segments;
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
-      const int64_t depth = w.K - k < kPanelDepth ? w.K - k : kPanelDepth;
+      const int64_t depth = depth_from(k), count = parts[k / kPanelDepth];
       transpose_columns<W>(w, rows.data, k, depth, panel);
-      const int64_t parts = panel_segments(w, k, depth, longest, segments);
       Prefetcher prefetcher(w, rows.data, rows.after, kPanelRows, k, depth);
       tile.prefetcher = &prefetcher;
-      tile.prefetch_lines = (prefetcher.lines() + parts - 1) / parts;
+      tile.prefetch_lines = (prefetcher.lines() + count - 1) / count;
       for (int64_t m = 0; m < p.M; m += T) {
         const int64_t tokens = p.M - m < T ? p.M - m : T;
         tile.x = d.digits + m * d.chunks * D * 64 + k / 4 * tokens * D * 4;
@@ -210,8 +218,9 @@ void run_panel(const Problem& p, const QuantizedActivations& d, int64_t first, i
           tile.step[t] = d.step + (m + t) * d.steps_per_row;
           tile.sum[t] = d.sum + (m + t) * width;
         }
-        pick_panel_tile<D, W>(tokens)(tile, segments, parts, scale, w.axis == 1 ? shift : nullptr);
+        pick_panel_tile<D, W>(tokens)(tile, run, count, scale, w.axis == 1 ? shift : nullptr);
       }
+      run += count;
     }
     store_panel(p, w.axis == 0 ? d.sum : nullptr, n, step, rows.count, sums);
   }

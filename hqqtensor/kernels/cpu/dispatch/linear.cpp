@@ -172,7 +172,8 @@ bool run_linears(Problem* parts, int64_t count, int digits) {
   const Problem& p = *parts;
   // How activations are quantized depends on the digits of a table, and each weight may have a codebook of its own.
   bool alike = p.w.axis == 1 && p.M <= kMaxRows && !rounding_serves(p, digits) && integers_serve(p.w, p.M, digits);
-  for (int64_t i = 1; i < count; ++i) alike = alike && parts[i].w.table.count == p.w.table.count;
+  for (int64_t i = 1; i < count; ++i)
+    alike = alike && parts[i].w.table.count == p.w.table.count && parts[i].pre_scale == p.pre_scale;
   if (alike) {
     const ActivationScratch memory(p, quantized_bytes(p.w, p.M, digits), 0);
     if (multiply_integers(parts, count, float_rows(p, memory.floats), digits, memory.quantized)) return true;

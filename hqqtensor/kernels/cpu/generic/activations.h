@@ -171,8 +171,6 @@ void with_values(const Values& v, int64_t row, int64_t first, int64_t count, F f
     return f([=](int64_t i) { return load_as<DType::f32>(data, i); });
   }
   alignas(64) float buffer[64 * kChunksPerPiece];
-  const int64_t whole = (count + kFloats - 1) / kFloats * kFloats;
-  for (int64_t i = whole - kFloats; i < whole; ++i) buffer[i] = 0;
   load_values(v, row, first, count, buffer);
   f([&](int64_t i) { return f_load(buffer + i); });
 }

@@ -202,9 +202,16 @@ inline void store(const Problem& p, int64_t m, int64_t n, int64_t step, int64_t 
     for (int64_t r = 0; r < rows; ++r) ((float*)p.y)[at + r * step] = v[r];
     return;
   }
-  uint16_t bits[kGemvRows];
-  from_float(v, rows, p.x_type, bits);
-  for (int64_t r = 0; r < rows; ++r) ((uint16_t*)p.y)[at + r * step] = bits[r];
+  uint16_t* y = (uint16_t*)p.y + at;
+  uint16_t bits[kFloats];
+  static_assert(kGemvRows < kFloats);
+  store_half(bits, p.x_type, f_load_some(v, kGemvRows));
+  // Of known length: the compiler makes a call of any other run of bytes, which takes longer than what it stores.
+  if (step == 1 && rows == kGemvRows) return (void)__builtin_memcpy(y, bits, sizeof(uint16_t) * kGemvRows);
+  for (int64_t r = 0; r < rows; ++r, y += step) {
+    *y = bits[r];
+    asm volatile("" : : : "memory");
+  }
 }
 
 // Floats of one row's entries.

@@ -36,14 +36,16 @@ struct PanelRows {
 // The short last block of ROWS rows, `count` codes at `offset` of each, as bytes: blocks of 8 bits.
 template <int ROWS>
 struct UnpackedRows {
-  uint8_t codes[ROWS][128];
+  uint8_t codes[ROWS][128] = {};
   const uint8_t* rows[ROWS];
 
   UnpackedRows(const uint8_t* const* packed, int64_t offset, int nbits, int64_t count) {
-    for (int r = 0; r < ROWS; ++r) {
-      unpack_tail(packed[r] + offset, nbits, (count + 7) / 8 * 8, codes[r]);
-      rows[r] = codes[r];
-    }
+    with_nbits(nbits, [&](auto nb) {
+      for (int r = 0; r < ROWS; ++r) {
+        unpack_last<nb.value>(packed[r] + offset, count, codes[r]);
+        rows[r] = codes[r];
+      }
+    });
   }
 };
 
@@ -77,15 +79,24 @@ int64_t panel_segments(const Weight& w, int64_t k, int64_t depth, int64_t longes
   return count;
 }
 
-// Scales times `unit`, and what the sums of x are multiplied with to take zero points out: minus scale times zero point, or
-// times `offset` where the format has a table. Both have [groups] numbers and space for padded(groups).
-void scale_and_shift(const Weight& w, int64_t row, float unit, float offset, float* scale, float* shift) {
-  load_values(w.scale, row, 0, w.groups, scale);
-  if (w.zero.data) load_values(w.zero, row, 0, w.groups, shift);
-  for (int64_t g = 0; g < w.groups; g += kFloats) {
-    const Floats s = f_load(scale + g);
-    f_store(shift + g, f_mul(f_sub(f_zero(), s), w.zero.data ? f_load(shift + g) : f_set(offset)));
-    f_store(scale + g, f_mul(s, f_set(unit)));
+// Of `count` rows: scales times `unit`, and what the sums of x are multiplied with to take zero points out, which is minus
+// scale times zero point, or times `offset` where the format has a table. Rows are `width` apart, which is padded(groups) at
+// least; zeros follow the last group.
+void scale_and_shift(const Weight& w, const int64_t* rows, int64_t count, float unit, float offset, int64_t width, float* scale,
+                     float* shift) {
+  for (int64_t r = 0; r < count; ++r) {  // all of them first: what was just stored is slow to load where vectors overlap
+    load_values(w.scale, rows[r], 0, w.groups, scale + r * width);
+    if (w.zero.data) load_values(w.zero, rows[r], 0, w.groups, shift + r * width);
+  }
+  for (int64_t r = 0; r < count; ++r, scale += width, shift += width) {
+    int64_t g = 0;
+    for (; g < w.groups; g += kFloats) {
+      const Floats s = f_load(scale + g);
+      f_store(shift + g, f_mul(f_sub(f_zero(), s), w.zero.data ? f_load(shift + g) : f_set(offset)));
+      f_store(scale + g, f_mul(s, f_set(unit)));
+    }
+    f_store(scale + g, f_zero());
+    f_store(shift + g, f_zero());
   }
 }
 
@@ -97,7 +108,7 @@ void transpose_scales(const Weight& w, const int64_t* rows, int64_t count, float
   const int64_t width = padded(w.groups);
   float *s = lines, *z = lines + kFloats * width;
   for (int64_t first = 0; first < count; first += kFloats) {
-    for (int64_t r = 0; r < kFloats; ++r) scale_and_shift(w, rows[first + r], unit, offset, s + r * width, z + r * width);
+    scale_and_shift(w, rows + first, kFloats, unit, offset, width, s, z);
     for (int64_t g = 0; g < w.groups; g += kFloats) {
       transpose(s + g, width, scale + g * kPanelRows + first);
       transpose(z + g, width, shift + g * kPanelRows + first);

@@ -20,12 +20,10 @@ void to_float(const void* from, DType type, int64_t count, float* out) {
     return;
   }
   for (; i + kFloats <= count; i += kFloats) f_store(out + i, type == DType::f16 ? f_load_f16(h + i) : f_load_bf16(h + i));
-  if (i < count) {
-    uint16_t in[kFloats] = {};
-    float tail[kFloats];
-    __builtin_memcpy(in, h + i, (size_t)(count - i) * 2);
-    f_store(tail, type == DType::f16 ? f_load_f16(in) : f_load_bf16(in));
-    __builtin_memcpy(out + i, tail, (size_t)(count - i) * 4);
+  if (const int64_t left = count - i) {
+    float last[kFloats];
+    f_store(last, type == DType::f16 ? f_load_f16_some(h + i, left) : f_load_bf16_some(h + i, left));
+    __builtin_memcpy(out + i, last, (size_t)left * 4);
   }
 }
 
@@ -36,29 +34,28 @@ inline Floats load_as(const void* p, int64_t i) {
   return f_load_bf16((const uint16_t*)p + i);
 }
 
-inline uint16_t bf16_bits(float f) {  // round to nearest even, NaN kept
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// The first n < kFloats from number i on, zeros behind.
+template <DType T>
+inline Floats load_some_as(const void* p, int64_t i, int64_t n) {
+  if constexpr (T == DType::f32) return f_load_some((const float*)p + i, n);
+  if constexpr (T == DType::f16) return f_load_f16_some((const uint16_t*)p + i, n);
+  return f_load_bf16_some((const uint16_t*)p + i, n);
 }
+
+inline void store_half(uint16_t* p, DType type, Floats v) { type == DType::bf16 ? f_store_bf16(p, v) : f_store_f16(p, v); }
 
 void from_float(const float* from, int64_t count, DType type, void* out) {
   uint16_t* h = (uint16_t*)out;
   if (type == DType::f32) {
     __builtin_memcpy(out, from, (size_t)count * 4);
-  } else if (type == DType::bf16) {
-    for (int64_t i = 0; i < count; ++i) h[i] = bf16_bits(from[i]);
-  } else {
-    int64_t i = 0;
-    for (; i + kFloats <= count; i += kFloats) f_store_f16(h + i, f_load(from + i));
-    if (i < count) {
-      float in[kFloats] = {};
-      uint16_t tail[kFloats];
-      __builtin_memcpy(in, from + i, (size_t)(count - i) * 4);
-      f_store_f16(tail, f_load(in));
-      __builtin_memcpy(h + i, tail, (size_t)(count - i) * 2);
-    }
+    return;
+  }
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) store_half(h + i, type, f_load(from + i));
+  if (i < count) {
+    uint16_t last[kFloats];
+    store_half(last, type, f_load_some(from + i, count - i));
+    __builtin_memcpy(h + i, last, (size_t)(count - i) * 2);
   }
 }
 
@@ -108,7 +105,11 @@ template <int NB>
 inline void unpack_last(const uint8_t* b, int64_t count, uint8_t* out) {
   switch (count) {
     case 32: return unpack_short<NB, 32>(b, out);
+#ifdef HQQTENSOR_HAS_HALF_BLOCK
+    case 64: return store_codes(out, decode_half<NB>(b));
+#else
     case 64: return unpack_short<NB, 64>(b, out);
+#endif
     case 96: return unpack_short<NB, 96>(b, out);
     default: return unpack_tail(b, NB, (count + 7) / 8 * 8, out);
   }
@@ -136,24 +137,33 @@ inline void with_nbits(int nbits, F f) {
   }
 }
 
-// Numbers of `count` bytes, or of the nibbles `PART` (1: low, 2: high) of as many, less `zero`, times `scale`.
+// Numbers of `count` bytes, or of the nibbles `PART` (1: low, 2: high) of as many, less `zero`, times `scale`. Zeros fill the
+// last vector.
 template <int PART>
 inline void scale_codes(const uint8_t* codes, const float* scale, const float* zero, int64_t count, float* out) {
-  const auto step = [&](int64_t i) __attribute__((always_inline)) {
-    f_store(out + i, f_mul(f_sub(f_codes<PART>(codes + i), f_load(zero + i)), f_load(scale + i)));
-  };
   int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) step(i);
-  if (i == count) return;
-  if (count > kFloats) return step(count - kFloats);  // some once more: nothing is read or written outside
-  for (; i < count; ++i)
-    out[i] = ((float)(PART == 0 ? codes[i] : PART == 1 ? codes[i] & 15 : codes[i] >> 4) - zero[i]) * scale[i];
+  for (; i + kFloats <= count; i += kFloats)
+    f_store(out + i, f_mul(f_sub(f_codes<PART>(codes + i), f_load(zero + i)), f_load(scale + i)));
+  if (const int64_t left = count - i)
+    f_store(out + i,
+            f_mul(f_sub(f_codes_some<PART>(codes + i, left), f_load_some(zero + i, left)), f_load_some(scale + i, left)));
 }
 
-// Columns [first, first + count) of one row of scales or zero points.
+template <DType T>
+inline void load_plain(const char* data, int64_t first, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) f_store(out + i, load_as<T>(data, first + i));
+  if (i < count) f_store(out + i, load_some_as<T>(data, first + i, count - i));
+}
+
+// Columns [first, first + count) of one row of scales or zero points, and up to kFloats - 1 zeros behind them.
 inline void load_values(const Values& v, int64_t row, int64_t first, int64_t count, float* out) {
   const char* data = v.row(row);
-  if (!v.quantized()) return to_float(element(data, v.type, first), v.type, count, out);
+  if (!v.quantized()) {
+    if (v.type == DType::f16) return load_plain<DType::f16>(data, first, count, out);
+    if (v.type == DType::bf16) return load_plain<DType::bf16>(data, first, count, out);
+    return load_plain<DType::f32>(data, first, count, out);
+  }
   const int64_t meta = row % v.meta_rows * v.meta_stride + first;
   const float *scale = v.meta_scale + meta, *zero = v.meta_zero + meta;
   if (v.type == DType::u8) return scale_codes<0>((const uint8_t*)data + first, scale, zero, count, out);
@@ -262,7 +272,9 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
     with_nbits(w.nbits,
                [&](auto nb) { unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes); });
     if (first + count > whole * 128)
-      unpack_tail(row + whole * 16 * w.nbits, w.nbits, (w.K - whole * 128 + 7) / 8 * 8, codes + whole * 128 - first);
+      with_nbits(w.nbits, [&](auto nb) {
+        unpack_last<nb.value>(row + whole * 16 * nb.value, w.K - whole * 128, codes + whole * 128 - first);
+      });
     if (w.axis == 0) {
       load(first, count);
       dequantize_columns(w, table, codes, count, scale, zero, out + first);

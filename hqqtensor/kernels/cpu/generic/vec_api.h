@@ -68,9 +68,12 @@ HQQTENSOR_SUPPLIES(Floats, f_load(in));
 HQQTENSOR_SUPPLIES(Floats, f_load_some(in, n));  // the first n < kFloats, then zeros; reads no more than n
 HQQTENSOR_SUPPLIES(Floats, f_load_f16(halves));
 HQQTENSOR_SUPPLIES(Floats, f_load_bf16(halves));
+HQQTENSOR_SUPPLIES(Floats, f_load_f16_some(halves, n));  // the first n < kFloats, then zeros; reads no more than n
+HQQTENSOR_SUPPLIES(Floats, f_load_bf16_some(halves, n));
 HQQTENSOR_SUPPLIES(void, f_store(out, a));
-HQQTENSOR_SUPPLIES(void, f_store_f16(halves_out, a));  // to nearest even
-HQQTENSOR_SUPPLIES(void, f_store_pairs(out, a, b));    // a0 b0 a1 b1 ..., 2 kFloats numbers
+HQQTENSOR_SUPPLIES(void, f_store_f16(halves_out, a));   // to nearest even
+HQQTENSOR_SUPPLIES(void, f_store_bf16(halves_out, a));  // to nearest even, NaN stays NaN
+HQQTENSOR_SUPPLIES(void, f_store_pairs(out, a, b));     // a0 b0 a1 b1 ..., 2 kFloats numbers
 
 // Arithmetic, lane by lane.
 HQQTENSOR_SUPPLIES(Floats, f_add(a, b));

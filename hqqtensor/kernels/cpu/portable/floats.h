@@ -180,6 +180,24 @@ inline Floats f_load_bf16(const uint16_t* p) {
     return f;
   });
 }
+// The first n of them (n < kFloats), zeros behind.
+inline Floats f_load_f16_some(const uint16_t* p, int64_t n) {
+  uint16_t numbers[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
+  return f_load_f16(numbers);
+}
+inline Floats f_load_bf16_some(const uint16_t* p, int64_t n) {
+  uint16_t numbers[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
+  return f_load_bf16(numbers);
+}
+inline void f_store_bf16(uint16_t* p, const Floats& v) {
+  for (int i = 0; i < kFloats; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &v.v[i], 4);
+    p[i] = v.v[i] == v.v[i] ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : (uint16_t)((bits >> 16) | 0x40);
+  }
+}
 inline void prefetch(const void*) {}
 
 }  // namespace

@@ -27,7 +27,7 @@ bool set_choice(Call& c) {
 
 // Letters: see Call. Settings of a packed weight: meta, nbits, format, group_size, axis, in_features.
 constexpr Operator kLinear{"tttTTTLisiiis", linear, "hqqtensor::registry_linear"};
-constexpr Operator kLinearMany{"tllLLisiiisL", linear_many, "hqqtensor::registry_linear_many"};
+constexpr Operator kLinearMany{"tllLLisiiisLL", linear_many, "hqqtensor::registry_linear_many"};
 constexpr Operator kBatchedLinear{"tttTTLisiiis", batched_linear, "hqqtensor::registry_batched_linear"};
 constexpr Operator kGroupedLinear{"ttttTTLisiiis", grouped_linear, "hqqtensor::registry_grouped_linear"};
 constexpr Operator kDequantize{"ttTLisiiii", dequantize, "hqqtensor::registry_dequantize"};

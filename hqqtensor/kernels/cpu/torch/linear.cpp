@@ -62,7 +62,8 @@ Tensor output_like(const Tensor& x, int64_t N) {
 Tensor item(const std::vector<Tensor>& all, size_t i) { return all.empty() ? Tensor() : all[i].borrow(); }
 
 // The weights of linear_many; their `meta` follow one another in one list.
-std::vector<PackedArguments> split(Call& c, std::vector<Tensor>& bias, std::string_view* activation) {
+std::vector<PackedArguments> split(Call& c, std::vector<Tensor>& bias, std::vector<Tensor>& pre_scale,
+                                   std::string_view* activation) {
   const auto qdata = c.tensors(), scale = c.tensors(), zero = c.optional_tensors();
   bias = c.optional_tensors();
   const int64_t nbits = c.integer();
@@ -70,10 +71,12 @@ std::vector<PackedArguments> split(Call& c, std::vector<Tensor>& bias, std::stri
   const int64_t group_size = c.integer(), axis = c.integer(), K = c.integer();
   *activation = c.text();
   const auto meta = c.optional_tensors();
+  pre_scale = c.optional_tensors();
   const size_t count = qdata.size();
-  HQQ_CHECK(count && scale.size() == count && (zero.empty() || zero.size() == count) && (bias.empty() || bias.size() == count),
-            "linear_many: ", (int64_t)count, " weights have ", (int64_t)scale.size(), " scales, ", (int64_t)zero.size(),
-            " zero points and ", (int64_t)bias.size(), " biases");
+  const auto all_or_none = [count](const std::vector<Tensor>& t) { return t.empty() || t.size() == count; };
+  HQQ_CHECK(count && scale.size() == count && all_or_none(zero) && all_or_none(bias) && all_or_none(pre_scale), "linear_many: ",
+            (int64_t)count, " weights have ", (int64_t)scale.size(), " scales, ", (int64_t)zero.size(), " zero points, ",
+            (int64_t)bias.size(), " biases and ", (int64_t)pre_scale.size(), " act_pre_scales");
   std::vector<PackedArguments> all;
   size_t used = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -150,17 +153,18 @@ bool linear(Call& c) {
 
 bool linear_many(Call& c) {
   const Tensor x = c.tensor();
-  std::vector<Tensor> bias;
+  std::vector<Tensor> bias, pre_scale;
   std::string_view activation;
-  const auto all = split(c, bias, &activation);
+  const auto all = split(c, bias, pre_scale, &activation);
   const auto how = activation_of(x, activation, all[0]);
   if (!how) return false;
   std::vector<PackedWeights> weights;
-  std::vector<FloatVector> bias32;
+  std::vector<FloatVector> bias32, pre32;
   int64_t N = 0;
   for (size_t i = 0; i < all.size(); ++i) {
     weights.emplace_back(all[i], 2, how->digits);
     bias32.emplace_back(item(bias, i), "bias", weights[i].N());
+    pre32.emplace_back(item(pre_scale, i), "act_pre_scale", weights[i].K());
     N += weights[i].N();
   }
   check_input("linear_many", x, 0, weights[0].K());
@@ -170,7 +174,7 @@ bool linear_many(Call& c) {
   auto* out = (char*)y.mutable_data();
   for (size_t i = 0; i < all.size(); out += weights[i++].N() * y.item_size())
     parts.push_back(
-        {weights[i].at(0), rows.data, rows.stride, rows.count, how->type, bias32[i].data, nullptr, out, N, how->rounded});
+        {weights[i].at(0), rows.data, rows.stride, rows.count, how->type, bias32[i].data, pre32[i].data, out, N, how->rounded});
   if (!run_linears(parts.data(), (int64_t)parts.size(), how->digits)) return false;
   c.give(std::move(y));
   return true;

@@ -28,7 +28,8 @@ constexpr const char* kOperators[][2] = {
 constexpr const char* kProducts[][2] = {
     {"linear", "(Tensor x, " WEIGHT ", Tensor? bias, Tensor? act_pre_scale, " SETTINGS ", str activation) -> Tensor"},
     {"linear_many", "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[]? zero_point, Tensor[]? bias, int nbits, str format, "
-                    "int group_size, int axis, int in_features, str activation, Tensor[]? meta=None) -> Tensor"},
+                    "int group_size, int axis, int in_features, str activation, Tensor[]? meta=None, "
+                    "Tensor[]? act_pre_scale=None) -> Tensor"},
     {"batched_linear", "(Tensor x, " WEIGHT ", Tensor? act_pre_scale, " SETTINGS ", str activation) -> Tensor"},
     {"grouped_linear", "(Tensor x, Tensor offsets, " WEIGHT ", Tensor? act_pre_scale, " SETTINGS ", str activation) -> Tensor"},
 };
