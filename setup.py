@@ -3,7 +3,8 @@
 The library uses torch's stable ABI and no symbol of Python, so one build serves every Python from 3.11 and every torch
 from ``OLDEST_TORCH`` on. Torch's headers are needed: install torch first and pass ``--no-build-isolation``.
 
-CXX: the compiler, "c++" unless set. HQQTENSOR_NO_KERNELS=1: no library. HQQTENSOR_SANITIZE=1: see ``make sanitize``.
+CXX: the compiler, "c++" unless set. HQQTENSOR_NO_KERNELS=1: no library. HQQTENSOR_SANITIZE=1 or
+thread: see ``make sanitize`` and ``make sanitize-threads``.
 HQQTENSOR_GLIBC=2.17: a library for every Linux with that C library or a newer one, see ``make wheel``.
 ``setup.py build_kernels``: the kernels' objects alone, which need no torch; what builds the library then links them.
 """
@@ -25,7 +26,12 @@ from setuptools.command.build_ext import build_ext
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the first whose stable ABI makes tensors of memory with a deleter
 FOLDER = Path("hqqtensor/kernels/cpu")
 NEED_RUNTIME = ("torch", "dispatch")  # folders whose code calls the C++ library
-SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
+# What HQQTENSOR_SANITIZE asks for. Sanitized code is optimized as what ships is: the same loops are tested. Races
+# do not depend on that, and -O1 compiles sooner.
+SANITIZERS = {
+    "1": ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
 
 
 def torch_folder() -> Path:
@@ -55,6 +61,7 @@ class Toolchain:
     kernels: list[str]
     runtime: list[str]
     sanitizers: list[str]
+    suffix: str  # of the folder of objects
 
     @classmethod
     def of_environment(cls) -> "Toolchain":
@@ -64,7 +71,12 @@ class Toolchain:
             # zig has the symbols of old C libraries, and links its own C++ library in. The kernels call neither, so the
             # other compiler makes them, as fast as in any build.
             runtime = [sys.executable, "-m", "ziglang", "c++", "-target", f"x86_64-linux-gnu.{glibc}"]
-        return cls(kernels, runtime, SANITIZERS if os.environ.get("HQQTENSOR_SANITIZE") == "1" else [])
+        sanitize = os.environ.get("HQQTENSOR_SANITIZE")
+        if sanitize is None:
+            return cls(kernels, runtime, [], "")
+        if sanitize not in SANITIZERS:
+            raise SystemExit(f"HQQTENSOR_SANITIZE must be one of {list(SANITIZERS)}, got {sanitize!r}")
+        return cls(kernels, runtime, SANITIZERS[sanitize], "sanitized" if sanitize == "1" else f"sanitized-{sanitize}")
 
     def compiled(self, source: Path) -> Compiled:
         """How ``source`` is compiled. Objects of one compiler share a folder, whichever build they were made for."""
@@ -72,13 +84,12 @@ class Toolchain:
         compiler = self.kernels if is_kernel else self.runtime
         # gcc takes more than twice as long for portable/ at -O3, and an x86-64 of the last ten years has a better set.
         level = "-O2" if source.parent.name == "portable" and platform.machine() == "x86_64" else "-O3"
-        # Sanitized code is optimized as much: at -O1 other loops would be tested than those that ship.
         flags = [level, *(self.sanitizers or ["-g0"]), "-std=c++20", "-ffp-contract=off", "-fPIC"]
         flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-iquote", str(FOLDER.resolve())]
         if not is_kernel:
             flags += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-isystem", str(torch_folder() / "include")]
         words = [Path(word).name for word in compiler if not word.startswith("-")]
-        folder = Path("build", "-".join(["objects", *words, *(["sanitized"] if self.sanitizers else [])]))
+        folder = Path("build", "-".join(["objects", *words, *([self.suffix] if self.suffix else [])]))
         place = folder / source.relative_to(FOLDER).with_suffix(".o")
         return Compiled(source.resolve(), place.resolve(), [*compiler, *flags])
 

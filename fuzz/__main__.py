@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from fuzz.child import run_one
-from fuzz.run import run_targets, save_findings
+from fuzz.run import run_in_parallel, save_findings
 from fuzz.targets import TARGETS
 
 FOLDER = Path("build") / "fuzz"
@@ -18,6 +18,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="once for each; default: all")
     parser.add_argument("--seconds", type=float, default=600, help="for each target (default: %(default)s)")
     parser.add_argument("--count", type=int, default=2**62, help="inputs of each target, where they are done sooner")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: %(default)s)")
     parser.add_argument("--first", type=int, help="number of the first input; default: others in every run")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="run this one input here, without a child process")
     parser.add_argument(
@@ -39,7 +40,7 @@ def main() -> int:
     first = time.time_ns() % 2**40 if args.first is None else args.first
     counts, found = {}, 0
     for name in names:
-        result = run_targets([name], first, args.count, args.seconds)[name]
+        result = run_in_parallel(name, first, args.count, args.seconds, args.jobs)
         counts[name] = {"inputs": result.inputs, "taken": result.taken, "findings": len(result.findings)}
         if not args.json:
             print(

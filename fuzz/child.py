@@ -5,6 +5,8 @@ started it knows which one it died of. Its standard output is lines of JSON: one
 target that says how many inputs were taken and refused.
 """
 
+import contextlib
+import gc
 import json
 import mmap
 import os
@@ -16,12 +18,15 @@ import struct
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PROGRESS = struct.Struct("<QQ")
 MEMORY = 1 << 30
 """Bytes of address space that an input may take beyond what the process has before."""
+PEAK = 8 << 20
+"""Bytes that an input of files may take beyond twice its size, with all that is done to check the answer."""
 CPU_SECONDS = 10.0
 """Of all threads together. Time on a clock would count another program's work."""
 
@@ -30,14 +35,18 @@ def make_case(target: Any, number: int) -> Any:
     """The input of a number, the same in every process."""
     import torch
 
-    torch.manual_seed(number % 2**63)
+    # torch.manual_seed would also ask for every other device's generator, which takes longer than most inputs do.
+    torch.default_generator.manual_seed(number % 2**63)
     return target.case(random.Random(f"{target.name} {number}"))
 
 
-def write_files(case: Any, folder: Path) -> None:
-    if isinstance(case, dict) and all(isinstance(content, bytes) for content in case.values()):
-        for name, content in case.items():
-            (folder / name).write_bytes(content)
+def write_files(case: Any, folder: Path) -> int | None:
+    """Write a case that is made of files; their bytes in all, None where it is not."""
+    if not isinstance(case, dict) or not all(isinstance(content, bytes) for content in case.values()):
+        return None
+    for name, content in case.items():
+        (folder / name).write_bytes(content)
+    return sum(map(len, case.values()))
 
 
 def limit_memory() -> None:
@@ -46,15 +55,44 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def _memory(key: str) -> int:
+    """A line of this process's status in the kernel's books, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{key}:")[2].split(maxsplit=1)[0]) * 1024
+
+
+@contextlib.contextmanager
+def _peak_bounded(size: int | None) -> Iterator[None]:
+    """MemoryError where an input of ``size`` bytes made the process larger than it may, by pages in use."""
+    if size is not None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _memory("VmRSS")
+    try:
+        yield
+    finally:
+        if size is not None and (peak := _memory("VmHWM") - before) > 2 * size + PEAK:
+            raise MemoryError(f"an input of {size} bytes took {peak} bytes of memory, more than twice that and {PEAK}")
+
+
+def _empty(folder: Path) -> None:
+    """Make the folder, or remove what is in it: to remove the folder as well takes longer than most inputs do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
 def run_one(target: Any, number: int, folder: Path) -> tuple[str, str]:
     """("taken", ""), ("refused", "") or ("finding", what happened)."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _empty(folder)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         case = make_case(target, number)
-        write_files(case, folder)
-        target.run(case, folder)
+        size = write_files(case, folder)
+        with _peak_bounded(size):
+            target.run(case, folder)
         return "taken", ""
     except target.refusals as error:
         text = str(error)
@@ -77,6 +115,8 @@ def main(names: list[str], first: int, count: int, seconds: float, progress: str
     for name in names:  # makes the seeds and imports what it needs, before memory is limited
         run_one(TARGETS[name], first, place)
     limit_memory()
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through again and again
     with open(progress, "r+b") as file, mmap.mmap(file.fileno(), PROGRESS.size) as current:
         for order, name in enumerate(names):
             counts: dict[str, Any] = {"target": name, "taken": 0, "refused": 0}

@@ -1,11 +1,13 @@
 """Run a target in child processes, and keep what they find."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from fuzz.child import CPU_SECONDS, PROGRESS
 
 STUCK = 60.0
 """Seconds on the clock in which no input is finished, not counting those in which the child is stopped from outside."""
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where inputs are written: a disk would take most of the time."""
 
 
 @dataclass
@@ -29,6 +33,21 @@ class Result:
     @property
     def inputs(self) -> int:
         return self.taken + self.refused + len(self.findings)
+
+
+def run_in_parallel(name: str, first: int, count: int, seconds: float, jobs: int) -> Result:
+    """Inputs of one target by ``jobs`` processes; where ``count`` is more than there is time for, each has a range."""
+    share = min(-(-count // jobs), 2**32)
+    starts = [first + job * share for job in range(jobs)]
+    counts = [min(share, first + count - start) for start in starts]
+    with ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(lambda start, some: run_targets([name], start, some, seconds)[name], starts, counts)
+        total = Result()
+        for result in results:
+            total.taken += result.taken
+            total.refused += result.refused
+            total.findings |= result.findings
+    return total
 
 
 def run_targets(names: list[str], first: int, count: int, seconds: float) -> dict[str, Result]:
@@ -52,7 +71,7 @@ def run_targets(names: list[str], first: int, count: int, seconds: float) -> dic
 
 def _run_child(names: list[str], first: int, count: int, seconds: float, results: dict[str, Result]) -> tuple[int, int]:
     """Add what one child does to ``results``; how many targets it finished, and the number of the input it died of."""
-    with tempfile.TemporaryDirectory(prefix="hqqtensor-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="hqqtensor-fuzz-", dir=IN_MEMORY) as folder:
         progress, out, errors = (Path(folder, part) for part in ("progress", "out", "errors"))
         progress.write_bytes(PROGRESS.pack(0, first))
         numbers = map(str, (first, count, seconds, progress, folder))

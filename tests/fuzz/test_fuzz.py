@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fuzz import run
-from fuzz.child import make_case, run_one, write_files
+from fuzz.child import PEAK, make_case, run_one, write_files
 from fuzz.run import run_targets
 from fuzz.target import Target, Wrong
 from fuzz.targets import TARGETS
@@ -50,11 +50,34 @@ def test_only_documented_errors_count_as_refusals(error: type[Exception], kind: 
     assert run_one(Target("t", lambda rng: 5, fail, (ValueError,)), 0, tmp_path / "case")[0] == kind
 
 
+def test_memory_beyond_twice_the_files_and_a_constant_is_a_failure(tmp_path: Path) -> None:
+    def taking(count: int) -> Target:
+        return Target("t", lambda rng: {"a": b"x" * 100}, lambda case, folder: bytearray(b"x") * count, (ValueError,))
+
+    assert run_one(taking(PEAK // 2), 0, tmp_path / "case") == ("taken", "")
+    kind, text = run_one(taking(PEAK + (4 << 20)), 0, tmp_path / "case")
+    assert kind == "finding" and "an input of 100 bytes took" in text
+
+
+def test_processes_share_the_inputs_of_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def run_range(names: list[str], first: int, count: int, seconds: float) -> dict[str, run.Result]:
+        asked.append((first, count))
+        return {"t": run.Result(taken=count, findings={first: "x"})}
+
+    monkeypatch.setattr(run, "run_targets", run_range)
+    result = run.run_in_parallel("t", 100, 7, 1.0, jobs=2)
+    assert sorted(asked) == [(100, 4), (104, 3)]
+    assert result.taken == 7 and result.findings == {100: "x", 104: "x"}
+
+
 CHILD = """
 import sys, types
 
 torch = sys.modules["torch"] = types.ModuleType("torch")  # which takes seconds to import, and is not needed here
-torch.set_num_threads = torch.manual_seed = lambda number: None
+torch.set_num_threads = lambda number: None
+torch.default_generator = types.SimpleNamespace(manual_seed=lambda number: None)
 targets = sys.modules["fuzz.targets"] = types.ModuleType("fuzz.targets")
 inputs = iter([0, 0, 1, 2, 3])  # the first is run twice
 

@@ -112,6 +112,7 @@ struct RowMeta {
     for (int r = 0; r < kGemvRows; ++r) {
       s[r] += whole * size, z[r] += whole * size;
       if (vector_fits(w.scale, rows[r], left) && (!w.zero.data || vector_fits(w.zero, rows[r], left))) continue;
+      __builtin_memset(last[r], 0, sizeof(last[r]));  // the lanes behind the last one are converted too, and dropped
       __builtin_memcpy(last[r][0], s[r], (size_t)left);
       __builtin_memcpy(last[r][1], z[r], (size_t)left);
       s[r] = last[r][0];
