@@ -172,8 +172,6 @@ void with_values(const Values& v, int64_t row, int64_t first, int64_t count, F f
   }
   alignas(64) float buffer[64 * kChunksPerPiece];
   load_values(v, row, first, count, buffer);
-  // Halves of a block of nibbles end anywhere, so the zeros that load_values leaves need not fill the last vector.
-  for (int64_t i = count; i % kFloats; ++i) buffer[i] = 0;
   f([&](int64_t i) { return f_load(buffer + i); });
 }
 
