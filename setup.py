@@ -75,8 +75,11 @@ class Toolchain:
         # Sanitized code is optimized as much: at -O1 other loops would be tested than those that ship.
         flags = [level, *(self.sanitizers or ["-g0"]), "-std=c++20", "-ffp-contract=off", "-fPIC"]
         flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-iquote", str(FOLDER.resolve())]
+        # Messages name source files: without the folders of this machine, so that all machines build the same bytes.
+        flags += [f"-ffile-prefix-map={Path.cwd()}/="]
         if not is_kernel:
             flags += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-isystem", str(torch_folder() / "include")]
+            flags += [f"-ffile-prefix-map={torch_folder()}/=torch/"]
         words = [Path(word).name for word in compiler if not word.startswith("-")]
         folder = Path("build", "-".join(["objects", *words, *(["sanitized"] if self.sanitizers else [])]))
         place = folder / source.relative_to(FOLDER).with_suffix(".o")
