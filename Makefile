@@ -58,7 +58,7 @@ demo: $(STAMP)
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -q --durations=25 -n $(JOBS) --dist worksteal
 KERNEL_TESTS := $(addprefix $(CURDIR)/tests/kernels/,test_cpu.py test_cpu_meta.py test_cpu_dense.py test_linear_many.py \
-  test_cpu_solvers.py test_cpu_levels.py test_cpu_decoder.py)
+  test_cpu_solvers.py test_cpu_levels.py test_cpu_decoder.py test_cpu_numerics.py test_cpu_batch_invariance.py)
 
 test: $(STAMP)
 	$(PYTEST) tests

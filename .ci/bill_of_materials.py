@@ -1,4 +1,4 @@
-"""Writes what code of others is in a wheel: ``python .ci/bill_of_materials.py UNPACKED_WHEEL``, called by ``make wheel``.
+"""Writes what code of others is in a wheel: ``python .ci/bill_of_materials.py UNPACKED_WHEEL``, for ``make wheel``.
 
 The file is ``*.dist-info/sboms/hqqtensor.cdx.json``, CycloneDX 1.6, where PEP 770 has it. Libraries that auditwheel
 copies into a wheel get a file from auditwheel, beside this one; so far it copies none. What is listed here is linked or
