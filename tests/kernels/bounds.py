@@ -1,13 +1,25 @@
-"""How far a product through integers may be from the exact one: a share of the size of what is summed, by dtype."""
+"""How far a product may be from the exact one: a share of the size of what is summed, by path.
+
+docs/numerics.md states the same numbers; test_cpu_numerics.py compares the page with this file.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HALF_UNITS = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""What rounding to a dtype changes, at most, as a share of the number."""
+
 # Rounding of the result in its dtype, plus fixed-point activations and float32 sums.
-BOUNDS = {torch.float32: 2**-21, torch.bfloat16: 2**-8 + 2**-14, torch.float16: 2**-11 + 2**-14}
+BOUNDS = {dtype: HALF_UNITS[dtype] + 2**-14 for dtype in (torch.bfloat16, torch.float16)} | {torch.float32: 2**-21}
 # Tables: activations and values have digits of 7 bits, three for float32, else two.
-TABLE_BOUNDS = {torch.float32: 2**-19, torch.bfloat16: 2**-8 + 2**-12, torch.float16: 2**-11 + 2**-12}
+TABLE_BOUNDS = {dtype: HALF_UNITS[dtype] + 2**-12 for dtype in (torch.bfloat16, torch.float16)} | {
+    torch.float32: 2**-19
+}
+# float32 in 16 bits, as torch.set_float32_matmul_precision("high") allows.
+HIGH_BOUND, HIGH_TABLE_BOUND = 2**-14, 2**-12
+# Gradients are products with weights rounded to the dtype.
+GRADIENT_BOUNDS = {dtype: 2 * half + 2**-20 for dtype, half in HALF_UNITS.items()}
 
 
 def seen(x: Tensor) -> Tensor:
@@ -24,3 +36,17 @@ def size_of_sums(x: Tensor, span: Tensor, scale: Tensor | None = None) -> Tensor
     if scale is None:
         return seen(x) @ span.T
     return torch.stack([seen(x * s) @ (row / s) for s, row in zip(scale.double(), span, strict=True)], dim=-1)
+
+
+def int8_rounding(x: Tensor, w: Tensor, features: int, scale: Tensor | None = None) -> Tensor:
+    """What rounding activations to 8 bits may change, ``[M, N]`` in float64: half a step, the largest of ``features``
+    columns / 254, times each weight of w ``[N, K]``. ``scale``: as above."""
+
+    def half_steps(x: Tensor) -> Tensor:
+        top = F.pad(x.abs(), (0, -x.shape[-1] % features)).unflatten(-1, (-1, features)).amax(-1)
+        return top.repeat_interleave(features, -1)[..., : x.shape[-1]] / 254
+
+    x, w = x.double(), w.double().abs()
+    if scale is None:
+        return half_steps(x) @ w.T
+    return torch.stack([half_steps(x * s) @ (row / s) for s, row in zip(scale.double(), w, strict=True)], dim=-1)

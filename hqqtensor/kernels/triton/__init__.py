@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hqqtensor.kernels.triton.encoder import TritonEncoder
 from hqqtensor.ops.backend import Backend, register_backend
+from hqqtensor.ops.batch_invariant import BATCH_INVARIANT
 
 OPERATORS = ("linear", "batched_linear", "grouped_linear", "embedding", "dequantize")
 DEVICES = ("cuda", "xpu")
@@ -31,6 +32,8 @@ def why_unavailable() -> str | None:
 
 def _lazy(op: str) -> Callable[..., Tensor]:
     def run(*args: object) -> Tensor:
+        if BATCH_INVARIANT and op.endswith("linear"):  # the number of rows chooses tiles and kernels
+            return NotImplemented
         from hqqtensor.kernels.triton import launch
 
         return getattr(launch, op)(*args)

@@ -115,18 +115,29 @@ bool round_rows(const Weight& w, int64_t M, float* x) {
   parallel_over(M, 1, 4 * M * w.K, [&](int64_t a, int64_t b) {
     for (int64_t i = a * w.K, end = b * w.K; i < end;) {
       const int64_t stop = std::min(i + run, (i / w.K + 1) * w.K);
-      float top = 0;
+      float largest = 0;
       bool finite = true;
       for (int64_t k = i; k < stop; ++k) {
-        top = std::max(top, std::fabs(x[k]));
+        largest = std::max(largest, std::fabs(x[k]));
         finite = finite && std::isfinite(x[k]);
       }
       if (!finite) all_finite = false;
+      // Powers of two keep 127 / top finite for the smallest numbers, and 127 times the step for the largest.
+      const float unit = largest < 0x1p-64f ? 0x1p64f : largest > 0x1p64f ? 0x1p-64f : 1, top = largest * unit;
       const float inverse = top == 0 ? 0 : 127 / top, step = top / 127;
-      for (; i < stop; ++i) x[i] = std::nearbyint(x[i] * inverse) * step;
+      for (; i < stop; ++i) x[i] = std::clamp(std::nearbyint(x[i] * unit * inverse) * step, -top, top) / unit;
     }
   });
   return all_finite;
+}
+
+// Token m of a product, as a product.
+Problem token_of(const Problem& p, int64_t m) {
+  Problem token = p;
+  token.M = 1;
+  token.x = (const char*)p.x + m * p.x_stride * size_of(p.x_type);
+  token.y = (char*)p.y + m * p.y_stride * size_of(p.x_type);
+  return token;
 }
 
 void multiply_dense(const Problem& p, DenseActivations x, float* packed) {
@@ -137,6 +148,11 @@ void multiply_dense(const Problem& p, DenseActivations x, float* packed) {
       if (complete && !k.pack_activations(x, a, b, p.w.K, packed)) complete = false;
     });
     if (complete) x.packed = packed;
+    if (!complete && batch_invariant() && p.M > 1) {
+      for (int64_t m = 0; m < p.M; ++m)
+        multiply_dense(token_of(p, m), {x.x + m * x.stride, x.stride, x.splits, nullptr}, packed);
+      return;
+    }
   }
   parallel_over(p.w.N, k.dense_row_multiple, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     k.linear_dense(p, x, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), Scratch::kernel));
@@ -155,6 +171,11 @@ bool run_block(Problem p, int digits) {
   if (integers &&
       (p.w.axis == 1 ? multiply_integers(&p, 1, x, digits, memory.quantized) : multiply_integers_axis0(p, x, digits)))
     return true;
+  if (integers && batch_invariant() && p.M > 1) {  // one token that integers do not serve leaves the others where they were
+    for (int64_t m = 0; m < p.M; ++m)
+      if (!run_block(token_of(p, m), digits)) return false;
+    return true;
+  }
   if (digits == 1) {
     if (integers || p.w.axis == 0) return false;  // NaN, say; scales of axis 0 belong to the activations before rounding
     if (x.x == p.x)

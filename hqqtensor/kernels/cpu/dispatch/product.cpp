@@ -1,6 +1,8 @@
 #include "dispatch/product.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "dispatch/scratch.h"
 
@@ -11,12 +13,27 @@ constexpr int64_t kMaxRowsForGemvAlone = 16;  // M up to which linear_rows beats
 
 }  // namespace
 
+bool batch_invariant() {
+  static const bool asked = [] {
+    const char* const value = std::getenv("HQQTENSOR_BATCH_INVARIANT");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  return asked;
+}
+
 PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
-  if (kernels().linear_panel) return kernels().panel_shape(w, M, digits);
-  return {.layout = Layout::rows,
-          .tile = 0,
-          .max_rows_for_gemv = kMaxRowsForGemvAlone,
-          .max_rows_for_integers = costly_as_integers(w, digits) ? kMaxRowsForGemvAlone : INT64_MAX};
+  const Kernels& k = kernels();
+  PanelShape shape{.layout = Layout::rows,
+                   .tile = 0,
+                   .max_rows_for_gemv = kMaxRowsForGemvAlone,
+                   .max_rows_for_integers = costly_as_integers(w, digits) ? kMaxRowsForGemvAlone : INT64_MAX};
+  if (k.linear_panel) shape = k.panel_shape(w, batch_invariant() ? 1 : M, digits);
+  if (!batch_invariant()) return shape;
+  // One kernel for every M: that of the panels, or of rows where there are none; and no rounding of weights.
+  return {.layout = shape.layout,
+          .tile = shape.tile,
+          .max_rows_for_gemv = shape.layout == Layout::rows ? INT64_MAX / 2 : 0,
+          .max_rows_for_integers = INT64_MAX};
 }
 
 bool linear_rows_serves(const Weight& w, int64_t M, int digits) {

@@ -7,6 +7,10 @@
 
 namespace hqqtensor {
 
+// True if HQQTENSOR_BATCH_INVARIANT=1 asks for results of a row that do not depend on how many rows come with it. It is read once,
+// so that all of a product agrees.
+bool batch_invariant();
+
 // Which panels serve M tokens, and up to which M each kernel is the fastest. Layout::rows where the set has no panels.
 PanelShape panel_shape(const Weight&, int64_t M, int digits);
 // True if linear_rows is the kernel for M tokens.
