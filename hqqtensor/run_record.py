@@ -1,5 +1,6 @@
 """What a run that may be interrupted is, in a file: the same call goes on from there, and another is refused."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,14 +51,34 @@ def check_same(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def write_whole(folder: Path, name: str, write: Callable[[Any], Any]) -> None:
-    """Write a file beside its place, then rename it: whenever the process is killed, the file is whole or not there."""
+    """Write a file beside its place, then rename it: whatever stops this, the old file or the new one is there, whole.
+
+    What a kill leaves has the ending ``PART``, and the next call for the same file writes over it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{name}{PART}"
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, folder / name)
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """``write_whole`` for a text in UTF-8, at the end of a symbolic link; what is no file (/dev/stdout) is written to.
+
+    OSError where the folder of ``path`` is not there.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file() or not path.parent.is_dir():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_whole(path.parent, path.name, lambda file: file.write(text.encode()))
 
 
 def digest(value: Any) -> str:

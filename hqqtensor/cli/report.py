@@ -15,6 +15,7 @@ from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.language import LanguageComparison, compare_language_models
 from hqqtensor.report import figures as collected
 from hqqtensor.report.page import page
+from hqqtensor.run_record import write_text_whole
 from hqqtensor.search import Sensitivity, measure_sensitivity
 
 MEASURING_SECONDS = 20.0
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     figures = figures_of(facts, model, original, comparison, sensitivity)
     figures["texts"] = texts_of(model, original, windows, args)
     with writing(out):
-        out.write_text(page(figures), encoding="utf-8")
+        write_text_whole(out, page(figures))
     if args.json:
         print_json({"page": str(out), **figures})
     else:

@@ -1,7 +1,6 @@
 """How much a model suffers when one layer is quantized with one setting; kept in a JSON file that can be used again."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from hqqtensor.calibration.build import check_calibrated
 from hqqtensor.calibration.data import random_ids
 from hqqtensor.config import HqqConfig
 from hqqtensor.offload import OffloadedBlocks
+from hqqtensor.run_record import write_text_whole
 from hqqtensor.search.layers import CANDIDATES, Layer, base_of, layers_of, measuring_order
 from hqqtensor.search.measure import Outputs, key_of, measure_layer
 from hqqtensor.search.pace import Pace, estimate
@@ -53,9 +53,7 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        work = path.with_name(path.name + ".part")
-        work.write_text(json.dumps({"version": VERSION, **self.__dict__}, indent=1) + "\n", encoding="utf-8")
-        os.replace(work, path)
+        write_text_whole(path, json.dumps({"version": VERSION, **self.__dict__}, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> "Sensitivity":

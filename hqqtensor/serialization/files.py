@@ -28,7 +28,7 @@ def checkpoint_files(path: str | os.PathLike) -> list[Path]:
     In a directory: ``model.safetensors``, whole or sharded, else the only safetensors file there, whatever its name.
     """
     with readable(path):
-        return _checkpoint_files(Path(path))
+        return files_there(Path(path))
 
 
 @contextlib.contextmanager
@@ -40,7 +40,8 @@ def readable(path: str | os.PathLike) -> Iterator[None]:
         raise CheckpointError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
 
 
-def _checkpoint_files(path: Path) -> list[Path]:
+def files_there(path: Path) -> list[Path]:
+    """``checkpoint_files`` with the file system's own errors."""
     if path.is_dir():
         present = sorted(path.glob("*.safetensors"))
         path = path / DEFAULT_NAME

@@ -22,7 +22,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hqqtensor.serialization.files import checkpoint_files, index_path
+from hqqtensor.serialization.files import files_there, index_path
 from hqqtensor.serialization.layout import CheckpointError
 
 try:
@@ -89,9 +89,12 @@ def _free_names(path: Path, count: int, in_use: set[str]) -> list[str]:
 
 
 def _in_use(path: Path) -> set[str]:
-    """Names of the files that the checkpoint at ``path`` is read from, if there is one."""
+    """Names of the files that the checkpoint at ``path`` is read from, if there is one.
+
+    OSError where that cannot be read: its shards would be overwritten before the new ones are in place.
+    """
     try:
-        return {file.name for file in checkpoint_files(path)}
+        return {file.name for file in files_there(path)}
     except CheckpointError:
         return set()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from hqqtensor.run_record import NAME, PART, ResumeError, begin, check_same, is_begun
 from hqqtensor.serialization.files import DEFAULT_NAME, index_path
 from hqqtensor.serialization.publish import index_text
+from hqqtensor.serialization.scratch import work_prefix
 from hqqtensor.streaming.claims import CLAIMS, JOURNAL, Claims
 from hqqtensor.streaming.plan import Plan, Shard
 from hqqtensor.streaming.shards import create, is_whole, lay_out_again
@@ -145,11 +146,6 @@ class RunFolder:
     def remove(self) -> None:
         """Remove the folder, for a run that cannot go on."""
         _remove(self.path, self.out)
-
-
-def work_prefix(out: Path) -> str:
-    """How folders beside ``out`` begin that are of use only to the process that works there, and else are removed."""
-    return f".{out.name}.hqqtensor-"
 
 
 def _remove(folder: Path, out: Path) -> None:
