@@ -14,7 +14,7 @@ OPS = (
     "open", "create", "read", "write", "sync", "truncate", "rename", "unlink", "mkdir", "mmap", "close", "copy",
     "memory",
 )  # fmt: skip
-"""Kinds of calls, in the order of preload.c: "create" opens for writing, "unlink" is rmdir too, "copy" is between files."""
+"""Kinds, in the order of preload.c: "create" opens to write, "unlink" is rmdir too, "copy" is between files."""
 
 FILE_OPS = OPS[:-1]
 _NONE, _ERROR, _ERRORS, _SHORT, _KILL, _TORN, _INTERRUPT = range(7)

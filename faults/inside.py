@@ -6,73 +6,17 @@
 
 import gc
 import json
-import os
-import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from faults.inject import COUNT, FILE_FAULTS, Fault, Injector
 from faults.judge import Ended, State, canonical, complaint, state_of
-
-PATIENCE = 120.0
-"""Seconds after which a child hangs; a hundred times what it takes."""
-
-
-@dataclass
-class Row:
-    """Counts of one scenario. absorbed: runs that did their work nonetheless. old, new: what was whole after the others.
-
-    put_back: between two renames there was no target, and the next command put the old one back. continued: runs in
-    which the same call went on, or removed what had been left. failures: what must not happen.
-    """
-
-    name: str
-    calls: int = 0
-    faults: int = 0
-    absorbed: int = 0
-    old: int = 0
-    new: int = 0
-    put_back: int = 0
-    continued: int = 0
-    failures: list[str] = field(default_factory=list)
-
-
-def in_child(work: Callable[[], int], log: Path) -> Ended:
-    """Fork, do ``work`` with its output in a file, and wait."""
-    out, errors = log.with_suffix(".out"), log.with_suffix(".err")
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            for number, file in ((1, out), (2, errors)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ["HQQTENSOR_TRACEBACK"] = "1"
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    until = time.monotonic() + PATIENCE
-    pause = 0.002
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return Ended(os.waitstatus_to_exitcode(status), out.read_text(), errors.read_text())
-        if time.monotonic() > until:
-            os.kill(pid, signal.SIGABRT)
-            os.waitpid(pid, 0)
-            return Ended(-signal.SIGABRT, "", "hangs")
-        time.sleep(pause)
+from faults.rows import Row, in_child, sampled
 
 
 class FileRun:
@@ -89,7 +33,7 @@ class FileRun:
         ended = in_child(lambda: scenario.prepare(self.template) or 0, self.log)
         assert ended.code == 0, ended.stderr
         # What is written names the folder, so it is prepared where it is used.
-        self.old = state_of(self.template / scenario.target)
+        self.old, _ = state_of(self.template / scenario.target)
         self.names = {path.name for path in self.template.iterdir()} | {scenario.target.partition("/")[0]}
         self.names -= set(scenario.stays)
         self.row = Row(scenario.name)
@@ -174,27 +118,29 @@ class FileRun:
         return in_child(work, self.log)
 
     def _state(self) -> State:
-        return state_of(self.root / self.scenario.target)
+        return state_of(self.root / self.scenario.target)[0]
 
     def _is_whole(self, state: State) -> bool:
         return state == self.old or canonical(state) == self.new
 
     def _difference(self, state: State) -> str:
-        sides = (("old", self.old), ("new", self.new))
-        return "; ".join(
-            f"{name}: {sorted(n for n in {*canonical(state), *canonical(side)} if canonical(state).get(n) != canonical(side).get(n))}"
-            for name, side in sides
-        )
+        """The names of files that are not those of the old state, and of the new one."""
+        texts = []
+        for name, side in (("old", canonical(self.old)), ("new", self.new)):
+            now = canonical(state)
+            texts.append(f"not {name}: {sorted(n for n in {*now, *side} if now.get(n) != side.get(n))}")
+        return "; ".join(texts)
 
     def _strays(self) -> set[str]:
-        return {path.name for path in self.root.iterdir()} - self.names
+        beside = {path.name for path in self.root.iterdir()} - self.names
+        return beside | state_of(self.root / self.scenario.target)[1]
 
 
 def run_files(names: list[str], seed: int, share: float, folder: Path) -> list[Row]:
     """Every scenario with its faults."""
-    from faults.scenarios import scenarios
-
     import torch
+
+    from faults.scenarios import scenarios
 
     torch.set_num_threads(1)
     chosen = [scenario for scenario in scenarios() if not names or scenario.name in names]
@@ -205,17 +151,10 @@ def run_files(names: list[str], seed: int, share: float, folder: Path) -> list[R
     for scenario in chosen:
         started = time.monotonic()
         run = FileRun(scenario, injector, folder)
-        faults = run.faults()
-        if share < 1:
-            picked = random.Random(f"{seed} {scenario.name}").sample(faults, max(1, round(share * len(faults))))
-            faults = picked
-        for fault, at in faults:
+        for fault, at in sampled(run.faults(), f"{seed} {scenario.name}", share):
             run.inject(fault, at)
         rows.append(run.row)
-        print(f"{scenario.name}: {run.row.faults} of {run.row.calls} calls, {len(run.row.failures)} failures, "
-              f"{time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
-        for failure in run.row.failures[:5]:
-            print(f"    {failure}", file=sys.stderr, flush=True)
+        print(run.row.line(time.monotonic() - started), file=sys.stderr, flush=True)
     return rows
 
 

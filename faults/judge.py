@@ -8,16 +8,28 @@ from pathlib import Path
 
 _TOKEN = re.compile(r"-[0-9a-f]{8}(-\d{5}-of-\d{5})")
 _DOCUMENTED = ("CommandError", "UsageError", "CheckpointError", "TransferError", "ResumeError", "OSError", "TooLittle")
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NOTES = ("what is finished is kept in", "going on with what an interrupted run left", "hqqtensor: ")
 
 State = dict[str, bytes]
 
 
-def state_of(place: Path) -> State:
-    """The bytes of a file, or of all files of a directory by name; nothing where there is none."""
+def state_of(place: Path) -> tuple[State, set[str]]:
+    """The bytes of a file, or of a directory's files by name, and what lies in the directory and is no part of it.
+
+    No part of a checkpoint: folders of savers, shards that its index does not name, and an index or shards beside a
+    ``model.safetensors``, which comes before them.
+    """
     if place.is_file():
-        return {"": place.read_bytes()}
-    return {str(p.relative_to(place)): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
+        return {"": place.read_bytes()}, set()
+    files = {str(p.relative_to(place)): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
+    index = files.get(_INDEX, b"{}")
+    shards = set() if _WHOLE in files else {*json.loads(index).get("weight_map", {}).values()}
+    strays = {name for name in files if "-of-" in name and name not in shards}
+    strays |= {_INDEX} if _WHOLE in files and _INDEX in files else set()
+    inside = {name for name in files if ".hqqtensor-" in name.partition("/")[0]}
+    inside |= {path.name for path in place.glob(".*.hqqtensor-*")} if place.is_dir() else set()
+    return {name: data for name, data in files.items() if name not in strays | inside}, strays | inside
 
 
 def canonical(state: State) -> State:
@@ -77,7 +89,7 @@ _OS_ERRORS = {name for name, value in vars(builtins).items() if isinstance(value
 
 
 def _without_tracebacks(text: str) -> tuple[str, list[str]]:
-    """``text`` without tracebacks, and the classes of the errors that ended them (HQQTENSOR_TRACEBACK=1 prints them)."""
+    """``text`` without tracebacks, and the classes of the errors at their ends (HQQTENSOR_TRACEBACK=1 prints them)."""
     lines: list[str] = []
     classes: list[str] = []
     inside = False

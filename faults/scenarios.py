@@ -8,19 +8,14 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-import hqqtensor.cli.card
-import hqqtensor.cli.convert
-import hqqtensor.cli.pack
-import hqqtensor.cli.quantize
-import hqqtensor.cli.unpack
-from hqqtensor import HqqConfig, load_model, quantize_, save_model
+from hqqtensor import HqqConfig, HQQTensor, load_model, quantize_, save_model
 from hqqtensor.cli import main, model_dir
 from hqqtensor.run_record import ResumeError
 from hqqtensor.search import Sensitivity
@@ -35,8 +30,9 @@ ERRORS = (OSError, CheckpointError, ResumeError)
 class Scenario:
     """name: as the table shows it. target: what ``run`` writes, within the folder.
 
-    prepare: fills a folder. run: the work, in a child process; its exit code. look: what a user does next who only reads
-    the target, such as opening it. stays: what may lie in the folder after an error, for the same call to go on with.
+    prepare: fills a folder. run: the work, in a child process; its exit code. look: what a user does next who
+    only reads the target, such as opening it. stays: what may lie in the folder after an error, for the same call to go
+    on with.
     """
 
     name: str
@@ -107,6 +103,10 @@ def _source(root: Path) -> None:
     _quantized(root / "source", 4, "12KB")
 
 
+def _old_stream(root: Path) -> None:
+    _save(root, "out.hqqpack", compression="none")
+
+
 def _packed(root: Path) -> None:
     _source(root)
     with contextlib.redirect_stdout(None):
@@ -121,19 +121,17 @@ def _settle(root: Path) -> None:
 
 # ---- the work
 
-_MODEL: dict[int, Any] = {}
 
-
-def model_to_save(bits: int) -> Any:
+@cache
+def model_to_save(bits: int, seed: int) -> Any:
     """A quantized model; made once, before the processes that save it are forked."""
-    if bits not in _MODEL:
-        _MODEL[bits] = tiny_llama(1)
-        quantize_(_MODEL[bits], HqqConfig(bits, 32))
-    return _MODEL[bits]
+    model = tiny_llama(seed)
+    quantize_(model, HqqConfig(bits, 32))
+    return model
 
 
 def _save(root: Path, name: str, **options: Any) -> None:
-    save_model(model_to_save(4), root / name, **options)
+    save_model(model_to_save(4, 1), root / name, **options)
 
 
 def _load(root: Path) -> None:
@@ -144,19 +142,13 @@ def _load(root: Path) -> None:
     except BaseException:
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "the model has changed"
         raise
-    parts = {n: t.dequantize() if hasattr(t, "dequantize") else t for n, t in model.state_dict().items()}
-    assert all(torch.equal(t, _loaded[n]) for n, t in parts.items()), "other numbers were read"
+    for name, tensor in model_to_save(4, 0).state_dict().items():
+        read = model.state_dict()[name]
+        assert torch.equal(_numbers(tensor), _numbers(read)), f"other numbers were read for {name}"
 
 
-_loaded: dict[str, torch.Tensor] = {}
-
-
-def _prepare_load(root: Path) -> None:
-    _source(root)
-    model = tiny_llama(2)
-    load_model(model, root / "source")
-    for name, tensor in model.state_dict().items():
-        _loaded[name] = (tensor.dequantize() if hasattr(tensor, "dequantize") else tensor).clone()
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if isinstance(tensor, HQQTensor) else tensor
 
 
 _BATCHES = [torch.arange(32).reshape(1, 32)]
@@ -214,7 +206,7 @@ def _interrupted(root: Path) -> None:
 def scenarios() -> list[Scenario]:
     """All of them, in the order of the table."""
     plan.BATCH_BYTES = 4096  # several batches, so that there is something to go on with
-    model_to_save(4)
+    model_to_save(4, 0), model_to_save(4, 1)
     function: Callable[..., Any] = lambda work: partial(_function, work)  # noqa: E731
     command: Callable[..., Any] = lambda *arguments: partial(_command, list(arguments))  # noqa: E731
     convert, pack = ["convert", "ROOT/source", "ROOT/out", "--overwrite"], ["pack", "ROOT/source", "ROOT/out.hqqpack"]
@@ -223,7 +215,7 @@ def scenarios() -> list[Scenario]:
         Scenario("save_model over another one", "out", _old_model, function(partial(_save, name="out"))),
         Scenario("save_model, shards over shards", "out", _old_model,
                  function(partial(_save, name="out", max_shard_size="12KB"))),
-        Scenario("save_model, compressed", "out.hqqpack", _all_of(lambda root: _save(root, "out.hqqpack", compression="none")),
+        Scenario("save_model, compressed", "out.hqqpack", _old_stream,
                  function(partial(_save, name="out.hqqpack", compression="deflate"))),
         Scenario("quantize", "out", _dense, command(*_QUANTIZE), _settle, _UNFINISHED),
         Scenario("quantize --overwrite", "out", _all_of(_dense, _old_model), command(*_QUANTIZE), _settle, _UNFINISHED),
@@ -233,12 +225,13 @@ def scenarios() -> list[Scenario]:
                  command(*_QUANTIZE, "--calibrate", "random"), _settle, _UNFINISHED),
         Scenario("convert --overwrite", "out", _all_of(_source, _old_model), command(*convert), _settle),
         Scenario("convert --to hqq", "out", _all_of(_source, _old_model), command(*convert, "--to", "hqq"), _settle),
-        Scenario("pack --overwrite", "out.hqqpack", _all_of(_source, lambda root: _save(root, "out.hqqpack", compression="none")),
+        Scenario("pack --overwrite", "out.hqqpack", _all_of(_source, _old_stream),
                  command(*pack, "--overwrite", "--compression", "deflate")),
         Scenario("unpack --overwrite", "out", _all_of(_packed, _old_model),
                  command("unpack", "ROOT/model.hqqpack", "ROOT/out", "--overwrite"), _settle),
-        Scenario("quantize_(resume=...), save_model", "out", lambda root: None, function(_quantize_resumed), stays=("kept",)),
+        Scenario("quantize_(resume=...), save_model", "out", lambda root: None, function(_quantize_resumed),
+                 stays=("kept",)),
         Scenario("Sensitivity.save", "sensitivity.json", _old_sensitivity, function(_save_sensitivity)),
         Scenario("card --output", "README.md", _old_card, command("card", "ROOT/source", "--output", "ROOT/README.md")),
-        Scenario("load_model", "source", _prepare_load, function(_load)),
+        Scenario("load_model", "source", _source, function(_load)),
     ]  # fmt: skip

@@ -75,7 +75,7 @@ def write_text_whole(path: Path, text: str) -> None:
     OSError where the folder of ``path`` is not there.
     """
     path = path.resolve()
-    if path.exists() and not path.is_file() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         path.write_text(text, encoding="utf-8")
     else:
         write_whole(path.parent, path.name, lambda file: file.write(text.encode()))

@@ -102,11 +102,11 @@ def open_dense(directory: Path) -> nn.Module:
     return cls.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
 
 
-def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
+def open_quantized(directory: str | os.PathLike[str], mmap: bool = True) -> nn.Module:
     """The model of a directory that ``hqqtensor quantize`` wrote, in eval mode, on the CPU.
 
-    The model is built on the meta device, so that dense weights never take memory. UsageError where the
-    directory is not one of hqqtensor's, CheckpointError where its file leaves a parameter without a value.
+    The model is built on the meta device, so that dense weights never take memory. ``mmap`` as in ``load``. UsageError
+    where the directory is not one of hqqtensor's, CheckpointError where its file leaves a parameter without a value.
     """
     directory = Path(directory)
     _settle_killed(directory.resolve())
@@ -116,7 +116,7 @@ def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     from hqqtensor.open_directory import load
 
     with from_files():
-        return load(directory)
+        return load(directory, mmap=mmap)
 
 
 def empty_model_of(directory: Path, otherwise: torch.dtype | None = None) -> nn.Module:
@@ -278,4 +278,3 @@ def _settle_killed(out: Path) -> None:
             settle = is_ours or (is_ours is None and between and not out.exists())
             if settle and (done := _settle(work, out)):
                 print(f"hqqtensor: {out}: {done} what an interrupted run left in {work.name}", file=sys.stderr)
-

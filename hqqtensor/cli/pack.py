@@ -66,8 +66,7 @@ def _target(path: Path, source: Path, overwrite: bool) -> Iterator[BinaryIO]:
         raise UsageError(f"FILE {path} cannot be written: {path.parent} is not a directory")
     if source.resolve() == path.parent:
         raise UsageError(f"FILE {path} is in DIR, which would be packed into itself; choose another place")
-    with writing(path):
-        with scratch_beside(path) as scratch:
-            with open(scratch / path.name, "xb") as file:
-                yield file
-            os.replace(scratch / path.name, path)
+    with writing(path), scratch_beside(path) as scratch:
+        with open(scratch / path.name, "xb") as file:
+            yield file
+        os.replace(scratch / path.name, path)

@@ -18,11 +18,13 @@ Two savers at once take turns by a lock on the directory. Where the file system 
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hqqtensor.serialization.files import files_there, index_path
+from hqqtensor.serialization.files import files_there, index_path, open_file
+from hqqtensor.serialization.header import is_of_a_save
 from hqqtensor.serialization.layout import CheckpointError
 
 try:
@@ -45,7 +47,7 @@ def publish(path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], 
             index_path(path).unlink(missing_ok=True)
         else:
             _move_shards(path, written, names, index_text(names, keys, nbytes))
-        for name in in_use - set(names):
+        for name in (in_use | _orphans(path)) - set(names):
             (path.parent / name).unlink(missing_ok=True)
 
 
@@ -76,6 +78,20 @@ def _move_shards(path: Path, written: Sequence[Path], names: Sequence[str], inde
             for name in names:
                 (path.parent / name).unlink(missing_ok=True)
         raise
+
+
+def _orphans(path: Path) -> set[str]:
+    """Shards of saves of ``path`` that were killed before or after they became the checkpoint."""
+    pattern = re.compile(re.escape(path.stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+    return {file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name) and _is_ours(file)}
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with open_file(file) as opened:
+            return is_of_a_save(opened.metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def _free_names(path: Path, count: int, in_use: set[str]) -> list[str]:
