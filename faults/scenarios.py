@@ -165,6 +165,7 @@ def _quantize_resumed(root: Path) -> None:
         assert all(type(now[n]) is type(t) and torch.equal(now[n], t) for n, t in before.items()), "changed"
         raise
     save_model(model, root / "out")
+    (root / "kept").rmdir()  # empty by now
 
 
 def _save_sensitivity(root: Path) -> None:

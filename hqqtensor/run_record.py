@@ -1,21 +1,18 @@
 """What a run that may be interrupted is, in a file: the same call goes on from there, and another is refused."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hqqtensor.whole_file import write_whole
+
 NAME = "run.json"
 """The file that says what the run is."""
-
-PART = ".part"
-"""Ending of a file that is being written."""
 
 _DIGESTS = ("names of the weights", "model", "calibrated on", "plan")
 
@@ -48,37 +45,6 @@ def check_same(folder: Path, run: Mapping[str, Any]) -> None:
             f"{folder} holds an interrupted run of another call: {'; '.join(different)}. Go on with that call, "
             "or remove the folder"
         )
-
-
-def write_whole(folder: Path, name: str, write: Callable[[Any], Any]) -> None:
-    """Write a file beside its place, then rename it: whatever stops this, the old file or the new one is there, whole.
-
-    What a kill leaves has the ending ``PART``, and the next call for the same file writes over it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{name}{PART}"
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, folder / name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
-
-
-def write_text_whole(path: Path, text: str) -> None:
-    """``write_whole`` for a text in UTF-8, at the end of a symbolic link; what is no file (/dev/stdout) is written to.
-
-    OSError where the folder of ``path`` is not there.
-    """
-    path = path.resolve()
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
-        path.write_text(text, encoding="utf-8")
-    else:
-        write_whole(path.parent, path.name, lambda file: file.write(text.encode()))
 
 
 def digest(value: Any) -> str:

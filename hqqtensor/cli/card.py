@@ -15,7 +15,7 @@ from hqqtensor.cli.output import print_json
 from hqqtensor.config import HqqConfig
 from hqqtensor.diagnostics.byte_parts import BytePart
 from hqqtensor.diagnostics.table import megabytes
-from hqqtensor.run_record import write_text_whole
+from hqqtensor.whole_file import write_text_whole
 
 _VERSIONS = ("torch", "torchao", "transformers")
 

@@ -15,8 +15,8 @@ from hqqtensor.diagnostics import model_size
 from hqqtensor.diagnostics.language import LanguageComparison, compare_language_models
 from hqqtensor.report import figures as collected
 from hqqtensor.report.page import page
-from hqqtensor.run_record import write_text_whole
 from hqqtensor.search import Sensitivity, measure_sensitivity
+from hqqtensor.whole_file import write_text_whole
 
 MEASURING_SECONDS = 20.0
 """How long sensitivities are measured where no file has them; the layers that are left are estimated."""

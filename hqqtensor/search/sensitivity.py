@@ -14,11 +14,11 @@ from hqqtensor.calibration.build import check_calibrated
 from hqqtensor.calibration.data import random_ids
 from hqqtensor.config import HqqConfig
 from hqqtensor.offload import OffloadedBlocks
-from hqqtensor.run_record import write_text_whole
 from hqqtensor.search.layers import CANDIDATES, Layer, base_of, layers_of, measuring_order
 from hqqtensor.search.measure import Outputs, key_of, measure_layer
 from hqqtensor.search.pace import Pace, estimate
 from hqqtensor.search.stored import VERSION, read_sensitivities
+from hqqtensor.whole_file import write_text_whole
 
 MEASURED_TOKENS = 2048
 """About how many tokens of a calibration the outputs are compared on: a pass for each layer runs over them."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from hqqtensor.serialization.files import files_there, index_path, open_file
 from hqqtensor.serialization.header import is_of_a_save
 from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.whole_file import close_unchanged
 
 try:
     import fcntl
@@ -127,4 +128,4 @@ def _locked(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        close_unchanged(handle)

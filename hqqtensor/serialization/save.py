@@ -17,6 +17,7 @@ from hqqtensor.serialization.publish import publish
 from hqqtensor.serialization.scratch import scratch_beside
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transfer import check_compression, pack_directory
+from hqqtensor.whole_file import naming
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -76,7 +77,7 @@ def _write_units(
     sizes = [sum(t.nbytes for t in tensors.values()) for tensors in units]
     shards = [{key: t for unit in units[part] for key, t in unit.items()} for part in into_shards(sizes, limit)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(path) as scratch:
+    with naming(path), scratch_beside(path) as scratch:
         written = [scratch / f"{place}.safetensors" for place in range(len(shards))]
         for file, tensors in zip(written, shards, strict=True):
             write_tensors(tensors, file, header, shown=path)
@@ -87,7 +88,7 @@ def _write_packed(
     units: list[dict[str, Tensor]], header: dict[str, str], path: Path, max_shard_size: int | str, compression: str
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(path) as scratch:
+    with naming(path), scratch_beside(path) as scratch:
         plain, packed = scratch / "plain", scratch / path.name
         _write_units(units, header, plain, max_shard_size)
         with open(packed, "xb") as stream:

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hqqtensor.whole_file import close_unchanged
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -82,5 +84,4 @@ def locked(folder: Path) -> Iterator[bool | None]:
             is_ours = None
         yield is_ours
     finally:
-        with contextlib.suppress(OSError):  # the lock is gone all the same
-            os.close(handle)
+        close_unchanged(handle)
