@@ -73,6 +73,8 @@ def complaint(ended: Ended) -> str:
         return f"printed as if it were done: {ended.stdout.strip()[-200:]}"
     text, classes = _without_tracebacks(ended.stderr)
     lines = [line for line in text.splitlines() if line and not line.startswith(_NOTES)]
+    if any(line.startswith("hqqtensor ") for line in lines):  # causes that have no traceback
+        lines = [line for line in lines if not re.match(r"[A-Za-z.]+Error: ", line)]
     if len(lines) != 1:
         return f"{len(lines)} lines of error: {text[-600:]}"
     if ended.code == 130:

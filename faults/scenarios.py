@@ -5,6 +5,7 @@ what ``prepare`` left there, the new one what ``run`` leaves where nothing goes 
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ def _command(arguments: list[str], root: Path) -> int:
     return main([argument.replace("ROOT", str(root)) for argument in arguments])
 
 
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 # ---- what the scenarios begin with
 
 
@@ -109,8 +114,8 @@ def _old_stream(root: Path) -> None:
 
 def _packed(root: Path) -> None:
     _source(root)
-    with contextlib.redirect_stdout(None):
-        assert _command(["pack", "ROOT/source", "ROOT/model.hqqpack", "--compression", "deflate"], root) == 0
+    with _quiet():
+        assert _command(["pack", "ROOT/source", "ROOT/model.hqqpack", "--compression", "deflate", "--json"], root) == 0
 
 
 def _settle(root: Path) -> None:
@@ -197,7 +202,7 @@ def _interrupted(root: Path) -> None:
 
     plan.Choice.quantize = stop  # type: ignore[method-assign]
     try:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):
             assert _command(_QUANTIZE, root) == 1
     finally:
         plan.Choice.quantize = real  # type: ignore[method-assign]
@@ -227,9 +232,9 @@ def scenarios() -> list[Scenario]:
         Scenario("convert --overwrite", "out", _all_of(_source, _old_model), command(*convert), _settle),
         Scenario("convert --to hqq", "out", _all_of(_source, _old_model), command(*convert, "--to", "hqq"), _settle),
         Scenario("pack --overwrite", "out.hqqpack", _all_of(_source, _old_stream),
-                 command(*pack, "--overwrite", "--compression", "deflate")),
+                 command(*pack, "--overwrite", "--compression", "deflate", "--json")),
         Scenario("unpack --overwrite", "out", _all_of(_packed, _old_model),
-                 command("unpack", "ROOT/model.hqqpack", "ROOT/out", "--overwrite"), _settle),
+                 command("unpack", "ROOT/model.hqqpack", "ROOT/out", "--overwrite", "--json"), _settle),
         Scenario("quantize_(resume=...), save_model", "out", lambda root: None, function(_quantize_resumed),
                  stays=("kept",)),
         Scenario("Sensitivity.save", "sensitivity.json", _old_sensitivity, function(_save_sensitivity)),

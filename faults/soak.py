@@ -28,6 +28,7 @@ import transformers
 import hqqtensor
 from hqqtensor import HqqConfig, load_model, prepare_for_generation_, quantize_, save_model
 from hqqtensor.cli import model_dir
+from hqqtensor.generation.together import GenerateTogether
 
 DOCLM = Path(__file__).parents[1] / "tests" / "assets" / "doclm"
 STUCK = 120.0
@@ -84,7 +85,7 @@ class Soak:
         model = hqqtensor.load(quantized)
         prepared = prepare_for_generation_(hqqtensor.load(quantized))
         ids = torch.arange(2, 14).reshape(1, 12)
-        together = hqqtensor.generation.together.GenerateTogether(hqqtensor.load(quantized, generation=True))
+        together = GenerateTogether(hqqtensor.load(quantized, generation=True))
         greedy: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         client = _server(quantized)
         lock = threading.Lock()
@@ -139,6 +140,7 @@ class Soak:
             thread.start()
         interval = max(0.05, seconds / 600)
         awake = start
+        course.sample(start)
         while time.monotonic() - start < seconds and not self.errors:
             time.sleep(interval)
             now = time.monotonic()

@@ -70,6 +70,8 @@ def open_file(path: Path, shown: Path | None = None) -> Any:
     """``safe_open`` with its errors turned into CheckpointError naming ``shown``, by default the file."""
     try:
         return safe_open(str(path), framework="pt", device="cpu")
+    except RuntimeError as error:  # torch's, which maps the file
+        raise CheckpointError(f"{shown or path}: cannot be mapped ({error})") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shown or path}: not a whole safetensors file ({error})") from None
 

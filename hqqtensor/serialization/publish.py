@@ -48,7 +48,7 @@ def publish(path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], 
             index_path(path).unlink(missing_ok=True)
         else:
             _move_shards(path, written, names, index_text(names, keys, nbytes))
-        for name in (in_use | _orphans(path)) - set(names):
+        for name in (in_use - set(names)) | _orphans(path, in_use | set(names)):
             (path.parent / name).unlink(missing_ok=True)
 
 
@@ -81,10 +81,11 @@ def _move_shards(path: Path, written: Sequence[Path], names: Sequence[str], inde
         raise
 
 
-def _orphans(path: Path) -> set[str]:
-    """Shards of saves of ``path`` that were killed before or after they became the checkpoint."""
+def _orphans(path: Path, others: set[str]) -> set[str]:
+    """Shards but ``others`` of saves of ``path`` that were killed before or after they became the checkpoint."""
     pattern = re.compile(re.escape(path.stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
-    return {file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name) and _is_ours(file)}
+    names = {file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name)}
+    return {name for name in names - others if _is_ours(path.with_name(name))}
 
 
 def _is_ours(file: Path) -> bool:
