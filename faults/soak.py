@@ -35,6 +35,10 @@ STUCK = 120.0
 """Seconds in which a thread must finish something, not counting those in which the process was stopped from outside."""
 
 
+_BUILDING = threading.Lock()
+"""Held while a model is built: accelerate's and transformers' ways to build one without numbers hold for all threads."""
+
+
 @dataclass
 class Course:
     """Samples of one process: seconds, bytes that are its alone, and open files."""
@@ -119,8 +123,10 @@ class Soak:
             return again.state_dict()
 
         def open_again(number: int) -> Any:
+            with _BUILDING:
+                opened = hqqtensor.load(quantized, mmap=number % 2 > 0)
             with torch.no_grad():
-                return hqqtensor.load(quantized, mmap=number % 2 > 0)(ids).logits
+                return opened(ids).logits
 
         return {
             "generate": generate, "together": lambda n: together.generate(input_ids=ids + n % 5, **greedy),
@@ -194,7 +200,8 @@ def _digest(value: Any) -> str:
 
 def _small(seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+    with _BUILDING:
+        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(generator=generator)
