@@ -20,8 +20,8 @@ from faults.rows import Row, in_child, sampled
 from faults.scenarios import tiny_llama
 from hqqtensor import HqqConfig, HQQTensor, load_model, prepare_for_generation_, quantize_, save_model
 
-LARGE = 8192
-"""Bytes of a request that counts: a matrix of the tiny model in bfloat16."""
+LARGE = 2048
+"""Bytes of a request that counts: the packed codes of a matrix of the tiny model."""
 
 _BATCHES = [torch.arange(64).reshape(1, 64)]
 _PROMPT = torch.arange(8).reshape(1, 8)

@@ -76,4 +76,6 @@ def in_child(work: Callable[[], int], log: Path) -> Ended:
 
 def sampled(faults: list[tuple[Fault, int]], seed: str, share: float) -> list[tuple[Fault, int]]:
     """A share of the faults, the same for the same seed; all of them for 1."""
-    return faults if share >= 1 else random.Random(seed).sample(faults, max(1, round(share * len(faults))))
+    if share >= 1 or not faults:
+        return faults
+    return random.Random(seed).sample(faults, max(1, round(share * len(faults))))
