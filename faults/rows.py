@@ -1,5 +1,6 @@
 """A row of the table, and the child processes whose ends it counts."""
 
+import faulthandler
 import os
 import random
 import signal
@@ -54,6 +55,7 @@ def in_child(work: Callable[[], int], log: Path) -> Ended:
             for number, file in ((1, out), (2, errors)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.environ["HQQTENSOR_TRACEBACK"] = "1"
+            faulthandler.enable(2, all_threads=False)
             code = work()
         except BaseException:
             traceback.print_exc()

@@ -36,7 +36,7 @@ STUCK = 120.0
 
 
 _BUILDING = threading.Lock()
-"""Held while a model is built: accelerate's and transformers' ways to build one without numbers hold for all threads."""
+"""Held while a model is built: how accelerate and transformers build one without numbers holds for all threads."""
 
 
 @dataclass
