@@ -72,7 +72,7 @@ class FileRun:
                 return "said it was done, and the new state is not there"
             return self._go_on() if self._strays() else ""
         elif ended.code < 0 or ended.code == 70:
-            return f"ended with {ended.code}: {ended.stderr[-1500:]}"
+            return f"ended with {ended.code}: {ended.stderr.partition('Extension modules')[0][-1500:]}"
         elif problem := complaint(ended):
             return problem
         is_dead = fault.kills or (fault.stays and fault.name.startswith("errors"))

@@ -222,7 +222,7 @@ def _server(directory: Path) -> Callable[[str, dict[str, Any]], Any]:
 
     def post(path: str, request: dict[str, Any]) -> Any:
         data, head = json.dumps(request).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", data, head), timeout=STUCK) as answer:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", data, head)) as answer:
             return json.load(answer)
 
     return post
