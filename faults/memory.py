@@ -121,9 +121,8 @@ class MemoryRun:
             self.row.old += ended.code == 1
             self.row.new += ended.code == 2
         else:
-            self.row.failures.append(
-                f"{fault.name} at request {at}: ended with {ended.code}: {ended.stderr.partition('Extension modules')[0][-1500:]}"
-            )
+            text = ended.stderr.partition("Extension modules")[0][-1500:]
+            self.row.failures.append(f"{fault.name} at request {at}: ended with {ended.code}: {text}")
 
     def _work(self) -> int:
         """0: done nonetheless. 1, 2: an error, and the model is what it was, or what it was to become."""
