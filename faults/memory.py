@@ -17,15 +17,18 @@ from torch import Tensor
 
 from faults.inject import COUNT_MEMORY, MEMORY_FAULTS, Fault, Injector
 from faults.rows import Row, in_child, sampled
-from faults.scenarios import tiny_llama
+from faults.scenarios import tiny_llama as llama
 from hqqtensor import HqqConfig, HQQTensor, load_model, prepare_for_generation_, quantize_, save_model
 
-LARGE = 2048
-"""Bytes of a request that counts: the packed codes of a matrix of the tiny model."""
+LARGE = 16384
+"""Bytes of a request that counts. The packed codes of a matrix of the model take twice as many; torch dies where the few
+kilobytes are refused in which it puts an error's backtrace."""
 
 _BATCHES = [torch.arange(64).reshape(1, 64)]
 _PROMPT = torch.arange(8).reshape(1, 8)
 _ABOUT_MEMORY = re.compile(r"memory|alloc", re.IGNORECASE)
+
+tiny_llama = partial(llama, 0, 256)
 
 Numbers = dict[str, tuple[type, Tensor]]
 
