@@ -22,7 +22,7 @@ from hqqtensor import HqqConfig, HQQTensor, load_model, prepare_for_generation_,
 
 LARGE = 16384
 """Bytes of a request that counts. The packed codes of a matrix of the model take twice as many; torch dies where the few
-kilobytes are refused in which it puts an error's backtrace."""
+few kilobytes are refused in which it puts an error's backtrace."""
 
 _BATCHES = [torch.arange(64).reshape(1, 64)]
 _PROMPT = torch.arange(8).reshape(1, 8)
