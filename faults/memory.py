@@ -21,8 +21,10 @@ from faults.scenarios import tiny_llama as llama
 from hqqtensor import HqqConfig, HQQTensor, load_model, prepare_for_generation_, quantize_, save_model
 
 LARGE = 16384
-"""Bytes of a request that counts. The packed codes of a matrix of the model take twice as many; torch dies where the few
-few kilobytes are refused in which it puts an error's backtrace."""
+"""Bytes of a request that counts. The packed codes of a matrix of the model take twice as many.
+
+Torch dies where the few kilobytes are refused in which it puts an error's backtrace.
+"""
 
 _BATCHES = [torch.arange(64).reshape(1, 64)]
 _PROMPT = torch.arange(8).reshape(1, 8)
