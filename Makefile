@@ -17,7 +17,7 @@ pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 locked = awk '/^[^ ]/ { wanted = /^($(1))==/ } wanted' $(LOCK)
 
 .PHONY: demo test lint lock audit wheel wheel-twice wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize \
-  sanitize-threads guard memcheck fuzz gpu-check clean
+  sanitize-threads guard memcheck fuzz faults soak gpu-check clean
 
 # pip compares each file with its hash, and installs nothing that the lock file does not name. Torch, which has no hash there,
 # comes last: by then its requirements are installed, from files with hashes. pip uses one core and the kernels need no torch, so
@@ -181,6 +181,14 @@ memcheck: $(STAMP)
 SECONDS ?= 600
 fuzz: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
+
+# Every system call of a save, and every large request for memory, goes wrong once (faults/); everything at once for an hour.
+faults: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m faults
+
+MINUTES ?= 60
+soak: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m faults.soak --minutes $(MINUTES)
 
 # Tables, plots and the API reference, from docs/data and the docstrings; what the commands in docs/cli.md print.
 docs: $(STAMP)

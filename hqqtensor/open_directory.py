@@ -15,7 +15,9 @@ from hqqtensor.serialization.layout import CheckpointError
 from hqqtensor.serialization.load import load_model
 
 
-def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, generation: bool = False) -> Any:
+def load(
+    directory: str | os.PathLike[str], dtype: torch.dtype | None = None, generation: bool = False, mmap: bool = True
+) -> Any:
     """The model of a directory that ``hqqtensor quantize`` or ``save_pretrained`` wrote, in eval mode, on the CPU.
 
     Its class is the one that config.json names. Packed weights, and dense ones in the file's dtype, are mapped and used
@@ -24,6 +26,8 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
     ``dtype``: a floating dtype to compute in, by default that of the file; dense weights of another one are copied.
     ``generation``: call ``prepare_for_generation_`` too. It copies the packed weights into memory of this process
     alone, where the kernels read them fastest; ``prepare_for_generation_(model, copy_weights=False)`` does not.
+    ``mmap``: False reads the files into memory of this process instead. A file that is mapped must stay as it is while
+    the model is in use: one that is cut short ends the process, one that is written to changes the model's numbers.
 
     InputError (a ValueError) where the directory is not of this kind, CheckpointError (a ValueError) where it is
     damaged or leaves a parameter without a value, ImportError without transformers and accelerate, ValueError for
@@ -33,7 +37,7 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, ge
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     directory = Path(directory)
     model = empty_model(directory, quantized_settings(directory))
-    load_model(model, directory)
+    load_model(model, directory, mmap=mmap)
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if missing:
         raise CheckpointError(f"{directory} has no value for {len(missing)} parameters, e.g. {missing[0]}")

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hqqtensor.whole_file import write_whole
+
 NAME = "run.json"
 """The file that says what the run is."""
-
-PART = ".part"
-"""Ending of a file that is being written."""
 
 _DIGESTS = ("names of the weights", "model", "calibrated on", "plan")
 
@@ -47,17 +45,6 @@ def check_same(folder: Path, run: Mapping[str, Any]) -> None:
             f"{folder} holds an interrupted run of another call: {'; '.join(different)}. Go on with that call, "
             "or remove the folder"
         )
-
-
-def write_whole(folder: Path, name: str, write: Callable[[Any], Any]) -> None:
-    """Write a file beside its place, then rename it: whenever the process is killed, the file is whole or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{name}{PART}"
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, folder / name)
 
 
 def digest(value: Any) -> str:

@@ -25,8 +25,9 @@ from hqqtensor.calibration.collect import Calibration, batches_for, calibrate
 from hqqtensor.calibration.data import Source
 from hqqtensor.calibration.experts import ExpertMoments
 from hqqtensor.forward import device_of
-from hqqtensor.run_record import PART, ResumeError, begin, check_same, digest, is_begun, write_whole
+from hqqtensor.run_record import ResumeError, begin, check_same, digest, is_begun
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.whole_file import PART, write_whole
 
 SAMPLE = 4096
 """Numbers of each parameter that count for the digest of a model, evenly spread."""

@@ -56,6 +56,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--bits", type=int, metavar="N",
         help="for a dense DIR: quantize it in memory to N bits first, 1 to 8 (default: run it dense)",
     )  # fmt: skip
+    add_mmap(parser)
+
+
+def add_mmap(parser: argparse.ArgumentParser) -> None:
+    """``--no-mmap``."""
+    parser.add_argument(
+        "--no-mmap", dest="mmap", action="store_false",
+        help="read quantized files into memory, so that they may change or go away meanwhile (default: map them)",
+    )  # fmt: skip
 
 
 def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from hqqtensor import __version__
 from hqqtensor.cli import use_arguments
-from hqqtensor.cli.argument_types import add_json, add_windows, embedding_bits, group_size, number_or_none
+from hqqtensor.cli.argument_types import add_json, add_mmap, add_windows, embedding_bits, group_size, number_or_none
 
 EXIT_CODES = """exit codes:
   0    done
@@ -158,6 +158,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--act-order", choices=("error", "dense"), default="error",
         help="GPTQ layers whose inputs are grouped out of order: refuse them, or store them dense (default: error)",
     )  # fmt: skip
+    add_mmap(parser)
     _add_output(parser, "DST")
     add_json(parser, "the summary")
 
@@ -187,6 +188,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help="for a dense DIR: bits of input embedding and output layer, or 'none' for dense ones (default: 8)",
     )  # fmt: skip
     add_windows(parser)
+    add_mmap(parser)
     add_json(parser, "the figures")
 
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
             f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more than the {longest} "
             f"positions of {args.dir}"
         )
-    model = running.open_to_write(args.dir, args.bits, args.json)
+    model = running.open_to_write(args.dir, args.bits, args.json, args.mmap)
     bandwidth = memory_bandwidth()
     timings = measure(model, args.prompt_tokens, args.new_tokens, args.rounds)
     figures = summary(model, timings, bandwidth)

@@ -15,6 +15,7 @@ from hqqtensor.cli.output import print_json
 from hqqtensor.config import HqqConfig
 from hqqtensor.diagnostics.byte_parts import BytePart
 from hqqtensor.diagnostics.table import megabytes
+from hqqtensor.whole_file import write_text_whole
 
 _VERSIONS = ("torch", "torchao", "transformers")
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     text = card(facts)
     if args.output is not None:
         with writing(args.output):
-            args.output.write_text(text, encoding="utf-8")
+            write_text_whole(args.output, text)
     if args.json:
         print_json({**facts, "parts": byte_table.as_dicts(facts["parts"]), "card": text})
     elif args.output is None:

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     model_dir.quantization_of(args.dir)  # an error before all else
     tokenizer = model_dir.open_tokenizer(args.dir)
     generate.chat_inputs(tokenizer, [*system, {"role": "user", "content": "?"}], args)  # an error before the model
-    model = running.open_to_write(args.dir, args.bits, args.json)
+    model = running.open_to_write(args.dir, args.bits, args.json, args.mmap)
     if sys.stdin.isatty() and not args.json:
         print("one line, one question; an empty line starts anew, Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
     conversation = Conversation(model, tokenizer, system, args)

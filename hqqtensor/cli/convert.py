@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         parse_size(args.max_shard_size, "--max-shard-size", BYTE_UNITS)
     settings = read_settings(args)
     with from_files():
-        state, aliases, hidden = read_checkpoint(args.src, args.act_order)
+        state, aliases, hidden = read_checkpoint(args.src, args.act_order, args.mmap)
     weights = quantized_weights(state)
     if not weights:
         raise UsageError(f"{args.src} holds no quantized weights; hqqtensor quantize makes them")

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     windows = windows_of(args.dir, text, args)
     original = model_dir.open_dense(source)
     if config is None:
-        quantized = model_dir.open_quantized(args.dir)
+        quantized = model_dir.open_quantized(args.dir, args.mmap)
     else:
         quantized = copy.deepcopy(original)
         with progress_on_stderr("quantizing", not args.json) as progress:

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError("--prompt has no tokens")
-    model = running.open_to_write(args.dir, args.bits, args.json)
+    model = running.open_to_write(args.dir, args.bits, args.json, args.mmap)
     check_length(model, inputs, args)
     answer, timing, _ = write(model, tokenizer, inputs, args)
     if args.json:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,8 @@ from hqqtensor import HqqConfig
 from hqqtensor.cli.errors import CommandError, UsageError, from_files
 from hqqtensor.integrations.transformers import QUANT_METHOD
 from hqqtensor.model_config import quantization_entry, quantized_settings, read_settings
+from hqqtensor.serialization.scratch import left_beside, locked, new_locked_folder
 from hqqtensor.streaming.folder import settle as settle_streamed
-from hqqtensor.streaming.folder import work_prefix
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 SMALL = 64 * 2**20
 """Bytes up to which a file of a model directory is carried over with the model."""
@@ -108,11 +102,11 @@ def open_dense(directory: Path) -> nn.Module:
     return cls.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
 
 
-def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
+def open_quantized(directory: str | os.PathLike[str], mmap: bool = True) -> nn.Module:
     """The model of a directory that ``hqqtensor quantize`` wrote, in eval mode, on the CPU.
 
-    The model is built on the meta device, so that dense weights never take memory. UsageError where the
-    directory is not one of hqqtensor's, CheckpointError where its file leaves a parameter without a value.
+    The model is built on the meta device, so that dense weights never take memory. ``mmap`` as in ``load``. UsageError
+    where the directory is not one of hqqtensor's, CheckpointError where its file leaves a parameter without a value.
     """
     directory = Path(directory)
     _settle_killed(directory.resolve())
@@ -122,7 +116,7 @@ def open_quantized(directory: str | os.PathLike[str]) -> nn.Module:
     from hqqtensor.open_directory import load
 
     with from_files():
-        return load(directory)
+        return load(directory, mmap=mmap)
 
 
 def empty_model_of(directory: Path, otherwise: torch.dtype | None = None) -> nn.Module:
@@ -238,8 +232,7 @@ def written_at_once(out: Path) -> Iterator[Path]:
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     _settle_killed(out)
-    work = Path(tempfile.mkdtemp(prefix=work_prefix(out), dir=out.parent))
-    with _locked(work):
+    with new_locked_folder(out) as work:
         try:
             new = work / "new"
             new.mkdir()  # mkdtemp's own directory is private to the user; this one follows the umask
@@ -275,44 +268,13 @@ def _settle(work: Path, out: Path) -> str:
 
 def _settle_killed(out: Path) -> None:
     """Settle what runs that were killed left beside ``out``; says so on stderr."""
-    name = re.compile(re.escape(work_prefix(out)) + r"[a-z0-9_]+")  # as mkdtemp makes them
-    try:
-        left = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
-    except OSError:  # no such directory yet
-        return
+    left = left_beside(out)
     if done := settle_streamed(out):
         print(f"hqqtensor: {out}: {done}", file=sys.stderr)
     for work in left:
-        with _locked(work) as is_ours:
+        with locked(work) as is_ours:
             between = (work / "new").exists() and (work / "old").exists()
             # Without locks, a run that is alive may be writing there: then only what has no model in place is touched.
             settle = is_ours or (is_ours is None and between and not out.exists())
             if settle and (done := _settle(work, out)):
                 print(f"hqqtensor: {out}: {done} what an interrupted run left in {work.name}", file=sys.stderr)
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[bool | None]:
-    """Hold the lock of a directory that a run writes into. Yields False where another run has it, None without locks.
-
-    The lock goes with its process, however that ends.
-    """
-    if fcntl is None:
-        yield None
-        return
-    try:
-        handle = os.open(work, os.O_RDONLY)
-    except FileNotFoundError:  # another run has settled it
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours: bool | None = True
-        except BlockingIOError:
-            is_ours = False
-        except OSError:  # the file system has none
-            is_ours = None
-        yield is_ours
-    finally:
-        os.close(handle)

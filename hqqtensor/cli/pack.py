@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO
 from hqqtensor.cli.errors import CommandError, UsageError, writing
 from hqqtensor.cli.output import print_json, progress_on_stderr
 from hqqtensor.diagnostics.table import megabytes
+from hqqtensor.serialization.scratch import scratch_beside
 from hqqtensor.transfer import pack_directory
 
 
@@ -66,20 +66,7 @@ def _target(path: Path, source: Path, overwrite: bool) -> Iterator[BinaryIO]:
         raise UsageError(f"FILE {path} cannot be written: {path.parent} is not a directory")
     if source.resolve() == path.parent:
         raise UsageError(f"FILE {path} is in DIR, which would be packed into itself; choose another place")
-    with writing(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.hqqtensor-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
-            Path(name).chmod(0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    """The process's, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with writing(path), scratch_beside(path) as scratch:
+        with open(scratch / path.name, "xb") as file:
+            yield file
+        os.replace(scratch / path.name, path)

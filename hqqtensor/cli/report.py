@@ -16,6 +16,7 @@ from hqqtensor.diagnostics.language import LanguageComparison, compare_language_
 from hqqtensor.report import figures as collected
 from hqqtensor.report.page import page
 from hqqtensor.search import Sensitivity, measure_sensitivity
+from hqqtensor.whole_file import write_text_whole
 
 MEASURING_SECONDS = 20.0
 """How long sensitivities are measured where no file has them; the layers that are left are estimated."""
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     figures = figures_of(facts, model, original, comparison, sensitivity)
     figures["texts"] = texts_of(model, original, windows, args)
     with writing(out):
-        out.write_text(page(figures), encoding="utf-8")
+        write_text_whole(out, page(figures))
     if args.json:
         print_json({"page": str(out), **figures})
     else:

@@ -17,10 +17,11 @@ from hqqtensor.cli.output import progress_on_stderr
 from hqqtensor.selection import check_shapes, choose
 
 
-def open_to_write(directory: Path, bits: int | None, quiet: bool) -> Any:
+def open_to_write(directory: Path, bits: int | None, quiet: bool, mmap: bool = True) -> Any:
     """The causal language model of a directory, ready for ``generate()``, in eval mode on the CPU.
 
-    bits: what a dense model is quantized to; None leaves it dense. quiet: no progress. One line on stderr says why
+    bits: what a dense model is quantized to; None leaves it dense. quiet: no progress. mmap: as
+    in ``load``, for a quantized directory. One line on stderr says why
     where ``prepare_for_generation_`` does not serve the model. UsageError where the directory or the bits do not fit.
     """
     entry = model_dir.quantization_of(directory)
@@ -33,7 +34,7 @@ def open_to_write(directory: Path, bits: int | None, quiet: bool) -> Any:
         with from_arguments():
             check_shapes(choose(empty, config)[0])
     if entry is not None:
-        model: Any = model_dir.open_quantized(directory)
+        model: Any = model_dir.open_quantized(directory, mmap)
     else:
         model = model_dir.open_dense(directory)
         if config is not None:

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     with listening:
         model_dir.quantization_of(args.dir)  # an error before all else
         tokenizer = model_dir.open_tokenizer(args.dir)
-        model = running.open_to_write(args.dir, args.bits, args.json)
+        model = running.open_to_write(args.dir, args.bits, args.json, args.mmap)
         host, port = args.host, listening.getsockname()[1]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         if args.json:

@@ -1,7 +1,6 @@
 """How much a model suffers when one layer is quantized with one setting; kept in a JSON file that can be used again."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from hqqtensor.search.layers import CANDIDATES, Layer, base_of, layers_of, measu
 from hqqtensor.search.measure import Outputs, key_of, measure_layer
 from hqqtensor.search.pace import Pace, estimate
 from hqqtensor.search.stored import VERSION, read_sensitivities
+from hqqtensor.whole_file import write_text_whole
 
 MEASURED_TOKENS = 2048
 """About how many tokens of a calibration the outputs are compared on: a pass for each layer runs over them."""
@@ -53,9 +53,7 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        work = path.with_name(path.name + ".part")
-        work.write_text(json.dumps({"version": VERSION, **self.__dict__}, indent=1) + "\n", encoding="utf-8")
-        os.replace(work, path)
+        write_text_whole(path, json.dumps({"version": VERSION, **self.__dict__}, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> "Sensitivity":

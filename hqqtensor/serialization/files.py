@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
+from hqqtensor.serialization.private_copy import place_to_map
 
 DEFAULT_NAME = "model.safetensors"
 
@@ -28,7 +29,7 @@ def checkpoint_files(path: str | os.PathLike) -> list[Path]:
     In a directory: ``model.safetensors``, whole or sharded, else the only safetensors file there, whatever its name.
     """
     with readable(path):
-        return _checkpoint_files(Path(path))
+        return files_there(Path(path))
 
 
 @contextlib.contextmanager
@@ -40,7 +41,8 @@ def readable(path: str | os.PathLike) -> Iterator[None]:
         raise CheckpointError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
 
 
-def _checkpoint_files(path: Path) -> list[Path]:
+def files_there(path: Path) -> list[Path]:
+    """``checkpoint_files`` with the file system's own errors."""
     if path.is_dir():
         present = sorted(path.glob("*.safetensors"))
         path = path / DEFAULT_NAME
@@ -64,19 +66,21 @@ def _checkpoint_files(path: Path) -> list[Path]:
     return files
 
 
-def open_file(path: Path) -> Any:
-    """``safe_open`` with its errors turned into CheckpointError naming the file."""
+def open_file(path: Path, shown: Path | None = None) -> Any:
+    """``safe_open`` with its errors turned into CheckpointError naming ``shown``, by default the file."""
     try:
         return safe_open(str(path), framework="pt", device="cpu")
+    except RuntimeError as error:  # torch's, which maps the file
+        raise CheckpointError(f"{shown or path}: cannot be mapped ({error})") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+        raise CheckpointError(f"{shown or path}: not a whole safetensors file ({error})") from None
 
 
 def read_tensors(
-    path: Path, wanted: Callable[[str], bool] = lambda key: True
+    path: Path, wanted: Callable[[str], bool] = lambda key: True, mmap: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The ``wanted`` tensors of one file by key, memory-mapped, and its metadata."""
-    with open_file(path) as f:
+    """The ``wanted`` tensors of one file by key, and its metadata; memory-mapped, or without ``mmap`` read."""
+    with readable(path), place_to_map(path, mmap) as place, open_file(place, path) as f:
         tensors: dict[str, Tensor] = {}
         for key in filter(wanted, f.keys()):
             try:

@@ -38,6 +38,7 @@ _MOST = 2**16
 _MOST_TEXTS = 2**22
 """Bound on the number of texts in arrays. The largest vocabularies with their merges have a million; to step over this
 many takes a second."""
+_READ = 64 * 2**20  # bytes at a time, so that an interrupt ends it soon
 _LONGEST = 2**20
 """Bytes of the longest text that is read."""
 
@@ -70,9 +71,20 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
 
     def bytes_of(self, tensor: GgufTensor) -> Tensor:
-        """The tensor's bytes, uint8, memory-mapped."""
-        whole = torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
-        return whole[tensor.offset : tensor.offset + tensor.nbytes]
+        """The tensor's bytes, uint8, read from the file; CheckpointError where it was cut short since it was opened."""
+        # Not mapped: codes are packed anew at once, and a mapped file that is cut short ends the process.
+        data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        target, done = memoryview(data.numpy()), 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(tensor.offset)
+                while done < tensor.nbytes and (got := file.readinto(target[done : done + _READ])):
+                    done += got
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        if done < tensor.nbytes:
+            raise CheckpointError(f"{self.path}: ends within {tensor.name}; it was cut short since it was opened")
+        return data
 
 
 def open_gguf(path: str | os.PathLike) -> GgufFile:

@@ -38,6 +38,11 @@ def file_metadata(
     return {"format": "pt", **entries, "tensor_names": json.dumps(list(entries)), _KEY: json.dumps(shared)}
 
 
+def is_of_a_save(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with this metadata was written by ``save_model`` or what shares its format."""
+    return _KEY in metadata
+
+
 def read_header(headers: Mapping[Path, Mapping[str, str]]) -> Header:
     """The header of a checkpoint from the metadata of each of its files.
 

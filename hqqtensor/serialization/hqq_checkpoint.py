@@ -30,10 +30,10 @@ def pickle_file(path: str | os.PathLike) -> Path | None:
         return path if path.suffix == ".pt" and path.is_file() else None
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """All parameters and buffers by name; CheckpointError for a file that is damaged, or holds code."""
+def read_pickle(path: Path, mmap: bool = True) -> dict[str, Tensor]:
+    """All parameters and buffers by name, mapped or read; CheckpointError for a file that is damaged, or holds code."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle raises anything: struct.error, IndexError, TypeError
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path}: not a file of tensors and plain values ({first})") from None

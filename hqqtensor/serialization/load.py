@@ -23,11 +23,13 @@ from hqqtensor.transfer import is_packed as is_packed_stream
 
 
 def read_checkpoint(
-    path: str | os.PathLike, act_order: str = "error"
+    path: str | os.PathLike, act_order: str = "error", mmap: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
-    """The state of a checkpoint (memory-mapped), its aliases {name: stored name}, and its non-persistent buffers.
+    """The state of a checkpoint, its aliases {name: stored name}, and its non-persistent buffers.
 
-    act_order: what becomes of GPTQ layers in an order of their own, see ``gptq_layer.read_packed``.
+    act_order: what becomes of GPTQ layers in an order of their own, see ``gptq_layer.read_packed``. mmap: map the
+    files, which must then stay as they are for as long as a tensor is in use, or read them into memory. GGUF files are
+    read in any case.
     """
     if Path(path).suffix == ".gguf":
         return from_llama(open_gguf(path)), {}, set()
@@ -36,17 +38,21 @@ def read_checkpoint(
             f"{os.fspath(path)} is packed for transfer; first run hqqtensor unpack FILE DIR, then load DIR"
         )
     pickle = pickle_file(path)
-    return read_files(checkpoint_files(path), act_order) if pickle is None else (read_pickle(pickle), {}, set())
+    return (
+        read_files(checkpoint_files(path), act_order, mmap)
+        if pickle is None
+        else (read_pickle(pickle, mmap), {}, set())
+    )
 
 
 def read_files(
-    files: Sequence[str | os.PathLike], act_order: str = "error"
+    files: Sequence[str | os.PathLike], act_order: str = "error", mmap: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """``read_checkpoint`` for the files of one checkpoint."""
     tensors: dict[str, Tensor] = {}
     headers: dict[Path, dict[str, str]] = {}
     for file in map(Path, files):
-        some, headers[file] = read_tensors(file)
+        some, headers[file] = read_tensors(file, mmap=mmap)
         tensors |= some
     if is_flat(tensors):
         return from_flat(tensors), {}, set()
@@ -63,20 +69,25 @@ def read_files(
 
 
 def load_model(
-    model: nn.Module, path: str | os.PathLike, strict: bool = True, device: torch.device | str = "cpu"
+    model: nn.Module,
+    path: str | os.PathLike,
+    strict: bool = True,
+    device: torch.device | str = "cpu",
+    mmap: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Load a checkpoint of ``save_model`` into ``model``, in memory or on the meta device, quantized or not.
 
     A checkpoint of the hqq library (flat safetensors or ``qmodel.pt``), of GPTQ or AWQ (its directory) and a llama
     model's ``.gguf`` file are read as well, their codes packed anew.
     Quantized weights, and all that is on the meta device, are put in place as they lie in the memory-mapped file;
-    other tensors are copied into the model's own. Returns (missing, unexpected) names; with ``strict`` either
-    raises RuntimeError. CheckpointError (a ValueError) for a file that is missing, cut short, or does not hold
-    what it claims or what the model needs. Nothing changes on an error: what can fail (a device that is missing or
-    full, a tensor that cannot be written) is tried before the first weight is. Only an interrupt (Ctrl-C) while dense
-    weights are copied leaves some of them old and some new.
+    other tensors are copied into the model's own. A mapped file must stay as it is while the model is in use; with
+    ``mmap=False`` the files are read into memory that belongs to this process alone.
+    Returns (missing, unexpected) names; with ``strict`` either raises RuntimeError. CheckpointError (a ValueError) for
+    a file that is missing, cut short, or does not hold what it claims or what the model needs. Nothing changes on an
+    error: what can fail (a device that is missing or full, a tensor that cannot be written) is tried before the first
+    weight is. Only an interrupt (Ctrl-C) while dense weights are copied leaves some of them old and some new.
     """
-    state, aliases, extra = read_checkpoint(path)
+    state, aliases, extra = read_checkpoint(path, mmap=mmap)
     places: dict[str, tuple[nn.Module, str, bool]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""

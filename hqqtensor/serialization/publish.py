@@ -18,12 +18,15 @@ Two savers at once take turns by a lock on the directory. Where the file system 
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hqqtensor.serialization.files import checkpoint_files, index_path
+from hqqtensor.serialization.files import files_there, index_path, open_file
+from hqqtensor.serialization.header import is_of_a_save
 from hqqtensor.serialization.layout import CheckpointError
+from hqqtensor.whole_file import close_unchanged
 
 try:
     import fcntl
@@ -45,7 +48,7 @@ def publish(path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], 
             index_path(path).unlink(missing_ok=True)
         else:
             _move_shards(path, written, names, index_text(names, keys, nbytes))
-        for name in in_use - set(names):
+        for name in (in_use - set(names)) | _orphans(path, in_use | set(names)):
             (path.parent / name).unlink(missing_ok=True)
 
 
@@ -78,6 +81,21 @@ def _move_shards(path: Path, written: Sequence[Path], names: Sequence[str], inde
         raise
 
 
+def _orphans(path: Path, others: set[str]) -> set[str]:
+    """Shards but ``others`` of saves of ``path`` that were killed before or after they became the checkpoint."""
+    pattern = re.compile(re.escape(path.stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+    names = {file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name)}
+    return {name for name in names - others if _is_ours(path.with_name(name))}
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with open_file(file) as opened:
+            return is_of_a_save(opened.metadata() or {})
+    except CheckpointError:
+        return False
+
+
 def _free_names(path: Path, count: int, in_use: set[str]) -> list[str]:
     if count == 1:
         return [path.name]
@@ -89,9 +107,12 @@ def _free_names(path: Path, count: int, in_use: set[str]) -> list[str]:
 
 
 def _in_use(path: Path) -> set[str]:
-    """Names of the files that the checkpoint at ``path`` is read from, if there is one."""
+    """Names of the files that the checkpoint at ``path`` is read from, if there is one.
+
+    OSError where that cannot be read: its shards would be overwritten before the new ones are in place.
+    """
     try:
-        return {file.name for file in checkpoint_files(path)}
+        return {file.name for file in files_there(path)}
     except CheckpointError:
         return set()
 
@@ -108,4 +129,4 @@ def _locked(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        close_unchanged(handle)

@@ -3,7 +3,6 @@
 import bisect
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from hqqtensor.serialization.files import DEFAULT_NAME, write_tensors
 from hqqtensor.serialization.header import file_metadata
 from hqqtensor.serialization.layout import flatten, torchao_entry
 from hqqtensor.serialization.publish import publish
+from hqqtensor.serialization.scratch import scratch_beside
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transfer import check_compression, pack_directory
+from hqqtensor.whole_file import naming
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -76,8 +77,8 @@ def _write_units(
     sizes = [sum(t.nbytes for t in tensors.values()) for tensors in units]
     shards = [{key: t for unit in units[part] for key, t in unit.items()} for part in into_shards(sizes, limit)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        written = [Path(scratch, f"{place}.safetensors") for place in range(len(shards))]
+    with naming(path), scratch_beside(path) as scratch:
+        written = [scratch / f"{place}.safetensors" for place in range(len(shards))]
         for file, tensors in zip(written, shards, strict=True):
             write_tensors(tensors, file, header, shown=path)
         publish(path, written, [list(tensors) for tensors in shards], sum(t.nbytes for s in shards for t in s.values()))
@@ -87,8 +88,8 @@ def _write_packed(
     units: list[dict[str, Tensor]], header: dict[str, str], path: Path, max_shard_size: int | str, compression: str
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        plain, packed = Path(scratch, "plain"), Path(scratch, path.name)
+    with naming(path), scratch_beside(path) as scratch:
+        plain, packed = scratch / "plain", scratch / path.name
         _write_units(units, header, plain, max_shard_size)
         with open(packed, "xb") as stream:
             pack_directory(plain, stream, compression)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hqqtensor.streaming.source import NotStreamable
+from hqqtensor.whole_file import close_unchanged
 
 try:
     import fcntl
@@ -43,8 +44,8 @@ class Claims:
 
     def close(self) -> None:
         """Give up all claims."""
-        os.close(self.journal)
-        os.close(self.locks)
+        close_unchanged(self.journal)
+        close_unchanged(self.locks)
 
     def is_in(self, folder: Path) -> bool:
         """Whether the files are those of the folder, which another process may have removed since."""

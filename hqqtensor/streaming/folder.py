@@ -17,12 +17,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from hqqtensor.run_record import NAME, PART, ResumeError, begin, check_same, is_begun
+from hqqtensor.run_record import NAME, ResumeError, begin, check_same, is_begun
 from hqqtensor.serialization.files import DEFAULT_NAME, index_path
 from hqqtensor.serialization.publish import index_text
+from hqqtensor.serialization.scratch import work_prefix
 from hqqtensor.streaming.claims import CLAIMS, JOURNAL, Claims
 from hqqtensor.streaming.plan import Plan, Shard
 from hqqtensor.streaming.shards import create, is_whole, lay_out_again
+from hqqtensor.whole_file import PART, close_unchanged
 
 ENDING = ".unfinished"
 _CALIBRATION = "calibration"
@@ -147,11 +149,6 @@ class RunFolder:
         _remove(self.path, self.out)
 
 
-def work_prefix(out: Path) -> str:
-    """How folders beside ``out`` begin that are of use only to the process that works there, and else are removed."""
-    return f".{out.name}.hqqtensor-"
-
-
 def _remove(folder: Path, out: Path) -> None:
     """Remove the folder of a run in one step: what a kill leaves of it has a name under which it is only removed."""
     aside = out.with_name(f"{work_prefix(out)}{secrets.token_hex(4)}")
@@ -194,4 +191,4 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     finally:
-        os.close(handle)
+        close_unchanged(handle)

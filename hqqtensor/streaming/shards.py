@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hqqtensor.streaming.plan import Plan, Shard, Unit, make_shard
+from hqqtensor.whole_file import close_unchanged
 
 _COPIED = 16 * 2**20  # bytes at a time
 
@@ -45,9 +46,9 @@ class ShardWriter:
         self.unsynced: set[int] = set()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files. What is to last was synced before, so that an error here says nothing."""
         while self.handles:
-            os.close(self.handles.popitem()[1])
+            close_unchanged(self.handles.popitem()[1])
 
     def write(self, shard: int, key: str, value: Tensor, first_row: int = 0) -> None:
         """Write ``value``, the rows of the tensor ``key`` from ``first_row`` on; it is the last user of its memory."""

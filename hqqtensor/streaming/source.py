@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hqqtensor.serialization.files import DEFAULT_NAME, checkpoint_files, index_path
 from hqqtensor.serialization.layout import CheckpointError, read_json
+from hqqtensor.whole_file import close_unchanged
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -71,7 +72,7 @@ class Source:
     def close(self) -> None:
         """Close the files."""
         while self._handles:
-            os.close(self._handles.popitem()[1])
+            close_unchanged(self._handles.popitem()[1])
 
     def first_floating_dtype(self) -> torch.dtype:
         """That of the first floating-point tensor of the first file, which transformers takes for the model's."""

@@ -1,0 +1,83 @@
+"""A row of the table, and the child processes whose ends it counts."""
+
+import faulthandler
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faults.inject import Fault
+from faults.judge import Ended
+
+PATIENCE = 120.0
+"""Seconds after which a child hangs; a hundred times what it takes."""
+
+
+@dataclass
+class Row:
+    """Counts of one scenario.
+
+    absorbed: runs that did their work nonetheless. old, new: what was whole after the others.
+    put_back: between two renames there was no target, and the next command put the old one back. continued: runs in
+    which the same call went on, or removed what had been left. failures: what must not happen.
+    """
+
+    name: str
+    calls: int = 0
+    faults: int = 0
+    absorbed: int = 0
+    old: int = 0
+    new: int = 0
+    put_back: int = 0
+    continued: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def line(self, seconds: float) -> str:
+        """The row, and the first failures, for people who wait."""
+        first = "".join(f"\n    {failure}" for failure in self.failures[:5])
+        counts = f"{self.calls} calls, {self.faults} faults, {len(self.failures)} failures"
+        return f"{self.name}: {counts}, {seconds:.0f} s{first}"
+
+
+def in_child(work: Callable[[], int], log: Path) -> Ended:
+    """Fork, do ``work`` with its output in a file, and wait."""
+    out, errors = log.with_suffix(".out"), log.with_suffix(".err")
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            for number, file in ((1, out), (2, errors)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.environ["HQQTENSOR_TRACEBACK"] = "1"
+            faulthandler.enable(2, all_threads=False)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    until = time.monotonic() + PATIENCE
+    pause = 0.002
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return Ended(os.waitstatus_to_exitcode(status), out.read_text(), errors.read_text())
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGABRT)
+            os.waitpid(pid, 0)
+            return Ended(-signal.SIGABRT, "", "hangs")
+        time.sleep(pause)
+
+
+def sampled(faults: list[tuple[Fault, int]], seed: str, share: float) -> list[tuple[Fault, int]]:
+    """A share of the faults, the same for the same seed; all of them for 1."""
+    if share >= 1 or not faults:
+        return faults
+    return random.Random(seed).sample(faults, max(1, round(share * len(faults))))
