@@ -16,7 +16,6 @@ from hqqtensor.generation.angles import change_with_length
 from hqqtensor.generation.cache import CacheOfEach
 from hqqtensor.generation.forward import MOST_ROWS, decoder_forward
 
-
 MOST_PROMPT = 256
 """Tokens of prompts that are read between two tokens of the answers."""
 

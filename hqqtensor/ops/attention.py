@@ -5,7 +5,6 @@ any call while another backend is chosen, takes the plain code here.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -39,7 +39,9 @@ class PackedStates(NamedTuple):
     def dense(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values as ``[B, kv_heads, tokens, D]``, no longer rotated."""
         settings, signs = (self.nbits, self.group_size), self.signs
-        keys = dense_states(self.tensors[:3], (*settings, self.axis_key), signs if self.rotated_keys else None, head_dim)
+        keys = dense_states(
+            self.tensors[:3], (*settings, self.axis_key), signs if self.rotated_keys else None, head_dim
+        )
         values = dense_states(
             self.tensors[3:], (*settings, self.axis_value), signs if self.rotated_values else None, head_dim
         )

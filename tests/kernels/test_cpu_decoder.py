@@ -256,9 +256,7 @@ def test_every_setting_equals_the_one_written_out(case: Case) -> None:
     compare(case, batch=2, tokens=2, past=70, padded=True)
 
 
-@pytest.mark.parametrize(
-    ("nbits", "axes", "rotation"), [(4, (0, 1), None), (8, (1, 1), "both"), (2, (0, 0), "keys")]
-)
+@pytest.mark.parametrize(("nbits", "axes", "rotation"), [(4, (0, 1), None), (8, (1, 1), "both"), (2, (0, 0), "keys")])
 @pytest.mark.parametrize(("batch", "tokens", "blocks"), [(1, 1, 1), (2, 3, 5), (1, 1, 40)])
 def test_packed_keys_and_values_are_read_as_what_they_stand_for(
     nbits: int, axes: tuple[int, int], rotation: str | None, batch: int, tokens: int, blocks: int

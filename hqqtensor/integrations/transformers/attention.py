@@ -35,7 +35,9 @@ def attention_forward(
     and no weights. attention_mask: bool ``[B, 1, T, S]`` as of "sdpa"; None for all, or for the causal one of a prompt.
     """
     if isinstance(key, JoinedStates) and isinstance(value, JoinedStates):
-        few = query.shape[2] <= MOST_TOKENS and _is_served(query, key.recent, value.recent, attention_mask, dropout, kwargs)
+        few = query.shape[2] <= MOST_TOKENS and _is_served(
+            query, key.recent, value.recent, attention_mask, dropout, kwargs
+        )
         if few and (attention_mask is not None or query.shape[2] == 1):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             states = (key.recent, value.recent, attention_mask, s_aux, scale, softcap or 0.0, packed_of(key, value))

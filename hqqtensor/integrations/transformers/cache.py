@@ -19,7 +19,6 @@ from hqqtensor.ops.packed_states import rotation_matrix
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transforms import signs
 
-
 ROTATIONS: dict[str | None, tuple[bool, bool]] = {None: (False, False), "keys": (True, False), "both": (True, True)}
 """Values of ``HqqQuantizedCache(rotation=)``: whether keys, and whether values, are rotated."""
 
