@@ -1,8 +1,8 @@
 """``python -m benchmarks.cache_quality``: what a quantized cache of keys and values costs in quality, on SmolLM2.
 
-The weights have 4 bits (default settings). For each length a text is read, and the next tokens are predicted after it: by
-the dense model, by the quantized one with an exact cache, and by the quantized one with each cache. Reported is how far the
-KL divergence to the dense model rises over that of the weights alone, in percent of it.
+The weights have 4 bits (default settings). For each length a text is read, and the next tokens are predicted after it:
+by the dense model, by the quantized one with an exact cache, and by the quantized one with each cache. Reported is how
+far the KL divergence to the dense model rises over that of the weights alone, in percent of it.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def read(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def after(model: Any, cache: Any, states: list[tuple[Tensor, Tensor]], ids: Tensor) -> Tensor:
-    """Log probabilities ``[tokens, vocabulary]`` that the model gives after the states of a text, for tokens that follow."""
+    """Log probabilities ``[tokens, vocabulary]`` that the model gives after the states of a text, for tokens that
+    follow."""
     for i, (keys, values) in enumerate(states):
         cache.update(keys, values, i)
     return model(ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
@@ -85,7 +86,8 @@ def windows(text: Tensor, length: int, count: int) -> Iterator[Tensor]:
 
 
 def measure(dense: Any, quantized: Any, ids: Tensor, tokens: int, each: list[Setting]) -> dict[str, float]:
-    """KL to the dense model, of the weights alone and with every cache, for the last ``tokens`` of ``ids`` ``[1, T]``."""
+    """KL to the dense model, of the weights alone and with every cache, for the last ``tokens`` of ``ids`` ``[1,
+    T]``."""
     text, rest, config = ids[:, :-tokens], ids[:, -tokens:], quantized.config
     log_p = after(dense, DynamicCache(config=config), read(dense, text), rest)
     states = read(quantized, text)

@@ -59,8 +59,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_app(model: Any, tokenizer: Any, name: str, most_requests: int = 256) -> Any:
-    """The application of ``transformers serve`` that answers with this model alone, and at most so many requests at once
-    (more get status 503).
+    """The application of ``transformers serve`` that answers with this model alone, and at most so many requests at
+    once (more get status 503).
 
     Requests are answered together where ``GenerateTogether`` serves the model. Where it does not, one line on stderr
     says why, and they take turns.

@@ -1,4 +1,5 @@
-"""What stands before the server's routes: a limit of requests at once, and an end to those whose client has gone away."""
+"""What stands before the server's routes: a limit of requests at once, and an end to those whose client has gone
+away."""
 
 import asyncio
 import json
@@ -11,8 +12,8 @@ RETRY_AFTER = b"1"
 class Limits:
     """An ASGI application around another one, for requests that generate (all that are POSTed).
 
-    While ``most`` of them wait or are answered, another one gets status 503 at once. When a client closes its connection
-    before the whole answer is sent, what answers it is cancelled.
+    While ``most`` of them wait or are answered, another one gets status 503 at once. When a client closes its
+    connection before the whole answer is sent, what answers it is cancelled.
     """
 
     def __init__(self, app: Any, most: int) -> None:
@@ -40,8 +41,8 @@ async def _refuse(send: Any, most: int) -> None:
 
 
 async def _until_disconnect(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """Run ``app``, which is cancelled where the client goes away first. One task alone may call ``receive``, so it hands
-    the messages on."""
+    """Run ``app``, which is cancelled where the client goes away first. One task alone may call ``receive``, so it
+    hands the messages on."""
     messages: asyncio.Queue[Any] = asyncio.Queue()
     answering = asyncio.ensure_future(app(scope, messages.get, send))
 

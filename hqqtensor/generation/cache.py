@@ -132,8 +132,8 @@ class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
 
 
 class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
-    """``HqqCacheLayer``, whose recent tokens lie in the buffers, and whose packed ones have room for more; they are read as
-    they are, by the decoder and by attention "hqqtensor"."""
+    """``HqqCacheLayer``, whose recent tokens lie in the buffers, and whose packed ones have room for more; they are
+    read as they are, by the decoder and by attention "hqqtensor"."""
 
     _blocks: tuple[PackedBlocks | None, PackedBlocks | None] = (None, None)
     _shown: tuple[Any, PackedStates] | None = None  # the packed keys of which `packed` was made
@@ -143,6 +143,8 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
         makes dense as long as attention "hqqtensor" reads them."""
         tokens = key_states.shape[2]
         if self._packed[0] is None or tokens > MOST_TOKENS or torch.is_grad_enabled():
+            if self.is_initialized:
+                self._pack_full_blocks()
             return super().update(key_states, value_states, *args, **kwargs)
         self._write(key_states, value_states)
         return self._show(0, self.keys), self._show(1, self.values)
@@ -170,7 +172,8 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
         return self._shown[1]
 
     def _blocks_of(self, which: int, weight: HQQTensor) -> PackedBlocks:
-        """The blocks with room whose packed tokens are ``weight``; made anew where a crop, say, has put others there."""
+        """The blocks with room whose packed tokens are ``weight``; made anew where a crop, say, has put others
+        there."""
         blocks = self._blocks[which]
         if blocks is None or blocks.weight is not weight:
             blocks = PackedBlocks(weight)
@@ -187,9 +190,14 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
         blocks.add(new)
         return blocks.weight
 
-    def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
-        if (self.keys.shape[2] if self.buffers is None else self.end) >= self.residual_length + self.block:
+    def _pack_full_blocks(self) -> None:
+        """Pack what has left the window."""
+        held = self.end if self.buffers is not None else self.keys.shape[2] if self.keys.ndim == 4 else 0
+        if held >= self.residual_length + self.block:
             self.pack_old()
+
+    def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        self._pack_full_blocks()
         return super().make_room(tokens)
 
 

@@ -108,9 +108,8 @@ def _add_weight(decoder: Decoder, i: int, role: LinearRole, weight: Any, bias: T
         decoder.dense(i, role, weight, bias)
     else:
         shape = list(getattr(weight, "shape", ()))
-        raise NotServed(
-            f"{where} is a {type(weight).__name__} {shape}, neither quantized nor contiguous with a multiple of 16 inputs"
-        )
+        what = "neither quantized nor contiguous with a multiple of 16 inputs"
+        raise NotServed(f"{where} is a {type(weight).__name__} {shape}, {what}")
 
 
 def _add_experts(decoder: Decoder, i: int, mlp: Any, name: str) -> None:

@@ -9,7 +9,8 @@ MOST_ROOM = 64
 
 
 class PackedBlocks:
-    """Blocks ``[B, H, blocks, block, D]`` that lie in buffers with room for more: block 0 of all heads, then block 1."""
+    """Blocks ``[B, H, blocks, block, D]`` that lie in buffers with room for more: block 0 of all heads, then block
+    1."""
 
     def __init__(self, first: HQQTensor) -> None:
         """first: what is packed already."""

@@ -29,8 +29,8 @@ def attention(
     Head h reads head h * kv_heads / heads of the keys. mask: bool ``[B or 1, 1, T, S]``, False for tokens that are not
     seen; a token that sees none gives zeros. sinks: ``[heads]``, a score of each head that is part of the softmax and
     has no value. Scores s are ``scaling`` times the products, and become ``softcap * tanh(s / softcap)`` where softcap
-    is not 0. packed: tokens before those of key and value, which S then counts too. RuntimeError where shapes, dtypes or
-    devices do not fit.
+    is not 0. packed: tokens before those of key and value, which S then counts too. RuntimeError where shapes, dtypes
+    or devices do not fit.
     """
     if packed is None:
         return OPS.attention(query, key, value, mask, sinks, scaling, softcap)

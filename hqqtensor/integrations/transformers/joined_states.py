@@ -14,8 +14,8 @@ class JoinedStates(Tensor):
     """``[B, H, T, D]``: packed blocks, then ``recent`` tokens ``[B, H, t, D]``.
 
     Attention "hqqtensor" reads both where they lie. For any other operation it is a plain tensor, made for that
-    operation alone. It shows the cache as it was: tokens that are added later are not seen, but after a crop their place
-    may be written to.
+    operation alone. It shows the cache as it was: tokens that are added later are not seen, but after a crop their
+    place may be written to.
 
     qdata, scale, zero, settings: as ``ops.packed_states.dense_states`` takes them. signs: those of a rotation, or None.
     """
