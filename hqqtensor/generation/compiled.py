@@ -84,7 +84,7 @@ class CompiledLayer:
         if hidden.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         held = adopt(cache.layers[self.index])
-        if type(held) not in (RoomyLayer, RoomySlidingLayer) or held.batch != hidden.shape[0] or held.end == held.start:
+        if type(held) not in (RoomyLayer, RoomySlidingLayer) or held.batch != hidden.shape[0] or held.is_empty:
             return None
         cache.layers[self.index] = held
         buffers = held.make_room(1)
