@@ -5,14 +5,13 @@ from typing import Any
 from torch import nn
 
 from hqqtensor.generation.cache import growing_cache as growing_cache
-from hqqtensor.generation.compiled import compile_layers_, is_compiled, restore_layers_
 from hqqtensor.generation.families import FAMILIES
 from hqqtensor.generation.forward import DecoderForward
 from hqqtensor.generation.memory import gather_weights
 from hqqtensor.ops.backend import decoder_maker
 
 
-def prepare_for_generation_(model: Any, copy_weights: bool = True, compile: bool = False) -> Any:
+def prepare_for_generation_(model: Any, copy_weights: bool = True) -> Any:
     """Make plain ``model.generate(...)``, pipelines and streamers of a quantized model on a CPU fast; gives ``model``.
 
     The modules stay what they are. One to a few new tokens go through all decoder layers in one operator, prompts
@@ -21,23 +20,9 @@ def prepare_for_generation_(model: Any, copy_weights: bool = True, compile: bool
     kernels read them fastest; with ``copy_weights=False`` they stay where they are, such as in a mapped file whose
     memory several processes share.
 
-    compile: whether a model that has no such operator may have its layers compiled by torch.compile instead, which
-    takes seconds to a minute, with a line on stderr; what was compiled is kept for later processes.
-
     ValueError, and the model is as it was, where it cannot be served; it says which module is the reason. To call it
     again on a prepared model does nothing. ``undo_generation_`` takes it back.
     """
-    try:
-        return _with_decoder(model, copy_weights)
-    except ValueError:
-        if not compile or not isinstance(model, nn.Module):
-            raise
-    if not is_compiled(model):
-        compile_layers_(model)
-    return model
-
-
-def _with_decoder(model: Any, copy_weights: bool) -> Any:
     base = _base(model)
     if isinstance(base.__dict__.get("forward"), DecoderForward):
         return model
@@ -57,10 +42,9 @@ def _with_decoder(model: Any, copy_weights: bool) -> Any:
 
 def undo_generation_(model: Any) -> Any:
     """Take ``prepare_for_generation_`` back; gives ``model``. A model that is not prepared stays as it is."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), DecoderForward):
-            del module.forward
-    restore_layers_(model)
+    base = _base(model)
+    if isinstance(base.__dict__.get("forward"), DecoderForward):
+        del base.forward
     return model
 
 

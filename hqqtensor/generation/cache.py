@@ -56,12 +56,6 @@ class _Roomy:
         held = self._loose[0] if self.buffers is None else self.buffers[0]
         return 0 if held is None else held.shape[0]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no token is there yet."""
-        loose = self._loose[0]
-        return self.end == self.start if self.buffers is not None else loose is None or loose.numel() == 0
-
     def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The buffers, in which ``tokens`` more fit behind ``end``."""
         if self.buffers is None or self.end + tokens > self.buffers[0].shape[2]:
