@@ -9,8 +9,8 @@ namespace {
 
 // How the tokens of each head are shared out: runs of packed blocks, then pieces of the others.
 struct Shares {
-  int64_t run, size;       // packed blocks, and tokens, of a piece
-  int64_t runs, count;     // pieces that are packed, and all
+  int64_t run, size;    // packed blocks, and tokens, of a piece
+  int64_t runs, count;  // pieces that are packed, and all
 };
 
 // Memory of one thread: queries of a group of heads, their scores, and packed states made dense.

@@ -137,9 +137,9 @@ class MemberProducts {
   size_t prepare_all(const std::vector<Linear>& parts, const float* x, int64_t M, char*& memory, Activations* a) {
     const auto alike = [&](const Linear& l) {
       const Weight &v = l.w, &w = parts[0].w;
-      return !l.dense == !parts[0].dense && l.rotation == parts[0].rotation && l.pre_scale == parts[0].pre_scale && l.digits == parts[0].digits && v.nbits == w.nbits && v.axis == w.axis &&
-             v.group_size == w.group_size && v.groups == w.groups && v.table.count == w.table.count &&
-             v.table.values == w.table.values;
+      return !l.dense == !parts[0].dense && l.rotation == parts[0].rotation && l.pre_scale == parts[0].pre_scale &&
+             l.digits == parts[0].digits && v.nbits == w.nbits && v.axis == w.axis && v.group_size == w.group_size &&
+             v.groups == w.groups && v.table.count == w.table.count && v.table.values == w.table.values;
     };
     const bool one = std::all_of(parts.begin(), parts.end(), alike);
     const size_t count = one ? 1 : parts.size();
@@ -154,9 +154,7 @@ class MemberProducts {
   }
 
   // Bytes of scratch memory for the activations of one group, axis 0.
-  static int64_t group_bytes(const Linear& l, int64_t M) {
-    return quantized_bytes(l.w, M, l.digits) + 4 * floats_of(l.w.K);
-  }
+  static int64_t group_bytes(const Linear& l, int64_t M) { return quantized_bytes(l.w, M, l.digits) + 4 * floats_of(l.w.K); }
 
   // Rows of a weight that are one piece of work.
   static int64_t step_of(const Linear& l, const Activations& a) {
@@ -164,8 +162,7 @@ class MemberProducts {
   }
 
  private:
-  static void dense_columns(const Linear& l, const float* x, int64_t M, int64_t first, int64_t last, float* y,
-                            int64_t stride) {
+  static void dense_columns(const Linear& l, const float* x, int64_t M, int64_t first, int64_t last, float* y, int64_t stride) {
     const char* const rows = (const char*)l.dense + first * l.w.K * size_of(l.dense_type);
     kernels().dense_rows(x, M, rows, l.dense_type, last - first, l.w.K, y + first, stride);
     for (int64_t m = 0; l.bias && m < M; ++m)
@@ -180,8 +177,7 @@ class MemberProducts {
     bool integers = uses_integers(l, p.M);
     if (integers) {
       const QuantizedActivations quantized = quantized_in(l.w, p.M, l.digits, memory);
-      for (int64_t m = 0; m < p.M && integers; ++m)
-        integers = k.quantize_activations_axis0(x + m * K, l.w, g, m, quantized);
+      for (int64_t m = 0; m < p.M && integers; ++m) integers = k.quantize_activations_axis0(x + m * K, l.w, g, m, quantized);
       if (integers) return multiply(p, &quantized, g, g + 1);
     }
     auto* const row = (float*)(memory + bytes);

@@ -21,7 +21,8 @@ bool attention(Call& c) {
               "] of the query's dtype, with heads that ", a.heads, " share, got ", keys, " and ", values);
   a.kv_heads = keys.size(1), a.length = keys.size(2);
   PackedStates packed(c, a.dim);
-  HQQ_CHECK(!packed || packed.count() == 1, "attention: packed states must be those of one cache, got ", (int64_t)packed.count());
+  HQQ_CHECK(!packed || packed.count() == 1, "attention: packed states must be those of one cache, got ",
+            (int64_t)packed.count());
   if (packed) a.packed = packed.of(0, a.batch, a.kv_heads);
   const int64_t length = a.packed.tokens() + a.length;
   HQQ_CHECK(!mask || (mask.dim() == 4 && mask.scalar() == Scalar::boolean && (mask.size(0) == a.batch || mask.size(0) == 1) &&

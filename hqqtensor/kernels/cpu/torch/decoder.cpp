@@ -252,8 +252,13 @@ bool decoder_linear(Call& c) {
   const bool stack = is_stack(role);
   owner->weights.push_back(std::make_unique<PackedWeights>(a, stack ? 3 : 2, (int)digits));
   const PackedWeights& w = *owner->weights.back();
-  Linear linear{w.count() ? w.at(0) : Weight{}, vector_of(*owner, bias, "bias", w.N()),
-                vector_of(*owner, pre_scale, "act_pre_scale", w.K()), (int)digits, rotation, nullptr, DType::f32};
+  Linear linear{w.count() ? w.at(0) : Weight{},
+                vector_of(*owner, bias, "bias", w.N()),
+                vector_of(*owner, pre_scale, "act_pre_scale", w.K()),
+                (int)digits,
+                rotation,
+                nullptr,
+                DType::f32};
   HQQ_CHECK(rotation >= 0 && (rotation & (rotation - 1)) == 0 && (rotation == 0 || w.K() % rotation == 0),
             "decoder: rotation must be 0 or a power of two that divides ", w.K(), ", got ", rotation);
   HQQ_CHECK(linear.w.axis == 1 || digits > 1, "decoder: 8-bit activations need axis 1");

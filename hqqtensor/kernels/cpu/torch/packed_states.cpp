@@ -19,8 +19,8 @@ PackedStates::PackedStates(Call& c, int64_t head_dim)
 
 std::unique_ptr<PackedWeights> PackedStates::read(size_t first, int64_t axis) const {
   const Tensor* const parts = &tensors_[first];
-  const PackedArguments a{parts[0].borrow(), parts[1].borrow(), parts[2].borrow(), {}, settings_[0], "int",
-                          settings_[1],      axis,              head_dim_};
+  const PackedArguments a{parts[0].borrow(), parts[1].borrow(), parts[2].borrow(), {}, settings_[0], "int", settings_[1], axis,
+                          head_dim_};
   return std::make_unique<PackedWeights>(a, 5, 0);
 }
 
