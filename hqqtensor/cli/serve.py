@@ -8,6 +8,7 @@ from typing import Any
 from hqqtensor.cli import model_dir, running
 from hqqtensor.cli.errors import CommandError, UsageError
 from hqqtensor.cli.output import print_json
+from hqqtensor.cli.serve_limits import Limits
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 """What of the server's paths a text model answers."""
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
         else:
             print(f"serving {name} at {url}/v1 (Ctrl-C ends)", file=sys.stderr)
-        make_server(make_app(model, tokenizer, name)).run(sockets=[listening])
+        make_server(make_app(model, tokenizer, name, args.max_requests)).run(sockets=[listening])
     return 0
 
 
@@ -57,8 +58,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_app(model: Any, tokenizer: Any, name: str) -> Any:
-    """The FastAPI application of ``transformers serve`` that answers with this model alone.
+def make_app(model: Any, tokenizer: Any, name: str, most_requests: int = 256) -> Any:
+    """The application of ``transformers serve`` that answers with this model alone, and at most so many requests at
+    once (more get status 503).
 
     Requests are answered together where ``GenerateTogether`` serves the model. Where it does not, one line on stderr
     says why, and they take turns.
@@ -88,7 +90,7 @@ def make_app(model: Any, tokenizer: Any, name: str) -> Any:
 
     manager = OneModel(device="cpu", force_model=name)
     try:
-        state = serve_together.answer_together(model)
+        state = serve_together.answer_together(model, most_requests)
     except ValueError as error:
         print(f"requests take turns: {error}", file=sys.stderr)
         state = GenerationState()
@@ -96,12 +98,14 @@ def make_app(model: Any, tokenizer: Any, name: str) -> Any:
         "completion_handler": CompletionHandler, "response_handler": ResponseHandler,
         "transcription_handler": TranscriptionHandler, "systemone_handler": SystemOneHandler,
     }  # fmt: skip
-    return build_server(
+    app = build_server(
         manager,
         ChatCompletionHandler(model_manager=manager, generation_state=state),
         generation_state=state,
         **{option: handler(model_manager=manager, generation_state=state) for option, handler in handlers.items()},
     )
+    app.add_middleware(Limits, most=most_requests)
+    return app
 
 
 def make_server(app: Any) -> Any:

@@ -32,6 +32,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--host", default="localhost", metavar="NAME", help="address to listen on (default: localhost)")
     add("--port", type=int, default=8000, metavar="N", help="port to listen on, 0 for any free one (default: 8000)")
     add("--name", metavar="NAME", help="the model's name in requests (default: the directory's)")
+    add(
+        "--max-requests", type=positive, default=256, metavar="N",
+        help="requests that are answered or wait at once; more get status 503 (default: 256)",
+    )  # fmt: skip
     add_json(parser, "address and model")
 
 

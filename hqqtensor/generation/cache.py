@@ -7,8 +7,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hqqtensor.integrations.transformers.cache import HqqCacheLayer
+from hqqtensor.generation.packed_blocks import PackedBlocks
+from hqqtensor.integrations.transformers.attention import MOST_TOKENS
+from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
+from hqqtensor.integrations.transformers.joined_states import JoinedStates
 from hqqtensor.ops.backend import decoder_maker
+from hqqtensor.ops.packed_states import PackedStates
+from hqqtensor.tensor import HQQTensor
 
 LEAST_ROOM = 256  # tokens that fit beyond those that a cache is made for
 MOST_ROOM = 4096
@@ -127,13 +132,72 @@ class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
 
 
 class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
-    """``HqqCacheLayer``, whose recent tokens lie in the buffers; the decoder reads the packed ones as they are."""
+    """``HqqCacheLayer``, whose recent tokens lie in the buffers, and whose packed ones have room for more; they are
+    read as they are, by the decoder and by attention "hqqtensor"."""
 
-    packed = HqqCacheLayer.packed
+    _blocks: tuple[PackedBlocks | None, PackedBlocks | None] = (None, None)
+    _shown: tuple[Any, PackedStates] | None = None  # the packed keys of which `packed` was made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add new states; all keys and values. Of a few tokens behind packed ones: as ``JoinedStates``, which nothing
+        makes dense as long as attention "hqqtensor" reads them."""
+        tokens = key_states.shape[2]
+        if self._packed[0] is None or tokens > MOST_TOKENS or torch.is_grad_enabled():
+            if self.is_initialized:
+                self._pack_full_blocks()
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._write(key_states, value_states)
+        return self._show(0, self.keys), self._show(1, self.values)
+
+    def _show(self, which: int, recent: Tensor) -> Tensor:
+        packed = self.packed
+        assert packed is not None
+        axis = packed.axis_value if which else packed.axis_key
+        signs = packed.signs if self.rotated[which] else None
+        parts = packed.tensors[3 * which : 3 * which + 3]
+        return JoinedStates(recent, *parts, signs, (packed.nbits, packed.group_size, axis))
+
+    @property
+    def packed(self) -> PackedStates | None:  # type: ignore[override]
+        """The packed tokens; None before the first block is full."""
+        keys, values = self._packed
+        if keys is None or values is None:
+            return None
+        if self._shown is None or self._shown[0] is not keys:
+            blocks = [self._blocks_of(which, weight) for which, weight in enumerate((keys, values))]
+            rotated = self.rotated if self.signs is not None else (False, False)
+            tensors = (*blocks[0].tensors, *blocks[1].tensors)
+            states = PackedStates(tensors, keys.nbits, keys.group_size, *self.axes, *rotated, self.signs)
+            self._shown = (self._packed[0], states)
+        return self._shown[1]
+
+    def _blocks_of(self, which: int, weight: HQQTensor) -> PackedBlocks:
+        """The blocks with room whose packed tokens are ``weight``; made anew where a crop, say, has put others
+        there."""
+        blocks = self._blocks[which]
+        if blocks is None or blocks.weight is not weight:
+            blocks = PackedBlocks(weight)
+            self._packed[which] = blocks.weight
+            both = (blocks, self._blocks[1]) if which == 0 else (self._blocks[0], blocks)
+            self._blocks = both
+        return blocks
+
+    def _joined(self, which: int, new: HQQTensor) -> HQQTensor:
+        old = self._packed[which]
+        if old is None:
+            return new
+        blocks = self._blocks_of(which, old)
+        blocks.add(new)
+        return blocks.weight
+
+    def _pack_full_blocks(self) -> None:
+        """Pack what has left the window."""
+        held = self.end if self.buffers is not None else self.keys.shape[2] if self.keys.ndim == 4 else 0
+        if held >= self.residual_length + self.block:
+            self.pack_old()
 
     def make_room(self, tokens: int) -> tuple[Tensor, Tensor]:
-        if (self.keys.shape[2] if self.buffers is None else self.end) >= self.residual_length + self.block:
-            self.pack_old()
+        self._pack_full_blocks()
         return super().make_room(tokens)
 
 
@@ -171,10 +235,14 @@ class CacheOfEach:
         self.caches = caches
 
 
-def growing_cache(config: Any) -> DynamicCache:
+def growing_cache(config: Any, **quantized: Any) -> Any:
     """A ``DynamicCache`` for a model's ``config`` to which tokens are added in place: transformers' own copies all keys
-    and values for each new token. For ``generate(..., past_key_values=...)`` of models that are not prepared."""
-    cache = DynamicCache(config=config)
+    and values for each new token. For ``generate(..., past_key_values=...)`` of models that are not prepared.
+
+    quantized: settings of ``HqqQuantizedCache``, which it then is: ``growing_cache(config, nbits=4)``. With attention
+    "hqqtensor" its packed tokens are read as they are.
+    """
+    cache = HqqQuantizedCache(config, **quantized) if quantized else DynamicCache(config=config)
     cache.layers[:] = [adopt(layer) or layer for layer in cache.layers]
     return cache
 

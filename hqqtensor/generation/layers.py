@@ -90,34 +90,43 @@ def _add_linear(decoder: Decoder, i: int, layer: nn.Module, path: str, name: str
     linear, where = layer.get_submodule(path), f"{name}.{path}"
     role: LinearRole = path.rpartition(".")[2].removesuffix("_proj")  # type: ignore[assignment]
     weight = getattr(linear, "weight", None)
-    if type(linear) is not nn.Linear or not isinstance(weight, HQQTensor):
-        kind = type(linear).__name__
-        raise NotServed(f"{where} is not an nn.Linear with a quantized weight, but a {kind} of {type(weight).__name__}")
-    decoder.linear(i, role, weight.operand(), linear.bias, weight.act_pre_scale, _digits(weight, where))
+    if type(linear) is not nn.Linear:
+        raise NotServed(f"{where} is not an nn.Linear, but a {type(linear).__name__}")
+    _add_weight(decoder, i, role, weight, linear.bias, where)
 
 
-def _digits(weight: HQQTensor, where: str) -> int:
-    """Digits that the activations are quantized to; ``NotServed`` for weights that decoders have no product for."""
-    if weight.rotation or weight.axis == 0 or weight.transposed:
-        what = "rotated inputs" if weight.rotation else "axis 0" if weight.axis == 0 else "a transposed weight"
-        raise NotServed(f"{where} has {what}")
-    exact = 3 if weight.dtype == torch.float32 else 2
-    return 1 if weight.activation == "int8" else exact
+def _add_weight(decoder: Decoder, i: int, role: LinearRole, weight: Any, bias: Tensor | None, where: str) -> None:
+    """A projection, or a stack of experts' ones; ``NotServed`` for weights that decoders have no product for."""
+    if isinstance(weight, HQQTensor):
+        int8 = weight.activation == "int8"
+        if weight.transposed or (weight.axis == 0 and (int8 or weight.rank == 3)):
+            kind = "8-bit activations and axis 0" if int8 else "experts of axis 0"
+            raise NotServed(f"{where} has {'a transposed weight' if weight.transposed else kind}")
+        digits = 1 if int8 else 3 if weight.dtype == torch.float32 else 2
+        decoder.linear(i, role, weight.operand(), bias, weight.act_pre_scale, digits, weight.rotation)
+    elif type(weight) in (Tensor, nn.Parameter) and weight.shape[-1] % 16 == 0 and weight.is_contiguous():
+        decoder.dense(i, role, weight, bias)
+    else:
+        shape = list(getattr(weight, "shape", ()))
+        what = "neither quantized nor contiguous with a multiple of 16 inputs"
+        raise NotServed(f"{where} is a {type(weight).__name__} {shape}, {what}")
 
 
 def _add_experts(decoder: Decoder, i: int, mlp: Any, name: str) -> None:
     """A block that chooses experts for each token."""
     router: Any = getattr(mlp, "gate", None)
     experts = getattr(mlp, "experts", None)
-    if router is None or experts is None or isinstance(router.weight, HQQTensor):
-        raise NotServed(f"{name} is a {type(mlp).__name__} without experts, or with a quantized router")
-    decoder.router(i, router.weight, router.top_k, getattr(router, "norm_topk_prob", True))
+    if router is None or experts is None:
+        raise NotServed(f"{name} is a {type(mlp).__name__} without experts")
+    weight = router.weight
+    dense = weight.dequantize() if isinstance(weight, HQQTensor) else weight  # small, and read in float32
+    decoder.router(i, dense, router.top_k, getattr(router, "norm_topk_prob", True))
     roles: list[tuple[str, LinearRole]] = [("gate_up_proj", "experts_gate_up"), ("down_proj", "experts_down")]
     for leaf, role in roles:
         weight = getattr(experts, leaf)
-        if not isinstance(weight, HQQTensor) or weight.rank != 3:
-            raise NotServed(f"{name}.experts.{leaf} is no stack of quantized weights, but a {type(weight).__name__}")
-        decoder.linear(i, role, weight.operand(), None, weight.act_pre_scale, _digits(weight, f"{name}.experts.{leaf}"))
+        if getattr(weight, "ndim", 0) != 3:
+            raise NotServed(f"{name}.experts.{leaf} is no stack of weights, but a {type(weight).__name__}")
+        _add_weight(decoder, i, role, weight, None, f"{name}.experts.{leaf}")
 
 
 def _norm(norm: Any, where: str, family: Family) -> Tensor:

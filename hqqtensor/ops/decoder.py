@@ -1,12 +1,13 @@
 """What a backend may supply for decoder layers of a transformer; ``hqqtensor.generation`` asks ``backend.decoder``."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hqqtensor.ops.packed import PackedWeight
+from hqqtensor.ops.packed_states import PackedStates
 
 NormRole = Literal["input", "attention_out", "mlp", "mlp_out", "q", "k", "final"]
 LinearRole = Literal["qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down", "experts_gate_up", "experts_down"]
@@ -49,8 +50,17 @@ class Decoder(Protocol):
         bias: Tensor | None,
         act_pre_scale: Tensor | None,
         digits: int,
+        rotation: int,
     ) -> None:
-        """A projection; joined ones are given in the order in which their outputs lie. Of experts: their stack."""
+        """A projection; joined ones are given in the order in which their outputs lie. Of experts: their stack.
+
+        digits: of the activations, 1 for 8-bit ones, 2 finer than 16-bit floats, 3 as exact as float32 sums. rotation:
+        inputs that a Hadamard matrix mixes with one another, 0 for none.
+        """
+
+    def dense(self, layer: int, role: LinearRole, weight: Tensor, bias: Tensor | None) -> None:
+        """The same for a weight that is not packed, ``[N, K]`` or ``[experts, N, K]`` of float32, bfloat16 or float16,
+        contiguous, with K a multiple of 16."""
 
     def router(self, layer: int, weight: Tensor, chosen: int, normalized: bool) -> None:
         """``[experts, hidden]``, what chooses experts: the best ``chosen`` of a softmax over all, whose weights are
@@ -59,7 +69,7 @@ class Decoder(Protocol):
     def run(
         self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
         positions: Tensor | None, mask: Tensor | None, lengths: Sequence[int], firsts: Sequence[int],
-        layers: tuple[int, int], verify: bool, packed: Sequence[tuple[Any, Any]] | None = None,
+        layers: tuple[int, int], verify: bool, packed: Sequence[PackedStates] | None = None,
     ) -> Tensor | None:  # fmt: skip
         """x ``[B, T, hidden]`` after the layers [first, last) and, where the last one of all is among them, the final
         norm; None where the kernels do not serve x, an angle is missing, or a weight's memory has moved (which is
@@ -71,8 +81,7 @@ class Decoder(Protocol):
         written behind; ``firsts``: the place in the sequence of the first one. Where sequences have caches of their
         own: ``[1, kv_heads, capacity, head_dim]``, those of all sequences for the first layer, then for the next one.
         mask: bool or int64 ``[B, tokens of the sequence]``, zero for tokens that none sees; not where sequences have
-        caches of their own. packed: for each of the caches keys and values of older tokens, HQQTensors ``[B or 1,
-        kv_heads, blocks, block, head_dim]`` of equal settings, up to 256 tokens in a block; for layers with no window.
+        caches of their own. packed: for each of the caches older tokens, of equal settings; for layers with no window.
         """
 
 

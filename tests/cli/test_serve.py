@@ -1,18 +1,20 @@
 """``serve``: a client of the API of OpenAI gets what the model writes, whole and as a stream."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hqqtensor.cli import main, model_dir, running, serve
+from hqqtensor.cli.serve_limits import Limits
 from hqqtensor.generation import together
 
 pytest.importorskip("fastapi", reason="the server needs fastapi, uvicorn and openai")
@@ -145,6 +147,61 @@ def test_a_client_that_goes_away_stops_its_answer_alone(url: str, monkeypatch: p
             break
         time.sleep(0.02)
     assert [type(error).__name__ for error in endings] == ["_GenerationCancelled"]
+
+
+def test_a_client_that_goes_away_before_a_whole_answer_stops_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endings: list[Exception] = []
+    fail = together._Sequence.fail
+    monkeypatch.setattr(together._Sequence, "fail", lambda self, error: (endings.append(error), fail(self, error))[1])
+    add = together._Sequence.add
+    monkeypatch.setattr(together._Sequence, "add", lambda self, logits: (time.sleep(0.02), add(self, logits))[1])
+    body = {"model": "packed", "prompt": "The list", "max_tokens": 400, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(request, timeout=0.3)
+    for _ in range(200):
+        if endings:
+            break
+        time.sleep(0.02)
+    assert [type(error).__name__ for error in endings] == ["Cancelled"]
+
+
+def test_more_requests_than_the_limit_get_503_at_once() -> None:
+    release = asyncio.Event()
+
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        await release.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def statuses() -> list[int]:
+        limits, got = Limits(app, 2), []
+
+        async def request(method: str) -> None:
+            sent = []
+
+            async def receive() -> dict:
+                await release.wait()
+                await asyncio.sleep(1)
+                return {"type": "http.disconnect"}
+
+            async def send(message: dict) -> None:
+                sent.append(message)
+
+            await limits({"type": "http", "method": method}, receive, send)
+            got.append(sent[0]["status"])
+
+        tasks = [asyncio.ensure_future(request(method)) for method in ("POST", "POST", "GET", "POST")]
+        await asyncio.sleep(0.01)
+        assert got == [503]
+        release.set()
+        await asyncio.gather(*tasks)
+        await request("POST")
+        return got
+
+    assert asyncio.run(statuses()) == [503, 200, 200, 200, 200]
 
 
 def test_an_error_of_one_request_is_told_to_it_alone(url: str) -> None:

@@ -100,8 +100,11 @@ def test_assisted_generation_gives_the_same_tokens() -> None:
         HqqConfig(4, 24),
         HqqConfig(4, 7),
         HqqConfig(4, 32, activation="int8"),
+        HqqConfig(4, 32, axis=0),
+        HqqConfig(4, 16, rotation=True),
+        HqqConfig(4, 32, solver="column_scaled"),
     ],
-    ids=lambda c: f"{c.nbits}-{c.format}-{c.group_size}-{c.activation}",
+    ids=lambda c: f"{c.nbits}-{c.format}-{c.group_size}-{c.activation}-{c.axis}-{c.rotation}-{c.solver}",
 )
 def test_settings_give_the_same_tokens(config: HqqConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized("llama", config=config)
@@ -113,6 +116,27 @@ def test_settings_give_the_same_tokens(config: HqqConfig, monkeypatch: pytest.Mo
     tolerance = 0.1 if config.activation == "int8" else 1e-3
     torch.testing.assert_close(after.logits[1], own.logits[1], rtol=tolerance, atol=tolerance)
     if config.activation != "int8":
+        assert torch.equal(after.sequences, own.sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "skip"),
+    [("llama", ["down_proj"]), ("phi3", ["qkv_proj", "layers.1.mlp"]), ("mixtral", ["o_proj", "experts.down_proj"])],
+)
+def test_layers_that_stayed_dense_are_served_too(
+    name: str, skip: list[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized(name, dtype, HqqConfig(4, 32, skip_modules=skip))
+    assert any(type(p) is torch.nn.Parameter and p.ndim > 1 for p in model.model.layers.parameters())
+    own = generate(model, 2)
+    counted = Counted(model, monkeypatch)
+    prepare_for_generation_(model)
+    after = generate(model, 2)
+    assert counted.calls == len(after.logits) - 1
+    tolerance = 1e-3 if dtype == torch.float32 else 0.3
+    torch.testing.assert_close(after.logits[1], own.logits[1], rtol=tolerance, atol=tolerance)
+    if dtype == torch.float32:
         assert torch.equal(after.sequences, own.sequences)
 
 

@@ -11,7 +11,7 @@ from tiny_models import SIZES, quantized
 from torch import Tensor
 
 from hqqtensor import prepare_for_generation_
-from hqqtensor.generation.together import GenerateTogether
+from hqqtensor.generation.together import Cancelled, GenerateTogether
 
 GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
 PROMPTS = [
@@ -148,6 +148,42 @@ def test_more_calls_than_are_written_at_once_wait(model: Any, together: Generate
     alone = model.generate(input_ids=PROMPTS[0], **short)
     answers = at_once([lambda: together.generate(input_ids=PROMPTS[0], **short)] * 20)
     assert all(torch.equal(answer, alone) for answer in answers)
+
+
+def test_long_prompts_are_read_in_pieces_between_the_others_tokens(
+    model: Any, together: GenerateTogether, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hqqtensor.generation.together.MOST_PROMPT", 8)
+    alone = [model.generate(input_ids=ids, **GREEDY) for ids in PROMPTS]
+    read: list[int] = []
+    run = type(together)._read
+
+    def counted(self: GenerateTogether, sequence: Any) -> None:
+        before = sequence.cache.get_seq_length()
+        run(self, sequence)
+        read.append(sequence.cache.get_seq_length() - before)
+
+    monkeypatch.setattr(type(together), "_read", counted)
+    answers = at_once([lambda ids=ids: together.generate(input_ids=ids, **GREEDY) for ids in PROMPTS])
+    assert all(map(torch.equal, answers, alone))
+    assert max(read) == 8 and sum(read) == sum(ids.shape[1] for ids in PROMPTS)
+
+
+def test_a_call_that_is_cancelled_ends_alone(model: Any, together: GenerateTogether) -> None:
+    cancel = threading.Event()
+    streamer = Streamer(False)
+    streamer.put = lambda value: cancel.set() if streamer.values else streamer.values.append(value)  # type: ignore[method-assign]
+    long = {**GREEDY, "max_new_tokens": 200, "min_new_tokens": 200}
+    alone = model.generate(input_ids=PROMPTS[1], **GREEDY)
+    cancelled, answer = at_once(
+        [
+            lambda: together.generate(input_ids=PROMPTS[0], cancel=cancel, streamer=streamer, **long),
+            lambda: together.generate(input_ids=PROMPTS[1], **GREEDY),
+        ]
+    )
+    assert isinstance(cancelled, Cancelled) and torch.equal(answer, alone)
+    with pytest.raises(Cancelled, match="before it began"):
+        together.generate(input_ids=PROMPTS[0], cancel=cancel, **GREEDY)
 
 
 def test_models_that_cannot_be_answered_together_are_told_why(model: Any) -> None:

@@ -1,6 +1,8 @@
 """``attn_implementation="hqqtensor"``: models without a family description give what transformers' "eager" gives."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from hqqtensor.generation import growing_cache
 from hqqtensor.integrations.transformers import attention as interface
+from hqqtensor.integrations.transformers.cache import HqqQuantizedCache
+from hqqtensor.integrations.transformers.joined_states import JoinedStates
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -78,6 +82,51 @@ def test_generate_takes_it_by_its_name(calls: list[int]) -> None:
     cache = growing_cache(model.config)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=cache), want)
     assert len(calls) == 2 * 2 * 7
+
+
+def quantized_cache(config: Any, kind: Any = HqqQuantizedCache, rotation: str | None = None) -> Any:
+    return kind(config, nbits=8, q_group_size=4, residual_length=3, rotation=rotation)
+
+
+@pytest.mark.parametrize("rotation", [None, "keys", "both"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "gpt-neox"])
+def test_a_quantized_growing_cache_is_read_packed(
+    name: str, rotation: str | None, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    want = scores(model, "eager", lambda config: quantized_cache(config, rotation=rotation))
+    growing = partial(quantized_cache, kind=growing_cache, rotation=rotation)
+    torch.testing.assert_close(scores(model, "eager", growing), want, rtol=1e-2, atol=1e-2)  # by torch's operators
+    assert not calls
+    dense: list[Any] = []
+    monkeypatch.setattr(JoinedStates, "dense", lambda states: dense.append(states))
+    # A code may round the other way where a state differs in its last bit.
+    torch.testing.assert_close(scores(model, "hqqtensor", growing), want, rtol=1e-2, atol=1e-2)
+    assert set(calls) == {1, 3} and not dense
+
+
+def test_the_states_of_a_quantized_growing_cache_are_tensors_for_everybody_else() -> None:
+    config = MODELS["olmo2"]().config
+    plain, cache = quantized_cache(config), quantized_cache(config, growing_cache)
+    with torch.no_grad():
+        for count in (11, 1, 2, 1, 30, 1):
+            new = [torch.randn(2, 2, count, 16, generator=torch.manual_seed(count)) for _ in "kv"]
+            want, got = plain.update(*new, 0), cache.update(*new, 0)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a + 0, b, rtol=1e-5, atol=1e-5)
+                assert a.shape == b.shape
+        assert isinstance(got[0], JoinedStates)
+        before, buffers = got[0].clone(), cache.layers[0]._blocks[0]._buffers
+        for _ in range(5):
+            cache.update(*(t[:, :, :1] for t in new), 0)
+        assert torch.equal(got[0].clone(), before)  # what was given stays as it was
+        assert cache.layers[0]._blocks[0]._buffers[0] is buffers[0]  # and what was packed where it was
+        other = copy.deepcopy(cache)
+        cache.crop(-9)
+        assert other.get_seq_length() == cache.get_seq_length() + 9
+        want = cache.layers[0].packed.dense(16, torch.float32)[0]
+        torch.testing.assert_close(other.layers[0].packed.dense(16, torch.float32)[0][:, :, : want.shape[2]], want)
 
 
 def test_training_takes_torch_and_has_gradients(calls: list[int]) -> None:

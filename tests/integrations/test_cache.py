@@ -142,6 +142,31 @@ def test_groups_over_tokens_are_those_of_one_channel_of_one_head() -> None:
     assert torch.equal(got[1, 1, 32:64], want.T)
 
 
+@pytest.mark.parametrize("rotation", ["keys", "both"])
+def test_rotated_states_come_back_as_they_were_and_outliers_cost_less(rotation: str) -> None:
+    keys, values = states(96)
+    keys[..., 5] *= 50  # one channel, whose group has all channels of a token
+    errors = {}
+    for each in (None, rotation):
+        cache = HqqQuantizedCache(CONFIG, 4, 1, 1, q_group_size=64, residual_length=8, rotation=each)
+        cache.update(keys, values, 0)
+        got = cache.update(*states(1, 1), 0)
+        errors[each] = [error(g[:, :, :64], w[:, :, :64]) for g, w in zip(got, (keys, values), strict=True)]
+        assert torch.equal(got[0][:, :, 64:96], keys[:, :, 64:])
+        cache.crop(-70)  # inside of what is packed: comes back turned back
+        recent = layer(cache).keys
+        assert error(recent, keys[:, :, : recent.shape[2]]) < 0.13
+    assert errors[rotation][0] < 0.11 and errors[rotation][1] < 0.11
+    exact = [i for i in (0, 1) if rotation == "keys" and i == 1]
+    assert all(errors[rotation][i] == errors[None][i] for i in exact)
+
+
+def test_rotation_needs_heads_of_a_power_of_two() -> None:
+    cache = HqqQuantizedCache(CONFIG, q_group_size=8, residual_length=0, rotation="keys")
+    with pytest.raises(ValueError, match="rotation of the cache needs heads of a power of two, got 48 channels"):
+        cache.update(*(t[..., :48] for t in states(64)), 0)
+
+
 def test_gradients_reach_the_tokens_that_are_not_packed() -> None:
     cache = HqqQuantizedCache(CONFIG, 4, q_group_size=32, residual_length=8)
     cache.update(*states(60), 0)
@@ -217,6 +242,7 @@ def test_bad_settings_are_named() -> None:
         ({"axis_key": 2}, "axis_key must be 0"),
         ({"residual_length": -1}, "residual_length must be 0 or more"),
         ({"solver": "magic"}, "solver"),
+        ({"rotation": "values"}, r"rotation must be one of \[None, 'keys', 'both'\], got 'values'"),
     ):
         with pytest.raises(ValueError, match=match):
             HqqQuantizedCache(CONFIG, **options)

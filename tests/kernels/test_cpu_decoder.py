@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hqqtensor import HqqConfig, HQQTensor
+from hqqtensor.generation.cache import adopt
 from hqqtensor.integrations.transformers.cache import HqqQuantizedCache
 from hqqtensor.kernels.cpu.decoder import CompiledDecoder
 from hqqtensor.ops.decoder import DecoderShape
@@ -33,6 +34,7 @@ class Case:
     width: int = 32  # of the angles
     experts: int = 0
     normalized: bool = True
+    dense: tuple[str, ...] = ()  # roles whose weights stay dense, in `dtype`
 
 
 def make(case: Case) -> tuple[CompiledDecoder, list[dict[str, Any]]]:
@@ -70,8 +72,13 @@ def make(case: Case) -> tuple[CompiledDecoder, list[dict[str, Any]]]:
             w = HQQTensor.from_hp(random(*stack, n, k) / k**0.5, case.config)
             bias = 0.1 * random(n) if case.bias and not stack else None
             layer[role] = (w.dequantize().float(), bias)
+            if role in case.dense:
+                dense = w.dequantize().to(case.dtype)
+                layer[role] = (dense.float(), bias)
+                decoder.dense(i, role, dense, bias)  # type: ignore[arg-type]
+                continue
             digits = 3 if case.dtype == torch.float32 else 2
-            decoder.linear(i, role, w.operand(), bias, w.act_pre_scale, digits)  # type: ignore[arg-type]
+            decoder.linear(i, role, w.operand(), bias, w.act_pre_scale, digits, w.rotation)  # type: ignore[arg-type]
         layers.append(layer)
     final = 1 + 0.3 * random(s.hidden)
     decoder.norm(0, "final", final)
@@ -227,6 +234,18 @@ def test_layers_equal_those_written_out(dtype: torch.dtype, batch: int, tokens: 
         Case(config=HqqConfig(4, 32, format="nf4"), joined=True),
         Case(config=HqqConfig(4, 32, format="codebook")),
         Case(config=HqqConfig(6, 16, format="fp6")),
+        Case(dense=("down",)),
+        Case(dense=("q", "up", "o"), dtype=torch.bfloat16, bias=True),
+        Case(dense=("qkv", "gate_up", "o", "down"), dtype=torch.float16, joined=True),
+        Case(dense=("experts_gate_up",), experts=3),
+        Case(dense=("experts_down",), experts=3, dtype=torch.bfloat16),
+        Case(config=HqqConfig(4, 16, rotation=True), bias=True),
+        Case(config=HqqConfig(4, 32, solver="column_scaled", rotation=True), dense=("k",)),
+        Case(config=HqqConfig(4, 16, rotation=True), experts=3),
+        Case(config=HqqConfig(4, 16, axis=0), bias=True),
+        Case(config=HqqConfig(4, 16, axis=0), dtype=torch.bfloat16, joined=True),
+        Case(config=HqqConfig(6, 16, axis=0, format="fp6")),
+        Case(config=HqqConfig(4, 16, axis=0, rotation=True), dense=("up",)),
         Case(shape=SHAPE._replace(heads=5, kv_heads=5, head_dim=48), width=48),
         Case(shape=SHAPE._replace(heads=14, kv_heads=2, head_dim=16), width=16),
         Case(shape=SHAPE._replace(hidden=576, intermediate=1536, layers=1)),
@@ -237,10 +256,10 @@ def test_every_setting_equals_the_one_written_out(case: Case) -> None:
     compare(case, batch=2, tokens=2, past=70, padded=True)
 
 
-@pytest.mark.parametrize(("nbits", "axes"), [(4, (0, 1)), (8, (1, 1)), (2, (0, 0))])
+@pytest.mark.parametrize(("nbits", "axes", "rotation"), [(4, (0, 1), None), (8, (1, 1), "both"), (2, (0, 0), "keys")])
 @pytest.mark.parametrize(("batch", "tokens", "blocks"), [(1, 1, 1), (2, 3, 5), (1, 1, 40)])
 def test_packed_keys_and_values_are_read_as_what_they_stand_for(
-    nbits: int, axes: tuple[int, int], batch: int, tokens: int, blocks: int
+    nbits: int, axes: tuple[int, int], rotation: str | None, batch: int, tokens: int, blocks: int
 ) -> None:
     case, block, recent = Case(), 32, 7
     decoder, layers = make(case)
@@ -248,17 +267,17 @@ def test_packed_keys_and_values_are_read_as_what_they_stand_for(
     x = torch.randn(batch, tokens, s.hidden, generator=generator)
     tables = [(torch.randn(2000, 32, generator=generator), torch.randn(2000, 32, generator=generator))] * 2
     config = transformers.LlamaConfig(num_hidden_layers=s.layers)
-    cache = HqqQuantizedCache(config, nbits, *axes, q_group_size=block, residual_length=recent)
+    cache = HqqQuantizedCache(config, nbits, *axes, q_group_size=block, residual_length=recent, rotation=rotation)
     old: list[list[Tensor]] = [[], []]
     for i in range(s.layers):
         states = [
             torch.randn(batch, s.kv_heads, blocks * block + recent, s.head_dim, generator=generator) for _ in "kv"
         ]
         cache.update(*states, i)
-        layer = cache.layers[i]
+        layer = cache.layers[i] = adopt(cache.layers[i])
+        packed = layer.packed.dense(s.head_dim, torch.float32)
         for which, dense in enumerate(old):
-            packed = layer.packed[which].dequantize().flatten(2, 3)
-            dense.append(torch.cat([packed, (layer.keys, layer.values)[which]], 2))
+            dense.append(torch.cat([packed[which], (layer.keys, layer.values)[which]], 2))
     past = blocks * block + recent
     buffers = [[torch.zeros(batch, s.kv_heads, recent + tokens, s.head_dim) for _ in range(s.layers)] for _ in "kv"]
     for i, layer in enumerate(cache.layers):
@@ -303,7 +322,7 @@ def test_activations_that_no_kernel_serves_give_none_for_int8_and_nan_otherwise(
             other.norm(0, role, torch.ones(s.hidden))  # type: ignore[arg-type]
         for role, n, k in (("qkv", 320, 96), ("o", 96, 192), ("gate_up", 224, 96), ("down", 96, 112)):
             w = HQQTensor.from_hp(torch.randn(n, k), HqqConfig(4, 32))
-            other.linear(0, role, w.operand(), None, None, digits)  # type: ignore[arg-type]
+            other.linear(0, role, w.operand(), None, None, digits, 0)  # type: ignore[arg-type]
         x = torch.full((1, 1, s.hidden), torch.nan)
         cache = torch.zeros(1, 2, 4, 32)
         angles = [(torch.ones(1, 32), torch.ones(1, 32))]
@@ -388,9 +407,9 @@ def test_wrong_parts_are_errors() -> None:
         run_with(decoder)
     w = HQQTensor.from_hp(torch.randn(96, 96), HqqConfig(4, 32))
     with pytest.raises(RuntimeError, match=r"o must be \[96, 192\], got \[96, 96\]"):
-        decoder.linear(0, "o", w.operand(), None, None, 3)
+        decoder.linear(0, "o", w.operand(), None, None, 3, 0)
     with pytest.raises(RuntimeError, match="there is no projection 'x'"):
-        decoder.linear(0, "x", w.operand(), None, None, 3)  # type: ignore[arg-type]
+        decoder.linear(0, "x", w.operand(), None, None, 3, 0)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="there is no layer 2"):
         decoder.set_layer(2, 0, 0)
     with pytest.raises(RuntimeError, match="there is no norm 'x'"):
@@ -398,7 +417,12 @@ def test_wrong_parts_are_errors() -> None:
     with pytest.raises(RuntimeError, match="a norm's weight must be floating-point"):
         decoder.norm(0, "input", torch.ones(95))
     with pytest.raises(RuntimeError, match="digits must be 1 to 3"):
-        decoder.linear(0, "o", w.operand(), None, None, 4)
+        decoder.linear(0, "o", w.operand(), None, None, 4, 0)
+    with pytest.raises(RuntimeError, match="rotation must be 0 or a power of two that divides 96, got 64"):
+        decoder.linear(0, "o", w.operand(), None, None, 3, 64)
+    for dense in (torch.ones(96, 200), torch.ones(96, 192).T.contiguous().T, torch.ones(96, 192, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="a dense o must be contiguous floating-point"):
+            decoder.dense(0, "o", dense, None)
     with pytest.raises(RuntimeError, match="3 of 2 experts cannot be chosen"):
         decoder.router(0, torch.randn(2, 96), 3, True)
 
@@ -410,7 +434,7 @@ def test_weights_whose_memory_has_moved_give_none() -> None:
         decoder.norm(0, role, torch.ones(96))  # type: ignore[arg-type]
     for role, n, k in (("qkv", 320, 96), ("o", 96, 192), ("gate_up", 224, 96), ("down", 96, 112)):
         w.append(HQQTensor.from_hp(torch.randn(n, k), HqqConfig(4, 32)))
-        decoder.linear(0, role, w[-1].operand(), None, None, 3)  # type: ignore[arg-type]
+        decoder.linear(0, role, w[-1].operand(), None, None, 3, 0)  # type: ignore[arg-type]
     one = {"keys": [torch.zeros(1, 2, 8, 32)], "values": [torch.zeros(1, 2, 8, 32)], "lengths": [4], "firsts": [0]}
     assert run_with(decoder, **one, layers=(0, 1)) is not None
     w[0].qdata.share_memory_()

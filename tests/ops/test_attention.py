@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqqtensor import ops
+from hqqtensor import HqqConfig, HQQTensor, ops
 from hqqtensor.kernels import cpu
 from hqqtensor.ops.attention import attention
+from hqqtensor.ops.packed_states import PackedStates
 
 
 def written_out(
@@ -84,6 +85,67 @@ def test_traced_and_other_devices_give_the_shape() -> None:
     assert attention(q, k, k).shape == (2, 1, 4, 16)
     q, k = random(2, 4, 1, 16), random(2, 2, 9, 16)
     torch.library.opcheck(torch.ops.hqqtensor.attention, (q, k, k, None, None, 1.0, 0.0), test_utils="test_faketensor")
+
+
+def packed_states(
+    B: int, KH: int, blocks: int, D: int, nbits: int, axes: tuple[int, int], rotated: tuple[bool, bool]
+) -> PackedStates:
+    """Blocks of 32 tokens, as a cache packs them."""
+    signs = torch.randint(0, 2, (D,), generator=torch.manual_seed(5)) * 2.0 - 1 if any(rotated) else None
+    parts: list[Tensor] = []
+    for axis in axes:
+        for t in range(blocks * B * KH):
+            w = HQQTensor.from_hp(random(32, D, seed=t + axis), HqqConfig(nbits, 16 if axis else 32, axis=axis))
+            parts += [w.qdata, w.scale, w.zero_point]  # type: ignore[list-item]
+    of_axis = [parts[: len(parts) // 2], parts[len(parts) // 2 :]]
+    tensors = [torch.stack(of[i::3]).unflatten(0, (blocks, B, KH)) for of in of_axis for i in range(3)]
+    return PackedStates(tuple(tensors), nbits, 16 if axes == (1, 1) else 32, *axes, *rotated, signs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("B", "H", "KH", "T", "blocks", "D", "nbits", "axes", "rotated"),
+    [
+        (1, 9, 3, 1, 40, 64, 4, (0, 0), (False, False)),
+        (2, 4, 2, 3, 5, 32, 8, (1, 1), (True, True)),
+        (3, 4, 4, 1, 1, 16, 2, (0, 0), (True, False)),
+    ],
+)
+def test_packed_tokens_are_read_as_what_they_stand_for(
+    dtype: torch.dtype, B: int, H: int, KH: int, T: int, blocks: int, D: int, nbits: int, axes: tuple[int, int],
+    rotated: tuple[bool, bool],
+) -> None:  # fmt: skip
+    q, recent = random(B, H, T, D, dtype=dtype), 7 + T
+    k, v = random(B, KH, recent, D, dtype=dtype, seed=1), random(B, KH, recent, D, dtype=dtype, seed=2)
+    packed = packed_states(B, KH, blocks, D, nbits, axes, rotated)
+    S = packed.tokens + recent
+    assert packed.tokens == 32 * blocks
+    mask = window(T, S, S - 20).expand(B, -1, -1, -1)
+    sinks = random(H, seed=3)
+    old = packed.dense(D, torch.float32)
+    want = written_out(
+        q, *(torch.cat([a, b.float()], 2) for a, b in zip(old, (k, v), strict=True)), mask, sinks, 0.2, 0
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for backend in ("auto", "reference"):
+        with ops.backend(backend):
+            got = attention(q, k, v, mask, sinks, 0.2, packed=packed)
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_wrong_packed_states_are_errors() -> None:
+    q, k = torch.ones(1, 4, 1, 32), torch.ones(1, 2, 9, 32)
+    good = packed_states(1, 2, 3, 32, 4, (0, 0), (True, False))
+    assert good.signs is not None
+    for packed, match in (
+        (good._replace(signs=None), "packed states have signs if they are rotated"),
+        (good._replace(signs=good.signs[:16]), r"signs of packed states must be contiguous float32 \[32\]"),
+        (good._replace(tensors=good.tensors[:3]), "packed states are 6 tensors"),
+        (good._replace(tensors=tuple(t[:, :, :1] for t in good.tensors)), "packed states must be"),
+        (good._replace(tensors=good.tensors[:3] + tuple(t[:2] for t in good.tensors[3:])), "as many packed values"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            attention(q, k, k, packed=packed)
 
 
 GOOD = {"query": torch.ones(2, 4, 3, 16), "key": torch.ones(2, 2, 9, 16), "value": torch.ones(2, 2, 9, 16)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqtensor.integrations.transformers.joined_states import JoinedStates, packed_of
 from hqqtensor.ops.attention import attention, plain_attention
 
 NAME = "hqqtensor"
@@ -33,6 +34,15 @@ def attention_forward(
     """What transformers calls: query ``[B, heads, T, D]``, key, value ``[B, kv_heads, S, D]`` to ``[B, T, heads, D]``,
     and no weights. attention_mask: bool ``[B, 1, T, S]`` as of "sdpa"; None for all, or for the causal one of a prompt.
     """
+    if isinstance(key, JoinedStates) and isinstance(value, JoinedStates):
+        few = query.shape[2] <= MOST_TOKENS and _is_served(
+            query, key.recent, value.recent, attention_mask, dropout, kwargs
+        )
+        if few and (attention_mask is not None or query.shape[2] == 1):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            states = (key.recent, value.recent, attention_mask, s_aux, scale, softcap or 0.0, packed_of(key, value))
+            return attention(query, *states), None
+        key, value = key.dense(), value.dense()
     few = query.shape[2] <= MOST_TOKENS and _is_served(query, key, value, attention_mask, dropout, kwargs)
     if not few and not softcap and s_aux is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

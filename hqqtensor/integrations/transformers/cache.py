@@ -15,22 +15,34 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from hqqtensor import ops
 from hqqtensor.config import HqqConfig
 from hqqtensor.kernels import cpu
+from hqqtensor.ops.packed_states import rotation_matrix
 from hqqtensor.tensor import HQQTensor
+from hqqtensor.transforms import signs
+
+ROTATIONS: dict[str | None, tuple[bool, bool]] = {None: (False, False), "keys": (True, False), "both": (True, True)}
+"""Values of ``HqqQuantizedCache(rotation=)``: whether keys, and whether values, are rotated."""
 
 
 class HqqCacheLayer(DynamicLayer):
-    """Keys and values ``[B, H, T, D]`` of one layer; all but the last tokens packed in blocks of ``block`` tokens."""
+    """Keys and values ``[B, H, T, D]`` of one layer; all but the last tokens packed in blocks of ``block`` tokens.
+
+    rotated: whether keys, and whether values, are rotated by ``rotation_matrix(signs)`` before they are packed.
+    """
 
     keys: Tensor
     values: Tensor
 
     def __init__(
-        self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int, pool: Any = None
-    ) -> None:
+        self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int, pool: Any = None,
+        rotated: tuple[bool, bool] = (False, False),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.axes = settings, (axis_key, axis_value)
         self.block, self.residual_length, self._pool = block, residual_length, pool
+        self.rotated, self.signs = rotated, None
         self._packed: list[HQQTensor | None] = [None, None]
+
+    signs: Tensor | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new states; returns all of them, those in the window and the new ones exact."""
@@ -50,22 +62,31 @@ class HqqCacheLayer(DynamicLayer):
         count = (recent[0].shape[-2] - self.residual_length) // self.block * self.block
         if count > 0:
             new = [self._pack(which, states[..., :count, :]) for which, states in enumerate(recent)]
-            self._packed = [
-                pack if old is None else torch.cat([old, pack], dim=2)  # type: ignore[misc]
-                for old, pack in zip(self._packed, new, strict=True)
-            ]
+            self._packed = [self._joined(which, pack) for which, pack in enumerate(new)]
             # Copies: views would hold the memory of the tokens that are packed now.
             recent = [states[..., count:, :].clone() for states in recent]
         self.keys, self.values = recent
 
-    @property
-    def packed(self) -> tuple[HQQTensor, HQQTensor] | None:
-        """Packed keys and values, ``[B, H, blocks, block, D]``; None before the first block is full."""
-        keys, values = self._packed
-        return None if keys is None or values is None else (keys, values)
+    def _joined(self, which: int, new: HQQTensor) -> HQQTensor:
+        """The packed blocks with new ones behind them."""
+        old = self._packed[which]
+        return new if old is None else torch.cat([old, new], dim=2)  # type: ignore[return-value]
+
+    def _rotation(self, which: int, head_dim: int) -> Tensor | None:
+        """The matrix that keys (0) or values (1) are rotated with; None where they are not."""
+        if not self.rotated[which]:
+            return None
+        if head_dim & (head_dim - 1):
+            raise ValueError(f"rotation of the cache needs heads of a power of two, got {head_dim} channels")
+        if self.signs is None:
+            self.signs = signs(head_dim, 0)
+        return rotation_matrix(self.signs.to(self.device))
 
     def _pack(self, which: int, states: Tensor) -> HQQTensor:
         """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``."""
+        rotation = self._rotation(which, states.shape[-1])
+        if rotation is not None:
+            states = (states.to(torch.float32) @ rotation.T).to(states.dtype)
         blocks = states.unflatten(2, (-1, self.block))
         try:
             if self.axes[which]:
@@ -91,6 +112,9 @@ class HqqCacheLayer(DynamicLayer):
         on_cpu = self._pool is not None and recent.device.type == "cpu"
         out = self._pool.empty(size, recent) if on_cpu else recent.new_empty(size)
         ops.dequantize_into(out[:, :, :packed_length].view(B, H, -1, self.block, D), packed.operand())
+        rotation = self._rotation(which, D)
+        if rotation is not None:
+            out[:, :, :packed_length] = out[:, :, :packed_length].to(torch.float32) @ rotation
         out[:, :, packed_length:] = recent
         return out
 
@@ -124,6 +148,9 @@ class HqqCacheLayer(DynamicLayer):
         for which, packed in enumerate(self._packed):
             assert packed is not None
             last = packed[:, :, blocks : blocks + 1].dequantize().flatten(2, 3)
+            rotation = self._rotation(which, last.shape[-1])
+            if rotation is not None:
+                last = (last.to(torch.float32) @ rotation).to(last.dtype)
             recent.append(last[..., :left, :].clone())
             self._packed[which] = packed[:, :, :blocks] if blocks else None  # type: ignore[assignment]
         self.keys, self.values = recent
@@ -154,10 +181,12 @@ class HqqQuantizedCache(Cache):
 
     nbits: bits a number, 1 to 8. axis_key, axis_value: 0 groups over ``q_group_size`` tokens of a channel, 1 over
     ``q_group_size`` channels of a token. q_group_size: also the tokens in a block. residual_length: the most recent
-    tokens, which stay exact, together with those that do not fill a block yet. solver: as in ``HqqConfig``.
+    tokens, which stay exact, together with those that do not fill a block yet. solver: as in ``HqqConfig``. rotation:
+    "keys" or "both": keys, or keys and values, are rotated by a random Hadamard matrix before they are packed, which
+    mixes the channels of a head; None for neither.
 
     Raises ValueError for settings that ``HqqConfig`` refuses, and at the first block for groups over the head's
-    channels.
+    channels; where states are rotated, for heads whose channels are no power of two.
     """
 
     def __init__(
@@ -169,6 +198,7 @@ class HqqQuantizedCache(Cache):
         q_group_size: int = 64,
         residual_length: int = 128,
         solver: str = "hqq_joint",
+        rotation: str | None = None,
     ) -> None:
         settings = HqqConfig(nbits, q_group_size, solver=solver, scale_dtype=torch.float16)
         for name, axis in (("axis_key", axis_key), ("axis_value", axis_value)):
@@ -176,8 +206,10 @@ class HqqQuantizedCache(Cache):
                 raise ValueError(f"{name} must be 0 (over tokens) or 1 (over channels), got {axis!r}")
         if not isinstance(residual_length, int) or residual_length < 0:
             raise ValueError(f"residual_length must be 0 or more tokens, got {residual_length!r}")
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation must be one of {list(ROTATIONS)}, got {rotation!r}")
         # One pool for all layers: as a rule, what one layer returned is freed before the next one asks for memory.
-        options = (settings, axis_key, axis_value, q_group_size, residual_length, cpu.pool())
+        options = (settings, axis_key, axis_value, q_group_size, residual_length, cpu.pool(), ROTATIONS[rotation])
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[HqqCacheLayer(*options) if type(x) is DynamicLayer else x for x in layers])
 

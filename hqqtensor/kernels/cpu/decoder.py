@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from hqqtensor.kernels.cpu.arena import gathered
 from hqqtensor.ops.decoder import GATES, DecoderShape, LinearRole, NormRole
 from hqqtensor.ops.packed import PackedWeight
+from hqqtensor.ops.packed_states import PackedStates
 
 OPS = torch.ops.hqqtensor
 
@@ -37,9 +37,14 @@ class CompiledDecoder:
         bias: Tensor | None,
         act_pre_scale: Tensor | None,
         digits: int,
+        rotation: int,
     ) -> None:
         bias = None if bias is None else bias.detach()
-        OPS._decoder_linear(self._id, layer, role, *w[:3], bias, act_pre_scale, *w[3:], digits)
+        OPS._decoder_linear(self._id, layer, role, *w[:3], bias, act_pre_scale, *w[3:], digits, rotation)
+
+    def dense(self, layer: int, role: LinearRole, weight: Tensor, bias: Tensor | None) -> None:
+        bias = None if bias is None else bias.detach()
+        OPS._decoder_dense(self._id, layer, role, weight.detach(), bias)
 
     def router(self, layer: int, weight: Tensor, chosen: int, normalized: bool) -> None:
         OPS._decoder_router(self._id, layer, weight.detach(), chosen, normalized)
@@ -47,15 +52,15 @@ class CompiledDecoder:
     def run(
         self, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Tensor], values: Sequence[Tensor],
         positions: Tensor | None, mask: Tensor | None, lengths: Sequence[int], firsts: Sequence[int],
-        layers: tuple[int, int], verify: bool, packed: Sequence[tuple[Any, Any]] | None = None,
+        layers: tuple[int, int], verify: bool, packed: Sequence[PackedStates] | None = None,
     ) -> Tensor | None:  # fmt: skip
         cos, sin = [c for c, _ in angles], [s for _, s in angles]
-        states, settings = None, []
+        states, settings, signs = None, [], None
         if packed is not None:
-            states = [t for pair in packed for weight in pair for t in weight.operand()[:3]]
-            settings = [packed[0][0].nbits, packed[0][0].group_size, *(weight.axis for weight in packed[0])]
+            states = [t for of_cache in packed for t in of_cache.tensors]
+            settings, signs = packed[0].settings, packed[0].signs
         where = (keys, values, positions, mask, lengths, firsts, *layers)
-        return self._run(self._id, x, cos, sin, *where, verify, states, settings)
+        return self._run(self._id, x, cos, sin, *where, verify, states, settings, signs)
 
     @staticmethod
     def empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ class Member {
   bool reserve() noexcept {
     try {
       int64_t activations = 0, widest = std::max({d_.hidden, d_.q_rows(), d_.intermediate}), kernel = 0, most_chosen = 1;
-      int64_t most_experts = 0;
+      int64_t most_experts = 0, group = 0;
       for (const DecoderLayer& l : d_.layers) {
         activations = std::max({activations, bytes_of(l.qkv, M_), Activations::bytes(l.o, M_)});
         const int64_t chosen = l.router.weight ? l.router.chosen : 1;
@@ -54,6 +54,8 @@ class Member {
         activations = std::max({activations, M_ * bytes_of(mlp.gate_up, 1) + bytes_of(mlp.gate_up, M_),
                                 chosen * M_ * Activations::bytes(mlp.down, 1) + Activations::bytes(mlp.down, M_)});
         for (const Linear* w : products_of(l)) {
+          if (w->dense) continue;
+          if (w->w.axis == 0) group = std::max(group, MemberProducts::group_bytes(*w, M_));
           const Problem p = problem_of(*w, M_, nullptr, 0);
           kernel = std::max({kernel, k_.linear_rows_scratch(p, steps_per_row(w->w)), k_.linear_dense_scratch(p),
                              k_.linear_panel ? k_.linear_panel_scratch(p) : 0});
@@ -75,6 +77,7 @@ class Member {
       tile_ = take(std::max(kTile, most_experts));
       activations_ = memory;
       scratch(4 * kernel, Scratch::kernel);
+      scratch(group, Scratch::group_activations);
       visits_.reserve((size_t)rows);
       inputs_.reserve((size_t)(2 * rows));
       return true;
@@ -131,6 +134,7 @@ class Member {
     const size_t different = products_.prepare_all(mlp.gate_up, line_, M_, memory, a);
     const int64_t width = d_.intermediate;
     const Linear &gate = mlp.gate_up.front(), &up = mlp.gate_up.back();
+    if (gate.w.axis == 0 || up.w.axis == 0) return mlp_by_groups(i, mlp);
     const int64_t up_row = mlp.gate_up.size() == 1 ? width : 0;  // where rows of up begin in their weight
     // A weight of both writes rows of up behind those of gate.
     float *gates = shared_.h, *ups = up_row ? shared_.h : shared_.h + width;
@@ -144,6 +148,18 @@ class Member {
     });
     team_.meet();
     for (int64_t m = 0; m < M_; ++m) std::copy_n(shared_.h + m * 2 * width, width, line_ + m * width);
+    products_.run(counter(i, 4), mlp.down, line_, M_, activations_, shared_.down);
+  }
+
+  // The same where the columns of a piece of work do not lie beside each other.
+  void mlp_by_groups(size_t i, const Mlp& mlp) {
+    const int64_t width = d_.intermediate;
+    products_.run(counter(i, 3), mlp.gate_up, line_, M_, activations_, shared_.h);
+    team_.meet();
+    for (int64_t m = 0; m < M_; ++m) {
+      const float* const h = shared_.h + m * 2 * width;
+      k_.gate(d_.gate, h, h + width, width, line_ + m * width);
+    }
     products_.run(counter(i, 4), mlp.down, line_, M_, activations_, shared_.down);
   }
 

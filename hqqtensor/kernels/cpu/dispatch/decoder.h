@@ -2,19 +2,21 @@
 // nothing here knows torch.
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <vector>
 
-#include "dispatch/kernels.h"
+#include "dispatch/packed_cache.h"
 
 namespace hqqtensor {
 
-// y = (x * pre_scale) W^T + bias, for weights of axis 1.
+// y = R(x * pre_scale) W^T + bias. R rotates runs of inputs (dispatch/hadamard.h).
 struct Linear {
-  Weight w;
+  Weight w;                // of a dense weight only N and K are told
   const float* bias;       // [N] or null
   const float* pre_scale;  // [K] or null
   int digits;              // of the quantized activations, see run_linear
+  int64_t rotation;        // inputs of a run; 0: they are not rotated
+  const void* dense;       // a weight that is not packed, [N][K] of dense_type, K a multiple of 16; null for packed ones
+  DType dense_type;
 };
 
 // gate and up in one weight of twice the rows, or in two; down. Of an expert, or of the whole layer.
@@ -63,14 +65,6 @@ struct Rope {
   int64_t width;           // of a head: the rest of it stays as it is
 };
 
-// Old keys and values of one sequence in one layer as packed blocks [block][head_dim], those of a head one behind the other:
-// [kv_heads][blocks].
-struct PackedCache {
-  int64_t blocks = 0, block = 0;  // how many of a head, and tokens of one
-  // The weight that block i of all is. It must be safe to call from several threads.
-  std::function<Weight(int64_t i)> keys, values;
-};
-
 // Keys and values of one sequence in one layer: [kv_heads][capacity][head_dim]. Those of the new tokens are written behind
 // `length`.
 struct LayerCache {
@@ -79,8 +73,6 @@ struct LayerCache {
   int64_t length;       // tokens that are there already
   int64_t first;        // place in the sequence of the first of them
   PackedCache packed;   // tokens before these
-
-  int64_t packed_tokens() const { return packed.blocks * packed.block; }
 };
 
 struct DecoderStep {

@@ -10,8 +10,6 @@
 namespace hqqtensor {
 namespace {
 
-constexpr int64_t kMostPacked = 256;  // packed tokens that are one piece, which are made dense in the second level of cache
-
 // How the tokens of a layer's caches are shared out, of each sequence alike: first runs of packed blocks, then the others.
 struct Pieces {
   int64_t run;    // packed blocks of a piece
@@ -61,8 +59,7 @@ class MemberAttention {
       const LayerCache& c = s.cache(i, b);
       all_tokens += tokens(c), all_blocks += c.packed.blocks, block = std::max(block, c.packed.block);
     }
-    const int64_t most_blocks = std::max<int64_t>(1, kMostPacked / block);
-    Pieces p{.run = std::clamp<int64_t>(all_blocks * d.kv_heads / (6 * threads), 1, most_blocks),
+    Pieces p{.run = PackedCache::run_of(all_blocks * d.kv_heads, block, threads),
              .size = piece_size(all_tokens * d.kv_heads, threads),
              .count = 0};
     for (int64_t b = 0; b < s.batch; ++b) {
@@ -94,7 +91,8 @@ class MemberAttention {
       const int64_t place = cache.length + token;
       const int64_t first = l.window > 0 ? std::max(from, place - l.window + 1) : from, last = std::min(to, place + 1);
       const char *const k = keys + first * dim * size, *const v = values + first * dim * size;
-      attend_run(i, pieces, piece, b, head, token, k, v, s_.type, cache.packed_tokens() + cache.first + first, last - first);
+      const int64_t before = cache.packed.tokens() + cache.first;
+      attend_run(i, pieces, piece, b, head, token, k, v, s_.type, before + first, last - first, nullptr);
     }
   }
 
@@ -139,19 +137,16 @@ class MemberAttention {
     const PackedCache& packed = s_.cache(i, b).packed;
     const int64_t dim = d_.head_dim, first = piece * pieces.run, last = std::min(first + pieces.run, packed.blocks);
     float *const keys = dense_, *const values = dense_ + kMostPacked * dim;
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t which = head * packed.blocks + block, at = (block - first) * packed.block * dim;
-      k_.dequantize_rows(packed.keys(which), 0, packed.block, DType::f32, (char*)(keys + at), dim, head_);
-      k_.dequantize_rows(packed.values(which), 0, packed.block, DType::f32, (char*)(values + at), dim, head_);
-    }
+    packed.make_dense(head, first, last, dim, keys, values, head_);
     for (int64_t token = 0; token < s_.tokens; ++token)
       attend_run(i, pieces, piece, b, head, token, keys, values, DType::f32, first * packed.block,
-                 (last - first) * packed.block);
+                 (last - first) * packed.block, &packed);
   }
 
-  // Attention of one new token over `count` tokens, the first one at `place` of the sequence, into its partial sums.
+  // Attention of one new token over `count` tokens, the first one at `place` of the sequence, into its partial sums. packed:
+  // where these tokens come from, null for those that are not packed.
   void attend_run(size_t i, const Pieces& pieces, int64_t piece, int64_t b, int64_t head, int64_t token, const void* keys,
-                  const void* values, DType type, int64_t place, int64_t count) {
+                  const void* values, DType type, int64_t place, int64_t count, const PackedCache* packed) {
     const DecoderLayer& l = layer_of(d_, s_, i);
     const int64_t dim = d_.head_dim, group = d_.heads / d_.kv_heads, m = b * s_.tokens + token;
     float* const out = partial(m, head * group, piece, pieces.count);
@@ -162,6 +157,7 @@ class MemberAttention {
     for (int64_t g = 0; g < group; ++g) {
       turned(qkv_ + m * d_.qkv_rows() + (head * group + g) * dim, l.q_norm, l.rope, m, query_ + g * dim);
       for (int64_t j = 0; j < dim; ++j) query_[g * dim + j] *= d_.scaling;
+      if (packed) packed->rotate_query(query_ + g * dim, dim);
     }
     k_.attend({.q = query_,
                .heads = group,
@@ -174,6 +170,7 @@ class MemberAttention {
                .softcap = d_.softcap,
                .scores = scores_,
                .out = out});
+    for (int64_t g = 0; packed && g < group; ++g) packed->rotate_back(out + g * (dim + 2), dim);
   }
 
   const Decoder& d_;

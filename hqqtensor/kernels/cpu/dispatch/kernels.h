@@ -113,6 +113,10 @@ struct Kernels {
   void (*attend)(const Attention&);
   // out[r]: the product of x, [dim], and row r of `rows`, [count][dim]. dim: a multiple of 16.
   void (*dot_rows)(const float* x, const float* rows, int64_t count, int64_t dim, float* out);
+  // out[m * stride + r]: the product of row m of x, [M][dim], and row r of `rows`, [count][dim] of a type. dim: a multiple of
+  // 16.
+  void (*dense_rows)(const float* x, int64_t M, const void* rows, DType, int64_t count, int64_t dim, float* out,
+                     int64_t stride);
   // out[i] = f(gate[i]) * up[i]. gate or up may be out.
   void (*gate)(GateFunction, const float* gate, const float* up, int64_t count, float* out);
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch/decoder.h"
+#include "dispatch/hadamard.h"
 #include "dispatch/product.h"
 #include "dispatch/scratch.h"
 #include "dispatch/team.h"
@@ -25,7 +26,11 @@ inline int64_t rows_at_a_time(const Weight& w, bool by_row) {
   return by_row ? std::clamp<int64_t>(65536 / w.K / 8 * 8, 8, 32) : kernels().dense_row_multiple * 8;
 }
 
-inline bool uses_integers(const Linear& l, int64_t M) { return l.w.axis == 1 && integers_serve(l.w, M, l.digits); }
+inline bool uses_integers(const Linear& l, int64_t M) { return !l.dense && integers_serve(l.w, M, l.digits); }
+
+// True if the activations are read in float32 and nothing is prepared for all rows of the weight: it is dense, or its scales
+// belong to the activations of each group.
+inline bool takes_floats(const Linear& l) { return l.dense || l.w.axis == 0; }
 
 inline Problem problem_of(const Linear& l, int64_t M, float* y, int64_t y_stride) {
   return {.w = l.w,
@@ -47,6 +52,7 @@ struct Activations {
 
   // Quantized, in float32, and packed for linear_dense.
   static int64_t bytes(const Linear& l, int64_t M) {
+    if (takes_floats(l)) return 4 * floats_of(M * l.w.K) + 64;
     return quantized_bytes(l.w, M, l.digits) + 4 * (floats_of(M * l.w.K) + packed_floats(l, M)) + 64;
   }
   static int64_t packed_floats(const Linear& l, int64_t M) {
@@ -74,13 +80,20 @@ class MemberProducts {
     Activations a{};
     const int64_t K = l.w.K;
     char* const quantized = memory;
-    auto* const floats = (float*)(memory + quantized_bytes(l.w, M, l.digits));
+    auto* const floats = (float*)(memory + (takes_floats(l) ? 0 : quantized_bytes(l.w, M, l.digits)));
     memory += Activations::bytes(l, M) / 64 * 64;
     if (l.pre_scale) {
       for (int64_t m = 0; m < M; ++m)
         for (int64_t i = 0; i < K; ++i) floats[m * K + i] = x[m * K + i] * l.pre_scale[i];
       x = floats;
     }
+    if (l.rotation) {
+      if (x != floats) std::copy_n(x, M * K, floats);
+      rotate(floats, M * K, l.rotation);
+      x = floats;
+    }
+    a.dense = {.x = x, .stride = K, .splits = 0, .packed = nullptr};
+    if (takes_floats(l)) return a;
     a.integers = uses_integers(l, M);
     if (a.integers) {
       a.quantized = quantized_in(l.w, M, l.digits, quantized);
@@ -88,14 +101,21 @@ class MemberProducts {
       if (a.integers) return a;
     }
     if (l.digits == 1) failed_ = true;  // 8-bit activations are rounded elsewhere where integers do not serve
-    a.dense = {.x = x, .stride = K, .splits = Activations::splits(l, M), .packed = nullptr};
+    a.dense.splits = Activations::splits(l, M);
     float* const packed = floats + floats_of(M * K);
     if (k_.pack_activations && k_.pack_activations(a.dense, 0, M, K, packed)) a.dense.packed = packed;
     return a;
   }
 
+  // Columns [first, last) of y; axis 0: as many, those of some groups. All pieces together are all columns.
   static void columns(const Linear& l, const Activations& a, int64_t M, int64_t first, int64_t last, float* y, int64_t stride) {
+    if (l.dense) return dense_columns(l, a.dense.x, M, first, last, y, stride);
     const Problem p = problem_of(l, M, y, stride);
+    if (l.w.axis == 0) {
+      const auto group_of = [&](int64_t column) { return (column * l.w.groups + l.w.N - 1) / l.w.N; };
+      for (int64_t g = group_of(first); g < group_of(last); ++g) group_columns(l, p, a.dense.x, g);
+      return;
+    }
     if (a.integers) return multiply(p, &a.quantized, first, last);
     const Kernels& k = kernels();
     k.linear_dense(p, a.dense, first, last, (float*)scratch(4 * k.linear_dense_scratch(p), Scratch::kernel));
@@ -117,9 +137,9 @@ class MemberProducts {
   size_t prepare_all(const std::vector<Linear>& parts, const float* x, int64_t M, char*& memory, Activations* a) {
     const auto alike = [&](const Linear& l) {
       const Weight &v = l.w, &w = parts[0].w;
-      return l.pre_scale == parts[0].pre_scale && l.digits == parts[0].digits && v.nbits == w.nbits && v.axis == w.axis &&
-             v.group_size == w.group_size && v.groups == w.groups && v.table.count == w.table.count &&
-             v.table.values == w.table.values;
+      return !l.dense == !parts[0].dense && l.rotation == parts[0].rotation && l.pre_scale == parts[0].pre_scale &&
+             l.digits == parts[0].digits && v.nbits == w.nbits && v.axis == w.axis && v.group_size == w.group_size &&
+             v.groups == w.groups && v.table.count == w.table.count && v.table.values == w.table.values;
     };
     const bool one = std::all_of(parts.begin(), parts.end(), alike);
     const size_t count = one ? 1 : parts.size();
@@ -133,12 +153,46 @@ class MemberProducts {
     team_.share(next, l.w.N, step_of(l, a), [&](int64_t first, int64_t last) { columns(l, a, M, first, last, y, l.w.N); });
   }
 
+  // Bytes of scratch memory for the activations of one group, axis 0.
+  static int64_t group_bytes(const Linear& l, int64_t M) { return quantized_bytes(l.w, M, l.digits) + 4 * floats_of(l.w.K); }
+
   // Rows of a weight that are one piece of work.
   static int64_t step_of(const Linear& l, const Activations& a) {
-    return rows_at_a_time(l.w, a.integers && a.quantized.layout == Layout::rows);
+    return rows_at_a_time(l.w, l.dense || (a.integers && a.quantized.layout == Layout::rows));
   }
 
  private:
+  static void dense_columns(const Linear& l, const float* x, int64_t M, int64_t first, int64_t last, float* y, int64_t stride) {
+    const char* const rows = (const char*)l.dense + first * l.w.K * size_of(l.dense_type);
+    kernels().dense_rows(x, M, rows, l.dense_type, last - first, l.w.K, y + first, stride);
+    for (int64_t m = 0; l.bias && m < M; ++m)
+      for (int64_t n = first; n < last; ++n) y[m * stride + n] += l.bias[n];
+  }
+
+  // The columns of group g of a weight of axis 0: as integers, or row by row where these do not serve.
+  static void group_columns(const Linear& l, const Problem& p, const float* x, int64_t g) {
+    const Kernels& k = kernels();
+    const int64_t K = l.w.K, bytes = quantized_bytes(l.w, p.M, l.digits);
+    char* const memory = scratch(group_bytes(l, p.M), Scratch::group_activations);
+    bool integers = uses_integers(l, p.M);
+    if (integers) {
+      const QuantizedActivations quantized = quantized_in(l.w, p.M, l.digits, memory);
+      for (int64_t m = 0; m < p.M && integers; ++m) integers = k.quantize_activations_axis0(x + m * K, l.w, g, m, quantized);
+      if (integers) return multiply(p, &quantized, g, g + 1);
+    }
+    auto* const row = (float*)(memory + bytes);
+    for (int64_t n = g; n < l.w.N; n += l.w.groups) {
+      k.dequantize_row(l.w, n, row);
+      float* const y = (float*)p.y + n;
+      if (K % 16 == 0) k.dense_rows(x, p.M, row, DType::f32, 1, K, y, p.y_stride);
+      for (int64_t m = 0; m < p.M; ++m) {
+        float& sum = y[m * p.y_stride];
+        if (K % 16 != 0) sum = std::inner_product(row, row + K, x + m * K, 0.0f);
+        if (l.bias) sum += l.bias[n];
+      }
+    }
+  }
+
   // f(part, first, last) for runs of columns of several products beside each other.
   template <class F>
   void share_columns(std::atomic<int64_t>& next, const std::vector<Linear>& parts, const Activations& a, const F& f) {

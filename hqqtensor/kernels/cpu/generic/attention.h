@@ -93,6 +93,20 @@ void dot_rows(const float* x, const float* rows, int64_t count, int64_t dim, flo
   dots<DType::f32, 1>(x, rows, count, dim, out, 0, nullptr);
 }
 
+template <DType T>
+void dense_rows_as(const float* x, int64_t M, const void* rows, int64_t count, int64_t dim, float* out, int64_t stride) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) dots<T, 4>(x + m * dim, rows, count, dim, out + m * stride, stride, nullptr);
+  for (; m < M; ++m) dots<T, 1>(x + m * dim, rows, count, dim, out + m * stride, stride, nullptr);
+}
+
+void dense_rows(const float* x, int64_t M, const void* rows, DType type, int64_t count, int64_t dim, float* out,
+                int64_t stride) {
+  if (type == DType::bf16) return dense_rows_as<DType::bf16>(x, M, rows, count, dim, out, stride);
+  if (type == DType::f16) return dense_rows_as<DType::f16>(x, M, rows, count, dim, out, stride);
+  dense_rows_as<DType::f32>(x, M, rows, count, dim, out, stride);
+}
+
 // Sums of values weighted by exp(score - largest), for H heads.
 template <DType T, int H>
 void weighted_values(const Attention& a, const float* weights, int64_t stride, float* out, int64_t out_stride) {

@@ -36,6 +36,7 @@ constexpr Kernels generic_kernels(const char* name) {
       .rms_norm = rms_norm,
       .attend = attend,
       .dot_rows = dot_rows,
+      .dense_rows = dense_rows,
       .gate = gate,
       .lanes = kFloats,
       .extremes = extremes,

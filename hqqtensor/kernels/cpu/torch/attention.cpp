@@ -2,6 +2,7 @@
 #include "dispatch/attention.h"
 
 #include "torch/operators.h"
+#include "torch/packed_states.h"
 
 namespace hqqtensor {
 
@@ -19,16 +20,21 @@ bool attention(Call& c) {
               "attention: key and value must be [", a.batch, ", heads, tokens, ", a.dim,
               "] of the query's dtype, with heads that ", a.heads, " share, got ", keys, " and ", values);
   a.kv_heads = keys.size(1), a.length = keys.size(2);
+  PackedStates packed(c, a.dim);
+  HQQ_CHECK(!packed || packed.count() == 1, "attention: packed states must be those of one cache, got ",
+            (int64_t)packed.count());
+  if (packed) a.packed = packed.of(0, a.batch, a.kv_heads);
+  const int64_t length = a.packed.tokens() + a.length;
   HQQ_CHECK(!mask || (mask.dim() == 4 && mask.scalar() == Scalar::boolean && (mask.size(0) == a.batch || mask.size(0) == 1) &&
-                      mask.size(1) == 1 && mask.size(2) == a.tokens && mask.size(3) == a.length),
-            "attention: mask must be bool [", a.batch, " or 1, 1, ", a.tokens, ", ", a.length, "], got ", mask);
+                      mask.size(1) == 1 && mask.size(2) == a.tokens && mask.size(3) == length),
+            "attention: mask must be bool [", a.batch, " or 1, 1, ", a.tokens, ", ", length, "], got ", mask);
   HQQ_CHECK(!sinks || (sinks.dim() == 1 && is_floating(sinks.scalar()) && sinks.size(0) == a.heads),
             "attention: sinks must be floating-point [", a.heads, "], got ", sinks);
   for (const Tensor* t : {&q, &keys, &values, &mask, &sinks})
     HQQ_CHECK(!*t || t->is_cpu(), "attention: all tensors must be on the CPU, got one on ", t->device());
   const auto type = dtype_of(q.scalar());
   const auto rows = [&](const Tensor& t) { return t.stride(3) == 1 && (t.stride(2) == a.dim || a.length == 1); };
-  const bool readable = q.stride(3) == 1 && rows(keys) && rows(values) && (!mask || mask.stride(3) == 1 || a.length == 1);
+  const bool readable = q.stride(3) == 1 && rows(keys) && rows(values) && (!mask || mask.stride(3) == 1 || length == 1);
   if (!type || a.dim % 16 != 0 || !readable) return false;
   a.type = *type;
   a.q = q.data(), a.keys = keys.data(), a.values = values.data();

@@ -35,7 +35,7 @@ constexpr Operator kDequantizeInto{"tttTLisiii", dequantize_into, "hqqtensor::re
 constexpr Operator kEmbedding{"tttTLisiiii", embedding, "hqqtensor::registry_embedding"};
 
 constexpr Operator kColumnSpread{"ti", column_spread, nullptr};
-constexpr Operator kAttention{"tttTTff", attention, "hqqtensor::registry_attention"};
+constexpr Operator kAttention{"tttTTffLnT", attention, "hqqtensor::registry_attention"};
 
 constexpr Operator kSolve{"tiiis", solve, nullptr};
 constexpr Operator kAssign{"ttttiii", assign, nullptr};
@@ -55,9 +55,10 @@ constexpr Operator kDecoderNew{"iiiiiifffi", decoder_new, nullptr};
 constexpr Operator kDecoderDelete{"i", decoder_delete, nullptr};
 constexpr Operator kDecoderSetLayer{"iiii", decoder_set_layer, nullptr};
 constexpr Operator kDecoderNorm{"iist", decoder_norm, nullptr};
-constexpr Operator kDecoderLinear{"iisttTTTLisiiii", decoder_linear, nullptr};
+constexpr Operator kDecoderLinear{"iisttTTTLisiiiii", decoder_linear, nullptr};
+constexpr Operator kDecoderDense{"iistT", decoder_dense, nullptr};
 constexpr Operator kDecoderRouter{"iitii", decoder_router, nullptr};
-constexpr Operator kDecoderRun{"itllllTTnniiiLn", decoder_run, nullptr};
+constexpr Operator kDecoderRun{"itllllTTnniiiLnT", decoder_run, nullptr};
 constexpr Operator kInstructionSet{"", instruction_set, nullptr};
 constexpr Operator kSetTable{"sit", define_table, nullptr};
 constexpr Operator kSetChoice{"i", set_choice, nullptr};
@@ -92,13 +93,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hqqtensor, m) {
   m.def("_decoder_set_layer(int decoder, int layer, int window, int rope) -> ()");
   m.def("_decoder_norm(int decoder, int layer, str role, Tensor weight) -> ()");
   m.def("_decoder_linear(int decoder, int layer, str role, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? bias, "
-        "Tensor? act_pre_scale, Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features, int digits) "
-        "-> ()");
+        "Tensor? act_pre_scale, Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features, int digits, "
+        "int rotation) -> ()");
+  m.def("_decoder_dense(int decoder, int layer, str role, Tensor weight, Tensor? bias) -> ()");
   m.def("_decoder_router(int decoder, int layer, Tensor weight, int chosen, bool normalized) -> ()");
   m.def("_decoder_run(int decoder, Tensor x, Tensor[] cos, Tensor[] sin, Tensor[] keys, Tensor[] values, Tensor? positions, "
         "Tensor? mask, "
         "int[] lengths, int[] firsts, int first_layer, int last_layer, bool verify, "
-        "Tensor[]? packed, int[] packed_settings) -> Tensor?");
+        "Tensor[]? packed, int[] packed_settings, Tensor? signs) -> Tensor?");
   m.def("_arena_new(int bytes) -> int");
   m.def("_arena_take(int arena, int bytes) -> Tensor");
   m.def("_arena_delete(int arena) -> ()");
@@ -137,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(hqqtensor, CPU, m) {
   m.impl("_set_table", entry<kSetTable, Mode::automatic>);
   m.impl("_decoder_norm", entry<kDecoderNorm, Mode::automatic>);
   m.impl("_decoder_linear", entry<kDecoderLinear, Mode::automatic>);
+  m.impl("_decoder_dense", entry<kDecoderDense, Mode::automatic>);
   m.impl("_decoder_router", entry<kDecoderRouter, Mode::automatic>);
   m.impl("_decoder_run", entry<kDecoderRun, Mode::by_name>);
 }

@@ -2,10 +2,12 @@
 // the tensors that it reads, and notices where one of them has moved.
 #include "dispatch/decoder.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 
 #include "torch/operators.h"
+#include "torch/packed_states.h"
 #include "torch/registry.h"
 
 namespace hqqtensor {
@@ -51,18 +53,20 @@ const float* vector_of(Owner& o, const Tensor& t, const char* name, int64_t size
   return o.vectors.back()->data;
 }
 
-// A stack of experts' projections.
-void place_experts(Decoder& d, DecoderLayer& l, std::string_view role, const PackedWeights& w, const Linear& first) {
-  HQQ_CHECK(first.w.axis == 1, "decoder: ", role, " must have axis 1");
+bool is_stack(std::string_view role) { return role.substr(0, 8) == "experts_"; }
+
+// A stack of experts' projections. expert: one of them.
+void place_experts(Decoder& d, DecoderLayer& l, std::string_view role, int64_t count, const Linear& first,
+                   const std::function<Linear(int64_t)>& expert) {
+  HQQ_CHECK(first.dense || first.w.axis == 1, "decoder: ", role, " must have axis 1");
   const bool down = role == "experts_down", gate_up = role == "experts_gate_up";
   HQQ_CHECK(down || gate_up, "decoder: there is no stack of projections '", role, "'");
   const int64_t N = down ? d.hidden : 2 * d.intermediate, K = down ? d.intermediate : d.hidden;
-  HQQ_CHECK(w.N() == N && w.K() == K && w.count() >= 1 && (l.mlps.empty() || (int64_t)l.mlps.size() == w.count()),
-            "decoder: ", role, " must be [experts, ", N, ", ", K, "], got [", w.count(), ", ", w.N(), ", ", w.K(), "]");
-  l.mlps.resize((size_t)w.count());
-  for (int64_t e = 0; e < w.count(); ++e) {
-    Linear linear = first;
-    linear.w = w.at(e);
+  HQQ_CHECK(first.w.N == N && first.w.K == K && count >= 1 && (l.mlps.empty() || (int64_t)l.mlps.size() == count),
+            "decoder: ", role, " must be [experts, ", N, ", ", K, "], got [", count, ", ", first.w.N, ", ", first.w.K, "]");
+  l.mlps.resize((size_t)count);
+  for (int64_t e = 0; e < count; ++e) {
+    const Linear linear = expert(e);
     HQQ_CHECK(linear.w.table.count == first.w.table.count, "decoder: ", role, " must have codebooks of equal digits");
     down ? (void)(l.mlps[(size_t)e].down = linear) : l.mlps[(size_t)e].gate_up.push_back(linear);
   }
@@ -83,7 +87,6 @@ void place(Decoder& d, DecoderLayer& l, std::string_view role, const Linear& lin
     if (r.name != role) continue;
     HQQ_CHECK(N == r.rows && K == r.columns, "decoder: ", role, " must be [", r.rows, ", ", r.columns, "], got [", N, ", ", K,
               "]");
-    HQQ_CHECK(linear.w.axis == 1, "decoder: ", role, " must have axis 1");
     const bool attention = role == "o" || role.front() == 'q' || role == "k" || role == "v";
     if (!attention && l.mlps.empty()) l.mlps.emplace_back();
     if (role == "o") {
@@ -160,16 +163,6 @@ std::vector<uint8_t> bytes_of_mask(const Tensor& mask, int64_t batch, int64_t co
     all = all && out[i];
   }
   return all ? std::vector<uint8_t>() : out;
-}
-
-// Packed keys or values of a layer, [batch, kv_heads, blocks, block, head_dim]: qdata, scale and zero point.
-std::unique_ptr<PackedWeights> packed_states(const Decoder& d, const Tensor* parts, int64_t batch, int64_t nbits,
-                                             int64_t group_size, int64_t axis) {
-  PackedArguments a{parts[0].borrow(), parts[1].borrow(), parts[2].borrow(), {}, nbits, "int", group_size, axis, d.head_dim};
-  auto weights = std::make_unique<PackedWeights>(a, 5, 0);
-  HQQ_CHECK(parts[0].size(0) == batch && parts[0].size(1) == d.kv_heads && parts[0].size(3) <= 256,
-            "decoder: packed states must be [", batch, ", ", d.kv_heads, ", blocks, up to 256, row_bytes], got ", parts[0]);
-  return weights;
 }
 
 // That of sequence b of `batch` whose keys and values lie in the same two tensors.
@@ -251,18 +244,58 @@ bool decoder_linear(Call& c) {
   read_packed(c, a);
   const Tensor bias = c.optional_tensor(), pre_scale = c.optional_tensor();
   read_settings(c, a);
-  const int64_t digits = c.integer();
+  const int64_t digits = c.integer(), rotation = c.integer();
   HQQ_CHECK(digits >= 1 && digits <= 3, "decoder: digits must be 1 to 3, got ", digits);
   HQQ_CHECK(knows_format(a.format, a.nbits), "decoder: there is no kernel for format '", a.format, "'");
   a.qdata = owner->keep(a.qdata), a.scale = owner->keep(a.scale), a.zero = owner->keep(a.zero);
   for (Tensor& t : a.meta) t = owner->keep(t);
-  const bool stack = role.substr(0, 8) == "experts_";
+  const bool stack = is_stack(role);
   owner->weights.push_back(std::make_unique<PackedWeights>(a, stack ? 3 : 2, (int)digits));
   const PackedWeights& w = *owner->weights.back();
-  Linear linear{w.count() ? w.at(0) : Weight{}, vector_of(*owner, bias, "bias", w.N()),
-                vector_of(*owner, pre_scale, "act_pre_scale", w.K()), (int)digits};
+  Linear linear{w.count() ? w.at(0) : Weight{},
+                vector_of(*owner, bias, "bias", w.N()),
+                vector_of(*owner, pre_scale, "act_pre_scale", w.K()),
+                (int)digits,
+                rotation,
+                nullptr,
+                DType::f32};
+  HQQ_CHECK(rotation >= 0 && (rotation & (rotation - 1)) == 0 && (rotation == 0 || w.K() % rotation == 0),
+            "decoder: rotation must be 0 or a power of two that divides ", w.K(), ", got ", rotation);
+  HQQ_CHECK(linear.w.axis == 1 || digits > 1, "decoder: 8-bit activations need axis 1");
   DecoderLayer& l = layer_of(*owner, layer);
-  stack ? place_experts(owner->decoder, l, role, w, linear) : place(owner->decoder, l, role, linear);
+  const auto expert = [&](int64_t e) {
+    Linear one = linear;
+    one.w = w.at(e);
+    return one;
+  };
+  stack ? place_experts(owner->decoder, l, role, w.count(), linear, expert) : place(owner->decoder, l, role, linear);
+  return true;
+}
+
+bool decoder_dense(Call& c) {
+  const auto owner = find(c.integer());
+  const int64_t layer = c.integer();
+  const std::string_view role = c.text();
+  const Tensor given = c.tensor(), bias = c.optional_tensor();
+  const bool stack = is_stack(role);
+  const auto type = dtype_of(given.scalar());
+  HQQ_CHECK(type && given.dim() == (stack ? 3 : 2) && given.is_contiguous() && given.is_cpu() && given.numel() &&
+                given.size(-1) % 16 == 0,
+            "decoder: a dense ", role, " must be contiguous floating-point [", stack ? "experts, " : "",
+            "N, K] with K a multiple of 16, got ", given);
+  const Tensor weight = owner->keep(given);
+  const int64_t N = weight.size(-2), K = weight.size(-1);
+  Linear linear{};
+  linear.w.N = N, linear.w.K = K, linear.w.axis = 1, linear.digits = 3;
+  linear.bias = vector_of(*owner, bias, "bias", N);
+  linear.dense = weight.data(), linear.dense_type = *type;
+  DecoderLayer& l = layer_of(*owner, layer);
+  const auto expert = [&](int64_t e) {
+    Linear one = linear;
+    one.dense = (const char*)linear.dense + e * N * K * size_of(*type);
+    return one;
+  };
+  stack ? place_experts(owner->decoder, l, role, weight.size(0), linear, expert) : place(owner->decoder, l, role, linear);
   return true;
 }
 
@@ -293,8 +326,7 @@ bool decoder_run(Call& c) {
   const auto lengths = c.integers(), firsts = c.integers();
   const int64_t first_layer = c.integer(), last_layer = c.integer();
   const bool verify = c.integer() != 0;
-  const auto packed = c.optional_tensors();  // of each cache: qdata, scale, zero point of keys, then of values; or none at all
-  const auto settings = c.integers();        // nbits, group_size, axis of keys, axis of values
+  PackedStates packed(c, d.head_dim);
   check_complete(d);
   if (verify && owner->moved()) return false;
   const auto type = dtype_of(x.scalar());
@@ -321,36 +353,22 @@ bool decoder_run(Call& c) {
                 .caches = {},
                 .mask = nullptr,
                 .mask_columns = 0};
-  HQQ_CHECK(packed.empty() || (packed.size() == 6 * caches && settings.size() == 4),
-            "decoder: packed states are 6 tensors of each cache with 4 settings, got ", (int64_t)packed.size(), " and ",
-            (int64_t)settings.size());
-  std::vector<std::unique_ptr<PackedWeights>> states;
+  HQQ_CHECK(!packed || packed.count() == caches, "decoder: ", (int64_t)caches, " caches have packed states of ",
+            (int64_t)packed.count());
   const int64_t together = caches == layers ? s.batch : 1;  // sequences in one cache
   std::vector<int64_t> ends((size_t)s.batch);               // places behind the tokens of each sequence's caches
   for (size_t j = 0; j < caches; ++j) {
     const size_t i = j * (size_t)together / (size_t)s.batch;
     const DecoderLayer& layer = d.layers[(size_t)first_layer + i];
     HQQ_CHECK(layer.rope < (int64_t)cos.size(), "decoder: layer ", (int64_t)i, " needs more cosines and sines");
-    const PackedWeights *old_keys = nullptr, *old_values = nullptr;
-    if (!packed.empty()) {
-      HQQ_CHECK(layer.window == 0, "decoder: layers with a window have no packed states");
-      for (const size_t part : {0, 3})
-        states.push_back(packed_states(d, &packed[6 * j + part], together, settings[0], settings[1], settings[part ? 3 : 2]));
-      old_keys = states[states.size() - 2].get(), old_values = states.back().get();
-      HQQ_CHECK(packed[6 * j + 3].size(2) == packed[6 * j].size(2) && packed[6 * j + 3].size(3) == packed[6 * j].size(3),
-                "decoder: as many packed values as keys are needed");
-    }
+    HQQ_CHECK(!packed || layer.window == 0, "decoder: layers with a window have no packed states");
+    PackedCache old;
+    if (packed) old = packed.of(j, together, d.kv_heads);
     for (int64_t b = 0; b < together; ++b) {
       LayerCache cache = cache_of(d, keys[j], values[j], b, together, s.tokens, x.scalar(), lengths[j], firsts[j]);
-      if (old_keys) {
-        PackedCache& to = cache.packed;
-        to.blocks = packed[6 * j].size(2), to.block = packed[6 * j].size(3);
-        const int64_t before = b * d.kv_heads * to.blocks;  // blocks of the sequences before this one
-        to.keys = [old_keys, before](int64_t n) { return old_keys->at(before + n); };
-        to.values = [old_values, before](int64_t n) { return old_values->at(before + n); };
-      }
+      cache.packed = old, cache.packed.first = b * d.kv_heads;
       int64_t& end = ends[s.caches.size() % (size_t)s.batch];
-      end = std::max(end, cache.packed_tokens() + cache.first + cache.length);
+      end = std::max(end, cache.packed.tokens() + cache.first + cache.length);
       s.caches.push_back(std::move(cache));
     }
   }

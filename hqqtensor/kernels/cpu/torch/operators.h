@@ -51,6 +51,7 @@ bool decoder_delete(Call&);
 bool decoder_set_layer(Call&);
 bool decoder_norm(Call&);
 bool decoder_linear(Call&);
+bool decoder_dense(Call&);
 bool decoder_router(Call&);
 bool decoder_run(Call&);
 

@@ -19,8 +19,9 @@ std::mutex defining;
 #define WEIGHT "Tensor qdata, Tensor scale, Tensor? zero_point"
 #define SETTINGS "Tensor[]? meta, int nbits, str format, int group_size, int axis, int in_features"
 constexpr const char* kOperators[][2] = {
-    {"attention",
-     "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scaling, float softcap) -> Tensor"},
+    {"attention", "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scaling, float softcap, "
+                  "Tensor[]? packed=None, "
+                  "int[] packed_settings=[], Tensor? signs=None) -> Tensor"},
     {"dequantize", "(" WEIGHT ", " SETTINGS ", ScalarType dtype) -> Tensor"},
     {"dequantize_into", "(Tensor(a!) out, " WEIGHT ", " SETTINGS ") -> ()"},
     {"embedding", "(Tensor indices, " WEIGHT ", " SETTINGS ", ScalarType dtype) -> Tensor"},
