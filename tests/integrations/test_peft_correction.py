@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft_training import logits
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.integrations.peft import initialize_lora_from_error, seen_inputs
 
 peft = pytest.importorskip("peft")
-IDS = torch.arange(3, 15)[None]
 SHAPE = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -31,12 +31,6 @@ def quantized(rank: int, **options: Any) -> Any:
     options = {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "lora_alpha": 3, **options}
     names = ["experts.gate_up_proj", "experts.down_proj"]
     return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_parameters=names, **options))
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def test_full_rank_undoes_the_whole_error(tmp_path: Path) -> None:
