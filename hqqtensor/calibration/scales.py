@@ -36,7 +36,7 @@ class _Numbers:
             if weight.format != "int" or not torch.equal(self.zero, self.zero.round()):
                 self.trained.append(self.b)
         zero = None if self.zero is None else self.zero.clone()
-        self.live = nn.Parameter(weight.with_data(scale=self.scale.clone(), zero_point=zero), requires_grad=False)
+        self.live: Any = nn.Parameter(weight.with_data(scale=self.scale.clone(), zero_point=zero), requires_grad=False)
 
     def numbers(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point as trained so far, float32."""
@@ -46,9 +46,9 @@ class _Numbers:
         """``x [..., K]`` times the transpose of the weight, plus ``bias``, with gradients to all."""
         scale, zero = self.numbers()
         with torch.no_grad():  # for what reads the weight itself: DoRA's norms, a tied embedding
-            self.live.scale.copy_(scale)  # type: ignore[operator]
+            self.live.scale.copy_(scale)
             if zero is not None:
-                self.live.zero_point.copy_(zero)  # type: ignore[union-attr, operator]
+                self.live.zero_point.copy_(zero)
         x, act = inputs_of(x, self.weight)
         return trained_linear(x, self.weight.operand(), scale, zero, bias, act)
 
