@@ -11,16 +11,21 @@ def _status(field: str) -> int:
     return int(line.split()[1]) << 10
 
 
+def resident() -> int:
+    """Bytes of this process in memory, after what was freed is given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
 def peak_over(run: Callable[[], object]) -> int | None:
     """Most bytes that ``run`` added to what is resident, its result included; None where that cannot be told.
 
     Memory that was freed before but kept by the allocator is given back first, so that it does not hide any.
     """
     try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        before = resident()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = _status("VmRSS")
     except (OSError, AttributeError, StopIteration):
         return None
     result = run()

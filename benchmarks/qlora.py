@@ -1,13 +1,18 @@
 """LoRA over quantized weights against LoRA over dense ones: ``python -m benchmarks.qlora``, alone on the machine.
 
-Trains adapters of all linear layers of doclm (or SmolLM2) on one part of doclm's validation text, and measures the loss
-on another part before and after. Every row runs in a process of its own, so that its peak of memory is its own. "nf4"
-is bitsandbytes on the CPU, where it can be imported (PYTHONPATH may name a folder that has it).
+Trains adapters of all linear layers of doclm or SmolLM2 on one part of doclm's validation text, and measures the loss
+on another part, 60 windows that nothing else sees. "qwen3-moe" is two layers of Qwen3-30B-A3B with random weights, for
+memory and the time of a step. Every row runs in a process of its own and is written to a file of its own; the same call
+goes on after the rows that are there. "nf4" is bitsandbytes on the CPU, where it can be imported (PYTHONPATH may name a
+folder that has it).
+
+    python -m benchmarks.qlora --model smollm --steps 30,120 --ranks 8,32
+    python -m benchmarks.qlora --model qwen3-moe --steps 5 --rows dense,4
 """
 
 import argparse
+import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,42 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqqtensor import HqqConfig
-from hqqtensor.diagnostics.language import next_token_logits, token_windows
+from benchmarks.memory import peak_over, resident
+from benchmarks.qlora_models import BASES, HELD_OUT, MODELS, MOE, OPTIONS, adapted, check_row, text_of
+from hqqtensor.calibration import train_scales
+from hqqtensor.diagnostics.language import next_token_logits
 
-DOCLM = Path(__file__).parents[1] / "tests" / "assets" / "doclm"
-ROWS = ("dense", "8", "4", "3", "2", "4+error", "3+error", "2+error", "nf4")
-"""Bits of the base; "+error": adapters begin with ``initialize_lora_from_error``."""
-
-
-def directory_of(name: str) -> Path:
-    """The dense directory of "doclm" or "smollm"."""
-    if name == "doclm":
-        return DOCLM
-    from hqqtensor.demo.models import smollm_dir
-
-    return smollm_dir()
-
-
-def base_model(row: str, directory: Path) -> Any:
-    """The model with the weights of ``row`` and untrained adapters."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from hqqtensor.integrations.peft import initialize_lora_from_error
-
-    torch.manual_seed(0)
-    bits, _, correction = row.partition("+")
-    quantization: Any = None
-    if bits == "nf4":
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    elif bits != "dense":
-        quantization = HqqConfig(int(bits), 64)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=quantization)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    if correction:
-        initialize_lora_from_error(model, directory)
-    return model
+ROWS = ("dense", "8", "4", "3", "nf4", "3+error", "2", "2+error", "2+seen", "2+rounds", "2+seen+rounds", "2+scales",
+        "2+seen+rounds+scales")  # fmt: skip
+CONTEXT, BATCH = 256, 4
 
 
 @torch.no_grad()
@@ -67,71 +44,131 @@ def held_out_loss(model: nn.Module, windows: Tensor) -> float:
     return statistics.fmean(losses)
 
 
-def measure(row: str, name: str, steps: int, test_windows: int, context: int = 256, batch: int = 4) -> dict[str, Any]:
-    """Losses in nats a token, median seconds of a step, peak of memory of this process in MB."""
-    from transformers import AutoTokenizer
-
-    directory = directory_of(name)
-    windows = token_windows(AutoTokenizer.from_pretrained(directory), (DOCLM / "valid.txt").read_text(), context)
-    test, train = windows[:test_windows], windows[test_windows:]
-    model = base_model(row, directory)
-    before = held_out_loss(model, test)
+def train(model: nn.Module, windows: Tensor, steps: int) -> list[float]:
+    """Seconds of each of ``steps`` steps of ``BATCH`` windows."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     order = torch.Generator().manual_seed(1)
     model.train()
     seconds = []
     for _ in range(steps):
-        ids = train[torch.randint(len(train), (batch,), generator=order)]
+        ids = windows[torch.randint(len(windows), (BATCH,), generator=order)]
         begin = time.perf_counter()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         seconds.append(time.perf_counter() - begin)
-    after = held_out_loss(model, test)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return seconds
+
+
+def measure(row: str, name: str, steps: int, rank: int, test_windows: int) -> dict[str, Any]:
+    """Losses in nats a token, median seconds of a step, bytes of the weights and of the process at most in training."""
+    text = text_of(name, CONTEXT)
+    begin = time.perf_counter()
+    model, weights = adapted(row, name, rank, text)
+    prepared = time.perf_counter() - begin
+    held_out = text.held_out[:test_windows]
+    before = held_out_loss(model, held_out)
+    seconds: list[float] = []
+    with train_scales(model) if row.endswith("+scales") else contextlib.nullcontext():
+        start = resident()
+        more = peak_over(lambda: seconds.extend(train(model, text.train, steps)))
+    after = held_out_loss(model, held_out)
     step = statistics.median(seconds) if seconds else 0.0
-    return {"row": row, "before": before, "after": after, "step_seconds": step, "peak_mb": peak}
+    return {
+        "row": row, "model": name, "steps": steps, "rank": rank, "before": before, "after": after, "step_seconds": step,
+        "weight_bytes": weights, "peak_bytes": None if more is None else start + more, "added_bytes": more,
+        "prepared_seconds": prepared,
+    }  # fmt: skip
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """The rows of one model, number of steps and rank."""
+    by_row = {r["row"]: r for r in results if "error" not in r}
+    dense, two = (by_row.get(row, {}).get("after") for row in ("dense", "2"))
+    head = ["base", "weights", "held-out loss before", "after", "over dense LoRA", "of the gap of 2 bits closed"]
+    lines = [" | ".join(["", *head, "peak in training", "a step", ""]).strip(), "|" + " --- |" * 8]
+    for r in results:
+        if "error" in r:
+            lines.append(f"| {r['row']} | did not run: {r['error']} |")
+            continue
+        over = "" if dense is None else f"{100 * (r['after'] / dense - 1):+.2f} %"
+        is_better = dense is not None and two is not None and r["row"].startswith("2+")
+        closed = f"{100 * (two - r['after']) / (two - dense):.0f} %" if is_better else ""
+        peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f} MB"
+        loss = f"{r['before']:.4f} | {r['after']:.4f}"
+        sizes = f"{r['weight_bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {r['row']} | {sizes} | {loss} | {over} | {closed} | {peak} | {r['step_seconds']:.2f} s |")
+    return lines
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers of at least 0, joined by commas."""
+    values = [int(part) for part in text.split(",")]
+    if any(value < 0 for value in values):
+        raise ValueError
+    return values
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("doclm", "smollm"), default="doclm")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--test-windows", type=int, default=60, help="held-out windows of 256 tokens")
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}, joined by commas")
-    parser.add_argument("--json", action="store_true")
+    options = "; ".join(f"+{name}: {text}" for name, text in OPTIONS.items())
+    parser.add_argument("--model", choices=MODELS, default="doclm")
+    parser.add_argument("--steps", type=numbers, default=[120], help="steps of 4 windows; several joined by commas")
+    parser.add_argument("--ranks", type=numbers, default=[16], help="ranks of the adapters, joined by commas")
+    parser.add_argument("--test-windows", type=int, default=HELD_OUT, help=f"held-out windows, at most {HELD_OUT}")
+    parser.add_argument("--rows", help=f"joined by commas, each of {', '.join(BASES)} and options. {options}")
+    parser.add_argument(
+        "--results", type=Path, default=Path("qlora-results"), help="folder of a JSON file for each row"
+    )
+    parser.add_argument("--again", action="store_true", help="run rows that have a file as well")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if not 1 <= args.test_windows <= HELD_OUT:
+        parser.error(f"--test-windows: 1 to {HELD_OUT}, got {args.test_windows}")
     if args.only:
-        print(json.dumps(measure(args.only, args.model, args.steps, args.test_windows)))
+        print(json.dumps(measure(args.only, args.model, args.steps[0], args.ranks[0], args.test_windows)))
         return
-    rows = args.rows.split(",")
-    unknown = sorted(set(rows) - set(ROWS))
-    if unknown:
-        parser.error(f"--rows: {', '.join(unknown)} not known; there are {', '.join(ROWS)}")
-    results = []
-    options = ["--model", args.model, "--steps", str(args.steps), "--test-windows", str(args.test_windows)]
-    for row in rows:
-        command = [sys.executable, "-m", "benchmarks.qlora", "--only", row, *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            results.append({"row": row, "error": last})
-        else:
-            results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    rows = args.rows.split(",") if args.rows else ["dense", "4"] if args.model == MOE else list(ROWS)
+    try:
+        for row in rows:
+            check_row(row)
+    except ValueError as error:
+        parser.error(f"--rows: {error}")
+    args.results.mkdir(parents=True, exist_ok=True)
+    everything = []
+    for steps in args.steps:
+        for rank in args.ranks:
+            results = [
+                run_row(row, args.model, steps, rank, args.test_windows, args.results, args.again) for row in rows
+            ]
+            everything += results
+            if not args.json:
+                shape = f"{steps} steps of {BATCH} x {CONTEXT} tokens, rank {rank}"
+                print(f"\n{args.model}, {shape}, {args.test_windows} held-out windows\n")
+                print("\n".join(table(results)), flush=True)
     if args.json:
-        print(json.dumps(results, indent=1))
-        return
-    print(f"{args.model}, {args.steps} steps of 4 x 256 tokens, rank 16, {args.test_windows} held-out windows")
-    print("| base | held-out loss before | after | a step | peak memory |\n| --- | --- | --- | --- | --- |")
-    for r in results:
-        if "error" in r:
-            print(f"| {r['row']} | did not run: {r['error']} |")
-        else:
-            loss = f"{r['before']:.4f} | {r['after']:.4f}"
-            print(f"| {r['row']} | {loss} | {r['step_seconds']:.2f} s | {r['peak_mb']:.0f} MB |")
+        print(json.dumps(everything, indent=1))
+
+
+def run_row(row: str, model: str, steps: int, rank: int, windows: int, folder: Path, again: bool) -> dict[str, Any]:
+    """What ``measure`` gives in a process of its own, from its file where there is one; a failure is not kept."""
+    file = folder / f"{model}-{steps}-steps-rank-{rank}-{windows}-windows-{row}.json"
+    if file.is_file() and not again:
+        return json.loads(file.read_text())
+    print(f"{file.stem} ...", file=sys.stderr, flush=True)
+    options = ["--model", model, "--steps", str(steps), "--ranks", str(rank), "--test-windows", str(windows)]
+    command = [sys.executable, "-m", "benchmarks.qlora", "--only", row, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"row": row, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.rename(file)
+    return result
 
 
 if __name__ == "__main__":

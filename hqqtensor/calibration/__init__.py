@@ -2,5 +2,6 @@
 
 from hqqtensor.calibration.collect import Calibration, calibrate
 from hqqtensor.calibration.finetune import Finetuned, finetune
+from hqqtensor.calibration.scales import ScaleTraining, train_scales
 
-__all__ = ["Calibration", "Finetuned", "calibrate", "finetune"]
+__all__ = ["Calibration", "Finetuned", "ScaleTraining", "calibrate", "finetune", "train_scales"]

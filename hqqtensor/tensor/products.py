@@ -23,7 +23,7 @@ def _activations(x: Tensor) -> Tensor:
     return x
 
 
-def _inputs(x: Tensor, weight: HQQTensor) -> tuple[Tensor, Tensor | None]:
+def inputs_of(x: Tensor, weight: HQQTensor) -> tuple[Tensor, Tensor | None]:
     """The activations for the operators, and the scale that they are to multiply them with."""
     if _is_autocast():
         x = _activations(x)
@@ -39,10 +39,10 @@ def linear(x: Tensor, weight: HQQTensor, bias: Tensor | None) -> Tensor:
     if not weight.in_features:  # an empty slice: kernels take no row without codes
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, x.new_empty(weight.out_features, 0), bias)
-    # As `_inputs`, without the calls: decoding comes here hundreds of times for a token.
+    # As `inputs_of`, without the calls: decoding comes here hundreds of times for a token.
     act = weight.act_pre_scale
     if weight.rotation or _is_autocast():
-        x, act = _inputs(x, weight)
+        x, act = inputs_of(x, weight)
     return ops.linear(x, weight.operand(), bias, act, weight.activation)
 
 
@@ -52,7 +52,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
             return linear(x, weight, None)
         if weight.ndim == 3 and x.ndim == 3 and x.shape[0] == weight.shape[0] and weight.in_features:
-            x, act = _inputs(x, weight)
+            x, act = inputs_of(x, weight)
             return ops.batched_linear(x, weight.operand(), act, weight.activation)
     first = isinstance(x, HQQTensor) and x.row_dims == 1 and not x.transposed and not isinstance(weight, HQQTensor)
     if first and x.ndim == weight.ndim == 3:
@@ -91,7 +91,7 @@ def _(func, types, args, kwargs):
             )
         if not weight.in_features:
             return x.new_zeros(x.shape[0], weight.out_features, dtype=out_dtype)
-        x, act = _inputs(x, weight)
+        x, act = inputs_of(x, weight)
         out = ops.grouped_linear(x, offs, weight.operand(), act, weight.activation)
         return out if out_dtype is None else out.to(out_dtype)
 

@@ -84,7 +84,7 @@ def test_tied_weights_are_tuned_once_and_stay_tied() -> None:
 
 def test_what_cannot_be_tuned_is_said() -> None:
     _, dense, batches = models(nbits=2)
-    with pytest.raises(ValueError, match="nothing to tune"):
+    with pytest.raises(ValueError, match="nothing to train"):
         finetune(copy.deepcopy(dense), dense, batches)
     for bad in ({"steps": 0}, {"lr": 0.0}, {"batches": []}):
         with pytest.raises(ValueError, match="finetune needs batches"):

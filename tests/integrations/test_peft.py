@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers as tf
 from fresh_python import run_fresh
+from peft_training import IDS, logits, train
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 
 peft = pytest.importorskip("peft")
-IDS = torch.arange(3, 15)[None]
 CONFIG = HqqConfig(8, 32)
 
 
@@ -29,25 +29,6 @@ def lora(**options: Any) -> Any:
     return peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options
     )
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def train(model: nn.Module, steps: int = 4) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def base_weight(model: Any) -> Any:

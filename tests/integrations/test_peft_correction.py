@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft_training import logits
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
-from hqqtensor.integrations.peft import initialize_lora_from_error
+from hqqtensor.integrations.peft import initialize_lora_from_error, seen_inputs
 
 peft = pytest.importorskip("peft")
-IDS = torch.arange(3, 15)[None]
 SHAPE = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -31,12 +31,6 @@ def quantized(rank: int, **options: Any) -> Any:
     options = {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "lora_alpha": 3, **options}
     names = ["experts.gate_up_proj", "experts.down_proj"]
     return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_parameters=names, **options))
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def test_full_rank_undoes_the_whole_error(tmp_path: Path) -> None:
@@ -83,6 +77,58 @@ def test_a_few_ranks_bring_the_model_nearer_and_a_directory_gives_the_same(dora:
     assert corrected < 0.7 * plain
 
 
+def llama(folder: Path) -> tuple[Any, Any]:
+    """A dense model in ``folder`` and the same with 2 bits and adapters of every linear layer."""
+    torch.manual_seed(0)
+    dense = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE))
+    dense.save_pretrained(folder)
+    model = tf.LlamaForCausalLM.from_pretrained(folder, quantization_config=HqqConfig(2, 32))
+    return dense, peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """Text of few words, so that layers see few directions."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 8, (4, 32), generator=generator)} for _ in range(4)]
+
+
+def output_error(model: nn.Module, dense: nn.Module) -> float:
+    """Mean squared error of the logits on text like that of ``batches``."""
+    model.eval()
+    ids = torch.randint(0, 8, (4, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return (model(ids).logits - dense(ids).logits).square().mean().item()
+
+
+def test_what_layers_see_and_rounds_bring_the_model_nearer_still(tmp_path: Path) -> None:
+    errors, shares = [], []
+    for options in ({}, {"rounds": 3}, {"batches": batches()}, {"batches": batches(), "rounds": 3}):
+        dense, model = llama(tmp_path)
+        weights = {n: p for n, p in model.named_parameters() if isinstance(p, HQQTensor)}
+        codes = {n: p.qdata.clone() for n, p in weights.items()}
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        left = initialize_lora_from_error(model, tmp_path, **options)
+        assert trained == [n for n, p in model.named_parameters() if p.requires_grad] and len(trained) == 14
+        for name, new in model.named_parameters():
+            if name in weights:
+                assert torch.equal(new.qdata, codes[name]) or "rounds" in options
+                assert new.describe() == weights[name].describe() and new.nbytes == weights[name].nbytes
+        errors.append(output_error(model, dense))
+        shares.append(sum(left.values()) / len(left))
+    assert shares[1] < shares[0] and shares[3] < shares[2]
+    assert max(errors[1:]) < errors[0] and errors[3] < 0.7 * errors[0]
+
+
+def test_moments_may_be_taken_of_few_layers_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = []
+    for size in (seen_inputs.BYTES_AT_A_TIME, 1):
+        monkeypatch.setattr(seen_inputs, "BYTES_AT_A_TIME", size)
+        _, model = llama(tmp_path)
+        initialize_lora_from_error(model, tmp_path, batches=batches())
+        adapters.append({n: p.detach() for n, p in model.named_parameters() if "lora" in n})
+    assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+
+
 def test_what_cannot_be_initialized_is_refused_and_nothing_changes() -> None:
     dense = mixtral()
     model = quantized(4)
@@ -94,6 +140,9 @@ def test_what_cannot_be_initialized_is_refused_and_nothing_changes() -> None:
         initialize_lora_from_error(model, dense)
     with pytest.raises(ValueError, match="it is HQQTensor"):
         initialize_lora_from_error(model, quantized(4).unload())
+    for bad, text in (({"rounds": -1}, "0 or more"), ({"batches": []}, "at least one")):
+        with pytest.raises(ValueError, match=text):
+            initialize_lora_from_error(model, mixtral(), **bad)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if "lora" in n)
     model.merge_adapter()
     with pytest.raises(ValueError, match="adapters are merged"):

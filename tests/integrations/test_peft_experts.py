@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft_training import IDS, logits, train
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
 
 peft = pytest.importorskip("peft")
-IDS = torch.arange(3, 15)[None]
 SHAPE = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_experts_per_tok": 2,
@@ -45,25 +45,6 @@ def experts(model: Any) -> Any:
 
 def packed_bytes(model: nn.Module) -> list[Tensor]:
     return [p.qdata.clone() for p in model.parameters() if isinstance(p, HQQTensor)]
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def train(model: nn.Module, steps: int = 3) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize(

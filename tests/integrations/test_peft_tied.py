@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor, nn
+from peft_training import IDS, logits
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 
 peft = pytest.importorskip("peft")
-IDS = torch.arange(3, 15)[None]
 
 
 def llama() -> Any:
@@ -32,12 +31,6 @@ def adapted(targets: list[str], **options: Any) -> Any:
     return peft.get_peft_model(
         llama(), peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
     )
-
-
-def logits(model: nn.Module) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("tying", [False, True])

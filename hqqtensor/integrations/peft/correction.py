@@ -1,7 +1,11 @@
-"""Adapters that begin by undoing part of the quantization error, from the weights alone (the idea of LoftQ)."""
+"""Adapters that begin by undoing part of the quantization error.
+
+From the weights alone as in LoftQ (Li et al. 2023, arXiv 2310.08659), or weighed by what the layers see as in CLoQ
+(Deng et al. 2025, arXiv 2501.18475).
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +13,56 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor.integrations.peft import lora
+from hqqtensor.integrations.peft.low_rank import Correction, correct
+from hqqtensor.integrations.peft.seen_inputs import moments_in_turn
+from hqqtensor.parameters import places_by_id
 from hqqtensor.streaming import Source
 from hqqtensor.streaming.targets import find_targets
 from hqqtensor.tensor import HQQTensor
 
-_OVERSAMPLING = 16
-"""Further directions that the randomized SVD follows, which bring it nearer to an exact one."""
-
 
 @torch.no_grad()
-def initialize(model: nn.Module, dense: nn.Module | str | Path, adapter_name: str) -> dict[str, float]:
+def initialize(
+    model: nn.Module, dense: nn.Module | str | Path, adapter_name: str, batches: Iterable[Any] | None, rounds: int
+) -> dict[str, float]:
     """See ``hqqtensor.integrations.peft.initialize_lora_from_error``."""
+    if rounds < 0:
+        raise ValueError(f"rounds must be 0 or more, got {rounds}")
     layers = _layers(model, adapter_name)
-    left, factors = {}, []
-    with _dense_weights(model, dense) as read:
-        for name, layer in layers.items():
+    places = places_by_id(_base_model(model))
+    corrections: dict[str, Correction] = {}
+    with _dense_weights(model, dense) as read, _without_adapters(model, batches is not None):
+        for name, second in moments_in_turn(_base_model(model), layers, batches):
+            layer = layers[name]
             quantized = getattr(layer.get_base_layer(), layer.parameter_name)
             original = read(name)
             if original is None or isinstance(original, HQQTensor) or original.shape != quantized.shape:
                 what = "missing" if original is None else f"{type(original).__name__} {list(original.shape)}"
                 raise ValueError(f"dense: {name} must be a dense weight {list(quantized.shape)}, it is {what}")
-            error = _oriented(layer, original.to(quantized.device, torch.float32) - quantized.dequantize().float())
-            lhs, rhs = _low_rank(error, layer.r[adapter_name])
-            left[name] = float((error - lhs @ rhs).square().sum() / error.square().sum().clamp_min(1e-30))
-            factors.append((lhs, rhs))
-    for layer, (lhs, rhs) in zip(layers.values(), factors, strict=True):
-        root = layer.scaling[adapter_name] ** 0.5
-        _assign(layer, adapter_name, lhs / root, rhs / root)
-    return left
+            # Two adapters over one weight would each ask for other codes.
+            again = rounds if len(places[id(quantized)]) == 1 else 0
+            original = original.to(quantized.device, torch.float32)
+            orient = _transposed if _is_transposed(layer, original) else _as_it_is
+            corrections[name] = correct(original, quantized, orient, layer.r[adapter_name], second, again)
+    for name, correction in corrections.items():
+        layer, root = layers[name], layers[name].scaling[adapter_name] ** 0.5
+        if correction.quantized is not None:
+            setattr(layer.get_base_layer(), layer.parameter_name, nn.Parameter(correction.quantized, False))
+        _assign(layer, adapter_name, correction.lhs / root, correction.rhs / root)
+    return {name: corrections[name].left for name in layers}
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any, run: bool) -> Iterator[None]:
+    """Where the model is to ``run``, layers see what the quantized model alone gives them."""
+    if not run or not hasattr(model, "disable_adapter"):  # a fresh adapter changes nothing anyway
+        yield
+        return
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.disable_adapter():
+        yield
+    for name, p in model.named_parameters():  # peft freezes adapters meanwhile, and thaws those of the active one
+        p.requires_grad_(trained[name])
 
 
 def _base_model(model: Any) -> Any:
@@ -80,22 +106,19 @@ def _dense_weights(model: nn.Module, dense: nn.Module | str | Path) -> Iterator[
         source.close()
 
 
-def _oriented(layer: Any, error: Tensor) -> Tensor:
-    """The error as ``[..., outputs, inputs]`` of the product that the adapter's two matrices are for."""
-    if error.ndim == 3:
-        return error if layer.is_swapped else error.mT
-    return error.mT if layer.fan_in_fan_out or isinstance(layer, lora.HqqLoraEmbedding) else error
+def _is_transposed(layer: Any, weight: Tensor) -> bool:
+    """Whether the weight is ``[..., inputs, outputs]`` of the product that the adapter's two matrices are for."""
+    if weight.ndim == 3:
+        return not layer.is_swapped
+    return bool(layer.fan_in_fan_out) or isinstance(layer, lora.HqqLoraEmbedding)
 
 
-def _low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``[..., N, rank]`` and ``[..., rank, K]``: their product is nearest to ``error`` in the sum of squares."""
-    directions = min(rank + _OVERSAMPLING, *error.shape[-2:])
-    with torch.random.fork_rng([error.device] if error.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(error, directions, niter=4)
-    root, missing = s[..., None, :rank].sqrt(), max(0, rank - directions)
-    lhs, rhs = (nn.functional.pad(side[..., :rank] * root, (0, missing)) for side in (u, v))
-    return lhs, rhs.mT
+def _transposed(t: Tensor) -> Tensor:
+    return t.mT
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
 
 
 def _assign(layer: Any, adapter: str, lhs: Tensor, rhs: Tensor) -> None:
