@@ -154,8 +154,8 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
         assert packed is not None
         axis = packed.axis_value if which else packed.axis_key
         signs = packed.signs if self.rotated[which] else None
-        parts = packed.tensors[3 * which : 3 * which + 3]
-        return JoinedStates(recent, *parts, signs, (packed.nbits, packed.group_size, axis))
+        qdata, scale, zero = packed.tensors[3 * which : 3 * which + 3]
+        return JoinedStates(recent, qdata, scale, zero, signs, (packed.nbits, packed.group_size, axis))
 
     @property
     def packed(self) -> PackedStates | None:  # type: ignore[override]

@@ -93,7 +93,8 @@ def _states(tensors: Sequence[Tensor] | None, settings: Sequence[int], signs: Te
         raise RuntimeError(
             f"packed states are 6 tensors of each cache with 6 settings, got {len(tensors)} and {len(settings)}"
         )
-    return PackedStates(tuple(tensors), *settings[:4], *map(bool, settings[4:]), signs)  # type: ignore[arg-type]
+    nbits, group_size, axis_key, axis_value, keys, values = settings
+    return PackedStates(tuple(tensors), nbits, group_size, axis_key, axis_value, bool(keys), bool(values), signs)
 
 
 def _from_registry(

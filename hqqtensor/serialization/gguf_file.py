@@ -74,7 +74,7 @@ class GgufFile:
         """The tensor's bytes, uint8, read from the file; CheckpointError where it was cut short since it was opened."""
         # Not mapped: codes are packed anew at once, and a mapped file that is cut short ends the process.
         data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        target, done = memoryview(data.numpy()), 0
+        target, done = data.numpy().data, 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(tensor.offset)

@@ -51,12 +51,13 @@ class JoinedStates(Tensor):
     def __tensor_unflatten__(
         cls, inner: dict[str, Tensor], settings: tuple[int, int, int], outer_size: Any, outer_stride: Any
     ) -> "JoinedStates":
-        return cls(*(inner.get(name) for name in cls._NAMES), settings)  # type: ignore[arg-type]
+        recent, qdata, scale, zero = (inner[name] for name in cls._NAMES[:4])
+        return cls(recent, qdata, scale, zero, inner.get("signs"), settings)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(JoinedStates, JoinedStates.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 

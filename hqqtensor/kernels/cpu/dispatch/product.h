@@ -7,8 +7,8 @@
 
 namespace hqqtensor {
 
-// True if HQQTENSOR_BATCH_INVARIANT=1 asks for results of a row that do not depend on how many rows come with it. It is read once,
-// so that all of a product agrees.
+// True if HQQTENSOR_BATCH_INVARIANT=1 asks for results of a row that do not depend on how many rows come with it. It is read
+// once, so that all of a product agrees.
 bool batch_invariant();
 
 // Which panels serve M tokens, and up to which M each kernel is the fastest. Layout::rows where the set has no panels.

@@ -74,9 +74,9 @@ std::vector<PackedArguments> split(Call& c, std::vector<Tensor>& bias, std::vect
   pre_scale = c.optional_tensors();
   const size_t count = qdata.size();
   const auto all_or_none = [count](const std::vector<Tensor>& t) { return t.empty() || t.size() == count; };
-  HQQ_CHECK(count && scale.size() == count && all_or_none(zero) && all_or_none(bias) && all_or_none(pre_scale), "linear_many: ",
-            (int64_t)count, " weights have ", (int64_t)scale.size(), " scales, ", (int64_t)zero.size(), " zero points, ",
-            (int64_t)bias.size(), " biases and ", (int64_t)pre_scale.size(), " act_pre_scales");
+  HQQ_CHECK(count && scale.size() == count && all_or_none(zero) && all_or_none(bias) && all_or_none(pre_scale),
+            "linear_many: ", (int64_t)count, " weights have ", (int64_t)scale.size(), " scales, ", (int64_t)zero.size(),
+            " zero points, ", (int64_t)bias.size(), " biases and ", (int64_t)pre_scale.size(), " act_pre_scales");
   std::vector<PackedArguments> all;
   size_t used = 0;
   for (size_t i = 0; i < count; ++i) {
