@@ -46,7 +46,7 @@ def test_a_dense_directory_runs_dense_or_quantized_in_memory(small: Path, expect
     assert run(*command) == 0
     printed = capsys.readouterr()
     assert printed.out != expected + "\n"
-    assert "transformers' own decoding, which is slower: " in printed.err  # the layers are dense
+    assert "slower" not in printed.err
     assert run(*command, "--bits", 4) == 0
     printed = capsys.readouterr()
     assert printed.out == expected + "\n" and "slower" not in printed.err

@@ -11,6 +11,7 @@ from fresh_python import run_fresh
 from hqqtensor.cli import model_dir
 from hqqtensor.cli.errors import UsageError
 from hqqtensor.cli.model_dir import check_output, written_at_once
+from hqqtensor.serialization import scratch
 
 
 class Stopped(BaseException):
@@ -54,7 +55,7 @@ def stop_at(patch: pytest.MonkeyPatch, step: int, after: bool, error: type[BaseE
     patch.setattr(Path, "rename", stopping(Path.rename, "rename"))
     patch.setattr(Path, "mkdir", stopping(Path.mkdir, "mkdir"))
     patch.setattr(shutil, "rmtree", stopping(shutil.rmtree, "rmtree"))
-    patch.setattr(model_dir.tempfile, "mkdtemp", stopping(model_dir.tempfile.mkdtemp, "mkdtemp"))
+    patch.setattr(scratch.tempfile, "mkdtemp", stopping(scratch.tempfile.mkdtemp, "mkdtemp"))
     return calls
 
 
@@ -186,7 +187,7 @@ def leave_between_the_renames(out: Path) -> Path:
 @pytest.mark.parametrize("locks", [True, False])
 def test_without_locks_only_a_missing_model_is_restored(tmp_path, monkeypatch, capsys, locks) -> None:
     if not locks:
-        monkeypatch.setattr(model_dir, "fcntl", None)
+        monkeypatch.setattr(scratch, "fcntl", None)
     out, unfinished = tmp_path / "model", tmp_path / ".model.hqqtensor-efgh5678"
     work = leave_between_the_renames(out)
     (unfinished / "new").mkdir(parents=True)

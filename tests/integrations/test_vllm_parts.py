@@ -25,7 +25,7 @@ def near(a: Tensor, b: Tensor) -> None:
     [
         ([PLAIN, PLAIN, PLAIN], [3]),
         ([PLAIN, HqqConfig(3, 32), HqqConfig(3, 32)], [1, 2]),
-        ([HqqConfig(4), HqqConfig(4)], [1, 1]),
+        ([HqqConfig(4), HqqConfig(4)], [2]),
         ([HqqConfig(2, 16, quant_scale=True, quant_zero=True, meta_nbits=4)] * 2, [2]),
         ([HqqConfig(2, 32, format="codebook")] * 2, [1, 1]),
         ([HqqConfig(4, 32, rotation=True), PLAIN], [1, 1]),

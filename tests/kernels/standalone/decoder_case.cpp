@@ -39,7 +39,7 @@ class RandomDecoder {
     for (int64_t i = 0; i < s.last_layer * s.batch; ++i) {
       s.caches.push_back(cache(s, packed));
       const LayerCache& c = s.caches.back();
-      most = std::max(most, c.packed_tokens() + c.first + c.length + s.tokens);
+      most = std::max(most, c.packed.tokens() + c.first + c.length + s.tokens);
     }
     if (r_.chance(3)) {
       s.mask_columns = most;
@@ -55,6 +55,11 @@ class RandomDecoder {
 
   Linear linear(int64_t N, int64_t K) {
     Linear l{.w = random_weight(r_, b_, digits_, 1, N, K), .bias = nullptr, .pre_scale = nullptr, .digits = digits_};
+    if (K % 16 == 0 && r_.chance(5)) {
+      l.w = {}, l.w.N = N, l.w.K = K;
+      l.dense_type = r_.choose({DType::f32, DType::f16, DType::bf16});
+      l.dense = random_numbers(r_, b_, l.dense_type, N * K, -1, 1);
+    }
     if (r_.chance(4)) l.bias = norm(N);
     if (r_.chance(4)) l.pre_scale = norm(K);
     return l;
@@ -96,6 +101,12 @@ class RandomDecoder {
     c.values = (char*)random_numbers(r_, b_, s.type, count, -1, 1);
     if (!packed) return c;
     c.packed.blocks = r_.from_to(1, 4), c.packed.block = r_.choose<int64_t>({16, 32, 64});
+    c.packed.stride = d_.kv_heads;
+    if ((d_.head_dim & (d_.head_dim - 1)) == 0 && r_.chance(2)) {
+      auto* const signs = b_.take<float>(d_.head_dim);
+      for (int64_t i = 0; i < d_.head_dim; ++i) signs[i] = r_.chance(2) ? 1.0f : -1.0f;
+      c.packed.signs = signs, c.packed.rotated_keys = r_.chance(2), c.packed.rotated_values = r_.chance(2);
+    }
     const auto states = [&] {
       auto all = std::make_shared<std::vector<Weight>>();
       for (int64_t i = 0; i < d_.kv_heads * c.packed.blocks; ++i) {
