@@ -1,6 +1,7 @@
 """A few seconds of the fuzzer with the same inputs every time; `make fuzz` goes on with others."""
 
 import contextlib
+import mmap
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,12 @@ def test_only_documented_errors_count_as_refusals(error: type[Exception], kind: 
 
 
 def test_memory_beyond_twice_the_files_and_a_constant_is_a_failure(tmp_path: Path) -> None:
+    def take(count: int) -> None:
+        with mmap.mmap(-1, count) as memory:  # never memory that the process had before
+            memory[::4096] = b"x" * len(range(0, count, 4096))
+
     def taking(count: int) -> Target:
-        return Target("t", lambda rng: {"a": b"x" * 100}, lambda case, folder: bytearray(b"x") * count, (ValueError,))
+        return Target("t", lambda rng: {"a": b"x" * 100}, lambda case, folder: take(count), (ValueError,))
 
     assert run_one(taking(PEAK // 2), 0, tmp_path / "case") == ("taken", "")
     kind, text = run_one(taking(PEAK + (4 << 20)), 0, tmp_path / "case")
