@@ -48,7 +48,7 @@ def server(directory: Path) -> Iterator[dict[str, Any]]:
 
 def ask(at: dict[str, Any], subject: str, tokens: int, stream: bool) -> int:
     """Tokens of one answer."""
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    settings = {"max_new_tokens": tokens, "eos_token_id": -1, "do_sample": False}
     body = {
         "model": at["model"],
         "messages": [{"role": "user", "content": f"Write about {subject}."}],
