@@ -83,22 +83,40 @@ class Contender:
         self.process.wait(120)
 
 
-def directories(folder: Path, names: list[str]) -> dict[str, Path]:
-    """SmolLM2 for each contender."""
+def one_billion(folder: Path) -> Path:
+    """Random weights of the shapes of Llama-3.2-1B, with a tokenizer, which vLLM asks for."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from benchmarks.decode.weights import llama_1b
+    from hqqtensor.demo.models import smollm_dir
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(llama_1b()).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    for file in smollm_dir().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def directories(folder: Path, names: list[str], model: str) -> dict[str, Path]:
+    """The model for each contender."""
     from benchmarks.vllm_checkpoints import write
     from hqqtensor.cli import main
     from hqqtensor.demo.models import smollm_dir
 
-    out = {"dense bf16": smollm_dir()}
+    dense = smollm_dir() if model == "SmolLM2" else one_billion(folder / "dense")
+    out = {"dense bf16": dense}
     for name, options in OURS.items():
         if name in names or INT8 in names:
-            assert main(["quantize", str(smollm_dir()), str(folder / name), *options, "--json"]) == 0
+            assert main(["quantize", str(dense), str(folder / name), *options, "--json"]) == 0
             out[name] = folder / name
     if INT8 in names:
         out[INT8] = with_int8_activations(out["4 bits g64"], folder / INT8)
     for name in THEIRS:
         if name in names:
-            out[name] = write(name, smollm_dir(), folder / name)
+            out[name] = write(name, dense, folder / name)
     return {name: path for name, path in out.items() if name in names}
 
 
@@ -122,6 +140,7 @@ def main() -> None:
     names = ["dense bf16", *OURS, INT8, *THEIRS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=["SmolLM2", "1B"], default="SmolLM2", help="1B: random weights")
     parser.add_argument("--compiled", action="store_true", help="with vLLM's torch.compile; eager otherwise")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each request")
@@ -133,7 +152,7 @@ def main() -> None:
         engine(args.engine, args.compiled, 512)
         return
     with tempfile.TemporaryDirectory() as folder:
-        paths = directories(Path(folder), args.contenders)
+        paths = directories(Path(folder), args.contenders, args.model)
         contenders = [Contender(name, path, args, Path(folder, f"{name}.log")) for name, path in paths.items()]
         running = [contender for contender in contenders if contender.error is None]
         rates: dict[str, dict[int, list[float]]] = {c.name: {n: [] for n in args.clients} for c in running}
