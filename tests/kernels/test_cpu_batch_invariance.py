@@ -76,3 +76,12 @@ def test_a_row_does_not_depend_on_the_number_of_rows(part: str) -> None:
 def test_another_value_is_an_error() -> None:
     done = run_fresh("import hqqtensor.ops", HQQTENSOR_BATCH_INVARIANT="yes")
     assert done.returncode != 0 and "HQQTENSOR_BATCH_INVARIANT must be 0 or 1, got 'yes'" in done.stderr
+
+
+@pytest.mark.skipif(bool(os.environ.get("HQQTENSOR_CPU")), reason="alike on every instruction set")
+def test_vllms_switch_asks_for_it_too() -> None:
+    code = "import os, hqqtensor.ops; print(os.environ.get('HQQTENSOR_BATCH_INVARIANT'))"
+    for switches, asked in (({}, "None"), ({"HQQTENSOR_BATCH_INVARIANT": "0"}, "0")):
+        assert run_fresh(code, **switches).stdout.split()[-1] == asked
+        asked = switches.get("HQQTENSOR_BATCH_INVARIANT", "1")
+        assert run_fresh(code, VLLM_BATCH_INVARIANT="1", **switches).stdout.split()[-1] == asked
