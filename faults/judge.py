@@ -80,6 +80,7 @@ def complaint(ended: Ended) -> str:
     if ended.code == 130:
         return ""
     kind = classes[-1] if classes else lines[0].partition(":")[0]
+    kind = "CommandError" if kind.startswith("hqqtensor ") else kind  # a command's line without a traceback
     if not kind.rpartition(".")[2].endswith(_DOCUMENTED) and kind not in _OS_ERRORS:
         return f"an error of class {kind}: {lines[0]}"
     if not re.search(r"/|\.safetensors|\.json|\.md|\.pt", lines[0]):

@@ -35,10 +35,6 @@ STUCK = 120.0
 """Seconds in which a thread must finish something, not counting those in which the process was stopped from outside."""
 
 
-_BUILDING = threading.Lock()
-"""Held while a model is built: how accelerate and transformers build one without numbers holds for all threads."""
-
-
 @dataclass
 class Course:
     """Samples of one process: seconds, bytes that are its alone, and open files."""
@@ -123,8 +119,7 @@ class Soak:
             return again.state_dict()
 
         def open_again(number: int) -> Any:
-            with _BUILDING:
-                opened = hqqtensor.load(quantized, mmap=number % 2 > 0)
+            opened = hqqtensor.load(quantized, mmap=number % 2 > 0)
             with torch.no_grad():
                 return opened(ids).logits
 
@@ -200,8 +195,7 @@ def _digest(value: Any) -> str:
 
 def _small(seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    with _BUILDING:
-        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(generator=generator)
