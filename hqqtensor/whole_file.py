@@ -28,6 +28,21 @@ def close_unchanged(handle: int) -> None:
         os.close(handle)
 
 
+def sync_to_disk(path: Path) -> None:
+    """Return when the bytes of a file, or the names in a folder, are on disk: they then outlast a loss of power.
+
+    OSError names it.
+    """
+    if os.name == "nt":  # opens no folders
+        return
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            close_unchanged(handle)
+
+
 def write_whole(folder: Path, name: str, write: Callable[[Any], Any]) -> None:
     """Write a file beside its place, then rename it: whatever stops this, the old file or the new one is there, whole.
 

@@ -222,7 +222,9 @@ def test_emptying_that_fails_leaves_a_quantized_model_and_the_next_call_goes_on_
     model = Stack()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", unlink)
-        with pytest.warns(UserWarning, match="the model is quantized, but .* could not be emptied: .*Input/output error"):
+        with pytest.warns(
+            UserWarning, match="the model is quantized, but .* could not be emptied: .*Input/output error"
+        ):
             quantize_(model, CONFIG, calibration=BATCHES, resume=begun)
     again = Stack()
     quantize_(again, CONFIG, calibration=BATCHES, resume=begun)
