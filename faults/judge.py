@@ -10,6 +10,8 @@ _TOKEN = re.compile(r"-[0-9a-f]{8}(-\d{5}-of-\d{5})")
 _DOCUMENTED = ("CommandError", "UsageError", "CheckpointError", "TransferError", "ResumeError", "OSError", "TooLittle")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NOTES = ("what is finished is kept in", "going on with what an interrupted run left", "hqqtensor: ")
+_WARNING = re.compile(r".+:\d+: \w*Warning: |  ")
+"""A warning, or the line of a program that Python prints below one."""
 
 State = dict[str, bytes]
 
@@ -72,7 +74,7 @@ def complaint(ended: Ended) -> str:
     if ended.stdout:
         return f"printed as if it were done: {ended.stdout.strip()[-200:]}"
     text, classes = _without_tracebacks(ended.stderr)
-    lines = [line for line in text.splitlines() if line and not line.startswith(_NOTES)]
+    lines = [line for line in text.splitlines() if line and not line.startswith(_NOTES) and not _WARNING.match(line)]
     if any(line.startswith("hqqtensor ") for line in lines):  # causes that have no traceback
         lines = [line for line in lines if not re.match(r"[A-Za-z.]+Error: ", line)]
     if len(lines) != 1:
