@@ -35,7 +35,7 @@ def _without_numbers(module: nn.Module, name: str, parameter: nn.Parameter) -> n
 
 # Torch calls it for every parameter of every module in the process. It is never removed: adding and removing hooks
 # while another thread goes through them is an error there.
-register_module_parameter_registration_hook(_without_numbers)
+register_module_parameter_registration_hook(_without_numbers)  # type: ignore[arg-type]  # it may return one
 
 
 class _NoInitialization(TorchFunctionMode):
