@@ -4,7 +4,9 @@
 "memory". SHARE: of all faults, chosen by SEED. NAME: of scenarios; none for all.
 """
 
+import contextlib
 import gc
+import io
 import json
 import shutil
 import signal
@@ -28,6 +30,7 @@ class FileRun:
         assert isinstance(scenario, Scenario)
         self.scenario, self.injector = scenario, injector
         self.template, self.root, self.log = folder / "template", folder / "root", folder / "log"
+        self._warm_up(folder / "warm")
         shutil.rmtree(self.template, ignore_errors=True)
         self.template.mkdir(parents=True)
         ended = in_child(lambda: scenario.prepare(self.template) or 0, self.log)
@@ -43,6 +46,16 @@ class FileRun:
         self.row.calls = len(self.calls)
         self.new = canonical(self._state())
         assert not self._strays(), self._strays()
+
+    def _warm_up(self, folder: Path) -> None:
+        """Do the work once in this process, so that its children need not import all that it uses."""
+        folder.mkdir(parents=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self.scenario.prepare(folder)
+            self.scenario.run(folder)
+        shutil.rmtree(folder)
+        gc.collect()
+        gc.freeze()
 
     def faults(self) -> list[tuple[Fault, int]]:
         """Every fault at every call that it is about."""
@@ -145,8 +158,6 @@ def run_files(names: list[str], seed: int, share: float, folder: Path) -> list[R
     torch.set_num_threads(1)
     chosen = [scenario for scenario in scenarios() if not names or scenario.name in names]
     injector = Injector()
-    gc.collect()
-    gc.freeze()
     rows = []
     for scenario in chosen:
         started = time.monotonic()

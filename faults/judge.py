@@ -10,6 +10,8 @@ _TOKEN = re.compile(r"-[0-9a-f]{8}(-\d{5}-of-\d{5})")
 _DOCUMENTED = ("CommandError", "UsageError", "CheckpointError", "TransferError", "ResumeError", "OSError", "TooLittle")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NOTES = ("what is finished is kept in", "going on with what an interrupted run left", "hqqtensor: ")
+_WARNING = re.compile(r".+:\d+: \w*Warning: |  ")
+"""A warning, or the line of a program that Python prints below one."""
 
 State = dict[str, bytes]
 
@@ -72,7 +74,7 @@ def complaint(ended: Ended) -> str:
     if ended.stdout:
         return f"printed as if it were done: {ended.stdout.strip()[-200:]}"
     text, classes = _without_tracebacks(ended.stderr)
-    lines = [line for line in text.splitlines() if line and not line.startswith(_NOTES)]
+    lines = [line for line in text.splitlines() if line and not line.startswith(_NOTES) and not _WARNING.match(line)]
     if any(line.startswith("hqqtensor ") for line in lines):  # causes that have no traceback
         lines = [line for line in lines if not re.match(r"[A-Za-z.]+Error: ", line)]
     if len(lines) != 1:
@@ -80,6 +82,7 @@ def complaint(ended: Ended) -> str:
     if ended.code == 130:
         return ""
     kind = classes[-1] if classes else lines[0].partition(":")[0]
+    kind = "CommandError" if kind.startswith("hqqtensor ") else kind  # a command's line without a traceback
     if not kind.rpartition(".")[2].endswith(_DOCUMENTED) and kind not in _OS_ERRORS:
         return f"an error of class {kind}: {lines[0]}"
     if not re.search(r"/|\.safetensors|\.json|\.md|\.pt", lines[0]):

@@ -309,8 +309,8 @@ static int is_refused(size_t bytes) {
 #define MMAP_FUNCTION(name, place) \
   void* name(void* address, size_t bytes, int protection, int flags, int fd, place offset) { \
     REAL(name); \
-    int fails = fd >= 0 ? is_watched_fd(fd) && count(MMAP) == FAIL \
-                        : !(protection & PROT_EXEC) && protection != PROT_NONE && is_refused(bytes); \
+    int fails = (is_watched_fd(fd) && count(MMAP) == FAIL) || \
+                (!(protection & PROT_EXEC) && protection != PROT_NONE && is_refused(bytes)); \
     return fails ? MAP_FAILED : real(address, bytes, protection, flags, fd, offset); \
   }
 

@@ -63,13 +63,16 @@ def in_child(work: Callable[[], int], log: Path) -> Ended:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    until = time.monotonic() + PATIENCE
-    pause = 0.002
+    before = time.monotonic()
+    waited, pause = 0.0, 0.002
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return Ended(os.waitstatus_to_exitcode(status), out.read_text(), errors.read_text())
-        if time.monotonic() > until:
+        # Seconds in which this process was stopped from outside, its child most likely with it, do not count.
+        waited += min(time.monotonic() - before, 1.0)
+        before = time.monotonic()
+        if waited > PATIENCE:
             os.kill(pid, signal.SIGABRT)
             os.waitpid(pid, 0)
             return Ended(-signal.SIGABRT, "", "hangs")

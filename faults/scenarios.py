@@ -168,11 +168,12 @@ def _quantize_resumed(root: Path) -> None:
     except BaseException:
         now = model.state_dict()
         is_as_before = all(type(now[n]) is type(t) and torch.equal(now[n], t) for n, t in before.items())
-        # An error of removing what was kept comes when the model is quantized already, all of it.
+        # Ctrl-C may come while what was kept is removed: the model is quantized already, all of it.
         assert is_as_before or _quantized_names(now) == _quantized_names(model_to_save(4, 0).state_dict()), "in part"
         raise
     save_model(model, root / "out")
-    (root / "kept").rmdir()  # empty by now
+    with contextlib.suppress(OSError):
+        (root / "kept").rmdir()  # empty by now, but after a warning
 
 
 def _quantized_names(state: Mapping[str, Any]) -> set[str]:

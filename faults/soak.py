@@ -7,6 +7,7 @@ memory or descriptors grow.
 """
 
 import argparse
+import ctypes
 import faulthandler
 import hashlib
 import json
@@ -35,20 +36,38 @@ STUCK = 120.0
 """Seconds in which a thread must finish something, not counting those in which the process was stopped from outside."""
 
 
-_BUILDING = threading.Lock()
-"""Held while a model is built: how accelerate and transformers build one without numbers holds for all threads."""
+_MALLOC = ctypes.CDLL(None)
+
+
+class _Malloc(ctypes.Structure):
+    """glibc's ``struct mallinfo2``, over all arenas."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "mapped", "usmblks", "fsmblks", "in_use", "fordblks", "keepcost",
+    ))  # fmt: skip
+
+
+_MALLOC.mallinfo2.restype = _Malloc
 
 
 @dataclass
 class Course:
-    """Samples of one process: seconds, bytes that are its alone, and open files."""
+    """Samples of one process: seconds, bytes that are its alone, of these what malloc has given out, and open files.
+
+    malloc returns what is free to the system before each sample: without that, pages which threads have freed in one of
+    its arenas stay, and more of them from hour to hour, since each arena keeps the most that it ever needed.
+    """
 
     seconds: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
+    in_use: list[float] = field(default_factory=list)
     files: list[float] = field(default_factory=list)
 
     def sample(self, start: float) -> None:
         """Add what the system says now."""
+        _MALLOC.malloc_trim(0)
+        malloc = _MALLOC.mallinfo2()
+        self.in_use.append(float(malloc.in_use + malloc.mapped))
         status = Path("/proc/self/status").read_text()
         self.seconds.append(time.monotonic() - start)
         self.memory.append(1024.0 * int(status.partition("RssAnon:")[2].split()[0]))
@@ -123,8 +142,7 @@ class Soak:
             return again.state_dict()
 
         def open_again(number: int) -> Any:
-            with _BUILDING:
-                opened = hqqtensor.load(quantized, mmap=number % 2 > 0)
+            opened = hqqtensor.load(quantized, mmap=number % 2 > 0)
             with torch.no_grad():
                 return opened(ids).logits
 
@@ -162,12 +180,11 @@ class Soak:
         self.stop.set()
         for thread in threads:
             thread.join(timeout=STUCK)
-        memory, files = (slope(course.seconds, y) for y in (course.memory, course.files))
+        courses = {"memory": course.memory, "allocated": course.in_use, "files": course.files}
         return {
             "seconds": round(time.monotonic() - start), "rounds": dict(self.rounds), "errors": self.errors,
-            "memory": [3600 * v for v in memory], "files": [3600 * v for v in files],
-            "memory_at_first_and_last": [course.memory[len(course.memory) // 4], course.memory[-1]],
-            "files_at_first_and_last": [course.files[len(course.files) // 4], course.files[-1]],
+            **{what: [3600 * v for v in slope(course.seconds, y)] for what, y in courses.items()},
+            **{f"{what}_at_first_and_last": [y[len(y) // 4], y[-1]] for what, y in courses.items()},
         }  # fmt: skip
 
     def _repeat(self, thread: str, name: str, work: Callable[[int], Any]) -> None:
@@ -200,8 +217,7 @@ def _digest(value: Any) -> str:
 
 def _small(seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    with _BUILDING:
-        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(generator=generator)
@@ -278,7 +294,8 @@ def _report(number: int, result: dict[str, Any]) -> bool:
     rounds = ", ".join(f"{name} {count:,}" for name, count in result["rounds"].items())
     print(f"process {number}, {result['seconds']} s: {rounds}")
     grows = False
-    for what, unit, scale, least in (("memory", "MB", 1e6, 2e6), ("files", "descriptors", 1.0, 1.0)):
+    kinds = (("memory", "MB", 1e6, 2e6), ("allocated", "MB", 1e6, 2e6), ("files", "descriptors", 1.0, 1.0))
+    for what, unit, scale, least in kinds:
         gradient, error = result[what]
         first, last = (v / scale for v in result[f"{what}_at_first_and_last"])
         print(

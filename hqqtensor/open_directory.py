@@ -1,6 +1,7 @@
 """load: the model of a quantized transformers directory, memory-mapped."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqqtensor.empty_parameters import empty_parameters
 from hqqtensor.model_config import quantized_settings
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.serialization.layout import CheckpointError
@@ -30,7 +32,7 @@ def load(
     the model is in use: one that is cut short ends the process, one that is written to changes the model's numbers.
 
     InputError (a ValueError) where the directory is not of this kind, CheckpointError (a ValueError) where it is
-    damaged or leaves a parameter without a value, ImportError without transformers and accelerate, ValueError for
+    damaged or leaves a parameter without a value, ImportError without transformers, ValueError for
     ``generation`` where ``prepare_for_generation_`` cannot serve the model, or a dtype that is none.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -58,10 +60,8 @@ def empty_model(directory: Path, settings: Mapping[str, Any], otherwise: torch.d
     """
     try:
         import transformers
-        from accelerate import init_empty_weights
-        from transformers.initialization import no_init_weights
     except ImportError as error:
-        raise ImportError(f"load needs transformers and accelerate (pip install 'hqqtensor[cli]'): {error}") from error
+        raise ImportError(f"load needs transformers (pip install 'hqqtensor[cli]'): {error}") from error
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -71,7 +71,7 @@ def empty_model(directory: Path, settings: Mapping[str, Any], otherwise: torch.d
     # Weights need no random numbers, which take half of the time even on the meta device. Buffers are real: those that
     # are not persistent (rotary frequencies) are in no checkpoint.
     dtype = torch.float32 if otherwise is None else getattr(config, "dtype", None) or otherwise
-    with no_init_weights(), init_empty_weights(include_buffers=False), _default_dtype(dtype):
+    with _default_dtype(dtype), empty_parameters():
         model: Any = (build or transformers.AutoModel.from_config)(config)
     for part in model.modules():
         for module in part.modules() if isinstance(part, transformers.PreTrainedModel) else ():
@@ -83,14 +83,22 @@ def empty_model(directory: Path, settings: Mapping[str, Any], otherwise: torch.d
     return model.eval()
 
 
+_DTYPE = threading.Lock()
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """Torch's default dtype, which all threads share; it is not touched where it is ``dtype`` already."""
+    with _DTYPE:
+        if torch.get_default_dtype() == dtype:
+            yield
+            return
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:

@@ -59,7 +59,7 @@ def quantize_(
     a model that cannot write.
     ``resume``: a folder for what calibration has finished. After an interrupt or a kill the same call goes on from
     there and gives the same weights, bit for bit. It holds the quantized weights and the hidden states of the tokens,
-    and is emptied at the end. ValueError where it holds the run of another call.
+    and is emptied at the end, with a warning where that fails. ValueError where it holds the run of another call.
 
     Raises TypeError or ValueError naming the module: bad weight, tag that matches nothing, nothing to quantize.
     """
@@ -84,7 +84,10 @@ def quantize_(
     if device is not None:
         model.to(device)
     if kept is not None and kept is not resume:
-        kept.empty()
+        try:
+            kept.empty()
+        except OSError as error:
+            warnings.warn(f"the model is quantized, but {kept.path} could not be emptied: {error}", stacklevel=2)
 
 
 def _folder(

@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PART = ".part"
 """Ending of a file that is being written."""
@@ -26,6 +26,32 @@ def close_unchanged(handle: int) -> None:
     """Close a file that was only read, or whose bytes are on disk already: an error then says nothing of them."""
     with contextlib.suppress(OSError):
         os.close(handle)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A file that is only read, so that an error of closing it says nothing."""
+    file = open(path, "rb")  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return when the bytes of a file, or the names in a folder, are on disk: they then outlast a loss of power.
+
+    OSError names it.
+    """
+    if os.name == "nt":  # opens no folders
+        return
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            close_unchanged(handle)
 
 
 def write_whole(folder: Path, name: str, write: Callable[[Any], Any]) -> None:

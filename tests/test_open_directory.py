@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,38 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config.save_pretrained(path)
     transformers.GenerationConfig(eos_token_id=11).save_pretrained(path)
     return path
+
+
+def test_a_layer_that_another_thread_builds_meanwhile_has_its_numbers(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[torch.nn.Module] = []
+    real = transformers.LlamaModel.__init__
+
+    def in_the_middle(self: torch.nn.Module, config: transformers.LlamaConfig) -> None:
+        real(self, config)
+        assert self.embed_tokens.weight.is_meta  # type: ignore[union-attr]
+        thread = threading.Thread(target=lambda: built.extend([torch.nn.Linear(8, 8), transformers.LlamaModel(config)]))
+        thread.start()
+        thread.join()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaModel, "__init__", lambda self, config: in_the_middle(self, config)
+                      if threading.current_thread() is threading.main_thread() else real(self, config))  # fmt: skip
+        load(saved)
+    linear, model = built
+    assert all(p.device.type == "cpu" for module in built for p in module.parameters())
+    assert 0.1 < linear.weight.abs().max() <= 8**-0.5 and 0.01 < model.embed_tokens.weight.std() < 0.03
+
+
+def test_threads_load_at_once(saved: Path) -> None:
+    want = load(saved).state_dict()
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load(saved), range(8)))
+    for model in models:
+        assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+        assert not model.model.rotary_emb.inv_freq.is_meta
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def mapped(path: Path, tensor: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@
     streams-00012.pt    the hidden states behind that block, where another follows
 
 A file is written beside its place and then renamed, and streams before the weights of their step. So a step is finished
-if its weights are there, whenever the process was killed.
+if its weights are there, whenever the process was killed. run.json goes by another name while the folder is emptied.
 """
 
 import dataclasses
@@ -25,13 +25,14 @@ from hqqtensor.calibration.collect import Calibration, batches_for, calibrate
 from hqqtensor.calibration.data import Source
 from hqqtensor.calibration.experts import ExpertMoments
 from hqqtensor.forward import device_of
-from hqqtensor.run_record import ResumeError, begin, check_same, digest, is_begun
+from hqqtensor.run_record import NAME, ResumeError, begin, check_same, digest, is_begun
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.whole_file import PART, write_whole
 
 SAMPLE = 4096
 """Numbers of each parameter that count for the digest of a model, evenly spread."""
 CPU = torch.device("cpu")
+_EMPTYING = "run-that-is-removed.json"
 _OURS = re.compile(r"(run\.json|(batches|calibration|(weights|streams)-\d{5})\.pt)(\.part)?")
 
 
@@ -83,6 +84,8 @@ class ResumeFolder(os.PathLike[str]):
     def open(self, mode: str, calibrated_on: str) -> None:
         """Begin the run, or read what is finished of it. ResumeError where the folder holds something else."""
         self.run |= {"mode": mode, "calibrated on": calibrated_on}
+        if (self.path / _EMPTYING).exists():
+            self.empty()
         if not self.is_begun:
             if self.path.exists() and any(not name.endswith(PART) for name in os.listdir(self.path)):
                 raise ResumeError(f"{self.path} is not empty and holds no interrupted run")
@@ -105,7 +108,7 @@ class ResumeFolder(os.PathLike[str]):
 
     def save(self, name: str, value: Any) -> None:
         """Keep tensors and plain values under a name."""
-        write_whole(self.path, f"{name}.pt", lambda file: torch.save(value, file))
+        write_whole(self.path, f"{name}.pt", lambda file: write_archive(value, file))
 
     def finish(self, step: str, weights: Mapping[str, Tensor], streams: Any = None) -> None:
         """Keep the weights of a step, and the streams that the next one needs."""
@@ -123,10 +126,13 @@ class ResumeFolder(os.PathLike[str]):
         return self.load(f"streams-{len(self.steps) - 1:05}", device, mmap)
 
     def empty(self) -> None:
-        """Remove what this class has written, not the folder."""
+        """Remove what this class has written, not the folder. Whatever stops this, the next run goes on with it."""
+        if self.is_begun:
+            os.replace(self.path / NAME, self.path / _EMPTYING)
         for name in os.listdir(self.path):
             if _OURS.fullmatch(name):
                 (self.path / name).unlink()
+        (self.path / _EMPTYING).unlink(missing_ok=True)
 
 
 def calibrated(
@@ -155,6 +161,15 @@ def calibrated(
     seen = {f.name: getattr(calibration, f.name) for f in dataclasses.fields(calibration) if f.name != "batches"}
     folder.save("calibration", seen | {"experts": {k: vars(v) for k, v in calibration.experts.items()}})
     return calibration
+
+
+def write_archive(value: Any, file: Any) -> None:
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:  # of closing an archive that could not be written: what stopped it came before
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
+        raise
 
 
 def _read(file: Path, device: torch.device, mmap: bool) -> Any:

@@ -89,6 +89,6 @@ def resumable(out: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if folder.is_begun:
             print(f"what is finished is kept in {folder.path}: the same command goes on from there", file=sys.stderr)
         raise
-    folder.empty()
-    with contextlib.suppress(OSError):  # someone has put something there
+    with contextlib.suppress(OSError):  # what is left does no harm; or someone has put something there
+        folder.empty()
         folder.path.rmdir()

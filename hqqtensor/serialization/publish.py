@@ -20,13 +20,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hqqtensor.serialization.files import files_there, index_path, open_file
 from hqqtensor.serialization.header import is_of_a_save
 from hqqtensor.serialization.layout import CheckpointError
-from hqqtensor.whole_file import close_unchanged
+from hqqtensor.whole_file import close_unchanged, sync_to_disk
 
 try:
     import fcntl
@@ -34,12 +34,18 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 
-def publish(path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], nbytes: int) -> None:
+def publish(
+    path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], nbytes: int,
+    sync: Callable[[Path], None] = sync_to_disk,
+) -> None:  # fmt: skip
     """Move the files of one save to ``path``, or beside it with an index where they are several.
 
     written: whole files on the same file system, in the order of the shards. keys: names of the tensors in each.
-    nbytes: of all tensors.
+    nbytes: of all tensors. sync: puts a file, or the names in a folder, on disk. What a loss of power leaves is whole,
+    too: files are on disk before they are named, new names before old files go.
     """
+    for file in written:
+        sync(file)
     with _locked(path.parent):
         in_use = _in_use(path)
         names = _free_names(path, len(written), in_use)
@@ -47,9 +53,12 @@ def publish(path: Path, written: Sequence[Path], keys: Sequence[Sequence[str]], 
             os.replace(written[0], path)
             index_path(path).unlink(missing_ok=True)
         else:
-            _move_shards(path, written, names, index_text(names, keys, nbytes))
-        for name in (in_use - set(names)) | _orphans(path, in_use | set(names)):
-            (path.parent / name).unlink(missing_ok=True)
+            _move_shards(path, written, names, index_text(names, keys, nbytes), sync)
+        try:
+            sync(path.parent)
+        finally:
+            for name in (in_use - set(names)) | _orphans(path, in_use | set(names)):
+                (path.parent / name).unlink(missing_ok=True)
 
 
 def shard_names(stem: str, count: int) -> list[str]:
@@ -65,12 +74,16 @@ def index_text(names: Sequence[str], keys: Sequence[Sequence[str]], nbytes: int)
     return json.dumps({"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=1)
 
 
-def _move_shards(path: Path, written: Sequence[Path], names: Sequence[str], index: str) -> None:
+def _move_shards(
+    path: Path, written: Sequence[Path], names: Sequence[str], index: str, sync: Callable[[Path], None]
+) -> None:
     target, new_index = index_path(path), written[0].with_name("index.json")
     new_index.write_text(index)
+    sync(new_index)
     try:
         for file, name in zip(written, names, strict=True):
             os.replace(file, path.parent / name)
+        sync(path.parent)
         os.replace(new_index, target)
         path.unlink(missing_ok=True)
     except BaseException:

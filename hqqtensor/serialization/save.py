@@ -3,7 +3,7 @@
 import bisect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from hqqtensor.serialization.publish import publish
 from hqqtensor.serialization.scratch import scratch_beside
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transfer import check_compression, pack_directory
-from hqqtensor.whole_file import naming
+from hqqtensor.whole_file import naming, sync_to_disk
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,8 +37,8 @@ def save_model(
     """Write the model's state to ``path``, a ``.safetensors`` file or a directory (``model.safetensors`` in it).
 
     A tied weight is stored once. Over ``max_shard_size`` bytes the state goes to shards with an index file. A save
-    that is cut short leaves the checkpoint that was there. Non-persistent buffers are stored too, for
-    ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
+    that is cut short, also by a loss of power, leaves the checkpoint that was there. Non-persistent buffers are stored
+    too, for ``load_model`` into a model on the meta device, unless ``non_persistent_buffers`` is False: for models of
     transformers ``load_model`` can compute them. ValueError if a tensor is on the meta device or could not be loaded
     again (NaN in its scales); OSError naming the file where it cannot be written (a full disk).
     ``compression``: "zstd", "deflate" or "none" writes one packed file for the network instead, of which
@@ -68,8 +68,9 @@ def save_state(
 
 
 def _write_units(
-    units: list[dict[str, Tensor]], header: dict[str, str], path: str | os.PathLike, max_shard_size: int | str
-) -> None:
+    units: list[dict[str, Tensor]], header: dict[str, str], path: str | os.PathLike, max_shard_size: int | str,
+    sync: Callable[[Path], None] = sync_to_disk,
+) -> None:  # fmt: skip
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DEFAULT_NAME
@@ -81,7 +82,8 @@ def _write_units(
         written = [scratch / f"{place}.safetensors" for place in range(len(shards))]
         for file, tensors in zip(written, shards, strict=True):
             write_tensors(tensors, file, header, shown=path)
-        publish(path, written, [list(tensors) for tensors in shards], sum(t.nbytes for s in shards for t in s.values()))
+        nbytes = sum(t.nbytes for tensors in shards for t in tensors.values())
+        publish(path, written, [list(tensors) for tensors in shards], nbytes, sync)
 
 
 def _write_packed(
@@ -90,10 +92,12 @@ def _write_packed(
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), scratch_beside(path) as scratch:
         plain, packed = scratch / "plain", scratch / path.name
-        _write_units(units, header, plain, max_shard_size)
+        _write_units(units, header, plain, max_shard_size, sync=lambda path: None)
         with open(packed, "xb") as stream:
             pack_directory(plain, stream, compression)
+        sync_to_disk(packed)
         os.replace(packed, path)
+        sync_to_disk(path.parent)
 
 
 def shard_limit(max_shard_size: int | str) -> int:

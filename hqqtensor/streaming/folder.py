@@ -24,7 +24,7 @@ from hqqtensor.serialization.scratch import work_prefix
 from hqqtensor.streaming.claims import CLAIMS, JOURNAL, Claims
 from hqqtensor.streaming.plan import Plan, Shard
 from hqqtensor.streaming.shards import create, is_whole, lay_out_again
-from hqqtensor.whole_file import PART, close_unchanged
+from hqqtensor.whole_file import PART, sync_to_disk
 
 ENDING = ".unfinished"
 _CALIBRATION = "calibration"
@@ -126,8 +126,8 @@ class RunFolder:
             index_path(self.new / DEFAULT_NAME).write_text(index)
         complete(self.new)
         for path in self.new.iterdir():
-            _sync(path)
-        _sync(self.new)
+            sync_to_disk(path)
+        sync_to_disk(self.new)
         with self.claims.setting_up(self.patience):
             self._replace()
             _remove(self.path, self.out)
@@ -142,7 +142,7 @@ class RunFolder:
             if old.exists() and not self.out.exists():
                 old.rename(self.out)
             raise
-        _sync(self.out.parent)
+        sync_to_disk(self.out.parent)
 
     def remove(self) -> None:
         """Remove the folder, for a run that cannot go on."""
@@ -184,11 +184,3 @@ def settle(out: Path) -> str:
         finally:
             claims.close()
     return ""
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        close_unchanged(handle)

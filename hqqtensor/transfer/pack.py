@@ -23,7 +23,7 @@ from hqqtensor.transfer.frames import (
     manifest,
     write_frame,
 )
-from hqqtensor.whole_file import naming
+from hqqtensor.whole_file import naming, reading
 
 _STRIDES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4}
 """Bytes of a number by its type in safetensors; those of packed codes have none that would help."""
@@ -89,7 +89,7 @@ def pack_directory(
 
 def _chunks(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
     """The bytes of a file in pieces of one kind each, with the bytes of a number in it."""
-    with naming(path), open(path, "rb") as file:
+    with naming(path), reading(path) as file:
         for length, stride in _regions(file, path, size):
             left = length
             while left:

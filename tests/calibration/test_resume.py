@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from hqqtensor import HqqConfig, HQQTensor, quantize_
 from hqqtensor.calibration import apply, calibrate, chain, collect, data
-from hqqtensor.calibration.resume import ResumeError, ResumeFolder, digest
+from hqqtensor.calibration.resume import ResumeError, ResumeFolder, digest, write_archive
 from hqqtensor.quantize import PHASES
 
 CONFIG = HqqConfig(3, 32)
@@ -206,6 +206,44 @@ def test_only_what_a_run_has_written_is_removed(begun: Path) -> None:
     (begun / "notes.txt").write_text("mine")
     quantize_(Stack(), CONFIG, calibration=BATCHES, resume=begun)
     assert [file.name for file in begun.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("removed", [0, 2])
+def test_emptying_that_fails_leaves_a_quantized_model_and_the_next_call_goes_on_with_it(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    left, real = iter(range(removed)), Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == begun and path.name.startswith("weights") and next(left, None) is None:
+            raise OSError(5, "Input/output error", str(path))
+        real(path, missing_ok)
+
+    model = Stack()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.warns(
+            UserWarning, match="the model is quantized, but .* could not be emptied: .*Input/output error"
+        ):
+            quantize_(model, CONFIG, calibration=BATCHES, resume=begun)
+    again = Stack()
+    quantize_(again, CONFIG, calibration=BATCHES, resume=begun)
+    same(model, again)
+    assert not list(begun.iterdir())
+
+
+def test_an_error_of_writing_is_not_hidden_by_torchs_own(tmp_path: Path) -> None:
+    class Full:
+        written = 0
+
+        def write(self, data: bytes) -> int:
+            self.written += len(data)
+            if self.written > 6000:
+                raise OSError(28, "No space left on device")
+            return len(data)
+
+    with pytest.raises(OSError, match="No space left"):
+        write_archive([torch.zeros(1000) for _ in range(9)], Full())
 
 
 def test_a_caller_may_keep_the_folder_until_the_weights_are_saved(tmp_path: Path) -> None:

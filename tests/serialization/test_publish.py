@@ -42,6 +42,40 @@ def names(path: Path) -> list[str]:
     return sorted(os.listdir(path))
 
 
+@pytest.mark.parametrize("size", [WHOLE, SHARDED])
+def test_files_are_on_disk_before_they_are_named_and_their_names_before_the_old_ones_go(
+    tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(model(0), tmp_path, max_shard_size=OTHERS)
+    old = {file.name for file in checkpoint_files(tmp_path)}
+    on_disk: set[str] = set()
+    settled = False  # no name has changed since the folder was written to disk
+    sync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def fsync(handle: int) -> None:
+        nonlocal settled
+        sync(handle)
+        on_disk.add(os.readlink(f"/proc/self/fd/{handle}"))
+        settled |= os.path.samefile(os.readlink(f"/proc/self/fd/{handle}"), tmp_path)
+
+    def rename(source: Path, target: Path) -> None:
+        nonlocal settled
+        assert os.path.realpath(source) in on_disk
+        assert settled or not target.name.endswith(".json"), "the index is named before its shards are there"
+        replace(source, target)
+        settled = False
+
+    def remove(path: Path, missing_ok: bool = False) -> None:
+        assert settled or path.name not in old
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(Path, "unlink", remove)
+    save_model(model(10), tmp_path, max_shard_size=size)
+    assert settled and saved_values(tmp_path) == [10] * 4 and not old & set(names(tmp_path))
+
+
 class Stopped(BaseException):
     """As KeyboardInterrupt: no Exception."""
 

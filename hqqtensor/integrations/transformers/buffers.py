@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from hqqtensor.empty_parameters import empty_parameters
+
 
 def computed_buffers(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The buffers of these names as the model's constructor computes them, on the cpu; none for other models.
@@ -18,9 +20,7 @@ def computed_buffers(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor
     if not isinstance(model, PreTrainedModel):
         return {}
     try:
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):
+        with empty_parameters():
             again = type(model)(copy.deepcopy(model.config))
     except Exception as error:
         warnings.warn(f"{type(model).__name__} could not be built to compute its buffers: {error}", stacklevel=2)
