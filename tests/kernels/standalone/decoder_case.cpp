@@ -39,7 +39,7 @@ class RandomDecoder {
     for (int64_t i = 0; i < s.last_layer * s.batch; ++i) {
       s.caches.push_back(cache(s, packed));
       const LayerCache& c = s.caches.back();
-      most = std::max(most, c.packed_tokens() + c.first + c.length + s.tokens);
+      most = std::max(most, c.packed.tokens() + c.first + c.length + s.tokens);
     }
     if (r_.chance(3)) {
       s.mask_columns = most;
@@ -54,7 +54,16 @@ class RandomDecoder {
   const float* norm(int64_t size) { return (const float*)random_numbers(r_, b_, DType::f32, size, 0.5f, 1.5f); }
 
   Linear linear(int64_t N, int64_t K) {
-    Linear l{.w = random_weight(r_, b_, digits_, 1, N, K), .bias = nullptr, .pre_scale = nullptr, .digits = digits_};
+    Linear l{};
+    l.digits = digits_;
+    if (K % 16 == 0 && r_.chance(6)) {
+      l.w.N = N, l.w.K = K, l.w.axis = 1, l.digits = 3;
+      l.dense_type = r_.choose({DType::f32, DType::f16, DType::bf16});
+      l.dense = random_numbers(r_, b_, l.dense_type, N * K, -0.1f, 0.1f);
+    } else {
+      l.w = random_weight(r_, b_, digits_, 1, N, K);
+      l.rotation = K % 16 == 0 && r_.chance(4) ? 16 : 0;
+    }
     if (r_.chance(4)) l.bias = norm(N);
     if (r_.chance(4)) l.pre_scale = norm(K);
     return l;
@@ -96,6 +105,11 @@ class RandomDecoder {
     c.values = (char*)random_numbers(r_, b_, s.type, count, -1, 1);
     if (!packed) return c;
     c.packed.blocks = r_.from_to(1, 4), c.packed.block = r_.choose<int64_t>({16, 32, 64});
+    c.packed.stride = d_.kv_heads;
+    if ((d_.head_dim & (d_.head_dim - 1)) == 0 && r_.chance(2)) {
+      c.packed.signs = (const float*)random_numbers(r_, b_, DType::f32, d_.head_dim, 1, 1);
+      c.packed.rotated_keys = r_.chance(2), c.packed.rotated_values = r_.chance(2);
+    }
     const auto states = [&] {
       auto all = std::make_shared<std::vector<Weight>>();
       for (int64_t i = 0; i < d_.kv_heads * c.packed.blocks; ++i) {
