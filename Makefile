@@ -177,29 +177,19 @@ memcheck: $(STAMP)
 	$(call standalone,,build/objects-c++,build/standalone)
 	valgrind -q --error-exitcode=9 build/standalone --seconds $(SET_SECONDS)
 
-# tests/kernels/arguments: libFuzzer over the checks of the operators' arguments, without torch. Kernels are gcc's; the rest is
-# zig's clang, whose counters say what an input reaches, and which stops at undefined behaviour. libFuzzer is the one in
-# atheris's wheel. What it keeps lies in build/arguments/corpus, what it finds in build/arguments.
-SECONDS ?= 600
+# tests/kernels/arguments: random arguments for the operators' checks, without torch, others each time.
 ARGUMENTS := $(wildcard tests/kernels/arguments/*.cpp) tests/kernels/standalone/runtime.cpp
 CHECKED := $(filter-out %/torch/threads.cpp %/dispatch/scratch.cpp %/dispatch/select.cpp, \
   $(wildcard hqqtensor/kernels/cpu/torch/*.cpp hqqtensor/kernels/cpu/dispatch/*.cpp))
-ZIG := $(CURDIR)/$(BIN)/python -m ziglang c++ -std=c++20 -O1 -g -ffp-contract=off -iquote hqqtensor/kernels/cpu \
-  -iquote tests/kernels/standalone -iquote tests/kernels/arguments -DTORCH_TARGET_VERSION=0x020b000000000000 -DLIBFUZZER
+SECONDS ?= 600
 fuzz-arguments: $(STAMP)
 	$(BIN)/python setup.py -q build_kernels
-	mkdir -p build/arguments/corpus
-	$(BIN)/pip download -q --no-deps -d build/arguments atheris==3.0.0
-	cd build/arguments && unzip -qo atheris-*.whl libclang_rt.fuzzer_no_main.a
-	for source in $(ARGUMENTS) $(CHECKED); do \
-	  case $$source in tests/*) counters=;; *) counters=-fsanitize=fuzzer-no-link,undefined;; esac; \
-	  $(ZIG) $$counters -fsanitize-trap=undefined -fno-sanitize=alignment \
-	    -isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/include \
-	    -c $$source -o build/arguments/$$(echo $$source | tr / _).o || exit 1; done
-	$(ZIG) build/arguments/*.o build/arguments/libclang_rt.fuzzer_no_main.a \
-	  $(addsuffix /target.o,$(addprefix build/objects-c++/,amx avx512 avx2 portable)) -lpthread -o build/fuzz-arguments
-	build/fuzz-arguments -max_total_time=$(SECONDS) -max_len=2000 -timeout=20 -artifact_prefix=build/arguments/ \
-	  build/arguments/corpus
+	c++ -std=c++20 -O1 -g -ffp-contract=off -iquote hqqtensor/kernels/cpu -iquote tests/kernels/standalone \
+	  -iquote tests/kernels/arguments -DTORCH_TARGET_VERSION=0x020b000000000000 \
+	  -isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/include \
+	  $(ARGUMENTS) $(CHECKED) $(addsuffix /target.o,$(addprefix build/objects-c++/,amx avx512 avx2 portable)) -lpthread \
+	  -o build/fuzz-arguments
+	build/fuzz-arguments --first $$(date +%s)000000 --seconds $(SECONDS)
 
 # Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
 fuzz: $(STAMP)

@@ -1,6 +1,5 @@
 // arguments [--seconds S] [--inputs N] [--first SEED]: random inputs, each from a seed.
 // arguments FILE: the input in a file.
-// With -DLIBFUZZER: libFuzzer's options, see `make fuzz-arguments`.
 #include <sys/time.h>
 #include <unistd.h>
 
