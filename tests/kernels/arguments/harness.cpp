@@ -69,7 +69,6 @@ constexpr int64_t kShared = 1 << 20;  // dimensions beyond this share their numb
 // The tensor, with a dimension less here and there where torch would not take the product of the sizes; one number where its
 // memory would be too much.
 Tensor* made(TensorValue v, Filler& r) {
-  if (v.strides.size() != v.sizes.size()) v.strides = contiguous(v.sizes);
   __int128 count = 1;
   bool shared = false;
   for (int64_t& size : v.sizes) {
@@ -77,6 +76,7 @@ Tensor* made(TensorValue v, Filler& r) {
     count *= std::max<int64_t>(size, 1);
     shared = shared || size > kShared;
   }
+  if (v.strides.size() != v.sizes.size()) v.strides = contiguous(v.sizes);
   if (shared) {
     std::vector<int64_t> real = v.sizes;
     for (int64_t& size : real) size = size > kShared ? 1 : size;
