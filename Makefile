@@ -17,7 +17,7 @@ pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 locked = awk '/^[^ ]/ { wanted = /^($(1))==/ } wanted' $(LOCK)
 
 .PHONY: demo test lint lock audit wheel wheel-twice wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize \
-  sanitize-threads guard memcheck fuzz faults soak gpu-check clean
+  sanitize-threads guard memcheck fuzz fuzz-arguments faults soak gpu-check clean
 
 # pip compares each file with its hash, and installs nothing that the lock file does not name. Torch, which has no hash there,
 # comes last: by then its requirements are installed, from files with hashes. pip uses one core and the kernels need no torch, so
@@ -177,8 +177,21 @@ memcheck: $(STAMP)
 	$(call standalone,,build/objects-c++,build/standalone)
 	valgrind -q --error-exitcode=9 build/standalone --seconds $(SET_SECONDS)
 
-# Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
+# tests/kernels/arguments: random arguments for the operators' checks, without torch, others each time.
+ARGUMENTS := $(wildcard tests/kernels/arguments/*.cpp) tests/kernels/standalone/runtime.cpp
+CHECKED := $(filter-out %/torch/threads.cpp %/dispatch/scratch.cpp %/dispatch/select.cpp, \
+  $(wildcard hqqtensor/kernels/cpu/torch/*.cpp hqqtensor/kernels/cpu/dispatch/*.cpp))
 SECONDS ?= 600
+fuzz-arguments: $(STAMP)
+	$(BIN)/python setup.py -q build_kernels
+	c++ -std=c++20 -O1 -g -ffp-contract=off -iquote hqqtensor/kernels/cpu -iquote tests/kernels/standalone \
+	  -iquote tests/kernels/arguments -DTORCH_TARGET_VERSION=0x020b000000000000 \
+	  -isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/include \
+	  $(ARGUMENTS) $(CHECKED) $(addsuffix /target.o,$(addprefix build/objects-c++/,amx avx512 avx2 portable)) -lpthread \
+	  -o build/fuzz-arguments
+	build/fuzz-arguments --first $$(date +%s)000000 --seconds $(SECONDS)
+
+# Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
 fuzz: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
 

@@ -54,11 +54,15 @@ class RandomDecoder {
   const float* norm(int64_t size) { return (const float*)random_numbers(r_, b_, DType::f32, size, 0.5f, 1.5f); }
 
   Linear linear(int64_t N, int64_t K) {
-    Linear l{.w = random_weight(r_, b_, digits_, 1, N, K), .bias = nullptr, .pre_scale = nullptr, .digits = digits_};
-    if (K % 16 == 0 && r_.chance(5)) {
-      l.w = {}, l.w.N = N, l.w.K = K;
+    Linear l{};
+    l.digits = digits_;
+    if (K % 16 == 0 && r_.chance(6)) {
+      l.w.N = N, l.w.K = K, l.w.axis = 1, l.digits = 3;
       l.dense_type = r_.choose({DType::f32, DType::f16, DType::bf16});
-      l.dense = random_numbers(r_, b_, l.dense_type, N * K, -1, 1);
+      l.dense = random_numbers(r_, b_, l.dense_type, N * K, -0.1f, 0.1f);
+    } else {
+      l.w = random_weight(r_, b_, digits_, 1, N, K);
+      l.rotation = K % 16 == 0 && r_.chance(4) ? 16 : 0;
     }
     if (r_.chance(4)) l.bias = norm(N);
     if (r_.chance(4)) l.pre_scale = norm(K);
@@ -103,9 +107,8 @@ class RandomDecoder {
     c.packed.blocks = r_.from_to(1, 4), c.packed.block = r_.choose<int64_t>({16, 32, 64});
     c.packed.stride = d_.kv_heads;
     if ((d_.head_dim & (d_.head_dim - 1)) == 0 && r_.chance(2)) {
-      auto* const signs = b_.take<float>(d_.head_dim);
-      for (int64_t i = 0; i < d_.head_dim; ++i) signs[i] = r_.chance(2) ? 1.0f : -1.0f;
-      c.packed.signs = signs, c.packed.rotated_keys = r_.chance(2), c.packed.rotated_values = r_.chance(2);
+      c.packed.signs = (const float*)random_numbers(r_, b_, DType::f32, d_.head_dim, 1, 1);
+      c.packed.rotated_keys = r_.chance(2), c.packed.rotated_values = r_.chance(2);
     }
     const auto states = [&] {
       auto all = std::make_shared<std::vector<Weight>>();

@@ -15,8 +15,9 @@ bool attention(Call& c) {
             "attention: query must be floating-point [batch, heads, tokens, dim], got ", q);
   a.batch = q.size(0), a.heads = q.size(1), a.tokens = q.size(2), a.dim = q.size(3);
   for (const Tensor* t : {&keys, &values})
-    HQQ_CHECK(t->dim() == 4 && t->scalar() == q.scalar() && t->size(0) == a.batch && t->size(3) == a.dim && t->numel() &&
-                  a.heads % t->size(1) == 0 && keys.size(1) == values.size(1) && keys.size(2) == values.size(2),
+    HQQ_CHECK(keys.dim() == 4 && values.dim() == 4 && t->scalar() == q.scalar() && t->size(0) == a.batch &&
+                  t->size(3) == a.dim && t->numel() && a.heads % t->size(1) == 0 && keys.size(1) == values.size(1) &&
+                  keys.size(2) == values.size(2),
               "attention: key and value must be [", a.batch, ", heads, tokens, ", a.dim,
               "] of the query's dtype, with heads that ", a.heads, " share, got ", keys, " and ", values);
   a.kv_heads = keys.size(1), a.length = keys.size(2);

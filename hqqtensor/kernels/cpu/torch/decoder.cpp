@@ -64,11 +64,16 @@ void place_experts(Decoder& d, DecoderLayer& l, std::string_view role, int64_t c
   const int64_t N = down ? d.hidden : 2 * d.intermediate, K = down ? d.intermediate : d.hidden;
   HQQ_CHECK(first.w.N == N && first.w.K == K && count >= 1 && (l.mlps.empty() || (int64_t)l.mlps.size() == count),
             "decoder: ", role, " must be [experts, ", N, ", ", K, "], got [", count, ", ", first.w.N, ", ", first.w.K, "]");
+  HQQ_CHECK(down || l.mlps.empty() || l.mlps[0].gate_up.empty(), "decoder: a layer has ", role, " already");
+  std::vector<Linear> all;
+  for (int64_t e = 0; e < count; ++e) {
+    all.push_back(expert(e));
+    HQQ_CHECK(all.back().w.table.count == first.w.table.count, "decoder: ", role, " must have codebooks of equal digits");
+  }
   l.mlps.resize((size_t)count);
   for (int64_t e = 0; e < count; ++e) {
-    const Linear linear = expert(e);
-    HQQ_CHECK(linear.w.table.count == first.w.table.count, "decoder: ", role, " must have codebooks of equal digits");
-    down ? (void)(l.mlps[(size_t)e].down = linear) : l.mlps[(size_t)e].gate_up.push_back(linear);
+    Mlp& mlp = l.mlps[(size_t)e];
+    down ? (void)(mlp.down = all[(size_t)e]) : mlp.gate_up.push_back(all[(size_t)e]);
   }
 }
 
@@ -78,25 +83,27 @@ void place(Decoder& d, DecoderLayer& l, std::string_view role, const Linear& lin
   struct Role {
     std::string_view name;
     int64_t rows, columns;
+    size_t before;  // projections of the same input that come before it
   };
+  const int64_t kv_rows = d.kv_heads * d.head_dim;
   const Role roles[] = {
-      {"qkv", d.qkv_rows(), d.hidden},          {"q", d.q_rows(), d.hidden},      {"k", d.kv_heads * d.head_dim, d.hidden},
-      {"v", d.kv_heads * d.head_dim, d.hidden}, {"o", d.hidden, d.q_rows()},      {"gate_up", 2 * d.intermediate, d.hidden},
-      {"gate", d.intermediate, d.hidden},       {"up", d.intermediate, d.hidden}, {"down", d.hidden, d.intermediate}};
+      {"qkv", d.qkv_rows(), d.hidden, 0},    {"q", d.q_rows(), d.hidden, 0},      {"k", kv_rows, d.hidden, 1},
+      {"v", kv_rows, d.hidden, 2},           {"o", d.hidden, d.q_rows(), 0},      {"gate_up", 2 * d.intermediate, d.hidden, 0},
+      {"gate", d.intermediate, d.hidden, 0}, {"up", d.intermediate, d.hidden, 1}, {"down", d.hidden, d.intermediate, 0}};
   for (const Role& r : roles) {
     if (r.name != role) continue;
     HQQ_CHECK(N == r.rows && K == r.columns, "decoder: ", role, " must be [", r.rows, ", ", r.columns, "], got [", N, ", ", K,
               "]");
     const bool attention = role == "o" || role.front() == 'q' || role == "k" || role == "v";
+    const bool alone = role == "o" || role == "down";  // reads an input of its own
+    const size_t before = alone ? 0 : attention ? l.qkv.size() : l.mlps.empty() ? 0 : l.mlps[0].gate_up.size();
+    HQQ_CHECK(before == r.before, "decoder: ", role, " must be the ", (int64_t)r.before + 1, ". projection of its input, got ",
+              (int64_t)before, " before it");
     if (!attention && l.mlps.empty()) l.mlps.emplace_back();
-    if (role == "o") {
-      l.o = linear;
-    } else if (role == "down") {
-      l.mlps[0].down = linear;
-    } else {
-      auto& parts = attention ? l.qkv : l.mlps[0].gate_up;
-      parts.push_back(linear);
-    }
+    if (alone)
+      (attention ? l.o : l.mlps[0].down) = linear;
+    else
+      (attention ? l.qkv : l.mlps[0].gate_up).push_back(linear);
     return;
   }
   fail("decoder: there is no projection '", role, "'");
@@ -109,10 +116,11 @@ int64_t columns_of(const std::vector<Linear>& parts) {
 }
 
 void check_complete(const Decoder& d) {
+  const auto complete = [&](const Mlp& m) { return columns_of(m.gate_up) == 2 * d.intermediate && m.down.w.N; };
   for (const DecoderLayer& l : d.layers)
     HQQ_CHECK(l.input_norm && l.mlp_norm && columns_of(l.qkv) == d.qkv_rows() && l.o.w.N &&
                   (int64_t)l.mlps.size() == (l.router.weight ? l.router.experts : 1) &&
-                  columns_of(l.mlps[0].gate_up) == 2 * d.intermediate && l.mlps[0].down.w.N,
+                  std::all_of(l.mlps.begin(), l.mlps.end(), complete),
               "decoder: a layer lacks a norm, a projection or its router");
 }
 
@@ -195,6 +203,7 @@ bool decoder_new(Call& c) {
   constexpr int64_t most = 1 << 24;
   for (const int64_t size : {layers, d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate})
     HQQ_CHECK(size >= 1 && size <= most, "decoder: sizes must be 1 to ", most, ", got ", size);
+  HQQ_CHECK(layers <= 1 << 16, "decoder: layers must be 1 to ", (int64_t)1 << 16, ", got ", layers);
   HQQ_CHECK(d.heads % d.kv_heads == 0, "decoder: ", d.heads, " heads do not share ", d.kv_heads, " of keys and values");
   HQQ_CHECK(d.head_dim % 16 == 0, "decoder: head_dim must be a multiple of 16, got ", d.head_dim);
   d.layers.resize((size_t)layers);
@@ -210,8 +219,9 @@ bool decoder_delete(Call& c) {
 bool decoder_set_layer(Call& c) {
   const auto owner = find(c.integer());
   DecoderLayer& l = layer_of(*owner, c.integer());
-  l.window = c.integer(), l.rope = c.integer();
-  HQQ_CHECK(l.window >= 0 && l.rope >= 0, "decoder: window and rope must not be negative, got ", l.window, " and ", l.rope);
+  const int64_t window = c.integer(), rope = c.integer();
+  HQQ_CHECK(window >= 0 && rope >= 0, "decoder: window and rope must not be negative, got ", window, " and ", rope);
+  l.window = window, l.rope = rope;
   return true;
 }
 
@@ -304,16 +314,15 @@ bool decoder_router(Call& c) {
   Decoder& d = owner->decoder;
   DecoderLayer& l = layer_of(*owner, c.integer());
   const Tensor weight = c.tensor();
-  l.router.chosen = c.integer();
-  l.router.normalized = c.integer() != 0;
+  const int64_t chosen = c.integer();
+  const bool normalized = c.integer() != 0;
   HQQ_CHECK(weight.dim() == 2 && weight.size(1) == d.hidden && d.hidden % 16 == 0, "decoder: a router must be [experts, ",
             d.hidden, "], a multiple of 16, got ", weight);
-  l.router.experts = weight.size(0);
-  HQQ_CHECK(l.router.chosen >= 1 && l.router.chosen <= l.router.experts, "decoder: ", l.router.chosen, " of ", l.router.experts,
-            " experts cannot be chosen");
+  const int64_t experts = weight.size(0);
+  HQQ_CHECK(chosen >= 1 && chosen <= experts, "decoder: ", chosen, " of ", experts, " experts cannot be chosen");
   owner->tensors.push_back(converted(weight, Scalar::float32));
   owner->places.push_back(owner->tensors.back().data());
-  l.router.weight = (const float*)owner->places.back();
+  l.router = {(const float*)owner->places.back(), experts, chosen, normalized};
   return true;
 }
 

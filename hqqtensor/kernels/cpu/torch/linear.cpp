@@ -90,18 +90,18 @@ std::vector<PackedArguments> split(Call& c, std::vector<Tensor>& bias, std::vect
   return all;
 }
 
-// Runs of rows of x [S, K], the e-th up to row ends[e], each times its own weight, into y [S, N]; rows after the last run are
+// Runs of rows of x [S, K], the e-th up to row ends[e], each times the e-th weight, into y [S, N]; rows after the last run are
 // zero. False where no kernel serves.
 bool multiply_runs(const Rows& x, const Activation& how, const std::vector<int64_t>& ends, const PackedWeights& weights,
                    const FloatVector& pre_scale, const Tensor& y) {
   const int64_t size = size_of(how.type), N = weights.N();
   auto* out = (char*)y.mutable_data();
   int64_t first = 0;
-  for (int64_t e = 0; e < weights.count(); ++e) {
-    const int64_t last = ends[(size_t)e];
+  for (size_t e = 0; e < ends.size(); ++e) {
+    const int64_t last = ends[e];
     if (last == first) continue;
-    const Problem run{weights.at(e),  x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr,
-                      pre_scale.data, out + first * N * size,           N,        how.rounded};
+    const Problem run{weights.at((int64_t)e), x.data + first * x.stride * size, x.stride, last - first, how.type, nullptr,
+                      pre_scale.data,         out + first * N * size,           N,        how.rounded};
     if (!run_linear(run, how.digits)) return false;
     first = last;
   }
@@ -201,6 +201,7 @@ bool batched_linear(Call& c) {
   return multiply_experts(c, "batched_linear", x, 3, [&](const PackedWeights& w) {
     HQQ_CHECK(x.size(0) == w.count(), "batched_linear: input ", x, " does not fit ", w.count(), " weights");
     std::vector<int64_t> ends;
+    if (x.numel() == 0 || w.N() == 0) return ends;  // of no numbers there may be any count of weights, without memory
     for (int64_t e = 1; e <= w.count(); ++e) ends.push_back(e * x.size(1));
     return ends;
   });

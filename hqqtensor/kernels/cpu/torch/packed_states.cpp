@@ -28,8 +28,8 @@ PackedCache PackedStates::of(size_t i, int64_t batch, int64_t kv_heads) {
   for (const size_t part : {0, 3}) {
     const Tensor& qdata = tensors_[6 * i + part];
     weights_.push_back(read(6 * i + part, settings_[part ? 3 : 2]));
-    HQQ_CHECK(qdata.size(1) == batch && qdata.size(2) == kv_heads && qdata.size(3) <= kMostPacked,
-              "packed states must be [blocks, ", batch, ", ", kv_heads, ", up to ", kMostPacked, ", row_bytes], got ", qdata);
+    HQQ_CHECK(qdata.size(1) == batch && qdata.size(2) == kv_heads && qdata.size(3) >= 1 && qdata.size(3) <= kMostPacked,
+              "packed states must be [blocks, ", batch, ", ", kv_heads, ", 1 to ", kMostPacked, ", row_bytes], got ", qdata);
   }
   const Tensor &keys = tensors_[6 * i], &values = tensors_[6 * i + 3];
   HQQ_CHECK(values.size(0) == keys.size(0) && values.size(3) == keys.size(3), "as many packed values as keys are needed");

@@ -288,6 +288,7 @@ float unit_of(const Matrix& w, int64_t rows, int64_t pieces) {
 bool column_spread(Call& c) {
   const Tensor weight = c.tensor();
   const int64_t rounds = c.integer();
+  HQQ_CHECK(rounds >= 1 && rounds <= 1000, "rounds must be 1 to 1000, got ", rounds);
   const Matrix w(weight);
   const int64_t rows = (w.N - 1) / kSpreadPieces + 1, pieces = (w.N - 1) / rows + 1;
   const float unit = unit_of(w, rows, pieces);
@@ -391,10 +392,13 @@ bool lloyd(Call& c) {
                    });
   });
   const auto count_rows = (int64_t)rows.size();
-  c.give(totals(sums, count_rows, 0, 1));
+  // All before the first is given: what was given is lost where a later one has no memory.
+  Tensor errors = totals(sums, count_rows, 0, 1), top = totals(sums, count_rows, 1, count);
+  Tensor bottom = totals(sums, count_rows, 17, count);
+  c.give(std::move(errors));
   c.give(std::move(better));
-  c.give(totals(sums, count_rows, 1, count));
-  c.give(totals(sums, count_rows, 17, count));
+  c.give(std::move(top));
+  c.give(std::move(bottom));
   return true;
 }
 
