@@ -15,7 +15,6 @@
 
 #include "harness.h"
 
-
 namespace {
 
 volatile uint64_t current_seed = 0;
