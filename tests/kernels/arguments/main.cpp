@@ -33,11 +33,17 @@ void limit_processor_time(time_t seconds) {
   setitimer(ITIMER_PROF, &limit, nullptr);
 }
 
-void report() {
+// What was called; 1 where nothing was.
+int report() {
   const auto& s = fake::statistics();
+  if (s.calls == 0) {
+    std::fprintf(stderr, "no operator was called\n");
+    return 1;
+  }
   std::printf("%lld calls, %lld served:", (long long)s.calls, (long long)s.served);
   for (const auto& [name, count] : s.served_by_operator) std::printf(" %s %lld,", name.c_str(), (long long)count);
   std::printf(" all well\n");
+  return 0;
 }
 
 }  // namespace
@@ -53,8 +59,7 @@ int main(int count, char** arguments) {
     std::ifstream file(arguments[1], std::ios::binary);
     const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     fake::run_input((const uint8_t*)bytes.data(), bytes.size());
-    report();
-    return 0;
+    return report();
   }
   for (int i = 1; i + 1 < count; i += 2) {
     if (!std::strcmp(arguments[i], "--seconds")) seconds = std::atof(arguments[i + 1]);
@@ -72,5 +77,5 @@ int main(int count, char** arguments) {
     fake::run_input(bytes.data(), bytes.size());
   }
   limit_processor_time(0);
-  report();
+  return report();
 }
