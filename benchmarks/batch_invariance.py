@@ -51,13 +51,13 @@ def main() -> None:
         return
     results: dict[str, list[dict[str, float]]] = {"0": [], "1": []}
     for _ in range(args.rounds):
-        for value, found in results.items():
+        for value, measured in results.items():
             env = {**os.environ, "HQQTENSOR_BATCH_INVARIANT": value}
             command = [sys.executable, "-m", "benchmarks.batch_invariance", "--child", *sys.argv[1:]]
-            found.append(json.loads(subprocess.check_output(command, env=env, text=True)))
+            measured.append(json.loads(subprocess.check_output(command, env=env, text=True)))
     print("| product | as it is | batch-invariant | ratio |\n| --- | --- | --- | --- |")
     for name in results["0"][0]:
-        plain, invariant = (statistics.median(one[name] for one in found) * 1e3 for found in results.values())
+        plain, invariant = (statistics.median(one[name] for one in measured) * 1e3 for measured in results.values())
         print(f"| {name} | {plain:.3g} ms | {invariant:.3g} ms | {invariant / plain:.2f} x |")
 
 

@@ -119,10 +119,10 @@ def main() -> None:
     each, figures = settings(args.bits), {}
     for length in args.lengths:
         runs = [measure(dense, quantized, piece, args.tokens, each) for piece in windows(ids, length, args.windows)]
-        own = [run["weights"] for run in runs]
-        mean, low, high = mean_interval(own)
+        weights = [run["weights"] for run in runs]
+        mean, low, high = mean_interval(weights)
         rises = {
-            name: [100 * (ratio - 1) for ratio in ratio_interval([run[name] for run in runs], own)]
+            name: [100 * (ratio - 1) for ratio in ratio_interval([run[name] for run in runs], weights)]
             for name in map(str, each)
         }
         figures[length] = {"weights": mean, "low": low, "high": high, "rise_percent": rises}

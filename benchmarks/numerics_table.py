@@ -21,15 +21,15 @@ def worst(every: int) -> dict[str, tuple[float, float]]:
     sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
     from numerics import LAYERS, shares
 
-    found: dict[str, tuple[float, float]] = {}
+    by_path: dict[str, tuple[float, float]] = {}
     for layer in LAYERS[::every]:
         for path, kind, reached in shares(layer):
-            normal, below = found.get(path, (0.0, 0.0))
+            normal, below = by_path.get(path, (0.0, 0.0))
             if kind.startswith(("smallest", "below")):
-                found[path] = normal, max(below, reached)
+                by_path[path] = normal, max(below, reached)
             else:
-                found[path] = max(normal, reached), below
-    return found
+                by_path[path] = max(normal, reached), below
+    return by_path
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(worst(args.every)))
         return
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    by_set: dict[str, dict[str, tuple[float, float]]] = {}
     for name in SETS:
         command = [sys.executable, "-m", "benchmarks.numerics_table", "--child", "--every", str(args.every)]
         done = subprocess.run(
@@ -51,12 +51,12 @@ def main() -> None:
         elif done.returncode:
             raise SystemExit(done.stderr)
         else:
-            found[name] = json.loads(done.stdout)
+            by_set[name] = json.loads(done.stdout)
     rows = [
-        [path, *(f"{found[name][path][0]:.0%} ({found[name][path][1]:.0%})" for name in found)]
-        for path in next(iter(found.values()))
+        [path, *(f"{by_set[name][path][0]:.0%} ({by_set[name][path][1]:.0%})" for name in by_set)]
+        for path in next(iter(by_set.values()))
     ]
-    print(table(["path", *found], rows))
+    print(table(["path", *by_set], rows))
 
 
 if __name__ == "__main__":

@@ -79,11 +79,11 @@ def compiler() -> str | None:
 def build(folder: Path) -> Path:
     """Compile preload.c into ``folder``."""
     library = folder / "faults.so"
-    found = compiler()
-    if found is None:
+    program = compiler()
+    if program is None:
         raise RuntimeError("injecting faults needs a C compiler: gcc, cc or clang")
     source = Path(__file__).with_name("preload.c")
-    subprocess.run([found, "-std=gnu11", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    subprocess.run([program, "-std=gnu11", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return library
 
 

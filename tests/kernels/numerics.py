@@ -75,7 +75,7 @@ LAYERS = [
 TOKENS = (1, 3, 17, 40)
 
 
-def made(layer: Layer) -> HQQTensor:
+def quantized_weight(layer: Layer) -> HQQTensor:
     generator = torch.manual_seed(layer.nbits)
     if layer.meta_nbits:
         w = torch.randn(N, K, generator=generator)
@@ -197,7 +197,7 @@ def shares(
     layer: Layer, paths: list[Path] = PATHS, tokens: tuple[int, ...] = TOKENS
 ) -> Iterator[tuple[str, str, float]]:
     """Path, kind of activations and the part of the bound reached, for each product with one layer."""
-    q = made(layer)
+    q = quantized_weight(layer)
     exact = Exact.of(q)
     for path in paths:
         for rows in tokens:
@@ -212,7 +212,7 @@ def shares(
 def wrong_rows(layer: Layer, path: Path) -> list[str]:
     """What is wrong where one of four rows holds NaN, one Inf and one -Inf: NaN and Inf must stay in their rows, as
     IEEE arithmetic has them, and 8-bit activations make NaN of the whole row."""
-    q = made(layer)
+    q = quantized_weight(layer)
     exact = Exact.of(q)
     wrong = []
     for rows in (4, 20):

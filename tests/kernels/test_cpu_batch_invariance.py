@@ -17,12 +17,12 @@ sys.path[:0] = {path}
 STEP = {step}
 import torch
 import torch.nn.functional as F
-from numerics import K, LAYERS, PATHS, Layer, made
+from numerics import K, LAYERS, PATHS, Layer, quantized_weight
 from hqqtensor import backend
 
 def product(x, layer, path):
     torch.set_float32_matmul_precision(path.precision)
-    return F.linear(x, made(layer).to(path.dtype).with_data(activation=path.activation))
+    return F.linear(x, quantized_weight(layer).to(path.dtype).with_data(activation=path.activation))
 
 def different(layer, path, counts, spoiled=None):
     x = torch.randn(300, K, generator=torch.manual_seed(0)).to(path.dtype)

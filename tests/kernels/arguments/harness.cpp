@@ -68,7 +68,7 @@ constexpr int64_t kShared = 1 << 20;  // dimensions beyond this share their numb
 
 // The tensor, with a dimension less here and there where torch would not take the product of the sizes; one number where its
 // memory would be too much.
-Tensor* made(TensorValue v, Filler& r) {
+Tensor* tensor_of(TensorValue v, Filler& r) {
   __int128 count = 1;
   bool shared = false;
   for (int64_t& size : v.sizes) {
@@ -104,7 +104,7 @@ Filler filler_of(const std::string& name, uint64_t i) {
 uint64_t word_of(const std::string& name, const Argument& a, char kind) {
   const auto item = [&](size_t i) {
     Filler random = filler_of(name, i);
-    return (uint64_t)made(i < a.tensors.size() ? a.tensors[i] : TensorValue{}, random);
+    return (uint64_t)tensor_of(i < a.tensors.size() ? a.tensors[i] : TensorValue{}, random);
   };
   const auto one = [&] { return item(0); };
   const auto list = [&] {
@@ -243,7 +243,7 @@ std::vector<double> numbers_from(const std::vector<char>& bytes, int32_t code) {
 // The numbers of a tensor argument, row by row, as the call had them.
 std::vector<double> numbers_of(const Planned& call, const char* name, std::vector<int64_t>& sizes) {
   Filler random = filler_of(name, 0);
-  Tensor* const t = made(call.arguments.at(name).tensors.at(0), random);
+  Tensor* const t = tensor_of(call.arguments.at(name).tensors.at(0), random);
   sizes.assign(t->sizes, t->sizes + t->dim);
   std::vector<double> all((size_t)t->numel());
   for (size_t i = 0; i < all.size(); ++i) {
