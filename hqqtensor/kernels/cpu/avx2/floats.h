@@ -124,17 +124,6 @@ inline void f_store_f16(uint16_t* p, Floats v) { _mm_storeu_si128((__m128i*)p, _
 inline Floats f_load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-// The first n of them (n < kFloats), zeros behind.
-inline Floats f_load_f16_some(const uint16_t* p, int64_t n) {
-  uint16_t numbers[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
-  return f_load_f16(numbers);
-}
-inline Floats f_load_bf16_some(const uint16_t* p, int64_t n) {
-  uint16_t numbers[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
-  return f_load_bf16(numbers);
-}
 inline void f_store_bf16(uint16_t* p, Floats v) {
   const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);

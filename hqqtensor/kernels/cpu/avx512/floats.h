@@ -99,6 +99,7 @@ inline void f_store_f16(uint16_t* p, Floats v) {
 }
 inline Floats from_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 inline Floats f_load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+#define HQQTENSOR_HAS_SOME_HALVES
 inline Floats f_load_f16_some(const uint16_t* p, int64_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
 }

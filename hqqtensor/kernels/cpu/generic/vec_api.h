@@ -68,8 +68,6 @@ HQQTENSOR_SUPPLIES(Floats, f_load(in));
 HQQTENSOR_SUPPLIES(Floats, f_load_some(in, n));  // the first n < kFloats, then zeros; reads no more than n
 HQQTENSOR_SUPPLIES(Floats, f_load_f16(halves));
 HQQTENSOR_SUPPLIES(Floats, f_load_bf16(halves));
-HQQTENSOR_SUPPLIES(Floats, f_load_f16_some(halves, n));  // the first n < kFloats, then zeros; reads no more than n
-HQQTENSOR_SUPPLIES(Floats, f_load_bf16_some(halves, n));
 HQQTENSOR_SUPPLIES(void, f_store(out, a));
 HQQTENSOR_SUPPLIES(void, f_store_f16(halves_out, a));   // to nearest even
 HQQTENSOR_SUPPLIES(void, f_store_bf16(halves_out, a));  // to nearest even, NaN stays NaN
@@ -145,6 +143,21 @@ template <int T>
 inline void acc_sums(const Acc (*a)[T], const Floats (*start)[kGemvTokens], float (*out)[kGemvRows]) {
   for (int r = 0; r < kGemvRows; ++r)
     for (int t = 0; t < T; ++t) out[t][r] = acc_sum(a[r][t], start[r][t]);
+}
+#endif
+
+// f_load_f16_some(halves, n) and f_load_bf16_some(halves, n): the first n < kFloats, then zeros; they read no more than n.
+// HQQTENSOR_HAS_SOME_HALVES: the set has both.
+#ifndef HQQTENSOR_HAS_SOME_HALVES
+inline Floats f_load_f16_some(const uint16_t* p, int64_t n) {
+  uint16_t numbers[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
+  return f_load_f16(numbers);
+}
+inline Floats f_load_bf16_some(const uint16_t* p, int64_t n) {
+  uint16_t numbers[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
+  return f_load_bf16(numbers);
 }
 #endif
 

@@ -180,17 +180,6 @@ inline Floats f_load_bf16(const uint16_t* p) {
     return f;
   });
 }
-// The first n of them (n < kFloats), zeros behind.
-inline Floats f_load_f16_some(const uint16_t* p, int64_t n) {
-  uint16_t numbers[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
-  return f_load_f16(numbers);
-}
-inline Floats f_load_bf16_some(const uint16_t* p, int64_t n) {
-  uint16_t numbers[kFloats] = {};
-  for (int64_t i = 0; i < n; ++i) numbers[i] = p[i];
-  return f_load_bf16(numbers);
-}
 inline void f_store_bf16(uint16_t* p, const Floats& v) {
   for (int i = 0; i < kFloats; ++i) {
     uint32_t bits;
