@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hqqtensor.serialization.layout import CheckpointError, InputError, read_json
+from hqqtensor.serialization.mapped import MappedFile
 from hqqtensor.serialization.private_copy import place_to_map
 
 DEFAULT_NAME = "model.safetensors"
@@ -68,26 +69,30 @@ def files_there(path: Path) -> list[Path]:
 
 def open_file(path: Path, shown: Path | None = None) -> Any:
     """``safe_open`` with its errors turned into CheckpointError naming ``shown``, by default the file."""
-    try:
+    with readable_tensors(shown or path):
         return safe_open(str(path), framework="pt", device="cpu")
+
+
+@contextlib.contextmanager
+def readable_tensors(path: Path) -> Iterator[None]:
+    """Make errors of mapping a safetensors file, and of what is in it, a CheckpointError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{path}: tensors of dtype {error} cannot be read") from None
     except RuntimeError as error:  # torch's, which maps the file
-        raise CheckpointError(f"{shown or path}: cannot be mapped ({error})") from None
+        raise CheckpointError(f"{path}: cannot be mapped ({error})") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shown or path}: not a whole safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def read_tensors(
     path: Path, wanted: Callable[[str], bool] = lambda key: True, mmap: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The ``wanted`` tensors of one file by key, and its metadata; memory-mapped, or without ``mmap`` read."""
-    with readable(path), place_to_map(path, mmap) as place, open_file(place, path) as f:
-        tensors: dict[str, Tensor] = {}
-        for key in filter(wanted, f.keys()):
-            try:
-                tensors[key] = f.get_tensor(key)
-            except Exception as error:  # a type that this torch or safetensors does not have
-                raise CheckpointError(f"{path}: {key!r} cannot be read ({error})") from None
-        return tensors, f.metadata() or {}
+    with readable(path), place_to_map(path, mmap) as place, open_file(place, path) as f, readable_tensors(path):
+        file = MappedFile(place, f)
+        return {key: file.tensor(key) for key in filter(wanted, f.keys())}, f.metadata() or {}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None, shown: Path) -> None:

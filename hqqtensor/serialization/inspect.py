@@ -4,11 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hqqtensor.serialization.files import checkpoint_files, open_file
+from hqqtensor.serialization.files import checkpoint_files, open_file, readable_tensors
 from hqqtensor.serialization.header import read_header
 from hqqtensor.serialization.layout import data_key, keys_of, parse_entry
-
-_ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+from hqqtensor.serialization.mapped import nbytes_of
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,11 @@ def inspect_checkpoint(path: str | os.PathLike) -> CheckpointInfo:
     sizes: dict[str, tuple[list[int], str, int]] = {}
     headers: dict[Path, dict[str, str]] = {}
     for file in checkpoint_files(path):
-        with open_file(file) as f:
+        with open_file(file) as f, readable_tensors(file):
             headers[file] = f.metadata() or {}
             for key in f.keys():  # noqa: SIM118
                 part = f.get_slice(key)
-                count = 1
-                for extent in part.get_shape():
-                    count *= extent
-                sizes[key] = list(part.get_shape()), part.get_dtype(), count * _ITEM.get(part.get_dtype(), 1)
+                sizes[key] = list(part.get_shape()), part.get_dtype(), nbytes_of(part)
     out: list[TensorInfo] = []
     for name, text in read_header(headers).entries.items():
         entry = parse_entry(name, text)

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from hqqtensor.serialization.files import DEFAULT_NAME, checkpoint_files, index_path
 from hqqtensor.serialization.layout import CheckpointError, read_json
+from hqqtensor.serialization.mapped import DTYPES as KNOWN
 from hqqtensor.whole_file import close_unchanged
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""The names that safetensors has for the dtypes that are read and written here."""
+DTYPES = {name: KNOWN[name] for name in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")}
+"""The dtypes that are read and written here, by the names that safetensors has for them."""
 
 _LARGEST_HEADER = 100_000_000  # as in safetensors
 _READ = 64 * 2**20  # bytes at a time, so that a reader can be stopped
