@@ -222,9 +222,11 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
   constexpr Tiles::Shape whole{kAmxTileRows, 64};
   const Tiles::Shape shapes[8] = {whole, whole, whole, whole, whole, whole, whole, whole};
   RowBlock block(w, first);
+  // For few tokens, writing the panel takes longer than multiplying it: half of one stays in the first level.
+  const int64_t most = p.M <= 128 && !can_look_up(w) ? kDenseRows / 2 : kDenseRows;
   for (int64_t n = first, end; n < last; n = end) {
     if (n == block.end) block = RowBlock(w, n);
-    end = n + kDenseRows < last ? n + kDenseRows : last;
+    end = n + most < last ? n + most : last;
     if (end > block.end) end = block.end;
     const int64_t count = end - n, row_tiles = (count + 15) / 16;
     int64_t index[kDenseRows];

@@ -1,13 +1,14 @@
 // Numbers as bf16 splits for amx/dense.h: a float32 is the sum of two or three numbers of bfloat16, hi + lo or hi + mid + lo.
 //
-//   one tile of the weight: 16 rows x 32 columns of one split = 1024 bytes; dword i of a row holds, i = 0..15,
-//     bits 0..15   column i
-//     bits 16..31  column i + 16
-//   one tile of the activations is such a tile transposed: row i has dword i of 16 tokens
+//   one tile of the weight: 16 rows x 32 columns of one split = 1024 bytes, columns in their order
+//   one tile of the activations is such a tile transposed by pairs of columns: row i has columns 2 i and 2 i + 1 of 16 tokens
 //
 //   panel of the weight  [16 rows each][steps of 32 columns][splits] tiles
 //   packed activations   [16 tokens each][steps of 32 columns][splits] tiles
 #pragma once
+#include <algorithm>
+#include <type_traits>
+
 #include "amx/target.h"
 #include "avx512/transpose.h"
 
@@ -20,27 +21,16 @@ constexpr int64_t kSlice = 256;        // columns made dense at a time: whole bl
 constexpr int64_t kLong = 8 * kSlice;  // columns whose scales are decoded at a time
 constexpr int64_t kDenseRows = 128;    // of a panel: with its sums and the tokens of a slice it stays in the second level
 
-// To the nearest number with 16 bits, in the upper half; the lower half has no meaning.
-inline Floats rounded(Floats v) {
-  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x8000));
-  return _mm512_mask_mov_ps(_mm512_castsi512_ps(bits), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
-                            _mm512_set1_ps(__builtin_nanf("")));
-}
-
-// Parts are rounded to nearest but the last of several, which is cut off: three parts of float32 are exact, two keep 2^-15 of
-// each number at worst. What is not finite stays so in a part at least.
+// Columns a, then b. Each part is what is left, rounded to nearest even: three parts of float32 are exact, two keep 2^-16 of
+// each number at worst. What is not finite stays so in a part at least. Numbers below 2^-126 become zero, as tiles take them.
 template <int SPLITS>
 inline __attribute__((always_inline)) void split(Floats a, Floats b, __m512i* out) {
-  const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32((int)0xffff0000);
-  for (int part = 0; part + 1 < SPLITS; ++part) {
-    const __m512i low = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), half), top);
-    const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), top);
-    out[part] = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
-    a = _mm512_sub_ps(a, _mm512_castsi512_ps(low));
-    b = _mm512_sub_ps(b, _mm512_castsi512_ps(high));
+  for (int part = 0; part < SPLITS; ++part) {
+    out[part] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    if (part + 1 == SPLITS) break;
+    a = _mm512_sub_ps(a, from_bf16(_mm512_castsi512_si256(out[part])));
+    b = _mm512_sub_ps(b, from_bf16(_mm512_extracti64x4_epi64(out[part], 1)));
   }
-  if (SPLITS == 1) a = rounded(a), b = rounded(b);
-  out[SPLITS - 1] = _mm512_ternarylogic_epi32(top, _mm512_castps_si512(b), _mm512_srli_epi32(_mm512_castps_si512(a), 16), 0xCA);
 }
 
 // What 16 codes stand for before scaling.
@@ -107,6 +97,7 @@ struct SliceValues {
   alignas(64) float scale[kSlice], zero[kSlice];  // axis 0: of a group of rows, zeros behind the last column
   alignas(64) int32_t group[kSlice];              // axis 1: every 16 columns, counted from the first one's
   int64_t first[kSlice / 16];                     // that, counted from the slice's first
+  bool one_vector;                                // all of these first ones are the slice's first
 
   void of_rows(const Weight& w, int64_t g, int64_t k, int64_t depth) {
     load_values(w.scale, g, k, depth, scale);
@@ -114,12 +105,20 @@ struct SliceValues {
     for (int64_t i = depth; i % kTileColumns; ++i) scale[i] = zero[i] = 0;
   }
   void of_columns(const Weight& w, int64_t k, int64_t depth) {
-    const int64_t size = w.groups == 1 ? w.K : w.group_size;
-    int64_t g = 0, left = size - k % size;
-    for (int64_t i = 0; i < kSlice; ++i) {
-      if (i % 16 == 0) first[i / 16] = g;
-      group[i] = (int32_t)(g - first[i / 16]);
-      if (--left == 0 && i + 1 < depth) ++g, left = size;
+    const int32_t size = (int32_t)(w.groups == 1 ? w.K : w.group_size), begin = (int32_t)(k % size);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const int32_t last = (begin + (int32_t)depth - 1) / size;  // no group is looked for behind that of the last column
+    one_vector = last < 16;
+    for (int32_t i = 0; i < kSlice; i += 16) {
+      const int32_t column = begin + i, g = std::min(column / size, last);
+      // Of up to 15 columns more, groups are counted by a multiplication with the inverse.
+      const __m512i from = _mm512_add_epi32(lanes, _mm512_set1_epi32(column - g * size));
+      const __m512i by = _mm512_set1_epi32(size < 16 ? 65536 / size + 1 : 0);
+      const __m512i next = size < 16 ? _mm512_srli_epi32(_mm512_mullo_epi32(from, by), 16)
+                                     : _mm512_maskz_set1_epi32(_mm512_cmpge_epi32_mask(from, _mm512_set1_epi32(size)), 1);
+      first[i / 16] = one_vector ? 0 : g;
+      _mm512_store_si512(group + i, _mm512_add_epi32(_mm512_min_epi32(next, _mm512_set1_epi32(last - g)),
+                                                     _mm512_set1_epi32(one_vector ? g : 0)));
     }
   }
   Floats pick(const float* values, int64_t i) const {
@@ -127,14 +126,12 @@ struct SliceValues {
   }
 };
 
-// `count` columns from whole vectors of codes into tiles, SPLITS of each.
-template <int SPLITS, class Numbers, class Scale, class Zero>
-inline __attribute__((always_inline)) void write_columns(const Numbers& numbers, const uint8_t* codes, int64_t count,
-                                                         Scale scale, Zero zero, char* out) {
+// `count` columns into tiles, SPLITS of each; value(i): columns i to i + 15.
+template <int SPLITS, class Value>
+inline __attribute__((always_inline)) void write_columns(int64_t count, Value value, char* out) {
   for (int64_t i = 0; i < count; i += kTileColumns, out += SPLITS * kTileBytes) {
     __m512i splits[SPLITS];
-    split<SPLITS>(f_mul(numbers(codes + i, zero(i)), scale(i)), f_mul(numbers(codes + i + 16, zero(i + 16)), scale(i + 16)),
-                  splits);
+    split<SPLITS>(value(i), value(i + 16), splits);
     for (int part = 0; part < SPLITS; ++part) _mm512_store_si512(out + part * kTileBytes, splits[part]);
   }
 }
@@ -155,26 +152,34 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
   alignas(64) uint8_t codes[kSlice + 128];
   unpack_slice(w, n, k, depth, codes);
   const Numbers numbers(w, n);
-  if (w.axis == 1) {
-    const int64_t size = groups.size;
-    if (w.groups == 1 || size % kTileColumns == 0) {
-      for (int64_t g = 0, i = 0; i < depth; ++g) {
-        const Floats s = f_set(groups.scale[g]), z = f_set(groups.zero[g]);
-        const int64_t stop = (groups.first + g + 1) * size - k, end = stop < depth ? stop : depth;
-        write_columns<SPLITS>(
-            numbers, codes + i, end - i, [&](int64_t) { return s; }, [&](int64_t) { return z; },
-            out + i / kTileColumns * SPLITS * kTileBytes);
-        i = end;
-      }
-      return;
-    }
+  const auto scaled = [&](int64_t i, Floats zero, Floats scale)
+                          __attribute__((always_inline)) { return f_mul(numbers(codes + i, zero), scale); };
+  if (w.axis == 0)
     return write_columns<SPLITS>(
-        numbers, codes, depth, [&](int64_t i) { return values.pick(groups.scale, i); },
-        [&](int64_t i) { return values.pick(groups.zero, i); }, out);
+        depth, [&](int64_t i) { return scaled(i, f_load(values.zero + i), f_load(values.scale + i)); }, out);
+  const int64_t size = groups.size;
+  if (w.groups == 1 || size % kTileColumns == 0) {
+    for (int64_t g = 0, i = 0; i < depth; ++g) {
+      const Floats s = f_set(groups.scale[g]), z = f_set(groups.zero[g]);
+      const int64_t stop = (groups.first + g + 1) * size - k, end = stop < depth ? stop : depth;
+      write_columns<SPLITS>(
+          end - i, [&](int64_t j) { return scaled(i + j, z, s); }, out + i / kTileColumns * SPLITS * kTileBytes);
+      i = end;
+    }
+    return;
   }
-  write_columns<SPLITS>(
-      numbers, codes, depth, [&](int64_t i) { return f_load(values.scale + i); },
-      [&](int64_t i) { return f_load(values.zero + i); }, out);
+  if (!values.one_vector)
+    return write_columns<SPLITS>(
+        depth, [&](int64_t i) { return scaled(i, values.pick(groups.zero, i), values.pick(groups.scale, i)); }, out);
+  const Floats scale = f_load(groups.scale), zero = f_load(groups.zero);
+  const auto pick = [&](Floats v, int64_t i) { return _mm512_permutexvar_ps(_mm512_load_si512(values.group + i), v); };
+  if constexpr (SPLITS == 1 && std::is_same_v<Numbers, Integers>) {
+    // In one operation less, and rounded at 2^-24 of the zero point, which is nothing beside what is lost to bf16.
+    const Floats shift = f_mul(f_sub(f_zero(), zero), scale);
+    write_columns<1>(depth, [&](int64_t i) { return f_fma(f_codes(codes + i), pick(scale, i), pick(shift, i)); }, out);
+  } else {
+    write_columns<SPLITS>(depth, [&](int64_t i) { return scaled(i, pick(zero, i), pick(scale, i)); }, out);
+  }
 }
 
 inline __m512 load_columns(const float* x, int64_t left) {

@@ -14,14 +14,14 @@
 
 namespace hqqtensor {
 
-// CPUID leaf 7 tells of tiles, of their products of bytes and of bf16, and of permutations of bytes. Linux gives a process the
-// tile registers when it asks for them.
+// CPUID leaf 7 tells of tiles, of their products of bytes and of bf16, of permutations of bytes, and of vectors rounded to
+// bf16. Linux gives a process the tile registers when it asks for them.
 bool has_amx() {
-  constexpr unsigned tiles = 1u << 24 | 1u << 25 | 1u << 22, permutations = 1u << 1;
+  constexpr unsigned tiles = 1u << 24 | 1u << 25 | 1u << 22, permutations = 1u << 1, rounding = 1u << 5;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
   const Processor p;
   return has_avx512() && Processor::all(p.leaf7_edx, tiles) && Processor::all(p.leaf7_ecx, permutations) &&
-         syscall(SYS_arch_prctl, request, tile_data) == 0;
+         Processor::all(p.leaf7_1_eax, rounding) && syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
 const Kernels* kernels_amx() {

@@ -14,12 +14,14 @@ struct Processor {
   unsigned leaf7_ebx = 0;
   unsigned leaf7_ecx = 0;
   unsigned leaf7_edx = 0;
+  unsigned leaf7_1_eax = 0;
   uint64_t saved_registers = 0;  // XCR0: which registers the system saves when it switches between threads
 
   Processor() {
     unsigned a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_ecx = c;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_ebx = b, leaf7_ecx = c, leaf7_edx = d;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) leaf7_1_eax = a;
     if (leaf1_ecx & bit_OSXSAVE) {
       unsigned low, high;
       asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
