@@ -190,7 +190,7 @@ inline __attribute__((always_inline)) void fill_panel(const Weight& w, const Row
     return;
   }
   for (int64_t c = 0; c < block.width && c < count; ++c) {
-    values.of_rows(w, index[c] % w.groups, k, depth);
+    values.of_rows(w, index[c] % w.groups, k, depth, W == 1 && !w.table.values);
     for (int64_t r = c; r < count; r += block.width) make(r);
   }
 }
@@ -223,7 +223,7 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
   const Tiles::Shape shapes[8] = {whole, whole, whole, whole, whole, whole, whole, whole};
   RowBlock block(w, first);
   // For few tokens, writing the panel takes longer than multiplying it: half of one stays in the first level.
-  const int64_t most = p.M <= 128 && !can_look_up(w) ? kDenseRows / 2 : kDenseRows;
+  const int64_t most = p.M <= 128 && w.axis == 1 && !can_look_up(w) ? kDenseRows / 2 : kDenseRows;
   for (int64_t n = first, end; n < last; n = end) {
     if (n == block.end) block = RowBlock(w, n);
     end = n + most < last ? n + most : last;

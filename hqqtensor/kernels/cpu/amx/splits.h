@@ -54,6 +54,12 @@ struct Entries {
   }
 };
 
+// Numbers that are rounded once are code * scale + shift, an operation less than (code - zero) * scale. The shift is rounded at
+// 2^-24 of the zero point, which is nothing beside what is lost to bf16.
+template <int SPLITS, class Numbers>
+constexpr bool is_fused = SPLITS == 1 && std::is_same_v<Numbers, Integers>;
+inline Floats shift(Floats zero, Floats scale) { return f_mul(f_sub(f_zero(), zero), scale); }
+
 // Scales and zero points of the groups of a row from that of some column on, for axis 1. Up to 15 numbers of no meaning follow.
 struct GroupValues {
   int64_t size, first;  // columns of a group; the first group
@@ -99,10 +105,12 @@ struct SliceValues {
   int64_t first[kSlice / 16];                     // that, counted from the slice's first
   bool one_vector;                                // all of these first ones are the slice's first
 
-  void of_rows(const Weight& w, int64_t g, int64_t k, int64_t depth) {
+  // fused: zero becomes what products of codes and scales are shifted by.
+  void of_rows(const Weight& w, int64_t g, int64_t k, int64_t depth, bool fused) {
     load_values(w.scale, g, k, depth, scale);
     if (w.zero.data) load_values(w.zero, g, k, depth, zero);
     for (int64_t i = depth; i % kTileColumns; ++i) scale[i] = zero[i] = 0;
+    for (int64_t i = 0; fused && i < depth; i += 16) f_store(zero + i, shift(f_load(zero + i), f_load(scale + i)));
   }
   void of_columns(const Weight& w, int64_t k, int64_t depth) {
     const int32_t size = (int32_t)(w.groups == 1 ? w.K : w.group_size), begin = (int32_t)(k % size);
@@ -154,9 +162,15 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
   const Numbers numbers(w, n);
   const auto scaled = [&](int64_t i, Floats zero, Floats scale)
                           __attribute__((always_inline)) { return f_mul(numbers(codes + i, zero), scale); };
+  constexpr bool fused = is_fused<SPLITS, Numbers>;
   if (w.axis == 0)
     return write_columns<SPLITS>(
-        depth, [&](int64_t i) { return scaled(i, f_load(values.zero + i), f_load(values.scale + i)); }, out);
+        depth,
+        [&](int64_t i) {
+          if constexpr (fused) return f_fma(f_codes(codes + i), f_load(values.scale + i), f_load(values.zero + i));
+          return scaled(i, f_load(values.zero + i), f_load(values.scale + i));
+        },
+        out);
   const int64_t size = groups.size;
   if (w.groups == 1 || size % kTileColumns == 0) {
     for (int64_t g = 0, i = 0; i < depth; ++g) {
@@ -173,10 +187,9 @@ void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Slice
         depth, [&](int64_t i) { return scaled(i, values.pick(groups.zero, i), values.pick(groups.scale, i)); }, out);
   const Floats scale = f_load(groups.scale), zero = f_load(groups.zero);
   const auto pick = [&](Floats v, int64_t i) { return _mm512_permutexvar_ps(_mm512_load_si512(values.group + i), v); };
-  if constexpr (SPLITS == 1 && std::is_same_v<Numbers, Integers>) {
-    // In one operation less, and rounded at 2^-24 of the zero point, which is nothing beside what is lost to bf16.
-    const Floats shift = f_mul(f_sub(f_zero(), zero), scale);
-    write_columns<1>(depth, [&](int64_t i) { return f_fma(f_codes(codes + i), pick(scale, i), pick(shift, i)); }, out);
+  if constexpr (fused) {
+    const Floats by = shift(zero, scale);
+    write_columns<1>(depth, [&](int64_t i) { return f_fma(f_codes(codes + i), pick(scale, i), pick(by, i)); }, out);
   } else {
     write_columns<SPLITS>(depth, [&](int64_t i) { return scaled(i, pick(zero, i), pick(scale, i)); }, out);
   }
