@@ -7,12 +7,24 @@ raises ``NotHere`` where the library is not installed.
 from torch import Tensor
 
 from benchmarks.contender import Contender, NotHere
-from benchmarks.peers import aten, hqq_library, llama_cpp, onnx_runtime, quanto
+from benchmarks.peers import (
+    aten,
+    auto_round_lib,
+    bitsandbytes_nf4,
+    hqq_library,
+    llama_cpp,
+    onnx_runtime,
+    quanto,
+    vllm_operators,
+)
 
 PEERS = {
     "ATen": aten,
     "ONNX Runtime": onnx_runtime,
     "llama.cpp": llama_cpp,
+    "auto-round-lib": auto_round_lib,
+    "bitsandbytes": bitsandbytes_nf4,
+    "vLLM": vllm_operators,
     "quanto": quanto,
     "hqq": hqq_library,
 }

@@ -120,7 +120,6 @@ struct RowBlock {
 int64_t amx_scratch(const Problem& p) {
   return kDenseRows * (kSlice / 2 * 3 + token_tiles(p.M) * 16) + PanelValues::floats(p.w);
 }
-int64_t linear_dense_scratch(const Problem& p) { return amx_scratch(p) + kernels_avx512()->linear_dense_scratch(p); }
 
 // To nearest even. Not the instruction for it, which makes the smallest numbers zero.
 inline __m256i to_bf16(Floats v) {
@@ -252,8 +251,7 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
   }
 }
 
-void linear_dense(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
-  if (!x.packed) return kernels_avx512()->linear_dense(p, x, first, last, scratch);
+void linear_splits(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
   const auto run = x.splits == 3   ? dense_rows<Splits33>
                    : x.splits == 2 ? dense_rows<Splits22>
                    : p.rounded     ? dense_rows<Splits11>

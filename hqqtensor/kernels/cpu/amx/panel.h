@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 
+#include "amx/bytes.h"
 #include "amx/tiles.h"
 #include "avx512/transpose.h"
 #include "dispatch/targets.h"
@@ -270,11 +271,18 @@ int64_t max_rows_unrounded(const Weight& w) {
   return !w.table.values && amx_serves(w) && (w.groups == 1 || w.group_size >= 64) ? 16 : 15;
 }
 
+// Measured: M from which 8-bit weights are faster than sums for each group.
+int64_t max_rows_before_bytes(const Weight& w) {
+  if (can_look_bytes_up(w)) return w.groups == 1 || w.group_size >= 64 ? 16 : 15;
+  return amx_serves(w) ? 96 : 23;
+}
+
 PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
   PanelShape shape = kernels_avx512()->panel_shape(w, M, digits);
   if (amx_serves(w) && M >= kMinRowsForAmx) shape.tile = 16, shape.layout = Layout::tiles_by_digit;
   shape.max_rows_for_integers = max_rows_for_integers(w, digits);
   shape.max_rows_unrounded = max_rows_unrounded(w);
+  if (w.axis == 1 && digits == 1) shape.max_rows_before_bytes = max_rows_before_bytes(w);
   return shape;
 }
 

@@ -56,8 +56,8 @@ struct Entries {
 
 // Numbers that are rounded once are code * scale + shift, an operation less than (code - zero) * scale. The shift is rounded at
 // 2^-24 of the zero point, which is nothing beside what is lost to bf16.
-template <int SPLITS, class Numbers>
-constexpr bool is_fused = SPLITS == 1 && std::is_same_v<Numbers, Integers>;
+template <class Write, class Numbers>
+constexpr bool is_fused = Write::fused && std::is_same_v<Numbers, Integers>;
 inline Floats shift(Floats zero, Floats scale) { return f_mul(f_sub(f_zero(), zero), scale); }
 
 // Scales and zero points of the groups of a row from that of some column on, for axis 1. Up to 15 numbers of no meaning follow.
@@ -134,16 +134,6 @@ struct SliceValues {
   }
 };
 
-// `count` columns into tiles, SPLITS of each; value(i): columns i to i + 15.
-template <int SPLITS, class Value>
-inline __attribute__((always_inline)) void write_columns(int64_t count, Value value, char* out) {
-  for (int64_t i = 0; i < count; i += kTileColumns, out += SPLITS * kTileBytes) {
-    __m512i splits[SPLITS];
-    split<SPLITS>(value(i), value(i + 16), splits);
-    for (int part = 0; part < SPLITS; ++part) _mm512_store_si512(out + part * kTileBytes, splits[part]);
-  }
-}
-
 inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, uint8_t* codes) {
   const uint8_t* data = w.qdata + n * w.row_stride + k / 8 * w.nbits;
   const int64_t whole = depth / 128;
@@ -153,46 +143,68 @@ inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, u
   });
 }
 
-// Columns [k, k + depth) of row n into its row of tiles; k a multiple of kSlice, depth no more.
-template <int SPLITS, class Numbers>
-void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, const GroupValues& groups,
-               char* out) {
+// Where each_pair puts its numbers: into tiles, SPLITS of each.
+template <int SPLITS>
+struct SplitWriter {
+  char* out;
+  static constexpr bool fused = SPLITS == 1;
+  Floats adjusted(Floats scale) const { return scale; }
+  void operator()(int64_t column, Floats a, Floats b) const {
+    __m512i splits[SPLITS];
+    split<SPLITS>(a, b, splits);
+    char* const to = out + column / kTileColumns * SPLITS * kTileBytes;
+    for (int part = 0; part < SPLITS; ++part) _mm512_store_si512(to + part * kTileBytes, splits[part]);
+  }
+};
+
+// Columns [k, k + depth) of row n, dequantized; k a multiple of kSlice, depth no more. write(i, a, b): columns k + i to
+// k + i + 15, and the next 16.
+template <class Write, class Numbers>
+inline __attribute__((always_inline)) void each_pair(const Weight& w, int64_t n, int64_t k, int64_t depth,
+                                                     const SliceValues& values, const GroupValues& groups, const Write& write) {
   alignas(64) uint8_t codes[kSlice + 128];
   unpack_slice(w, n, k, depth, codes);
   const Numbers numbers(w, n);
+  constexpr bool fused = is_fused<Write, Numbers>;
   const auto scaled = [&](int64_t i, Floats zero, Floats scale)
-                          __attribute__((always_inline)) { return f_mul(numbers(codes + i, zero), scale); };
-  constexpr bool fused = is_fused<SPLITS, Numbers>;
+                          __attribute__((always_inline)) { return f_mul(numbers(codes + i, zero), write.adjusted(scale)); };
+  const auto shifted = [&](int64_t i, Floats by, Floats scale)
+                           __attribute__((always_inline)) { return f_fma(f_codes(codes + i), scale, by); };
+  const auto run = [&](int64_t first, int64_t end, auto value) __attribute__((always_inline)) {
+    for (int64_t i = first; i < end; i += kTileColumns) write(i, value(i), value(i + 16));
+  };
   if (w.axis == 0)
-    return write_columns<SPLITS>(
-        depth,
-        [&](int64_t i) {
-          if constexpr (fused) return f_fma(f_codes(codes + i), f_load(values.scale + i), f_load(values.zero + i));
-          return scaled(i, f_load(values.zero + i), f_load(values.scale + i));
-        },
-        out);
+    return run(0, depth, [&](int64_t i) {
+      if constexpr (fused) return shifted(i, f_load(values.zero + i), f_load(values.scale + i));
+      return scaled(i, f_load(values.zero + i), f_load(values.scale + i));
+    });
   const int64_t size = groups.size;
   if (w.groups == 1 || size % kTileColumns == 0) {
     for (int64_t g = 0, i = 0; i < depth; ++g) {
       const Floats s = f_set(groups.scale[g]), z = f_set(groups.zero[g]);
       const int64_t stop = (groups.first + g + 1) * size - k, end = stop < depth ? stop : depth;
-      write_columns<SPLITS>(
-          end - i, [&](int64_t j) { return scaled(i + j, z, s); }, out + i / kTileColumns * SPLITS * kTileBytes);
+      run(i, end, [&](int64_t j) { return scaled(j, z, s); });
       i = end;
     }
     return;
   }
   if (!values.one_vector)
-    return write_columns<SPLITS>(
-        depth, [&](int64_t i) { return scaled(i, values.pick(groups.zero, i), values.pick(groups.scale, i)); }, out);
-  const Floats scale = f_load(groups.scale), zero = f_load(groups.zero);
+    return run(0, depth, [&](int64_t i) { return scaled(i, values.pick(groups.zero, i), values.pick(groups.scale, i)); });
+  const Floats scale = write.adjusted(f_load(groups.scale)), zero = f_load(groups.zero);
   const auto pick = [&](Floats v, int64_t i) { return _mm512_permutexvar_ps(_mm512_load_si512(values.group + i), v); };
   if constexpr (fused) {
     const Floats by = shift(zero, scale);
-    write_columns<1>(depth, [&](int64_t i) { return f_fma(f_codes(codes + i), pick(scale, i), pick(by, i)); }, out);
+    run(0, depth, [&](int64_t i) { return shifted(i, pick(by, i), pick(scale, i)); });
   } else {
-    write_columns<SPLITS>(depth, [&](int64_t i) { return scaled(i, pick(zero, i), pick(scale, i)); }, out);
+    run(0, depth, [&](int64_t i) { return f_mul(numbers(codes + i, pick(zero, i)), pick(scale, i)); });
   }
+}
+
+// The same into its row of tiles.
+template <int SPLITS, class Numbers>
+void write_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const SliceValues& values, const GroupValues& groups,
+               char* out) {
+  each_pair<SplitWriter<SPLITS>, Numbers>(w, n, k, depth, values, groups, {out});
 }
 
 inline __m512 load_columns(const float* x, int64_t left) {
@@ -229,11 +241,11 @@ void pack_tile(const float* x, int64_t stride, int64_t tokens, int64_t K, char* 
 
 inline int64_t tile_steps(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 inline int64_t token_tiles(int64_t M) { return (M + 15) / 16; }
-int64_t packed_activations_size(int64_t M, int64_t K, int splits) {
+inline int64_t packed_splits_size(int64_t M, int64_t K, int splits) {
   return token_tiles(M) * tile_steps(K) * splits * kTileBytes / 4;
 }
 
-bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
+inline bool pack_splits(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; ++m)
     if (!can_split(x.x + m * x.stride, K)) return false;
   for (int64_t m = first; m < last; m += 16) {

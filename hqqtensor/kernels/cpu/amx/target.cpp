@@ -8,8 +8,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "amx/dense.h"
+#include "amx/bytes.h"
 #include "amx/panel.h"
+
 #include "dispatch/processor.h"
 
 namespace hqqtensor {
@@ -34,6 +35,8 @@ const Kernels* kernels_amx() {
     k.linear_dense = linear_dense;
     k.linear_dense_scratch = linear_dense_scratch;
     k.dense_row_multiple = 32;
+    k.plan_activations = plan_activations;
+    k.plan_column_multiple = kByteSlice;
     k.pack_activations = pack_activations;
     k.pack_row_multiple = kAmxTileRows;
     k.packed_activations_size = packed_activations_size;

@@ -56,6 +56,11 @@ template <int TO, int LEFT, int RIGHT>
 inline void tile_dot() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(LEFT), "i"(RIGHT));
 }
+// The same, both of them signed.
+template <int TO, int LEFT, int RIGHT>
+inline void tile_dot_signed() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(LEFT), "i"(RIGHT));
+}
 // TO += bfloat16 of LEFT times those of RIGHT, by twos.
 template <int TO, int LEFT, int RIGHT>
 inline void tile_multiply() {

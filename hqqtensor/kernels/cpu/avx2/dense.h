@@ -17,7 +17,7 @@ constexpr int64_t kDenseDepth = 128, kDenseQuads = kDenseDepth / 4;  // columns 
 constexpr int64_t kDenseTokens = 6;                                  // of a tile: 12 of 16 registers hold its sums
 
 // Tokens [first, last), `first` a multiple of kDenseTokens, as [K][tokens of the tile], tiles M K / kDenseTokens apart.
-bool pack_activations(const DenseActivations& x, int64_t first, int64_t last, int64_t K, float* out) {
+bool pack_activations(const DenseActivations& x, int64_t, int64_t first, int64_t last, int64_t K, float* out) {
   for (int64_t m = first; m < last; m += kDenseTokens) {
     const int64_t tokens = last - m < kDenseTokens ? last - m : kDenseTokens;
     for (int64_t t = 0; t < tokens; ++t) {

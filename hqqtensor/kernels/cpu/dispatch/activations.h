@@ -66,11 +66,15 @@ struct QuantizedActivations {
   }
 };
 
+// Activations are integers of 8 bits, and so are weights: each with a step for hundreds of columns.
+constexpr int kByteActivations = 0;
+
 // Activations for linear_dense, and what pack_activations made of them.
 struct DenseActivations {
   const float* x;       // [M, K]
   int64_t stride;       // numbers from a row to the next
-  int splits;           // bf16 numbers that add up to each: 1 is exact already, 2 are finer than 16-bit floats, 3 are float32
+  int splits;           // bf16 numbers that add up to each: 1 is exact already, 2 are finer than 16-bit floats, 3 are float32;
+                        // or kByteActivations
   const float* packed;  // null if the kernels have no pack_activations, or it refused
 };
 

@@ -10,11 +10,12 @@ namespace hqqtensor {
 
 // How linear_panel wants its activations, and for which numbers of rows of x (M) each kernel is the fastest.
 struct PanelShape {
-  Layout layout;                           // Layout::rows if there is no panel for this weight
-  int tile;                                // tokens of a tile; 0 if there is no panel
-  int64_t max_rows_for_gemv;               // M up to which linear_rows is the fastest kernel
-  int64_t max_rows_for_integers;           // M up to which integer kernels beat linear_dense
-  int64_t max_rows_unrounded = INT64_MAX;  // M up to which they beat it with numbers rounded to bf16 (Problem::rounded)
+  Layout layout;                              // Layout::rows if there is no panel for this weight
+  int tile;                                   // tokens of a tile; 0 if there is no panel
+  int64_t max_rows_for_gemv;                  // M up to which linear_rows is the fastest kernel
+  int64_t max_rows_for_integers;              // M up to which integer kernels beat linear_dense
+  int64_t max_rows_unrounded = INT64_MAX;     // M up to which they beat it with numbers rounded to bf16 (Problem::rounded)
+  int64_t max_rows_before_bytes = INT64_MAX;  // M up to which 8-bit activations are not for linear_dense (kByteActivations)
 };
 
 // The levels of a format for solvers: the numbers that codes stand for at scale 1. Either up to 16 levels in ascending order,
@@ -88,9 +89,13 @@ struct Kernels {
   // Threads take multiples of so many columns of y.
   int64_t dense_row_multiple;
 
-  // Tokens [first, last), all columns, into `out` in the order that linear_dense reads. False if it must read them as they
-  // are. Null where it always does.
-  bool (*pack_activations)(const DenseActivations&, int64_t first, int64_t last, int64_t K, float* out);
+  // Columns [first, last) of all M tokens, before pack_activations, for kByteActivations alone.
+  void (*plan_activations)(const DenseActivations&, int64_t M, int64_t first, int64_t last, int64_t K, float* out);
+  // `first` is a multiple of it.
+  int64_t plan_column_multiple;
+  // Tokens [first, last) of M, all columns, into `out` in the order that linear_dense reads. False if it must read them as
+  // they are. Null where it always does.
+  bool (*pack_activations)(const DenseActivations&, int64_t M, int64_t first, int64_t last, int64_t K, float* out);
   // `first` is a multiple of it.
   int64_t pack_row_multiple;
   // Floats of `out` for all M tokens.

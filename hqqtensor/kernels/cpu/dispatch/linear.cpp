@@ -140,23 +140,29 @@ Problem token_of(const Problem& p, int64_t m) {
   return token;
 }
 
-void multiply_dense(const Problem& p, DenseActivations x, float* packed) {
+// False, with nothing done, for activations that cannot be bytes.
+bool multiply_dense(const Problem& p, DenseActivations x, float* packed) {
   const Kernels& k = kernels();
+  if (x.splits == kByteActivations)
+    parallel_over(p.w.K, k.plan_column_multiple, 4 * p.M * p.w.K,
+                  [&](int64_t a, int64_t b) { k.plan_activations(x, p.M, a, b, p.w.K, packed); });
   if (k.pack_activations) {
     std::atomic<bool> complete{true};
     parallel_over(p.M, k.pack_row_multiple, 4 * p.M * p.w.K, [&](int64_t a, int64_t b) {
-      if (complete && !k.pack_activations(x, a, b, p.w.K, packed)) complete = false;
+      if (complete && !k.pack_activations(x, p.M, a, b, p.w.K, packed)) complete = false;
     });
     if (complete) x.packed = packed;
+    if (!complete && x.splits == kByteActivations) return false;
     if (!complete && batch_invariant() && p.M > 1) {
       for (int64_t m = 0; m < p.M; ++m)
         multiply_dense(token_of(p, m), {x.x + m * x.stride, x.stride, x.splits, nullptr}, packed);
-      return;
+      return true;
     }
   }
   parallel_over(p.w.N, k.dense_row_multiple, p.w.N * p.w.K * p.M, [&](int64_t a, int64_t b) {
     k.linear_dense(p, x, a, b, (float*)scratch(4 * k.linear_dense_scratch(p), Scratch::kernel));
   });
+  return true;
 }
 
 // A product with kMaxRows tokens at most.
@@ -164,10 +170,14 @@ bool run_block(Problem p, int digits) {
   const Kernels& k = kernels();
   p.rounded = rounding_serves(p, digits);
   const bool integers = !p.rounded && integers_serve(p.w, p.M, digits);
+  const bool bytes = bytes_serve(p.w, p.M, digits);
   const int splits = splits_of(p, digits);
+  const auto packed_size = [&](int s) { return k.pack_activations ? k.packed_activations_size(p.M, p.w.K, s) : 0; };
   const ActivationScratch memory(p, integers && p.w.axis == 1 ? quantized_bytes(p.w, p.M, digits) : 0,
-                                 k.pack_activations ? k.packed_activations_size(p.M, p.w.K, splits) : 0);
+                                 std::max(packed_size(splits), bytes ? packed_size(kByteActivations) : 0));
   FloatRows x = float_rows(p, memory.floats);
+  if (bytes && multiply_dense(p, {.x = x.x, .stride = x.stride, .splits = kByteActivations, .packed = nullptr}, memory.packed))
+    return true;
   if (integers &&
       (p.w.axis == 1 ? multiply_integers(&p, 1, x, digits, memory.quantized) : multiply_integers_axis0(p, x, digits)))
     return true;
@@ -192,7 +202,8 @@ bool run_block(Problem p, int digits) {
 bool run_linears(Problem* parts, int64_t count, int digits) {
   const Problem& p = *parts;
   // How activations are quantized depends on the digits of a table, and each weight may have a codebook of its own.
-  bool alike = p.w.axis == 1 && p.M <= kMaxRows && !rounding_serves(p, digits) && integers_serve(p.w, p.M, digits);
+  bool alike = p.w.axis == 1 && p.M <= kMaxRows && !rounding_serves(p, digits) && !bytes_serve(p.w, p.M, digits) &&
+               integers_serve(p.w, p.M, digits);
   for (int64_t i = 1; i < count; ++i)
     alike = alike && parts[i].w.table.count == p.w.table.count && parts[i].pre_scale == p.pre_scale;
   if (alike) {

@@ -56,7 +56,9 @@ struct Activations {
     return quantized_bytes(l.w, M, l.digits) + 4 * (floats_of(M * l.w.K) + packed_floats(l, M)) + 64;
   }
   static int64_t packed_floats(const Linear& l, int64_t M) {
-    return kernels().pack_activations ? floats_of(kernels().packed_activations_size(M, l.w.K, splits(l, M))) : 0;
+    const auto size = [&](int s) { return floats_of(kernels().packed_activations_size(M, l.w.K, s)); };
+    if (!kernels().pack_activations) return 0;
+    return std::max(size(splits(l, M)), bytes_serve(l.w, M, l.digits) ? size(kByteActivations) : 0);
   }
   static int splits(const Linear& l, int64_t M) { return splits_of(problem_of(l, M, nullptr, 0), l.digits); }
 };
@@ -94,6 +96,14 @@ class MemberProducts {
     }
     a.dense = {.x = x, .stride = K, .splits = 0, .packed = nullptr};
     if (takes_floats(l)) return a;
+    float* const packed = floats + floats_of(M * K);
+    const auto pack = [&](int splits) {
+      a.dense.splits = splits;
+      if (splits == kByteActivations) k_.plan_activations(a.dense, M, 0, K, K, packed);
+      if (k_.pack_activations && k_.pack_activations(a.dense, M, 0, M, K, packed)) a.dense.packed = packed;
+      return a.dense.packed != nullptr;
+    };
+    if (bytes_serve(l.w, M, l.digits) && pack(kByteActivations)) return a;
     a.integers = uses_integers(l, M);
     if (a.integers) {
       a.quantized = quantized_in(l.w, M, l.digits, quantized);
@@ -101,9 +111,7 @@ class MemberProducts {
       if (a.integers) return a;
     }
     if (l.digits == 1) failed_ = true;  // 8-bit activations are rounded elsewhere where integers do not serve
-    a.dense.splits = Activations::splits(l, M);
-    float* const packed = floats + floats_of(M * K);
-    if (k_.pack_activations && k_.pack_activations(a.dense, 0, M, K, packed)) a.dense.packed = packed;
+    pack(Activations::splits(l, M));
     return a;
   }
 

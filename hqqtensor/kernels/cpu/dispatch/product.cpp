@@ -33,7 +33,7 @@ PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
   return {.layout = shape.layout,
           .tile = shape.tile,
           .max_rows_for_gemv = shape.layout == Layout::rows ? INT64_MAX / 2 : 0,
-          .max_rows_for_integers = INT64_MAX};
+          .max_rows_for_integers = INT64_MAX};  // nor 8-bit activations with long steps
 }
 
 bool linear_rows_serves(const Weight& w, int64_t M, int digits) {
@@ -50,6 +50,10 @@ bool integers_serve(const Weight& w, int64_t M, int digits) {
 
 bool rounding_serves(const Problem& p, int digits) {
   return p.rounded && p.M > panel_shape(p.w, p.M, digits).max_rows_unrounded;
+}
+
+bool bytes_serve(const Weight& w, int64_t M, int digits) {
+  return digits == 1 && M > panel_shape(w, M, digits).max_rows_before_bytes;
 }
 
 int64_t quantized_bytes(const Weight& w, int64_t M, int digits) {

@@ -20,6 +20,9 @@ bool integers_serve(const Weight&, int64_t M, int digits);
 // True if linear_dense with numbers rounded to bf16 is the fastest kernel, and the problem allows it.
 bool rounding_serves(const Problem&, int digits);
 
+// True if linear_dense with 8-bit activations and weights (kByteActivations) is the fastest kernel.
+bool bytes_serve(const Weight&, int64_t M, int digits);
+
 // Bytes that quantized_in takes, and as many behind as vectors run past the end; a multiple of 64.
 int64_t quantized_bytes(const Weight&, int64_t M, int digits);
 // Empty activations for the kernel that will multiply them.

@@ -26,6 +26,8 @@ constexpr Kernels generic_kernels(const char* name) {
       .linear_dense = nullptr,
       .linear_dense_scratch = nullptr,
       .dense_row_multiple = 12,
+      .plan_activations = nullptr,
+      .plan_column_multiple = 0,
       .pack_activations = nullptr,
       .pack_row_multiple = 1,
       .packed_activations_size = nullptr,
