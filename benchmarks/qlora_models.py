@@ -100,7 +100,7 @@ def _language_model(base: str, options: list[str], name: str, batches: list[dict
     elif base != "dense":
         quantization = HqqConfig(int(base)) if "default" in options else HqqConfig(int(base), 64)
     directory, later = directory_of(name), "calibrated" in options
-    loading = {"dtype": torch.float32, "quantization_config": None if later else quantization}
+    loading: dict[str, Any] = {"dtype": torch.float32, "quantization_config": None if later else quantization}
     model = AutoModelForCausalLM.from_pretrained(directory, **loading)
     if later:
         quantize_(model, quantization, calibration=batches)
