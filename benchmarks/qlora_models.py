@@ -74,14 +74,16 @@ def adapted(row: str, name: str, rank: int, text: Text) -> tuple[Any, int]:
 
     base, *options = row.split("+")
     batches = [{"input_ids": ids} for ids in text.calibration.split(4)]
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
     torch.manual_seed(0)
     if name == MOE:
         if options or base == "nf4":
             raise ValueError(f"{row}: the mixture has random weights; its rows are dense and bits alone")
-        model, targets = _mixture(base), {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+        model = _mixture(base)
+        targets["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
         targets["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
     else:
-        model, targets = _language_model(base, options, name, batches), {"target_modules": "all-linear"}
+        model = _language_model(base, options, name, batches)
     size = sum(p.nbytes for p in model.parameters())
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **targets))
     if {"error", "seen", "rounds"} & set(options):
