@@ -28,8 +28,8 @@ from benchmarks.qlora_models import BASES, HELD_OUT, MODELS, MOE, OPTIONS, adapt
 from hqqtensor.calibration import train_scales
 from hqqtensor.diagnostics.language import next_token_logits
 
-ROWS = ("dense", "8", "4", "3", "nf4", "3+error", "2", "2+error", "2+seen", "2+rounds", "2+seen+rounds", "2+scales",
-        "2+seen+rounds+scales")  # fmt: skip
+ROWS = ("dense", "8", "4", "4+default", "nf4", "3", "3+default", "3+default+calibrated", "3+default+calibrated+seen",
+        "2", "2+error", "2+seen", "2+rounds", "2+seen+rounds", "2+default", "2+default+calibrated+seen")  # fmt: skip
 CONTEXT, BATCH = 256, 4
 
 
@@ -85,17 +85,18 @@ def measure(row: str, name: str, steps: int, rank: int, test_windows: int) -> di
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     """The rows of one model, number of steps and rank."""
-    by_row = {r["row"]: r for r in results if "error" not in r}
-    dense, two = (by_row.get(row, {}).get("after") for row in ("dense", "2"))
-    head = ["base", "weights", "held-out loss before", "after", "over dense LoRA", "of the gap of 2 bits closed"]
+    after = {r["row"]: r["after"] for r in results if "error" not in r}
+    dense = after.get("dense")
+    head = ["base", "weights", "held-out loss before", "after", "over dense LoRA", "of the plain base's gap closed"]
     lines = [" | ".join(["", *head, "peak in training", "a step", ""]).strip(), "|" + " --- |" * 8]
     for r in results:
         if "error" in r:
             lines.append(f"| {r['row']} | did not run: {r['error']} |")
             continue
         over = "" if dense is None else f"{100 * (r['after'] / dense - 1):+.2f} %"
-        is_better = dense is not None and two is not None and r["row"].startswith("2+")
-        closed = f"{100 * (two - r['after']) / (two - dense):.0f} %" if is_better else ""
+        base, *options = r["row"].split("+")
+        plain = after.get(base) if options else None
+        closed = "" if dense is None or plain is None else f"{100 * (plain - r['after']) / (plain - dense):.0f} %"
         peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f} MB"
         loss = f"{r['before']:.4f} | {r['after']:.4f}"
         sizes = f"{r['weight_bytes'] / 1e6:.1f} MB"

@@ -14,6 +14,8 @@ MOE = "qwen3-moe"
 MODELS = ("doclm", "smollm", MOE)
 BASES = ("dense", "8", "4", "3", "2", "nf4")
 OPTIONS = {
+    "default": "the base is HqqConfig(bits), the library's default, in place of groups of 64 with plain scales",
+    "calibrated": "the base is calibrated on the calibration text",
     "error": "adapters begin from the error of the weights",
     "seen": "adapters begin from the error of the outputs on the calibration text",
     "rounds": "the base is quantized again three times against the adapters, with error feedback after seen",
@@ -71,33 +73,40 @@ def adapted(row: str, name: str, rank: int, text: Text) -> tuple[Any, int]:
     from hqqtensor.integrations.peft import initialize_lora_from_error
 
     base, *options = row.split("+")
+    batches = [{"input_ids": ids} for ids in text.calibration.split(4)]
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
     torch.manual_seed(0)
     if name == MOE:
         if options or base == "nf4":
             raise ValueError(f"{row}: the mixture has random weights; its rows are dense and bits alone")
-        model, targets = _mixture(base), {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+        model = _mixture(base)
+        targets["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
         targets["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
     else:
-        model, targets = _language_model(base, name), {"target_modules": "all-linear"}
+        model = _language_model(base, options, name, batches)
     size = sum(p.nbytes for p in model.parameters())
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **targets))
     if {"error", "seen", "rounds"} & set(options):
-        batches = [{"input_ids": ids} for ids in text.calibration.split(4)] if "seen" in options else None
         rounds = ROUNDS if "rounds" in options else 0
-        initialize_lora_from_error(model, directory_of(name), batches=batches, rounds=rounds)
+        seen = batches if "seen" in options else None
+        initialize_lora_from_error(model, directory_of(name), batches=seen, rounds=rounds)
     return model, size
 
 
-def _language_model(base: str, name: str) -> Any:
+def _language_model(base: str, options: list[str], name: str, batches: list[dict[str, Tensor]]) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization: Any = None
     if base == "nf4":
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     elif base != "dense":
-        quantization = HqqConfig(int(base), 64)
-    options = {"dtype": torch.float32, "quantization_config": quantization}
-    return AutoModelForCausalLM.from_pretrained(directory_of(name), **options)
+        quantization = HqqConfig(int(base)) if "default" in options else HqqConfig(int(base), 64)
+    directory, later = directory_of(name), "calibrated" in options
+    loading: dict[str, Any] = {"dtype": torch.float32, "quantization_config": None if later else quantization}
+    model = AutoModelForCausalLM.from_pretrained(directory, **loading)
+    if later:
+        quantize_(model, quantization, calibration=batches)
+    return model
 
 
 def _mixture(base: str) -> Any:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import qlora
-from benchmarks.qlora_models import CALIBRATION, HELD_OUT, text_of
+from benchmarks import qlora, qlora_models
+from benchmarks.qlora_models import CALIBRATION, HELD_OUT, adapted, text_of
+from hqqtensor import HqqConfig
 
 pytest.importorskip("peft")
 
@@ -23,6 +25,16 @@ def test_a_row_is_measured_and_has_what_the_table_shows() -> None:
     row = qlora.measure("2+seen", "doclm", 0, 4, 1)
     assert row.keys() == result("2", 1.0).keys() and 3 < row["before"] == row["after"] < 4
     assert 9e6 < row["weight_bytes"] < 11e6
+
+
+def test_a_calibrated_base_is_the_default_one_on_the_calibration_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(qlora_models, "quantize_", lambda _model, *args, **kwargs: calls.append((args, kwargs)))
+    text = text_of("doclm", 256)
+    adapted("3+default+calibrated", "doclm", 4, text)
+    [((config,), settings)] = calls
+    assert config == HqqConfig(3)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in settings["calibration"]]), text.calibration)
 
 
 def test_rows_with_a_file_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from peft_training import IDS, logits, train
 from torch import Tensor, nn
 
 from hqqtensor import HqqConfig, HQQTensor, dequantize_, quantize_
+from hqqtensor.integrations.peft.adapted_weight import AdaptedWeight
 
 peft = pytest.importorskip("peft")
 SHAPE = {
@@ -143,3 +144,30 @@ def test_what_is_no_product_is_refused() -> None:
         weight.transpose(0, 1)
     with pytest.raises(NotImplementedError, match="a stack of experts"):
         weight[0][0]
+
+
+def test_rows_of_experts_get_one_gradient_together() -> None:
+    torch.manual_seed(0)
+    weight: Any = HQQTensor.from_hp(torch.randn(3, 32, 64), HqqConfig(4, 32))
+    lhs, rhs, x = (torch.randn(shape, requires_grad=True) for shape in ((3, 32, 2), (3, 2, 64), (9, 64)))
+    offsets = torch.tensor([4, 4, 7], dtype=torch.int32)  # none for the second expert, two rows for no expert
+    out = torch._grouped_mm(x, AdaptedWeight(weight, lhs, rhs).mT, offs=offsets)
+    both = weight.dequantize() + lhs @ rhs
+    want = torch.cat([x[:4] @ both[0].T, x[4:7] @ both[2].T, torch.zeros(2, 32)])
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    grads, wanted = (torch.autograd.grad(y.square().sum(), (x, lhs, rhs), retain_graph=True) for y in (out, want))
+    torch.testing.assert_close(grads, wanted, rtol=1e-3, atol=1e-3)
+    # The gradient of a slice is a tensor as large as x, and there would be one for each expert.
+    assert "SliceBackward0" in backward_of(want) and "SliceBackward0" not in backward_of(out)
+
+
+def backward_of(out: Tensor) -> set[str]:
+    """Names of all steps of the gradient of ``out``."""
+    names: set[str] = set()
+    steps: set[Any] = {out.grad_fn}
+    while steps:
+        step = steps.pop()
+        if step is not None:
+            names.add(type(step).__name__)
+            steps |= {before for before, _ in step.next_functions}
+    return names

@@ -4,6 +4,7 @@ peft adds the update to the parameter itself, which would need the dense weights
 parameters only choose experts, transpose, and multiply, so this stands in for the parameter while they run.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,13 +101,13 @@ def _matmul(first: Any, second: Any) -> Tensor:
 def _grouped_mm(x: Tensor, weight: AdaptedWeight, offs: Tensor | None = None, **options: Any) -> Tensor:
     product = torch._grouped_mm(x, weight.weight, offs, **options)  # refuses what it does not offer
     ends: list[int] = offs.tolist()  # type: ignore[union-attr]
-    updates, first = [], 0
-    for (lhs, rhs), last in zip(weight.experts(), ends, strict=True):
-        if last > first:
-            updates.append((x[first:last].to(lhs.dtype) @ lhs) @ rhs)
-            first = last
-    if first < x.shape[0]:  # rows of no expert
-        updates.append(product.new_zeros(x.shape[0] - first, product.shape[1]))
+    counts = [last - first for first, last in itertools.pairwise([0, *ends, x.shape[0]])]
+    # One split, not a slice for each expert: the gradient of each slice would be as large as x.
+    *runs, last_run = x.split(counts)
+    each = zip(runs, weight.experts(), strict=True)
+    updates = [(run.to(lhs.dtype) @ lhs) @ rhs for run, (lhs, rhs) in each if len(run)]
+    if len(last_run):  # rows of no expert
+        updates.append(product.new_zeros(len(last_run), product.shape[1]))
     return _plus(product, torch.cat(updates)) if updates else product
 
 
