@@ -38,15 +38,26 @@ def size_of_sums(x: Tensor, span: Tensor, scale: Tensor | None = None) -> Tensor
     return torch.stack([seen(x * s) @ (row / s) for s, row in zip(scale.double(), span, strict=True)], dim=-1)
 
 
+def half_steps(x: Tensor, features: int) -> Tensor:
+    """Half of the step of 8 bits of each number of ``[rows, K]``, of the largest of ``features`` neighbours."""
+    top = F.pad(x.abs(), (0, -x.shape[-1] % features)).unflatten(-1, (-1, features)).amax(-1)
+    return top.repeat_interleave(features, -1)[..., : x.shape[-1]] / 254
+
+
 def int8_rounding(x: Tensor, w: Tensor, features: int, scale: Tensor | None = None) -> Tensor:
     """What rounding activations to 8 bits may change, ``[M, N]`` in float64: half a step, the largest of ``features``
     columns / 254, times each weight of w ``[N, K]``. ``scale``: as above."""
 
-    def half_steps(x: Tensor) -> Tensor:
-        top = F.pad(x.abs(), (0, -x.shape[-1] % features)).unflatten(-1, (-1, features)).amax(-1)
-        return top.repeat_interleave(features, -1)[..., : x.shape[-1]] / 254
-
     x, w = x.double(), w.double().abs()
     if scale is None:
-        return half_steps(x) @ w.T
-    return torch.stack([half_steps(x * s) @ (row / s) for s, row in zip(scale.double(), w, strict=True)], dim=-1)
+        return half_steps(x, features) @ w.T
+    return torch.stack(
+        [half_steps(x * s, features) @ (row / s) for s, row in zip(scale.double(), w, strict=True)], dim=-1
+    )
+
+
+def weight_rounding(x: Tensor, largest: Tensor, features: int) -> Tensor:
+    """What rounding weights to 8 bits may change, ``[M, N]`` in float64, in a product with 8-bit activations: half a
+    step times each activation. ``largest [N, K]``: the largest number that a code there can stand for."""
+    x = x.double()
+    return (x.abs() + half_steps(x, features)) @ half_steps(largest.double(), features).T

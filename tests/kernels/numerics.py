@@ -16,11 +16,13 @@ from bounds import (
     TABLE_BOUNDS,
     int8_rounding,
     size_of_sums,
+    weight_rounding,
 )
 from torch import Tensor
 
 from hqqtensor import HqqConfig, HQQTensor
 from hqqtensor.formats import get_format
+from hqqtensor.kernels import cpu
 from hqqtensor.ops.reference import activation_group, expand_groups, plain_meta
 from hqqtensor.packing import pack, unpack
 
@@ -101,24 +103,28 @@ def quantized_weight(layer: Layer) -> HQQTensor:
 
 @dataclass(frozen=True)
 class Exact:
-    """A weight in float64, ``[N, K]`` each: numbers, the span of what is summed, and scales of axis 0 (else None)."""
+    """A weight in float64, ``[N, K]`` each: numbers, the span of what is summed, the largest number that a code can
+    stand for, and scales of axis 0 (else None)."""
 
     weight: Tensor
     span: Tensor
+    largest: Tensor
     column_scale: Tensor | None
 
     @classmethod
     def of(cls, q: HQQTensor) -> "Exact":
         scale, zero = (None if t is None else t.double() for t in plain_meta(q.operand()))
-        fmt, size = get_format(q.format), (N, K, q.group_size, q.axis)
+        fmt, size = get_format(q.format), (*q.shape, q.group_size, q.axis)
         scale = expand_groups(scale, *size)
         if fmt.has_zero_point:
             zero = expand_groups(zero, *size)
-        weight = fmt.decode(unpack(q.qdata, q.nbits, K), scale, zero, q.nbits)
+        weight = fmt.decode(unpack(q.qdata, q.nbits, q.shape[1]), scale, zero, q.nbits)
         # The zero point is taken out after the sum; tables become integers between their ends.
         table = zero if fmt.learned else None if fmt.has_zero_point else fmt.levels(q.nbits).values
         shift = zero if table is None else table.abs().max()
-        return cls(weight, 2 * (weight.abs() + (shift * scale).abs()), scale if q.axis == 0 else None)
+        ends = shift if table is not None else torch.maximum(zero.abs(), (2**q.nbits - 1 - zero).abs())
+        span = 2 * (weight.abs() + (shift * scale).abs())
+        return cls(weight, span, (ends * scale).abs(), scale if q.axis == 0 else None)
 
 
 def activations(rows: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -167,9 +173,17 @@ def forward_share(q: HQQTensor, exact: Exact, path: Path, x: Tensor) -> float:
     want, size = x.double() @ exact.weight.T, size_of_sums(x, exact.span, exact.column_scale)
     bound = size * forward_bound(q.format, path)
     if path.activation == "int8":
-        bound += int8_rounding(x, exact.weight, activation_group(q.group_size, q.axis, K), exact.column_scale)
+        bound += int8_bound(q, exact, x)
     error = torch.where(in_range(want, bound, size, path.dtype), (got - want).abs().nan_to_num(torch.inf, torch.inf), 0)
     return share(error, bound, path.dtype)
+
+
+def int8_bound(q: HQQTensor, exact: Exact, x: Tensor) -> Tensor:
+    """What 8-bit activations, and with AMX 8-bit weights, may change, ``[rows, N]``."""
+    features = activation_group(q.group_size, q.axis, q.shape[1])
+    if len(x) < 16 or q.axis == 0 or cpu.instruction_set() != "amx":
+        return int8_rounding(x, exact.weight, features, exact.column_scale)
+    return int8_rounding(x, exact.weight, 512) + weight_rounding(x, exact.largest, 512)
 
 
 def forward_bound(format: str, path: Path) -> float:

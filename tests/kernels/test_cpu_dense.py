@@ -65,10 +65,11 @@ def test_scaled_strided_and_8_bit_activations(kind: tuple[str, int, int, int], d
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     for other in ({"act_pre_scale": torch.rand(200, generator=torch.manual_seed(3)) + 0.5}, {"activation": "int8"}):
         changed = q.with_data(**other)
+        some = x[:15] if "activation" in other else x  # more with AMX: test_cpu_bytes.py
         with backend("reference"):
-            want = F.linear(x.float(), changed.to(torch.float32))
+            want = F.linear(some.float(), changed.to(torch.float32))
         with backend("auto"):
-            got = F.linear(x, changed).float()
+            got = F.linear(some, changed).float()
         assert (got - want).abs().max() < tolerance * want.abs().max()
 
 
