@@ -17,7 +17,7 @@ pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 locked = awk '/^[^ ]/ { wanted = /^($(1))==/ } wanted' $(LOCK)
 
 .PHONY: demo test lint lock audit wheel wheel-twice wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize \
-  sanitize-threads guard memcheck fuzz fuzz-arguments faults soak gpu-check clean
+  sanitize-threads guard memcheck fuzz fuzz-arguments fuzz-reader faults soak gpu-check clean
 
 # pip compares each file with its hash, and installs nothing that the lock file does not name. Torch, which has no hash there,
 # comes last: by then its requirements are installed, from files with hashes. pip uses one core and the kernels need no torch, so
@@ -192,8 +192,13 @@ fuzz-arguments: $(STAMP)
 	build/fuzz-arguments --first $$(date +%s)000000 --seconds $(SECONDS)
 
 # Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
+# TALLY=FILE adds the counts to those of other runs; python -m fuzz.tally FILE prints them.
 fuzz: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET)) $(addprefix --tally ,$(TALLY))
+
+# The C reader of tests/readers on damaged checkpoints in memory, thousands a second, under AddressSanitizer.
+fuzz-reader: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz.reader --seconds $(SECONDS) $(addprefix --tally ,$(TALLY))
 
 # Every system call of a save, and every large request for memory, goes wrong once (faults/); everything at once for an hour.
 faults: $(STAMP)

@@ -26,10 +26,10 @@ from setuptools.command.build_ext import build_ext
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the first whose stable ABI makes tensors of memory with a deleter
 FOLDER = Path("hqqtensor/kernels/cpu")
 NEED_RUNTIME = ("torch", "dispatch")  # folders whose code calls the C++ library
-# What HQQTENSOR_SANITIZE asks for. Sanitized code is optimized as what ships is: the same loops are tested. Races
-# do not depend on that, and -O1 compiles sooner.
+# What HQQTENSOR_SANITIZE asks for. At -O3 gcc compiles sanitized kernels for hours; the loops of -O3 are what `make guard`
+# runs between guard pages.
 SANITIZERS = {
-    "1": ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"],
+    "1": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 
