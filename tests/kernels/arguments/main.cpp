@@ -33,14 +33,15 @@ void limit_processor_time(time_t seconds) {
   setitimer(ITIMER_PROF, &limit, nullptr);
 }
 
-// What was called for so many inputs; 1 where nothing was.
-int report(int64_t inputs) {
+// What was called; 1 where nothing was.
+int report() {
   const auto& s = fake::statistics();
   if (s.calls == 0) {
     std::fprintf(stderr, "no operator was called\n");
     return 1;
   }
-  std::printf("%lld inputs, %lld calls, %lld served:", (long long)inputs, (long long)s.calls, (long long)s.served);
+  std::printf("%lld inputs, %lld taken; %lld calls, %lld served:", (long long)s.inputs, (long long)s.taken, (long long)s.calls,
+              (long long)s.served);
   for (const auto& [name, count] : s.served_by_operator) std::printf(" %s %lld,", name.c_str(), (long long)count);
   std::printf(" all well\n");
   return 0;
@@ -59,7 +60,7 @@ int main(int count, char** arguments) {
     std::ifstream file(arguments[1], std::ios::binary);
     const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     fake::run_input((const uint8_t*)bytes.data(), bytes.size());
-    return report(1);
+    return report();
   }
   for (int i = 1; i + 1 < count; i += 2) {
     if (!std::strcmp(arguments[i], "--seconds")) seconds = std::atof(arguments[i + 1]);
@@ -67,8 +68,7 @@ int main(int count, char** arguments) {
     if (!std::strcmp(arguments[i], "--first")) first = std::atoll(arguments[i + 1]);
   }
   const auto start = std::chrono::steady_clock::now();
-  int64_t seed = first;
-  for (; seed - first < inputs; ++seed) {
+  for (int64_t seed = first; seed - first < inputs; ++seed) {
     current_seed = (uint64_t)seed;
     if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) break;
     std::mt19937_64 random((uint64_t)seed);
@@ -78,5 +78,5 @@ int main(int count, char** arguments) {
     fake::run_input(bytes.data(), bytes.size());
   }
   limit_processor_time(0);
-  return report(seed - first);
+  return report();
 }
