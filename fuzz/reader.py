@@ -1,8 +1,8 @@
 """``python -m fuzz.reader``: the C reader of tests/readers on damaged checkpoints, under ASan and UBSan.
 
 The program reads thousands of variants a second of each checkpoint that it is sent, in memory. What it takes, the numpy
-reader of docs/examples must read as the same numbers, or hqqtensor, where it is taken there. The exit code is 1 where something was
-found: the files are then in build/fuzz/reader/NUMBER.
+reader of docs/examples must read as the same numbers, or hqqtensor, where it is taken there. The exit code is 1 where
+something was found: the files are then in build/fuzz/reader/NUMBER.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fuzz import tally
 from fuzz.child import write_files
 from fuzz.run import IN_MEMORY
 from fuzz.safetensors_bytes import damage
-from fuzz.target import ROOT, Files, Wrong
+from fuzz.target import ROOT, Wrong
 from fuzz.targets.checkpoints import INDEX, numpy_reader, vectors
 from hqqtensor import HQQTensor, backend
 from hqqtensor.serialization.layout import CheckpointError

@@ -1,5 +1,6 @@
 """GGUF files of a tiny llama with a tensor of every type; cross-checked with the gguf package."""
 
+import importlib.util
 import random
 import tempfile
 from functools import cache, lru_cache
@@ -19,6 +20,7 @@ from hqqtensor.serialization.gguf_llama import from_llama, llama_config
 from hqqtensor.serialization.layout import CheckpointError
 
 NAME = "model.gguf"
+HAS_PACKAGE = importlib.util.find_spec("gguf") is not None
 ALIGNMENT = 32
 Fields = list[tuple[str, Any]]
 _METADATA: dict[str, tuple[int, Any]] = {
@@ -93,9 +95,7 @@ def run(files: Files, folder: Path) -> None:
 
 
 def _compare_with_gguf(file: GgufFile, raw: bytes) -> None:
-    try:
-        import gguf
-    except ImportError:
+    if not HAS_PACKAGE:
         return
     for name, placed in file.tensors.items():
         data = np.frombuffer(raw, np.uint8)[placed.offset : placed.offset + placed.nbytes]
@@ -128,7 +128,7 @@ def _dequantized(kind: str, rows: int, data: bytes) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _placed_by_package(header: bytes, size: int) -> list[tuple[str, int, tuple[int, ...]]]:
-    """Name, offset and shape of each tensor of a file that begins like this; none where the package does not read it."""
+    """Name, offset and shape of each tensor of a file that begins so; none where the package does not read it."""
     import gguf
 
     with tempfile.NamedTemporaryFile(dir=IN_MEMORY) as file:

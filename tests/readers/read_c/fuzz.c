@@ -1,9 +1,9 @@
 // Reads damaged checkpoints in memory: fuzz CURRENT. fuzz/reader.py sends it files and looks at what comes back.
 //
 // A request: the number of files, of variants, of the first variant, which is the files as they are; each file as its size
-// and bytes. An answer for each variant that is taken: its number + 1, its files, and the dense file of read.c, each as its size and bytes. Then a zero, and
-// how many were refused. Every number has 8 bytes, in the order of this machine. The variant that is read now is in the file
-// CURRENT, in the form of a request, for whoever finds this program dead.
+// and bytes. An answer for each variant that is taken: its number + 1, its files, and the dense file of read.c, each as its
+// size and bytes. Then a zero, and how many were refused. Every number has 8 bytes, in the order of this machine. The variant
+// that is read now is in the file CURRENT, in the form of a request, for whoever finds this program dead.
 #include <fcntl.h>
 #include <malloc.h>
 #include <setjmp.h>
