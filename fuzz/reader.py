@@ -36,7 +36,7 @@ SOURCE = ROOT / "tests" / "readers" / "read_c" / "fuzz.c"
 FOLDER = Path("build") / "fuzz" / "reader"
 FLAGS = ["-std=gnu11", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16"}
+ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=2:malloc_context_size=2"}
 VARIANTS = 256
 READ_BY_US = 64
 """One taken variant of so many is read by hqqtensor too, and all that the numpy reader does not take."""
