@@ -11,13 +11,15 @@ export HF_HUB_OFFLINE := 1
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install -q --no-compile
 LOCK := requirements-dev.lock
+, := ,
 LOCKED := --require-hashes --no-deps --no-build-isolation
 pinned = $(shell grep '^$(1)==' requirements-dev.txt)
 # The entries of packages in the lock file, hashes and all: $(call locked,ninja|wheel)
 locked = awk '/^[^ ]/ { wanted = /^($(1))==/ } wanted' $(LOCK)
 
 .PHONY: demo test lint lock audit wheel wheel-twice wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize \
-  sanitize-threads guard memcheck fuzz fuzz-arguments faults soak gpu-check clean
+  sanitize-threads sanitize-clang guard memcheck fuzz fuzz-arguments fuzz-arguments-sanitized fuzz-arguments-coverage fuzz-reader \
+  faults soak gpu-check clean
 
 # pip compares each file with its hash, and installs nothing that the lock file does not name. Torch, which has no hash there,
 # comes last: by then its requirements are installed, from files with hashes. pip uses one core and the kernels need no torch, so
@@ -144,18 +146,20 @@ clang: wheel
 	  $(BIN)/python setup.py -q build --build-base build/clang-base --build-lib build/clang
 	cd build/clang && PYTHONPATH=. $(PYTEST) -p no:cacheprovider -k 'not every_instruction_set and not without_the_library' $(KERNEL_TESTS)
 
-# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here.
+# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the library, on every instruction set here, or on one:
+# make sanitize SET=avx2
 SANITIZED := build/sanitized
 sanitize: $(STAMP)
 	HQQTENSOR_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. HQQTENSOR_TEST_SANITIZED=1 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. $(addprefix HQQTENSOR_CPU=,$(SET)) \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -x -p no:cacheprovider $(KERNEL_TESTS)
 
-# tests/kernels/standalone: the kernels with random calls and no torch. $(call standalone,FLAGS,FOLDER OF OBJECTS,PROGRAM)
+# tests/kernels/standalone: the kernels with random calls and no torch.
+# $(call standalone,FLAGS,FOLDER OF OBJECTS,PROGRAM,COMPILER IF NOT c++)
 STANDALONE := $(wildcard tests/kernels/standalone/*.cpp) \
   $(addprefix hqqtensor/kernels/cpu/dispatch/,attention.cpp decoder.cpp linear.cpp product.cpp)
-standalone = c++ -std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -iquote hqqtensor/kernels/cpu $(1) $(STANDALONE) \
+standalone = $(or $(4),c++) -std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -iquote hqqtensor/kernels/cpu $(1) $(STANDALONE) \
   $(addsuffix /target.o,$(addprefix $(2)/,amx avx512 avx2 portable)) -lpthread -o $(3)
 SET_SECONDS ?= 60
 
@@ -172,28 +176,76 @@ sanitize-threads: $(STAMP)
 	$(call standalone,-fsanitize=thread,build/objects-c++-sanitized-thread,build/standalone-threads)
 	TSAN_OPTIONS=halt_on_error=1 build/standalone-threads --seconds $(SET_SECONDS) --threads 4
 
+# The same under clang's UndefinedBehaviorSanitizer. zig's clang has no runtime of it, so what is undefined ends the program with
+# an illegal instruction, which names the seed.
+ZIG := $(BIN)/python -m ziglang c++
+sanitize-clang: $(STAMP)
+	CXX="$(CURDIR)/$(ZIG)" HQQTENSOR_SANITIZE=trap $(BIN)/python setup.py -q build_kernels
+	$(call standalone,-fsanitize=undefined -fsanitize-trap=undefined -fno-sanitize=alignment,build/objects-python-ziglang-c++-sanitized-trap,\
+	  build/standalone-clang,$(ZIG))
+	build/standalone-clang --seconds $(SET_SECONDS)
+
 memcheck: $(STAMP)
 	$(BIN)/python setup.py -q build_kernels
 	$(call standalone,,build/objects-c++,build/standalone)
 	valgrind -q --error-exitcode=9 build/standalone --seconds $(SET_SECONDS)
 
 # tests/kernels/arguments: random arguments for the operators' checks, without torch, others each time.
-ARGUMENTS := $(wildcard tests/kernels/arguments/*.cpp) tests/kernels/standalone/runtime.cpp
+ARGUMENTS := $(filter-out %/coverage.cpp,$(wildcard tests/kernels/arguments/*.cpp)) tests/kernels/standalone/runtime.cpp
 CHECKED := $(filter-out %/torch/threads.cpp %/dispatch/scratch.cpp %/dispatch/select.cpp, \
   $(wildcard hqqtensor/kernels/cpu/torch/*.cpp hqqtensor/kernels/cpu/dispatch/*.cpp))
+CHECKED_FLAGS = -std=c++20 -O1 -g1 -ffp-contract=off -iquote hqqtensor/kernels/cpu -iquote tests/kernels/standalone \
+  -iquote tests/kernels/arguments -DTORCH_TARGET_VERSION=0x020b000000000000 \
+  -isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/include
+# $(call arguments,FLAGS,FOLDER OF OBJECTS,PROGRAM)
+arguments = c++ $(CHECKED_FLAGS) $(1) $(ARGUMENTS) $(CHECKED) \
+  $(addsuffix /target.o,$(addprefix $(2)/,amx avx512 avx2 portable)) -lpthread -o $(3)
 SECONDS ?= 600
 fuzz-arguments: $(STAMP)
 	$(BIN)/python setup.py -q build_kernels
-	c++ -std=c++20 -O1 -g -ffp-contract=off -iquote hqqtensor/kernels/cpu -iquote tests/kernels/standalone \
-	  -iquote tests/kernels/arguments -DTORCH_TARGET_VERSION=0x020b000000000000 \
-	  -isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/include \
-	  $(ARGUMENTS) $(CHECKED) $(addsuffix /target.o,$(addprefix build/objects-c++/,amx avx512 avx2 portable)) -lpthread \
-	  -o build/fuzz-arguments
+	$(call arguments,,build/objects-c++,build/fuzz-arguments)
 	build/fuzz-arguments --first $$(date +%s)000000 --seconds $(SECONDS)
 
+# The same with all of it under AddressSanitizer and UndefinedBehaviorSanitizer.
+fuzz-arguments-sanitized: $(STAMP)
+	HQQTENSOR_SANITIZE=1 $(BIN)/python setup.py -q build_kernels
+	$(call arguments,-fsanitize=address$(,)undefined -fno-sanitize=alignment,build/objects-c++-sanitized,build/fuzz-arguments-sanitized)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  build/fuzz-arguments-sanitized --first $$(date +%s)000000 --seconds $(SECONDS)
+
+# The same with inputs chosen by the code that they reach, by libFuzzer, whose library is in atheris's wheel. It was made with
+# libstdc++, so zig's clang compiles against that, too: the headers of c++, and of this machine's C library.
+LIBFUZZER := build/coverage/libclang_rt.fuzzer_no_main.a
+COVERAGE_OBJECTS = $(patsubst %.cpp,build/coverage/%.o,$(filter-out %/main.cpp,$(ARGUMENTS)) \
+  tests/kernels/arguments/coverage.cpp $(CHECKED))
+COVERED = $(ZIG) -target x86_64-linux-gnu.$$(getconf GNU_LIBC_VERSION | cut -d' ' -f2) -fsanitize=fuzzer-no-link -nostdinc++ \
+  $$(echo | c++ -x c++ -E -v - 2>&1 | sed -n 's|^ \(/.*include.*\)|-isystem \1|p' | grep -v /lib/gcc) $(CHECKED_FLAGS)
+$(LIBFUZZER): $(STAMP)
+	mkdir -p $(@D)
+	$(BIN)/pip download -q --no-deps -d $(@D) atheris==3.0.0
+	$(BIN)/python -m zipfile -e $(@D)/atheris-*.whl $(@D)/atheris && mv $(@D)/atheris/$(@F) $@ && rm -r $(@D)/atheris*
+
+build/coverage/%.o: %.cpp $(STAMP)
+	@mkdir -p $(@D)
+	$(COVERED) -MMD -c $< -o $@
+
+fuzz-arguments-coverage: $(LIBFUZZER) $(COVERAGE_OBJECTS)
+	$(BIN)/python setup.py -q build_kernels
+	c++ $(COVERAGE_OBJECTS) $(addsuffix /target.o,$(addprefix build/objects-c++/,amx avx512 avx2 portable)) $(LIBFUZZER) \
+	  -lpthread -o build/fuzz-arguments-coverage
+	mkdir -p build/fuzz/corpus/arguments
+	build/fuzz-arguments-coverage -max_total_time=$(SECONDS) -max_len=1024 -artifact_prefix=build/fuzz/arguments- \
+	  -print_final_stats=1 build/fuzz/corpus/arguments
+-include $(COVERAGE_OBJECTS:.o=.d)
+
 # Damaged inputs for every way in (fuzz/), ten minutes a target, others each time: make fuzz TARGET=gguf SECONDS=60
+# TALLY=FILE adds the counts to those of other runs; python -m fuzz.tally FILE prints them.
 fuzz: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz --seconds $(SECONDS) $(addprefix --target ,$(TARGET)) $(addprefix --tally ,$(TALLY))
+
+# The C reader of tests/readers on damaged checkpoints in memory, thousands a second, under AddressSanitizer.
+fuzz-reader: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fuzz.reader --seconds $(SECONDS) $(addprefix --tally ,$(TALLY))
 
 # Every system call of a save, and every large request for memory, goes wrong once (faults/); everything at once for an hour.
 faults: $(STAMP)

@@ -3,8 +3,8 @@
 The library uses torch's stable ABI and no symbol of Python, so one build serves every Python from 3.11 and every torch
 from ``OLDEST_TORCH`` on. Torch's headers are needed: install torch first and pass ``--no-build-isolation``.
 
-CXX: the compiler, "c++" unless set. HQQTENSOR_NO_KERNELS=1: no library. HQQTENSOR_SANITIZE=1 or
-thread: see ``make sanitize`` and ``make sanitize-threads``.
+CXX: the compiler, "c++" unless set. HQQTENSOR_NO_KERNELS=1: no library. HQQTENSOR_SANITIZE=1,
+thread or trap: see ``make sanitize``, ``make sanitize-threads`` and ``make sanitize-clang``.
 HQQTENSOR_GLIBC=2.17: a library for every Linux with that C library or a newer one, see ``make wheel``.
 ``setup.py build_kernels``: the kernels' objects alone, which need no torch; what builds the library then links them.
 """
@@ -26,11 +26,11 @@ from setuptools.command.build_ext import build_ext
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the first whose stable ABI makes tensors of memory with a deleter
 FOLDER = Path("hqqtensor/kernels/cpu")
 NEED_RUNTIME = ("torch", "dispatch")  # folders whose code calls the C++ library
-# What HQQTENSOR_SANITIZE asks for. Sanitized code is optimized as what ships is: the same loops are tested. Races
-# do not depend on that, and -O1 compiles sooner.
+# What HQQTENSOR_SANITIZE asks for. At -O3 gcc takes too long over sanitized kernels; `make guard` has the loops of -O3.
 SANITIZERS = {
-    "1": ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"],
+    "1": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "trap": ["-O1", "-g1", "-fsanitize=undefined", "-fsanitize-trap=undefined", "-fno-sanitize=alignment"],
 }
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from fuzz import tally
 from fuzz.child import run_one
 from fuzz.run import run_in_parallel, save_findings
 from fuzz.targets import TARGETS
@@ -24,6 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--coverage", action="store_true", help="let atheris choose damages by the code that they reach"
     )
+    parser.add_argument("--tally", type=Path, metavar="FILE", help="add the counts to those in this file")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     return parser.parse_args()
 
@@ -42,6 +44,8 @@ def main() -> int:
     for name in names:
         result = run_in_parallel(name, first, args.count, args.seconds, args.jobs)
         counts[name] = {"inputs": result.inputs, "taken": result.taken, "findings": len(result.findings)}
+        if args.tally:
+            tally.add(args.tally, name, result.inputs, result.taken, len(result.findings))
         if not args.json:
             print(
                 f"{name}: {result.inputs} inputs from {first}, {result.taken} taken, {len(result.findings)} findings",

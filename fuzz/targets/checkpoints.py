@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @cache
-def _seeds() -> list[Files]:
+def vectors() -> list[Files]:
     folders = sorted(path.parent for path in ASSETS.glob("v*/*/expected.safetensors"))
     read = ({f.name: f.read_bytes() for f in folder.glob("model*")} for folder in folders)
     return [files for files in read if files]
@@ -40,13 +40,13 @@ def numpy_reader() -> Any:
 
 
 def _single(rng: random.Random) -> Files:
-    files = rng.choice([files for files in _seeds() if INDEX not in files])
+    files = rng.choice([files for files in vectors() if INDEX not in files])
     (name,) = files
     return {name: damage(rng, files[name])}
 
 
 def _sharded(rng: random.Random) -> Files:
-    files = dict(rng.choice([files for files in _seeds() if INDEX in files]))
+    files = dict(rng.choice([files for files in vectors() if INDEX in files]))
     shards = [name for name in files if name != INDEX]
     choice = rng.random()
     if choice < 0.5:
@@ -66,10 +66,10 @@ def _sharded(rng: random.Random) -> Files:
 def _dense_model() -> nn.Module:
     """A dense model that most of the undamaged files fit."""
     model = nn.Module()
-    for name, size in (("0", (128, 12)), ("1", (12, 3))):
-        part = nn.utils.skip_init(nn.Linear, *size)  # to draw numbers would take longer than to load them
-        for parameter in part.parameters():
-            nn.init.constant_(parameter, 0.5)
+    for name, columns, rows in (("0", 128, 12), ("1", 12, 3)):
+        part = nn.Linear(1, 1)  # to draw the numbers of a larger one would take longer than to load them
+        part.in_features, part.out_features = columns, rows
+        part.weight, part.bias = (nn.Parameter(torch.full(shape, 0.5)) for shape in ((rows, columns), (rows,)))
         model.add_module(name, part)
     return model
 

@@ -1,7 +1,9 @@
 """GGUF files of a tiny llama with a tensor of every type; cross-checked with the gguf package."""
 
+import importlib.util
 import random
-from functools import cache
+import tempfile
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 
 from fuzz.mutate import damage_bytes, damage_fields, join_fields
+from fuzz.run import IN_MEMORY
 from fuzz.target import Files, Target, Wrong, check_same, check_usable
 from hqqtensor import HQQTensor
 from hqqtensor.serialization.gguf_blocks import read_tensor
@@ -17,6 +20,7 @@ from hqqtensor.serialization.gguf_llama import from_llama, llama_config
 from hqqtensor.serialization.layout import CheckpointError
 
 NAME = "model.gguf"
+HAS_PACKAGE = importlib.util.find_spec("gguf") is not None
 ALIGNMENT = 32
 Fields = list[tuple[str, Any]]
 _METADATA: dict[str, tuple[int, Any]] = {
@@ -91,9 +95,7 @@ def run(files: Files, folder: Path) -> None:
 
 
 def _compare_with_gguf(file: GgufFile, raw: bytes) -> None:
-    try:
-        import gguf
-    except ImportError:
+    if not HAS_PACKAGE:
         return
     for name, placed in file.tensors.items():
         data = np.frombuffer(raw, np.uint8)[placed.offset : placed.offset + placed.nbytes]
@@ -103,26 +105,40 @@ def _compare_with_gguf(file: GgufFile, raw: bytes) -> None:
             if not same:
                 raise Wrong(f"{name}: other bytes than the file has at {placed.offset}")
             continue
-        kind = gguf.GGMLQuantizationType[placed.kind]
-        with np.errstate(all="ignore"):
-            theirs = gguf.quants.dequantize(data.reshape(placed.shape[0], -1), kind)
-        want = torch.from_numpy(np.ascontiguousarray(theirs))
+        want = _dequantized(placed.kind, placed.shape[0], data.tobytes())
         largest = want.abs().amax() + 256 * ours.scale.float().abs().amax()
         if not bool(((ours.dequantize() - want).abs() <= 1e-5 * largest).all()):
             raise Wrong(f"{name}: the gguf package reads other numbers from {ours!r}")
-    _compare_header(file, gguf)
+    first = min((placed.offset for placed in file.tensors.values()), default=len(raw))
+    for name, offset, shape in _placed_by_package(raw[:first], len(raw)):
+        placed = file.tensors.get(name)
+        if placed is None or placed.offset != offset or placed.shape != shape:
+            raise Wrong(f"{name}: the gguf package finds it at {offset}, {list(shape)}; here it is {placed}")
 
 
-def _compare_header(file: GgufFile, gguf: Any) -> None:
-    """The package finds the same tensors in the same places, where it reads the file at all."""
-    try:
-        theirs = gguf.GGUFReader(file.path).tensors
-    except Exception:  # it is no standard of what is right: names with odd bytes stop it
-        return
-    for t in theirs:
-        placed = file.tensors.get(t.name)
-        if placed is None or placed.offset != t.data_offset or placed.shape != tuple(map(int, t.shape[::-1])):
-            raise Wrong(f"{t.name}: the gguf package finds it at {t.data_offset}, {list(t.shape)}; here it is {placed}")
+@lru_cache(maxsize=64)  # most damages leave most tensors as they are
+def _dequantized(kind: str, rows: int, data: bytes) -> torch.Tensor:
+    import gguf
+
+    with np.errstate(all="ignore"):
+        blocks = np.frombuffer(data, np.uint8).reshape(rows, -1)
+        values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+@lru_cache(maxsize=8)
+def _placed_by_package(header: bytes, size: int) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Name, offset and shape of each tensor of a file that begins so; none where the package does not read it."""
+    import gguf
+
+    with tempfile.NamedTemporaryFile(dir=IN_MEMORY) as file:
+        file.write(header + bytes(size - len(header)))
+        file.flush()
+        try:
+            tensors = gguf.GGUFReader(file.name).tensors
+        except Exception:  # it is no standard of what is right: names with odd bytes stop it
+            return []
+        return [(t.name, t.data_offset, tuple(map(int, t.shape[::-1]))) for t in tensors]
 
 
 TARGETS = (Target("gguf", _case, run, (CheckpointError,)),)

@@ -15,7 +15,7 @@ class Refused(Exception):
 
 def _run(number: int, folder: Path) -> None:
     rng = random.Random(number)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed looks for every other device, too
     quantizing(rng)
     name = rng.choice([*LAYOUTS, "linear_many"])
     try:

@@ -133,9 +133,13 @@ def _layers() -> list[dict[str, Any]]:
     return out
 
 
+@cache
+def _flat_seeds() -> list[bytes]:
+    return [_saved({f"0.{key}": value for key, value in layer.items()}) for layer in _layers()]
+
+
 def _flat(rng: random.Random) -> Files:
-    layer = rng.choice(_layers())
-    return {MODEL: damage(rng, _saved({f"0.{key}": value for key, value in layer.items()}))}
+    return {MODEL: damage(rng, rng.choice(_flat_seeds()))}
 
 
 def _plain(layer: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,12 @@ def _case(rng: random.Random) -> Files:
     return {"stream": b"".join(out), "forged": b""}
 
 
+@cache
+def _bomb() -> bytes:
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return squeeze.compress(b"\0" * (1 << 24)) + squeeze.flush()
+
+
 def _damage(rng: random.Random, frames: list[Frame]) -> None:
     if not frames:
         return
@@ -87,8 +93,7 @@ def _damage(rng: random.Random, frames: list[Frame]) -> None:
             payload = damage_bytes(rng, payload)
         head[5] = len(payload)
     elif choice == 5:  # a bomb: far more bytes than it says
-        squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
-        payload = squeeze.compress(b"\0" * (1 << 24)) + squeeze.flush()
+        payload = _bomb()
         head = [CHUNK, 1, 1, 0, head[4], len(payload)]
     else:
         payload = damage_bytes(rng, payload)

@@ -35,7 +35,8 @@ def test_no_argument_gets_past_the_checks(tmp_path: Path) -> None:
         subprocess.run(["c++", "-std=c++20", "-O0", *includes, "-c", str(source), "-o", str(out)], check=True)
         return out
 
-    sources = [*sorted((HERE / "arguments").glob("*.cpp")), HERE / "standalone" / "runtime.cpp"]
+    sources = [path for path in sorted((HERE / "arguments").glob("*.cpp")) if path.name != "coverage.cpp"]
+    sources = [*sources, HERE / "standalone" / "runtime.cpp"]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources))
     program = tmp_path / "arguments"

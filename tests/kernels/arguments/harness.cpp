@@ -377,6 +377,10 @@ void run_input(const uint8_t* data, size_t size) {
       set_memory(touches_end, 0);
       run(end);
     }
+    if (touches_end) {
+      ++statistics().inputs;
+      statistics().taken += std::all_of(now.begin(), now.end(), [](const Outcome& o) { return o.error.empty(); });
+    }
     before = std::move(now);
     if (live() != handles_before) {
       finding(calls[0], std::to_string(live() - handles_before) + " handles were not freed by these calls");

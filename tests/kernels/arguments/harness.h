@@ -13,6 +13,7 @@ void run_input(const uint8_t* data, size_t size);
 void print_current();
 
 struct Statistics {
+  int64_t inputs = 0, taken = 0;  // taken: all of its calls were served
   int64_t calls = 0, served = 0;  // served: without an error
   std::map<std::string, int64_t> served_by_operator;
 };

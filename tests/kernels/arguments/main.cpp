@@ -40,7 +40,8 @@ int report() {
     std::fprintf(stderr, "no operator was called\n");
     return 1;
   }
-  std::printf("%lld calls, %lld served:", (long long)s.calls, (long long)s.served);
+  std::printf("%lld inputs, %lld taken; %lld calls, %lld served:", (long long)s.inputs, (long long)s.taken, (long long)s.calls,
+              (long long)s.served);
   for (const auto& [name, count] : s.served_by_operator) std::printf(" %s %lld,", name.c_str(), (long long)count);
   std::printf(" all well\n");
   return 0;

@@ -32,8 +32,9 @@ std::string current_set;
 
 [[maybe_unused]] void on_fault(int signal) {
   char text[200];
-  const int size = std::snprintf(text, sizeof(text), "%s, seed %llu: an access out of bounds (signal %d)\n",
-                                 current_set.c_str(), (unsigned long long)current_seed.load(), signal);
+  const char* const what = signal == SIGILL || signal == SIGTRAP ? "undefined behaviour" : "an access out of bounds";
+  const int size = std::snprintf(text, sizeof(text), "%s, seed %llu: %s (signal %d)\n", current_set.c_str(),
+                                 (unsigned long long)current_seed.load(), what, signal);
   (void)!write(2, text, (size_t)size);
   _exit(1);
 }
@@ -108,7 +109,7 @@ int main(int count, char** arguments) {
     if (name == "--threads") o.threads = std::atoll(value.c_str());
   }
 #if !defined(__SANITIZE_THREAD__)
-  for (const int signal : {SIGSEGV, SIGBUS, SIGILL}) std::signal(signal, on_fault);
+  for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP}) std::signal(signal, on_fault);
 #endif
   bool good = true;
   for (const std::string& name : instruction_sets()) {

@@ -27,14 +27,28 @@ typedef struct Json {
 
 #define JSON_MOST_DEPTH 64
 
-// Ends the program with one line; defined by the program.
+// Refuses the file for this reason; defined by the program.
 _Noreturn void fail(const char* what);
+
+// All that was allocated, so that a program that reads many files can free it.
+static void** allocated;
+static size_t allocated_count, allocated_room;
 
 static void* allocate(size_t count, size_t size) {
   if (size && count > SIZE_MAX / 2 / size) fail("too large for this machine's memory");
+  if (allocated_count == allocated_room) {
+    const size_t more = allocated_room ? 2 * allocated_room : 64;
+    void** const list = realloc(allocated, more * sizeof(void*));
+    if (!list) fail("out of memory");
+    allocated = list, allocated_room = more;
+  }
   void* const memory = calloc(count ? count : 1, size ? size : 1);
   if (!memory) fail("out of memory");
-  return memory;
+  return allocated[allocated_count++] = memory;
+}
+
+static inline void free_all(void) {
+  while (allocated_count) free(allocated[--allocated_count]);
 }
 
 static int compare_texts(Text a, Text b) {
@@ -186,9 +200,9 @@ static void parse_children(Parser* p, Json* out, char close) {
       }
       if (out->count == room) {
         room = room ? 2 * room : 4;
-        if (room > SIZE_MAX / sizeof(Json*)) fail("out of memory");
-        out->children = realloc(out->children, room * sizeof(Json*));
-        if (!out->children) fail("out of memory");
+        Json** const children = allocate(room, sizeof(Json*));
+        if (out->count) memcpy(children, out->children, out->count * sizeof(Json*));
+        out->children = children;
       }
       Json* const child = parse_value(p);
       child->name = name;

@@ -52,19 +52,10 @@ static void check_ranges(const File* file) {
   for (size_t i = 0; i < count; at = ranges[i++].end)
     check(ranges[i].begin == at, "tensors overlap, or leave bytes between them");
   check(at == (int64_t)file->size, "has bytes behind its last tensor");
-  free(ranges);
 }
 
-static File open_file(const char* path) {
-  FILE* const in = fopen(path, "rb");
-  check(in != NULL, "cannot be opened");
-  check(fseek(in, 0, SEEK_END) == 0, "is no plain file");
-  const long end = ftell(in);
-  check(end >= 8 && fseek(in, 0, SEEK_SET) == 0, "is too short for a header");
-  const size_t size = (size_t)end;
-  uint8_t* const bytes = allocate(size, 1);
-  check(fread(bytes, 1, size, in) == size, "cannot be read");
-  fclose(in);
+static File parse_file(const uint8_t* bytes, size_t size) {
+  check(size >= 8, "is too short for a header");
   uint64_t length = 0;
   for (int i = 0; i < 8; ++i) length |= (uint64_t)bytes[i] << 8 * i;
   check(length <= size - 8, "has a header that is longer than the file");
@@ -72,6 +63,18 @@ static File open_file(const char* path) {
   check(file.header->kind == JSON_OBJECT, "has a header that is no object");
   check_ranges(&file);
   return file;
+}
+
+static inline File open_file(const char* path) {
+  FILE* const in = fopen(path, "rb");
+  check(in != NULL, "cannot be opened");
+  check(fseek(in, 0, SEEK_END) == 0, "is no plain file");
+  const long end = ftell(in);
+  check(end >= 0 && fseek(in, 0, SEEK_SET) == 0, "is no plain file");
+  uint8_t* const bytes = allocate((size_t)end, 1);
+  check(fread(bytes, 1, (size_t)end, in) == (size_t)end, "cannot be read");
+  fclose(in);
+  return parse_file(bytes, (size_t)end);
 }
 
 typedef struct Stored {
