@@ -72,15 +72,31 @@ inline __attribute__((always_inline)) void digits_of(const Tile& tile, Codes c, 
 // that are bytes already.
 constexpr int widest_like(int NB) { return digit_shift(NB) == digit_shift(8) ? 8 : 7; }
 
+template <int T>
+inline __attribute__((always_inline)) void copy_sums(const Acc (*from)[T], Acc (*to)[T]) {
+  for (int r = 0; r < kGemvRows; ++r)
+    for (int t = 0; t < T; ++t) to[r][t] = from[r][t];
+}
+
 // Chunks `chunk`, chunk + 1, ... of each row out of bytes, [rows][128].
 template <int NB, int D, int DW, int T, ScaleOf BY>
-__attribute__((noinline)) void add_unpacked(const Tile& tile, const uint8_t (*unpacked)[128], int64_t chunk, int64_t chunks,
-                                            int64_t per_chunk, const LaneScales& lanes, Acc (*acc)[T]) {
+inline __attribute__((always_inline)) void add_unpacked(const Tile& tile, const uint8_t (*unpacked)[128], int64_t chunk,
+                                                        int64_t chunks, int64_t per_chunk, const LaneScales& lanes,
+                                                        Acc (*acc)[T]) {
   Codes codes[kGemvRows][2 * (DW ? DW : 1)];
   for (int64_t h = 0; h < chunks; ++h) {
     for (int r = 0; r < kGemvRows; ++r) digits_of<DW>(tile, load_codes(unpacked[r] + 64 * h), codes[r]);
     add_chunks<NB, D, DW, T, BY>(tile, chunk + h, per_chunk, lanes, codes, acc);
   }
+}
+// The same as a function of its own, for codes of several widths. Its sums go through memory, which short rows feel.
+template <int NB, int D, int DW, int T, ScaleOf BY>
+__attribute__((noinline)) void add_unpacked_apart(const Tile& tile, const uint8_t (*unpacked)[128], int64_t chunk,
+                                                  int64_t chunks, int64_t per_chunk, const LaneScales& lanes, Acc (*acc)[T]) {
+  Acc sums[kGemvRows][T];  // not `acc`, which bytes that are read might overlap for all that the compiler knows
+  copy_sums<T>(acc, sums);
+  add_unpacked<NB, D, DW, T, BY>(tile, unpacked, chunk, chunks, per_chunk, lanes, sums);
+  copy_sums<T>(sums, acc);
 }
 
 // Stands for the bits of a code where one tile serves several widths: tables of up to 3 bits, and all with kWidthsTogether.
@@ -182,25 +198,32 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
     add_chunks<NB == kAnyWidth ? 3 : NB, D, DW, T, BY>(tile, 2 * b++, per_chunk, lanes, codes, acc);
   }
 #endif
-  if (128 * b < K) {
-    Acc last[kGemvRows][T];  // a copy: sums whose address is given away would not stay in registers above
-    for (int r = 0; r < kGemvRows; ++r)
-      for (int t = 0; t < T; ++t) last[r][t] = acc[r][t];
-    for (; 128 * b < K; ++b) {
-      const int64_t count = K - 128 * b < 128 ? K - 128 * b : 128;
-      uint8_t unpacked[kGemvRows][128];
-      for (int r = 0; r < kGemvRows; ++r) {
-        const uint8_t* from = tile.rows[r] + b * 16 * tile.nbits;
-        if (count % 64) __builtin_memset(unpacked[r] + 32, 0, 96);
-        if constexpr (NB == kAnyWidth)
-          unpack_codes(from, tile.nbits, count, unpacked[r]);
-        else
-          unpack_last<NB>(from, count, unpacked[r]);
-      }
-      add_unpacked<widest_like(NB), D, DW, T, BY>(tile, unpacked, 2 * b, count > 64 ? 2 : 1, per_chunk, lanes, last);
+  const auto unpack = [&](uint8_t(*unpacked)[128]) __attribute__((always_inline)) {
+    const int64_t count = K - 128 * b < 128 ? K - 128 * b : 128;
+    for (int r = 0; r < kGemvRows; ++r) {
+      const uint8_t* from = tile.rows[r] + b * 16 * tile.nbits;
+      if (count % 64) __builtin_memset(unpacked[r] + 32, 0, 96);
+      if constexpr (NB == kAnyWidth)
+        unpack_codes(from, tile.nbits, count, unpacked[r]);
+      else
+        unpack_last<NB>(from, count, unpacked[r]);
     }
-    for (int r = 0; r < kGemvRows; ++r)
-      for (int t = 0; t < T; ++t) acc[r][t] = last[r][t];
+    return count > 64 ? 2 : 1;
+  };
+  if (128 * b < K) {
+    uint8_t unpacked[kGemvRows][128];
+    if constexpr (NB != kAnyWidth && !kHalfBlocks) {
+      const int64_t chunks = unpack(unpacked);
+      add_unpacked<NB, D, DW, T, BY>(tile, unpacked, 2 * b, chunks, per_chunk, lanes, acc);
+    } else {
+      Acc last[kGemvRows][T];  // a copy: sums whose address is given away would not stay in registers above
+      copy_sums<T>(acc, last);
+      for (; 128 * b < K; ++b) {
+        const int64_t chunks = unpack(unpacked);
+        add_unpacked_apart<widest_like(NB), D, DW, T, BY>(tile, unpacked, 2 * b, chunks, per_chunk, lanes, last);
+      }
+      copy_sums<T>(last, acc);
+    }
   }
   acc_sums(acc, tile.start, tile.out);
 }

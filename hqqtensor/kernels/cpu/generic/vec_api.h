@@ -172,6 +172,11 @@ constexpr bool kWidthsTogether = false;
 #endif
 
 // HQQTENSOR_HAS_HALF_BLOCK: the set has decode_half<NB>(b), the codes of a last block of 64. Else they are unpacked by words.
+#ifdef HQQTENSOR_HAS_HALF_BLOCK
+constexpr bool kHalfBlocks = true;
+#else
+constexpr bool kHalfBlocks = false;
+#endif
 
 // HQQTENSOR_HAS_PAIRS: blocks of 128 codes that are multiplied whole, see avx512/pairs.h.
 #ifndef HQQTENSOR_HAS_PAIRS
