@@ -136,7 +136,8 @@ inline __m256i to_bf16(Floats v) {
 }
 
 // Rows index[0, count) of the result out of a tile, tokens m and on. Bits: those that are not finite.
-__attribute__((noinline)) uint32_t store_tile(const Problem& p, const float* sums, const int64_t* index, int64_t count, int64_t m) {
+__attribute__((noinline)) uint32_t store_tile(const Problem& p, const float* sums, const int64_t* index, int64_t count,
+                                              int64_t m) {
   __m512i v[16];
   const int64_t tokens = p.M - m < 16 ? p.M - m : 16;
   const __mmask16 there = (__mmask16)((1u << tokens) - 1);

@@ -227,8 +227,8 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t D, i
         for (int64_t half = 0; half < 2; ++half) {
           run(segments, count,
               {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64, tokens,
-               scale + half * 16 * size.width, size.width, steps + m * size.entries,
-               sums + (m * kPanelRows + half * 256), level_sums});
+               scale + half * 16 * size.width, size.width, steps + m * size.entries, sums + (m * kPanelRows + half * 256),
+               level_sums});
           prefetcher.run(lines_each);
         }
       };

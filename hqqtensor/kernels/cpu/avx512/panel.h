@@ -228,7 +228,8 @@ void run_panel(const Problem& p, const QuantizedActivations& d, const PanelTiles
 }
 
 void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  with_digits(p.w, d.count, [&](auto x, auto codes) { run_panel(p, d, kPanelTiles<x.value, codes.value>, first, last, step, scratch); });
+  with_digits(p.w, d.count,
+              [&](auto x, auto codes) { run_panel(p, d, kPanelTiles<x.value, codes.value>, first, last, step, scratch); });
 }
 
 }  // namespace

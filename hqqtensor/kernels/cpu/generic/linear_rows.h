@@ -20,7 +20,7 @@ struct Tile {
   const float* scale[kGemvRows][kGemvTokens];
   Floats start[kGemvRows][kGemvTokens];  // what is added to the lanes of a result
   const uint8_t* table;
-  int nbits;  // of a code
+  int nbits;                     // of a code
   const uint8_t* prefetch_from;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
   int64_t prefetch_distance;     // else bytes to the same place in the next tile
   float out[kGemvTokens][kGemvRows];
@@ -114,8 +114,8 @@ inline __attribute__((always_inline)) void with_width(int nbits, F f) {
 
 // All blocks of 128 codes. Returns how many there are.
 template <int NB, int D, int DW, int T, ScaleOf BY>
-inline __attribute__((always_inline)) int64_t add_blocks(const Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes,
-                                                         Acc (*acc)[T]) {
+inline __attribute__((always_inline)) int64_t add_blocks(const Tile& tile, int64_t K, int64_t per_chunk,
+                                                         const LaneScales& lanes, Acc (*acc)[T]) {
   constexpr int W = DW ? DW : 1, LIKE = NB == kAnyWidth ? 3 : NB;
   const int64_t blocks = K / 128, nbits = NB == kAnyWidth ? tile.nbits : NB, bytes = 16 * nbits;
   const auto prefetch_block = [&](int64_t b) __attribute__((always_inline)) {
@@ -198,7 +198,7 @@ void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes)
     add_chunks<NB == kAnyWidth ? 3 : NB, D, DW, T, BY>(tile, 2 * b++, per_chunk, lanes, codes, acc);
   }
 #endif
-  const auto unpack = [&](uint8_t(*unpacked)[128]) __attribute__((always_inline)) {
+  const auto unpack = [&](uint8_t (*unpacked)[128]) __attribute__((always_inline)) {
     const int64_t count = K - 128 * b < 128 ? K - 128 * b : 128;
     for (int r = 0; r < kGemvRows; ++r) {
       const uint8_t* from = tile.rows[r] + b * 16 * tile.nbits;

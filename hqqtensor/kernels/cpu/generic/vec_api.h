@@ -53,7 +53,8 @@ concept Gives = std::is_same_v<std::remove_cvref_t<Found>, Wanted>;
 // Register tile of linear_rows: rows of the weight, and tokens.
 HQQTENSOR_SUPPLIES(int, kGemvRows);
 HQQTENSOR_SUPPLIES(int, kGemvTokens);
-// Of kGemvTokens, how many products have that reach linear_rows, by the digits of the activations and whether quads have scales.
+// Of kGemvTokens, how many products have that reach linear_rows, by the digits of the activations and whether quads have
+// scales.
 HQQTENSOR_SUPPLIES(int, gemv_tokens(2, false));
 // Numbers in a vector of float32.
 HQQTENSOR_SUPPLIES(int, kFloats);
