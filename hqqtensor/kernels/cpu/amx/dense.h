@@ -90,14 +90,19 @@ struct Block {
   }
 };
 
-using Multiply = void (*)(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
+// Splits of the weight and of the activations, and what multiplies them: register tiles of 1 to 4 tiles of rows by one of
+// tokens, and of 1 or 2 by two.
+struct Products {
+  int64_t W, X;
+  void (*one[4])(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
+  void (*two[2])(const char*, int64_t, const char*, int64_t, int64_t, float*, int64_t, bool);
+};
 template <class P>
-Multiply pick_multiply(int64_t rows, int64_t tokens) {
-  static constexpr Multiply one[] = {Block<1, 1>::multiply<P>, Block<2, 1>::multiply<P>, Block<3, 1>::multiply<P>,
-                                     Block<4, 1>::multiply<P>};
-  static constexpr Multiply two[] = {Block<1, 2>::multiply<P>, Block<2, 2>::multiply<P>};
-  return (tokens == 1 ? one : two)[rows - 1];
-}
+constexpr Products kProducts{
+    P::W,
+    P::X,
+    {Block<1, 1>::multiply<P>, Block<2, 1>::multiply<P>, Block<3, 1>::multiply<P>, Block<4, 1>::multiply<P>},
+    {Block<1, 2>::multiply<P>, Block<2, 2>::multiply<P>}};
 
 // The order in which rows are taken. axis 0: 16 groups at a time, the first row of each, then the next of each, so that a
 // panel reads scales once for several rows, and its results lie next to each other.
@@ -130,7 +135,8 @@ inline __m256i to_bf16(Floats v) {
 }
 
 // Rows index[0, count) of the result out of a tile, tokens m and on. Bits: those that are not finite.
-inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* index, int64_t count, int64_t m) {
+__attribute__((noinline)) uint32_t store_tile(const Problem& p, const float* sums, const int64_t* index, int64_t count,
+                                              int64_t m) {
   __m512i v[16];
   const int64_t tokens = p.M - m < 16 ? p.M - m : 16;
   const __mmask16 there = (__mmask16)((1u << tokens) - 1);
@@ -159,19 +165,16 @@ inline uint32_t store_tile(const Problem& p, const float* sums, const int64_t* i
 }
 
 // Bytes from 16 rows of a panel with W splits to the next 16.
-template <int W>
-constexpr int64_t kRowTile = kSlice / kTileColumns * W * kTileBytes;
+constexpr int64_t row_tile(int64_t W) { return kSlice / kTileColumns * W * kTileBytes; }
 
 // Columns [k, k + depth) of rows index[0, count) into the panel, [16 rows][steps][W splits] tiles; what comes after them is
 // prefetched: their next columns, or the rows from position `end` on. put: what pick_row chose.
-template <int W, class PutRow>
-inline __attribute__((always_inline)) void fill_panel(const Weight& w, const RowBlock& block, int64_t end, const int64_t* index,
-                                                      int64_t count, int64_t k, int64_t depth, PutRow put, SliceValues& values,
-                                                      const PanelValues& groups, char* panel) {
+void fill_panel(const Weight& w, int64_t W, const RowBlock& block, int64_t end, const int64_t* index, int64_t count, int64_t k,
+                int64_t depth, PutRow put, SliceValues& values, const PanelValues& groups, char* panel) {
   const int64_t next = k + kSlice;
   const auto make = [&](int64_t r) {
     put(w, index[r], k, depth, values, w.axis == 1 ? groups.row(r, k) : GroupValues{},
-        panel + r / 16 * kRowTile<W> + r % 16 * 64);
+        panel + r / 16 * row_tile(W) + r % 16 * 64);
     const uint8_t* soon = nullptr;
     if (next < w.K) {
       soon = w.qdata + index[r] * w.row_stride + next / 8 * w.nbits;
@@ -195,27 +198,27 @@ inline __attribute__((always_inline)) void fill_panel(const Weight& w, const Row
 }
 
 // sums += the panel times the same columns of all tokens, of which `x` has the first: [row tiles][token tiles][16][16].
-template <class P>
-inline __attribute__((always_inline)) void multiply_panel(const char* panel, int64_t row_tiles, const char* x, int64_t x_tile,
-                                                          int64_t tiles, int64_t steps, bool first, float* sums) {
+inline void multiply_panel(const Products& products, const char* panel, int64_t row_tiles, const char* x, int64_t x_tile,
+                           int64_t tiles, int64_t steps, bool first, float* sums) {
+  const int64_t row_bytes = row_tile(products.W);
   for (int64_t t = 0, tokens; t < tiles; t += tokens) {
     tokens = tiles - t < 2 ? 1 : 2;
     for (int64_t r = 0, rows, most = 4 / tokens; r < row_tiles; r += rows) {
       rows = row_tiles - r < most ? row_tiles - r : most;
-      pick_multiply<P>(rows, tokens)(panel + r * kRowTile<P::W>, kRowTile<P::W>, x + t * x_tile, x_tile, steps,
-                                     sums + (r * tiles + t) * 256, tiles * 256, first);
+      (tokens == 1 ? products.one : products.two)[rows - 1](panel + r * row_bytes, row_bytes, x + t * x_tile, x_tile, steps,
+                                                            sums + (r * tiles + t) * 256, tiles * 256, first);
     }
   }
 }
 
-template <class P>
-void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
-  constexpr int W = P::W;
+void multiply_dense_rows(const Problem& p, const DenseActivations& x, const Products& products, int64_t first, int64_t last,
+                         float* scratch) {
+  const int64_t W = products.W, X = products.X;
   const Weight& w = p.w;
-  const int64_t tiles = token_tiles(p.M), x_tile = tile_steps(w.K) * P::X * kTileBytes;
+  const int64_t tiles = token_tiles(p.M), x_tile = tile_steps(w.K) * X * kTileBytes;
   char* panel = (char*)scratch;
   float* sums = scratch + kDenseRows * kSlice / 2 * W;
-  const auto put = pick_row<W>(w);
+  const PutRow put = W == 1 ? pick_row<1>(w) : W == 2 ? pick_row<2>(w) : pick_row<3>(w);
   SliceValues values;
   PanelValues groups(w, sums + kDenseRows * tiles * 16);
   constexpr Tiles::Shape whole{kAmxTileRows, 64};
@@ -234,9 +237,9 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
     for (int64_t k = 0; k < w.K; k += kSlice) {
       const int64_t depth = w.K - k < kSlice ? w.K - k : kSlice;
       if (w.axis == 1 && k % kLong == 0) groups.load(w, index, count, k);
-      fill_panel<W>(w, block, end, index, count, k, depth, put, values, groups, panel);
-      const char* columns = (const char*)x.packed + k / kTileColumns * P::X * kTileBytes;
-      multiply_panel<P>(panel, row_tiles, columns, x_tile, tiles, tile_steps(depth), k == 0, sums);
+      fill_panel(w, W, block, end, index, count, k, depth, put, values, groups, panel);
+      const char* columns = (const char*)x.packed + k / kTileColumns * X * kTileBytes;
+      multiply_panel(products, panel, row_tiles, columns, x_tile, tiles, tile_steps(depth), k == 0, sums);
     }
     for (int64_t r = 0; r < row_tiles; ++r) {
       uint32_t bad = 0;
@@ -252,11 +255,11 @@ void dense_rows(const Problem& p, const DenseActivations& x, int64_t first, int6
 }
 
 void linear_splits(const Problem& p, const DenseActivations& x, int64_t first, int64_t last, float* scratch) {
-  const auto run = x.splits == 3   ? dense_rows<Splits33>
-                   : x.splits == 2 ? dense_rows<Splits22>
-                   : p.rounded     ? dense_rows<Splits11>
-                                   : dense_rows<Splits21>;
-  run(p, x, first, last, scratch);
+  const Products& products = x.splits == 3   ? kProducts<Splits33>
+                             : x.splits == 2 ? kProducts<Splits22>
+                             : p.rounded     ? kProducts<Splits11>
+                                             : kProducts<Splits21>;
+  multiply_dense_rows(p, x, products, first, last, scratch);
 }
 
 }  // namespace

@@ -60,8 +60,10 @@ void look_up_row(const Weight& w, int64_t n, int64_t k, int64_t depth, const Sli
   }
 }
 
+// What writes columns of a row into a panel, as write_row does.
+using PutRow = void (*)(const Weight&, int64_t, int64_t, int64_t, const SliceValues&, const GroupValues&, char*);
 template <int SPLITS>
-auto pick_row(const Weight& w) {
+PutRow pick_row(const Weight& w) {
   if (can_look_up(w)) return w.table.values ? look_up_row<SPLITS, TableEntries> : look_up_row<SPLITS, IntegerEntries>;
   return !w.table.values ? write_row<SPLITS, Integers>
          : w.nbits <= 4  ? write_row<SPLITS, Entries16>

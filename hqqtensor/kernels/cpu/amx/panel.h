@@ -134,9 +134,8 @@ void begin_tile(const float* shift, int64_t width, const float* sums_x, int64_t 
   }
 }
 
-// Codes of chunks [first, first + chunks) of 32 rows into the panel.
-template <int W>
-void unpack_panel(const Weight& w, const uint8_t* const* rows, int64_t first, int64_t chunks, uint8_t* panel) {
+// Codes of chunks [first, first + chunks) of 32 rows into the panel, W digits of each.
+void unpack_panel(const Weight& w, int64_t W, const uint8_t* const* rows, int64_t first, int64_t chunks, uint8_t* panel) {
   with_nbits(w.nbits, [&](auto nb) {
     constexpr int NB = nb.value;
     const auto put = [&](int64_t r, int64_t c, Codes codes) __attribute__((always_inline)) {
@@ -186,8 +185,11 @@ inline void transpose_sums(const float* sums, int64_t tiles, float* out) {
   for (int64_t i = 0; i < 2 * tiles; ++i) transpose_floats(sums + 256 * i, 16, out + i / 2 * 16 * kPanelRows + i % 2 * 16);
 }
 
-template <int D, int W>
-void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
+using RunAmxTile = void (*)(const AmxSegment*, int64_t, const AmxTile&);
+
+// D digits of the activations, W of the codes: what `run` multiplies.
+void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t D, int64_t W, RunAmxTile run, int64_t first,
+                   int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
   const AmxScratch size(w, p.M);
   const auto take = [&](int64_t floats) {
@@ -218,16 +220,16 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
     begin_sums(w, size, shift, sums_x, sums);
     for (int64_t c = 0; c < d.chunks; c += kPanelChunks) {
       const int64_t chunks = d.chunks - c < kPanelChunks ? d.chunks - c : kPanelChunks;
-      unpack_panel<W>(w, rows.data, c, chunks, panel);
+      unpack_panel(w, W, rows.data, c, chunks, panel);
       const int64_t count = amx_segments(w, c, chunks, segments);
       Prefetcher prefetcher(w, rows.data, rows.after, kPanelRows, 64 * c, 64 * chunks);
       const int64_t lines_each = prefetcher.lines() / (2 * size.tiles) + 1;
       const auto multiply = [&](int64_t m, int64_t tokens) {
         for (int64_t half = 0; half < 2; ++half) {
-          amx_tile<D, W>(segments, count,
-                         {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64,
-                          tokens, scale + half * 16 * size.width, size.width, steps + m * size.entries,
-                          sums + (m * kPanelRows + half * 256), level_sums});
+          run(segments, count,
+              {panel + half * kPanelChunks * W * 1024, d.digits + m * d.chunks * D * 64 + c * D * tokens * 64, tokens,
+               scale + half * 16 * size.width, size.width, steps + m * size.entries, sums + (m * kPanelRows + half * 256),
+               level_sums});
           prefetcher.run(lines_each);
         }
       };
@@ -247,7 +249,9 @@ void run_amx_panel(const Problem& p, const QuantizedActivations& d, int64_t firs
 }
 
 void linear_amx(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  with_digits(p.w, d.count, [&](auto x, auto codes) { run_amx_panel<x.value, codes.value>(p, d, first, last, step, scratch); });
+  with_digits(p.w, d.count, [&](auto x, auto codes) {
+    run_amx_panel(p, d, x.value, codes.value, amx_tile<x.value, codes.value>, first, last, step, scratch);
+  });
 }
 
 void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {

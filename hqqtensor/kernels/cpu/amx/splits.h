@@ -135,12 +135,7 @@ struct SliceValues {
 };
 
 inline void unpack_slice(const Weight& w, int64_t n, int64_t k, int64_t depth, uint8_t* codes) {
-  const uint8_t* data = w.qdata + n * w.row_stride + k / 8 * w.nbits;
-  const int64_t whole = depth / 128;
-  with_nbits(w.nbits, [&](auto nb) {
-    unpack_blocks<nb.value>(data, whole, codes);
-    if (depth > whole * 128) unpack_last<nb.value>(data + whole * 16 * nb.value, depth - whole * 128, codes + whole * 128);
-  });
+  unpack_codes(w.qdata + n * w.row_stride + k / 8 * w.nbits, w.nbits, depth, codes);
 }
 
 // Where each_pair puts its numbers: into tiles, SPLITS of each.

@@ -154,45 +154,42 @@ inline __attribute__((always_inline)) void add_segment(const IntegerTile& tile, 
   (add(t, total[t]), ...);
 }
 
-// F: quads whose sums fit 16 bits; 0 for integers of 16 bits.
-template <int F, int... t>
-inline __attribute__((always_inline)) void run_segment(const IntegerTile& tile, const Segment& s, const __m256i* w,
+// fit: quads whose sums fit 16 bits; any number for integers of 16 bits (WIDE).
+template <bool WIDE, int... t>
+inline __attribute__((always_inline)) void run_segment(const IntegerTile& tile, const Segment& s, const __m256i* w, int64_t fit,
                                                        std::integer_sequence<int, t...> all) {
-  constexpr int T = (int)sizeof...(t), bytes = F == 0 ? 8 : 4;
+  constexpr int T = (int)sizeof...(t), bytes = WIDE ? 8 : 4;
   const __m256i* const end = w + 2 * s.last;
   const int8_t* x = tile.x + s.first * T * bytes;
   w += 2 * s.first;
   Sums total[T];
   const __m256i zero = _mm256_setzero_si256();
-  if constexpr (F != 0) ((total[t] = {zero, zero}), ...);  // sums of 16 bits are added
-  for (; F != 0 && end - w > 2 * F; w += 2 * F, x += F * T * bytes) add_quads<false, T>(w, w + 2 * F, x, total);
-  add_quads<F == 0, T>(w, end, x, total);
+  if constexpr (!WIDE) ((total[t] = {zero, zero}), ...);  // sums of 16 bits are added
+  for (; !WIDE && end - w > 2 * fit; w += 2 * fit, x += fit * T * bytes) add_quads<false, T>(w, w + 2 * fit, x, total);
+  add_quads<WIDE, T>(w, end, x, total);
   if (tile.shift && s.opens)
-    add_segment<F == 0, true>(tile, s, total, all);
+    add_segment<WIDE, true>(tile, s, total, all);
   else
-    add_segment<F == 0, false>(tile, s, total, all);
+    add_segment<WIDE, false>(tile, s, total, all);
 }
 
-template <int F, int T>
-void integer_tile(const IntegerTile& tile, const Segment* segments, int64_t count, const __m256i* panel) {
-  for (int64_t i = 0; i < count; ++i) run_segment<F>(tile, segments[i], panel, std::make_integer_sequence<int, T>());
+template <bool WIDE, int T>
+void integer_tile(const IntegerTile& tile, const Segment* segments, int64_t count, const __m256i* panel, int64_t fit) {
+  for (int64_t i = 0; i < count; ++i) run_segment<WIDE>(tile, segments[i], panel, fit, std::make_integer_sequence<int, T>());
 }
 
-using IntegerRun = void (*)(const IntegerTile&, const Segment*, int64_t, const __m256i*);
-template <int F, int... T>
+using IntegerRun = void (*)(const IntegerTile&, const Segment*, int64_t, const __m256i*, int64_t);
+template <bool WIDE, int... T>
 IntegerRun pick_tokens(int64_t tokens, std::integer_sequence<int, T...>) {
-  static constexpr IntegerRun runs[] = {integer_tile<F, T + 1>...};
+  static constexpr IntegerRun runs[] = {integer_tile<WIDE, T + 1>...};
   return runs[tokens - 1];
 }
-// For codes up to `top`.
-inline IntegerRun pick_integer(bool wide, int top, int64_t tokens) {
-  if (wide) return pick_tokens<0>(tokens, std::make_integer_sequence<int, kTileTokens>());
+inline IntegerRun pick_integer(bool wide, int64_t tokens) {
   constexpr auto all = std::make_integer_sequence<int, kTileTokens>();
-  if (top <= 7) return pick_tokens<16>(tokens, all);  // 16 x 2 x 7 x 127 < 2^15
-  if (top <= 15) return pick_tokens<8>(tokens, all);
-  if (top <= 31) return pick_tokens<4>(tokens, all);
-  return pick_tokens<2>(tokens, all);
+  return wide ? pick_tokens<true>(tokens, all) : pick_tokens<false>(tokens, all);
 }
+// Quads of codes up to `top` whose sums fit 16 bits: 16 x 2 x 7 x 127 < 2^15.
+inline int64_t quads_that_fit(int top) { return top <= 7 ? 16 : top <= 15 ? 8 : top <= 31 ? 4 : 2; }
 
 // What 2 digits of 7 bits of a table lack to be signed integers of 14 bits. Sums of 32 products with 14-bit activations
 // then fit 32 bits; unsigned, those of 16. Axis 0 has no sums of x to put the difference right with.
@@ -269,7 +266,7 @@ void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first
   Segment* all_segments = (Segment*)(sums + (p.M + 1) * kPanelRows);
   int64_t* starts = (int64_t*)(all_segments + (w.K + 3) / 4 + 1);
   all_segments_of(w, longest_segment(w, d.count), all_segments, starts);
-  const int top = w.table.count ? 31 : (1 << w.nbits) - 1;
+  const int64_t fit = quads_that_fit(w.table.count ? 31 : (1 << w.nbits) - 1);
   const bool wide = d.layout == Layout::tiles_int16;
   const int64_t bytes_each = d.bytes() * 4;  // of 4 activations
   const float unit = w.table.values ? w.table.unit : 1;
@@ -296,13 +293,13 @@ void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first
           tile.step[t] = d.step + (m + t) * d.steps_per_row;
           tile.sum[t] = d.sum + (m + t) * width;
         }
-        const IntegerRun run = pick_integer(wide, top, tokens);
+        const IntegerRun run = pick_integer(wide, tokens);
         for (int64_t i = 0; i < pieces; ++i) {
           const int64_t row = i * (wide ? 8 : kPairRows);
           tile.out = sums + m * kPanelRows + row;
           tile.scale = scale + row;
           tile.shift = w.axis == 1 ? shift + row : nullptr;
-          run(tile, segments, parts, panel + i * 2 * kPanelQuads);
+          run(tile, segments, parts, panel + i * 2 * kPanelQuads, fit);
           prefetcher.run(lines_each);
         }
       }

@@ -29,6 +29,14 @@ inline void pack_block(const uint8_t* codes, int64_t count, uint8_t* out) {
   if constexpr ((NB & 1) != 0) out = pack_plane<1, NB & 6>(codes, count, out);
 }
 
+// The same for a width that is known at run time.
+__attribute__((noinline)) void pack_codes(const uint8_t* codes, int nbits, int64_t count, uint8_t* out) {
+  with_nbits(nbits, [&](auto nb) {
+    if (count == 128) return pack_block<nb.value>(codes, 128, out);
+    pack_block<nb.value>(codes, count, out);
+  });
+}
+
 // Codes of weights for given inverse scales and zero points.
 struct IntegerCodes {
   Floats last;
@@ -83,20 +91,15 @@ void assign_with(const Find& find, const float* w, const float* inverse, const f
                  int64_t group_size, int axis, uint8_t* out) {
   Assigner<Find> a{inverse, zero, group_size, 0, group_size, find};
   uint8_t codes[128];
-  with_nbits(nbits, [&](auto nb) {
-    for (int64_t k = 0; k < K; k += 128, out += 16 * nb.value) {
-      const int64_t count = K - k < 128 ? K - k : 128;
-      if (count < 128) __builtin_memset(codes, 0, sizeof codes);
-      if (axis == 1)
-        a.groups(w + k, count, codes);
-      else
-        a.columns(w + k, inverse + k, zero + k, count, codes);
-      if (count == 128)
-        pack_block<nb.value>(codes, 128, out);
-      else
-        pack_block<nb.value>(codes, (count + 7) / 8 * 8, out);
-    }
-  });
+  for (int64_t k = 0; k < K; k += 128, out += 16 * nbits) {
+    const int64_t count = K - k < 128 ? K - k : 128;
+    if (count < 128) __builtin_memset(codes, 0, sizeof codes);
+    if (axis == 1)
+      a.groups(w + k, count, codes);
+    else
+      a.columns(w + k, inverse + k, zero + k, count, codes);
+    pack_codes(codes, nbits, (count + 7) / 8 * 8, out);
+  }
 }
 
 // Nearest codes of a row of weights, packed. axis 1: a scale for each group; axis 0: one for each column.

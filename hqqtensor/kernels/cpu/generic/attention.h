@@ -10,7 +10,7 @@ namespace {
 
 // exp(x) for x[0 .. count), at most 88; below -87 it is that of -87. Relative error 2e-7: a polynomial on half of ln 2, times
 // a power of two. Written so that compilers make vectors of it.
-inline void exponentials(float* x, int64_t count) {
+__attribute__((noinline)) void exponentials(float* x, int64_t count) {
   constexpr float kLog2e = 1.44269504f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2 in two parts
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: to add it rounds to an integer in the low bits
   for (int64_t i = 0; i < count; ++i) {
@@ -134,7 +134,7 @@ void weighted_values(const Attention& a, const float* weights, int64_t stride, f
 }
 
 // Scores become weights exp(score - largest).
-inline void weights_of(const Attention& a, float* scores, float* largest, float* total) {
+__attribute__((noinline)) void weights_of(const Attention& a, float* scores, float* largest, float* total) {
   const int64_t whole = (a.count + kFloats - 1) / kFloats * kFloats;
   if (a.softcap > 0) {
     // tanh(u) = 1 - 2 / (1 + exp(2 u))

@@ -40,12 +40,10 @@ struct UnpackedRows {
   const uint8_t* rows[ROWS];
 
   UnpackedRows(const uint8_t* const* packed, int64_t offset, int nbits, int64_t count) {
-    with_nbits(nbits, [&](auto nb) {
-      for (int r = 0; r < ROWS; ++r) {
-        unpack_last<nb.value>(packed[r] + offset, count, codes[r]);
-        rows[r] = codes[r];
-      }
-    });
+    for (int r = 0; r < ROWS; ++r) {
+      unpack_codes(packed[r] + offset, nbits, count, codes[r]);
+      rows[r] = codes[r];
+    }
   }
 };
 

@@ -102,7 +102,7 @@ inline void unpack_short(const uint8_t* b, uint8_t* out) {
 // Codes of the short last block, `count` of them, with zeros behind up to a multiple of 64 where count is none of 32, 64
 // and 96.
 template <int NB>
-inline void unpack_last(const uint8_t* b, int64_t count, uint8_t* out) {
+void unpack_last(const uint8_t* b, int64_t count, uint8_t* out) {
   switch (count) {
     case 32: return unpack_short<NB, 32>(b, out);
 #ifdef HQQTENSOR_HAS_HALF_BLOCK
@@ -135,6 +135,16 @@ inline void with_nbits(int nbits, F f) {
     case 7: return f(std::integral_constant<int, 7>());
     default: return f(std::integral_constant<int, 8>());
   }
+}
+
+// Codes [0, count) at the begin of a block, as bytes: whole blocks, then a short last one where count is no multiple of 128.
+// Room for `count` up to a multiple of 128. A function of its own, since all widths inlined are 10 KB wherever it is called.
+__attribute__((noinline)) void unpack_codes(const uint8_t* b, int nbits, int64_t count, uint8_t* out) {
+  const int64_t blocks = count / 128, rest = count % 128;
+  with_nbits(nbits, [&](auto nb) {
+    unpack_blocks<nb.value>(b, blocks, out);
+    if (rest) unpack_last<nb.value>(b + blocks * 16 * nb.value, rest, out + blocks * 128);
+  });
 }
 
 // Numbers of `count` bytes, or of the nibbles `PART` (1: low, 2: high) of as many, less `zero`, times `scale`. Zeros fill the
@@ -260,7 +270,7 @@ inline void dequantize_group(const Weight& w, const float* table, const uint8_t*
 void dequantize_row(const Weight& w, int64_t n, float* out) {
   const uint8_t* row = w.qdata + n * w.row_stride;
   const float* table = w.table.values ? w.table.values + n * w.table.stride : nullptr;
-  const int64_t blocks = w.K / 128, values_row = w.axis == 1 ? n : n % w.groups;
+  const int64_t values_row = w.axis == 1 ? n : n % w.groups;
   uint8_t codes[kUnpackedCodes + 64];
   float scale[kUnpackedCodes + kFloats], zero[kUnpackedCodes + kFloats];
   const auto load = [&](int64_t first, int64_t count) {
@@ -270,13 +280,7 @@ void dequantize_row(const Weight& w, int64_t n, float* out) {
   int64_t group = -1, group_end = 0, cached = 0, cached_end = 0;
   for (int64_t first = 0; first < w.K; first += kUnpackedCodes) {
     const int64_t count = w.K - first < kUnpackedCodes ? w.K - first : kUnpackedCodes;
-    const int64_t whole = (first + count) / 128 > blocks ? blocks : (first + count) / 128;
-    with_nbits(w.nbits,
-               [&](auto nb) { unpack_blocks<nb.value>(row + first / 128 * 16 * nb.value, whole - first / 128, codes); });
-    if (first + count > whole * 128)
-      with_nbits(w.nbits, [&](auto nb) {
-        unpack_last<nb.value>(row + whole * 16 * nb.value, w.K - whole * 128, codes + whole * 128 - first);
-      });
+    unpack_codes(row + first / 8 * w.nbits, w.nbits, count, codes);
     if (w.axis == 0) {
       load(first, count);
       dequantize_columns(w, table, codes, count, scale, zero, out + first);

@@ -9,15 +9,6 @@ namespace {
 
 constexpr int64_t kRunRows = 64;  // rows whose scales are read together
 
-// Codes of a row of K: those of whole blocks, then those of the rest. Room for K + 128.
-template <int NB>
-inline void unpack_row(const uint8_t* row, int64_t K, uint8_t* out) {
-  const int64_t blocks = K / 128;
-  unpack_blocks<NB>(row, blocks, out);
-  row += blocks * 16 * NB, out += blocks * 128;
-  if (K % 128) unpack_last<NB>(row, K % 128, out);
-}
-
 // Integers with plain scales, few enough a row for those of a run of rows to fit.
 inline bool short_rows_serve(const Weight& w) {
   return !w.table.values && w.K <= kUnpackedCodes && !w.scale.quantized() && !w.zero.quantized() &&
@@ -30,7 +21,6 @@ inline void load_run(const Values& v, int64_t first, int64_t rows, int64_t group
   for (int64_t r = 0; r < rows; ++r) load_values(v, first + r, 0, groups, out + r * groups);
 }
 
-template <int NB>
 void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* out, int64_t stride) {
   uint8_t codes[kUnpackedCodes + 128];
   float scale[kUnpackedCodes + kFloats], zero[kUnpackedCodes + kFloats], line[kUnpackedCodes];
@@ -47,7 +37,7 @@ void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* 
     }
     for (int64_t r = 0; r < rows; ++r, out += stride * size_of(type)) {
       float* dense = type == DType::f32 ? (float*)out : line;
-      unpack_row<NB>(w.qdata + (n + r) * w.row_stride, w.K, codes);
+      unpack_codes(w.qdata + (n + r) * w.row_stride, w.nbits, w.K, codes);
       if (w.axis == 0) {
         dequantize_columns(w, nullptr, codes, w.K, scale, zero, dense);
       } else {
@@ -61,8 +51,7 @@ void short_rows(const Weight& w, int64_t first, int64_t last, DType type, char* 
 
 // line: scratch memory for K floats.
 void dequantize_rows(const Weight& w, int64_t first, int64_t last, DType type, char* out, int64_t stride, float* line) {
-  if (short_rows_serve(w))
-    return with_nbits(w.nbits, [&](auto nb) { short_rows<nb.value>(w, first, last, type, out, stride); });
+  if (short_rows_serve(w)) return short_rows(w, first, last, type, out, stride);
   for (int64_t n = first; n < last; ++n, out += stride * size_of(type)) {
     dequantize_row(w, n, type == DType::f32 ? (float*)out : line);
     if (type != DType::f32) from_float(line, w.K, type, out);
