@@ -7,8 +7,6 @@ namespace hqqtensor {
 namespace {
 
 constexpr int kGemvRows = 2, kGemvTokens = 2;
-// Panels (avx2/panel.h) take 2 tokens of 8-bit activations already, and of 16-bit ones where quads have scales.
-constexpr int gemv_tokens(int digits, bool quads) { return digits == 3 || (digits == 2 && !quads) ? 2 : 1; }
 
 struct Codes {
   __m256i a, b;  // codes 0..31 and 32..63

@@ -6,8 +6,7 @@ HQQTENSOR_BEGIN_TARGET
 namespace hqqtensor {
 namespace {
 
-constexpr int kGemvRows = 4, kGemvTokens = 1;  // tile of linear_rows: rows of the weight x rows of the activations
-constexpr int gemv_tokens(int, bool) { return 1; }
+constexpr int kGemvRows = 4, kGemvTokens = 1;            // tile of linear_rows: rows of the weight x rows of the activations
 constexpr int kDenseTileRows = 6, kDenseTileTokens = 4;  // tile of linear_dense
 
 using Codes = __m512i;

@@ -140,16 +140,14 @@ PanelShape panel_shape(const Weight& w, int64_t, int digits) {
 }
 
 using RunPanelTile = void (*)(const PanelTile&, const Segment*, int64_t, const float*, const float*);
-
-// The kernels of tiles of 1, 2, ... tokens, and for how many digits of the activations and of the codes they are.
-struct PanelTiles {
-  int64_t D, W, most;
-  RunPanelTile run[12];
-};
 template <int D, int W>
-constexpr PanelTiles kPanelTiles = []<int... T>(std::integer_sequence<int, T...>) {
-  return PanelTiles{D, W, tokens_per_tile(D, W), {run_panel_tile<D, W, T + 1>...}};
-}(std::make_integer_sequence<int, tokens_per_tile(D, W)>());
+RunPanelTile pick_panel_tile(int64_t tokens) {
+  RunPanelTile found = nullptr;
+  [&]<int... T>(std::integer_sequence<int, T...>) {
+    ((tokens == T + 1 ? (void)(found = run_panel_tile<D, W, T + 1>) : (void)0), ...);
+  }(std::make_integer_sequence<int, tokens_per_tile(D, W)>());
+  return found;
+}
 
 // Runs of kPanelDepth columns, and segments that they have at most.
 inline int64_t panel_runs(const Weight& w) { return (w.K + kPanelDepth - 1) / kPanelDepth; }
@@ -161,8 +159,9 @@ int64_t linear_panel_scratch(const Problem& p) {
          most_segments(p.w) * (int64_t)sizeof(Segment) / 4 + 2 * panel_runs(p.w) + 128;
 }
 
-// The codes of columns [k, k + depth) of 32 rows into the panel, W digits of each.
-void transpose_columns(const Weight& w, int64_t W, const uint8_t* const* rows, int64_t k, int64_t depth, __m512i* panel) {
+// The codes of columns [k, k + depth) of 32 rows into the panel.
+template <int W>
+void transpose_columns(const Weight& w, const uint8_t* const* rows, int64_t k, int64_t depth, __m512i* panel) {
   with_nbits(w.nbits, [&](auto nb) {
     constexpr int NB = nb.value;
     for (int64_t b = 0; b < depth; b += 128) {
@@ -180,8 +179,8 @@ void transpose_columns(const Weight& w, int64_t W, const uint8_t* const* rows, i
   });
 }
 
-void run_panel(const Problem& p, const QuantizedActivations& d, const PanelTiles& tiles, int64_t first, int64_t last,
-               int64_t step, float* scratch) {
+template <int D, int W>
+void run_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
   const Weight& w = p.w;
   const int64_t width = padded(w.groups), values = padded(panel_groups(w));
   __m512i* panel = (__m512i*)scratch;
@@ -191,7 +190,7 @@ void run_panel(const Problem& p, const QuantizedActivations& d, const PanelTiles
   int64_t* parts = (int64_t*)(segments + most_segments(w));  // segments of each run
   const float unit = code_unit(w, d.count), offset = w.table.offset * w.table.unit;
   const int64_t longest = step_spans_two_chunks(w) ? 128 : 64;  // sums stay within 32 bits over 128 codes
-  const int64_t D = tiles.D, T = tiles.most;
+  constexpr int T = tokens_per_tile(D, W);
   const auto depth_from = [&](int64_t k) { return w.K - k < kPanelDepth ? w.K - k : kPanelDepth; };
   Segment* all = segments;
   for (int64_t k = 0; k < w.K; k += kPanelDepth)
@@ -207,7 +206,7 @@ void run_panel(const Problem& p, const QuantizedActivations& d, const PanelTiles
     const Segment* run = segments;
     for (int64_t k = 0; k < w.K; k += kPanelDepth) {
       const int64_t depth = depth_from(k), count = parts[k / kPanelDepth];
-      transpose_columns(w, tiles.W, rows.data, k, depth, panel);
+      transpose_columns<W>(w, rows.data, k, depth, panel);
       Prefetcher prefetcher(w, rows.data, rows.after, kPanelRows, k, depth);
       tile.prefetcher = &prefetcher;
       tile.prefetch_lines = (prefetcher.lines() + count - 1) / count;
@@ -219,7 +218,7 @@ void run_panel(const Problem& p, const QuantizedActivations& d, const PanelTiles
           tile.step[t] = d.step + (m + t) * d.steps_per_row;
           tile.sum[t] = d.sum + (m + t) * width;
         }
-        tiles.run[tokens - 1](tile, run, count, scale, w.axis == 1 ? shift : nullptr);
+        pick_panel_tile<D, W>(tokens)(tile, run, count, scale, w.axis == 1 ? shift : nullptr);
       }
       run += count;
     }
@@ -228,8 +227,7 @@ void run_panel(const Problem& p, const QuantizedActivations& d, const PanelTiles
 }
 
 void linear_panel(const Problem& p, const QuantizedActivations& d, int64_t first, int64_t last, int64_t step, float* scratch) {
-  with_digits(p.w, d.count,
-              [&](auto x, auto codes) { run_panel(p, d, kPanelTiles<x.value, codes.value>, first, last, step, scratch); });
+  with_digits(p.w, d.count, [&](auto x, auto codes) { run_panel<x.value, codes.value>(p, d, first, last, step, scratch); });
 }
 
 }  // namespace

@@ -20,7 +20,6 @@ struct Tile {
   const float* scale[kGemvRows][kGemvTokens];
   Floats start[kGemvRows][kGemvTokens];  // what is added to the lanes of a result
   const uint8_t* table;
-  int nbits;                     // of a code
   const uint8_t* prefetch_from;  // where rows follow one another: the tile after the next, fetched while this one is multiplied
   int64_t prefetch_distance;     // else bytes to the same place in the next tile
   float out[kGemvTokens][kGemvRows];
@@ -39,190 +38,107 @@ struct Tile {
   }
 };
 
-// Products of chunk `chunk` of every row, whose codes are given by digits, with a tile's activations. DW: digits of a table.
+// DW: digits of a table.
 template <int NB, int D, int DW, int T, ScaleOf BY>
-inline __attribute__((always_inline)) void add_chunks(const Tile& tile, int64_t chunk, int64_t per_chunk,
-                                                      const LaneScales& lanes, const Codes (*codes)[2 * (DW ? DW : 1)],
-                                                      Acc (*acc)[T]) {
-  for (int t = 0; t < T; ++t) {
-    const ChunkDigits x = load_chunk_digits<D>(tile.x[t] + chunk * D * 64);
-    for (int r = 0; r < kGemvRows; ++r) {
-      const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? chunk * per_chunk : chunk);
-      if constexpr (BY == ScaleOf::quads)
-        add_chunk_quads<NB, D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->chunk_first(chunk),
-                                   tile.quads->chunk_index(chunk), tile.step[t][chunk]);
-      else if constexpr (BY == ScaleOf::lanes)
-        add_chunk_lanes<NB, D, DW>(acc[r][t], codes[r], x, s, lanes);
-      else
-        add_chunk<NB, D, DW>(acc[r][t], codes[r], x, s);
-    }
-  }
-}
-
-// The digits of codes: the codes themselves, or what a table has in their place.
-template <int DW>
-inline __attribute__((always_inline)) void digits_of(const Tile& tile, Codes c, Codes* out) {
-  if constexpr (DW == 0)
-    out[0] = c;
-  else
-    for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
-}
-
-// Of NB bits: a width whose digits are as those of NB, and which has all of its codes. So few functions are enough for codes
-// that are bytes already.
-constexpr int widest_like(int NB) { return digit_shift(NB) == digit_shift(8) ? 8 : 7; }
-
-template <int T>
-inline __attribute__((always_inline)) void copy_sums(const Acc (*from)[T], Acc (*to)[T]) {
-  for (int r = 0; r < kGemvRows; ++r)
-    for (int t = 0; t < T; ++t) to[r][t] = from[r][t];
-}
-
-// Chunks `chunk`, chunk + 1, ... of each row out of bytes, [rows][128].
-template <int NB, int D, int DW, int T, ScaleOf BY>
-inline __attribute__((always_inline)) void add_unpacked(const Tile& tile, const uint8_t (*unpacked)[128], int64_t chunk,
-                                                        int64_t chunks, int64_t per_chunk, const LaneScales& lanes,
-                                                        Acc (*acc)[T]) {
-  Codes codes[kGemvRows][2 * (DW ? DW : 1)];
-  for (int64_t h = 0; h < chunks; ++h) {
-    for (int r = 0; r < kGemvRows; ++r) digits_of<DW>(tile, load_codes(unpacked[r] + 64 * h), codes[r]);
-    add_chunks<NB, D, DW, T, BY>(tile, chunk + h, per_chunk, lanes, codes, acc);
-  }
-}
-// The same as a function of its own, for codes of several widths. Its sums go through memory, which short rows feel.
-template <int NB, int D, int DW, int T, ScaleOf BY>
-__attribute__((noinline)) void add_unpacked_apart(const Tile& tile, const uint8_t (*unpacked)[128], int64_t chunk,
-                                                  int64_t chunks, int64_t per_chunk, const LaneScales& lanes, Acc (*acc)[T]) {
-  Acc sums[kGemvRows][T];  // not `acc`, which bytes that are read might overlap for all that the compiler knows
-  copy_sums<T>(acc, sums);
-  add_unpacked<NB, D, DW, T, BY>(tile, unpacked, chunk, chunks, per_chunk, lanes, sums);
-  copy_sums<T>(sums, acc);
-}
-
-// Stands for the bits of a code where one tile serves several widths: tables of up to 3 bits, and all with kWidthsTogether.
-constexpr int kAnyWidth = 0;
-
-template <int NB, class F>
-inline __attribute__((always_inline)) void with_width(int nbits, F f) {
-  if constexpr (NB != kAnyWidth) return f(std::integral_constant<int, NB>());
-  switch (nbits) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    default: return f(std::integral_constant<int, 3>());
-  }
-}
-
-// All blocks of 128 codes. Returns how many there are.
-template <int NB, int D, int DW, int T, ScaleOf BY>
-inline __attribute__((always_inline)) int64_t add_blocks(const Tile& tile, int64_t K, int64_t per_chunk,
-                                                         const LaneScales& lanes, Acc (*acc)[T]) {
-  constexpr int W = DW ? DW : 1, LIKE = NB == kAnyWidth ? 3 : NB;
-  const int64_t blocks = K / 128, nbits = NB == kAnyWidth ? tile.nbits : NB, bytes = 16 * nbits;
-  const auto prefetch_block = [&](int64_t b) __attribute__((always_inline)) {
-    if (tile.prefetch_from) {
-      for (int i = 0; i < kGemvRows * nbits / 4; ++i) prefetch(tile.prefetch_from + (b * (kGemvRows * nbits / 4) + i) * 64);
-    } else if (nbits >= 4 || (b * bytes & 63) < bytes) {  // once for each line
-      for (int r = 0; r < kGemvRows; ++r)
-        for (int i = 0; i < nbits; i += 4) prefetch(tile.rows[r] + b * bytes + tile.prefetch_distance + 16 * i);
+void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
+  const int64_t blocks = K / 128, tail = K % 128;
+  Acc acc[kGemvRows][T] = {};
+  constexpr int W = DW ? DW : 1;
+  const auto half = [&](int64_t chunk, const Codes(*codes)[2 * W]) __attribute__((always_inline)) {
+    for (int t = 0; t < T; ++t) {
+      const ChunkDigits x = load_chunk_digits<D>(tile.x[t] + chunk * D * 64);
+      for (int r = 0; r < kGemvRows; ++r) {
+        const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? chunk * per_chunk : chunk);
+        if constexpr (BY == ScaleOf::quads) {
+          add_chunk_quads<NB, D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->chunk_first(chunk),
+                                     tile.quads->chunk_index(chunk), tile.step[t][chunk]);
+        } else if constexpr (BY == ScaleOf::lanes)
+          add_chunk_lanes<NB, D, DW>(acc[r][t], codes[r], x, s, lanes);
+        else
+          add_chunk<NB, D, DW>(acc[r][t], codes[r], x, s);
+      }
     }
   };
-  constexpr bool wide = Wide<LIKE>::serve && DW == 0 && BY == ScaleOf::chunk, pairs = Pairs<LIKE>::serve && !wide;
+  const auto numbers = [&](Codes c, Codes* out) __attribute__((always_inline)) {
+    if constexpr (DW == 0)
+      out[0] = c;
+    else
+      for (int i = 0; i < DW; ++i) out[i] = lookup(c, tile.table + 16 * i);
+  };
+  const auto prefetch_block = [&](int64_t b) __attribute__((always_inline)) {
+    if (tile.prefetch_from) {
+      for (int i = 0; i < kGemvRows * NB / 4; ++i) prefetch(tile.prefetch_from + (b * (kGemvRows * NB / 4) + i) * 64);
+    } else if (NB >= 4 || (b * 16 * NB & 63) < 16 * NB) {  // once for each line
+      for (int r = 0; r < kGemvRows; ++r)
+        for (int i = 0; i < NB; i += 4) prefetch(tile.rows[r] + b * 16 * NB + tile.prefetch_distance + 16 * i);
+    }
+  };
+  constexpr bool wide = Wide<NB>::serve && DW == 0 && BY == ScaleOf::chunk, pairs = Pairs<NB>::serve && !wide;
   int64_t done = 0;
   if constexpr (wide) {
-    done = blocks / Wide<LIKE>::blocks * Wide<LIKE>::blocks;
-    Wide<LIKE>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], prefetch_block);
+    done = blocks / Wide<NB>::blocks * Wide<NB>::blocks;
+    Wide<NB>::template run<D>(tile.rows, tile.x[0], &tile.scale[0][0], done, &acc[0][0], prefetch_block);
   }
   Codes codes[kGemvRows][2 * W];
   for (int64_t b = done; b < blocks; ++b) {
     prefetch_block(b);
     if constexpr (pairs) {
-      Codes first[kGemvRows], second[kGemvRows];
-      with_width<NB>(tile.nbits, [&](auto nb) __attribute__((always_inline)) {
-        unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
-          Pairs<nb.value>::template decode<codes_in_place(D, DW > 0)>(tile.rows[r] + b * 16 * nb.value, first[r], second[r]);
-        });
-      });
-      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
-        digits_of<DW>(tile, first[r], codes[r]);
-        digits_of<DW>(tile, second[r], codes[r] + W);
-      });
+      for (int r = 0; r < kGemvRows; ++r) {
+        const uint8_t* p = tile.rows[r] + b * 16 * NB;
+        Codes first, second;
+        Pairs<NB>::template decode<codes_in_place(D, DW > 0)>(p, first, second);
+        numbers(first, codes[r]);
+        numbers(second, codes[r] + W);
+      }
       for (int t = 0; t < T; ++t) {
         const int8_t* at = tile.x[t] + b * D * 128;
         const ChunkDigits x[2] = {load_chunk_digits<D>(at), load_chunk_digits<D>(at + D * 64)};
         if constexpr (BY == ScaleOf::quads) {
           for (int r = 0; r < kGemvRows; ++r)
-            Pairs<LIKE>::template add_quads<D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->first[b],
-                                                   tile.quads->index + 32 * b, tile.step[t] + 2 * b);
+            Pairs<NB>::template add_quads<D, DW>(acc[r][t], codes[r], x, tile.scale[r][t] + tile.quads->first[b],
+                                                 tile.quads->index + 32 * b, tile.step[t] + 2 * b);
           continue;
         }
         for (int r = 0; r < kGemvRows; ++r) {
-          const typename Pairs<LIKE>::Sums sum = Pairs<LIKE>::template dot<D, DW>(codes[r], x);
+          const typename Pairs<NB>::Sums sum = Pairs<NB>::template dot<D, DW>(codes[r], x);
           const float* s = tile.scale[r][t] + (BY == ScaleOf::lanes ? 2 * b * per_chunk : 2 * b);
           if constexpr (BY == ScaleOf::lanes)
-            Pairs<LIKE>::add_lanes(acc[r][t], sum, s, lanes);
+            Pairs<NB>::add_lanes(acc[r][t], sum, s, lanes);
           else
-            Pairs<LIKE>::add(acc[r][t], sum, s);
+            Pairs<NB>::add(acc[r][t], sum, s);
         }
       }
     } else {
-      const auto half = [&](auto h) __attribute__((always_inline)) {
-        with_width<NB>(tile.nbits, [&](auto nb) __attribute__((always_inline)) {
-          for (int r = 0; r < kGemvRows; ++r)
-            digits_of<DW>(tile, decode<nb.value, h.value>(tile.rows[r] + b * 16 * nb.value), codes[r]);
-        });
-        add_chunks<LIKE, D, DW, T, BY>(tile, 2 * b + h.value, per_chunk, lanes, codes, acc);
-      };
-      half(std::integral_constant<int, 0>());
-      half(std::integral_constant<int, 1>());
+      for (int r = 0; r < kGemvRows; ++r) {
+        const uint8_t* p = tile.rows[r] + b * 16 * NB;
+        numbers(decode<NB, 0>(p), codes[r]);
+      }
+      half(2 * b, codes);
+      for (int r = 0; r < kGemvRows; ++r) numbers(decode<NB, 1>(tile.rows[r] + b * 16 * NB), codes[r]);
+      half(2 * b + 1, codes);
     }
   }
   if constexpr (pairs && codes_in_place(D, DW > 0))
     for (int r = 0; r < kGemvRows; ++r)
-      for (int t = 0; t < T; ++t) Pairs<LIKE>::finish(acc[r][t]);
-  return blocks;
-}
-
-template <int NB, int D, int DW, int T, ScaleOf BY>
-void run_tile(Tile& tile, int64_t K, int64_t per_chunk, const LaneScales& lanes) {
-  Acc acc[kGemvRows][T] = {};
-  int64_t b = 0;
-  if constexpr (!kWidthsTogether) b = add_blocks<NB, D, DW, T, BY>(tile, K, per_chunk, lanes, acc);
-#ifdef HQQTENSOR_HAS_HALF_BLOCK
-  if (K - 128 * b == 64) {  // frequent, and short rows would feel anything slower
-    Codes codes[kGemvRows][2 * (DW ? DW : 1)];
-    with_width<NB>(tile.nbits, [&](auto nb) __attribute__((always_inline)) {
-      unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
-        digits_of<DW>(tile, decode_half<nb.value>(tile.rows[r] + b * 16 * nb.value), codes[r]);
-      });
-    });
-    add_chunks<NB == kAnyWidth ? 3 : NB, D, DW, T, BY>(tile, 2 * b++, per_chunk, lanes, codes, acc);
-  }
-#endif
-  const auto unpack = [&](uint8_t (*unpacked)[128]) __attribute__((always_inline)) {
-    const int64_t count = K - 128 * b < 128 ? K - 128 * b : 128;
-    for (int r = 0; r < kGemvRows; ++r) {
-      const uint8_t* from = tile.rows[r] + b * 16 * tile.nbits;
-      if (count % 64) __builtin_memset(unpacked[r] + 32, 0, 96);
-      if constexpr (NB == kAnyWidth)
-        unpack_codes(from, tile.nbits, count, unpacked[r]);
-      else
-        unpack_last<NB>(from, count, unpacked[r]);
-    }
-    return count > 64 ? 2 : 1;
+      for (int t = 0; t < T; ++t) Pairs<NB>::finish(acc[r][t]);
+  const auto whole_half = [&](auto codes_of) __attribute__((always_inline)) {
+    for (int r = 0; r < kGemvRows; ++r) numbers(codes_of(r), codes[r]);
   };
-  if (128 * b < K) {
+#ifdef HQQTENSOR_HAS_HALF_BLOCK
+  if (tail == 64) {
+    whole_half([&](int r) __attribute__((always_inline)) { return decode_half<NB>(tile.rows[r] + blocks * 16 * NB); });
+    half(2 * blocks, codes);
+  } else
+#endif
+      if (tail) {
     uint8_t unpacked[kGemvRows][128];
-    if constexpr (NB != kAnyWidth && !kHalfBlocks) {
-      const int64_t chunks = unpack(unpacked);
-      add_unpacked<NB, D, DW, T, BY>(tile, unpacked, 2 * b, chunks, per_chunk, lanes, acc);
-    } else {
-      Acc last[kGemvRows][T];  // a copy: sums whose address is given away would not stay in registers above
-      copy_sums<T>(acc, last);
-      for (; 128 * b < K; ++b) {
-        const int64_t chunks = unpack(unpacked);
-        add_unpacked_apart<widest_like(NB), D, DW, T, BY>(tile, unpacked, 2 * b, chunks, per_chunk, lanes, last);
-      }
-      copy_sums<T>(last, acc);
+    for (int r = 0; r < kGemvRows; ++r) {
+      if (tail != 64) __builtin_memset(unpacked[r] + 32, 0, 96);
+      unpack_last<NB>(tile.rows[r] + blocks * 16 * NB, tail, unpacked[r]);
+    }
+    for (int h = 0; h < (tail > 64 ? 2 : 1); ++h) {
+      whole_half([&](int r) __attribute__((always_inline)) { return load_codes(unpacked[r] + 64 * h); });
+      half(2 * blocks + h, codes);
     }
   }
   acc_sums(acc, tile.start, tile.out);
@@ -240,38 +156,41 @@ void run_span_tile(Tile& tile, int64_t K, int64_t, const LaneScales&) {
 
 using RunTile = void (*)(Tile&, int64_t, int64_t, const LaneScales&);
 
-template <int NB, int D, int DW>
-RunTile pick_shape(ScaleOf by, int64_t tokens) {
-  if constexpr (gemv_tokens(D, false) > 1)
-    if (tokens > 1) {
-      if constexpr (gemv_tokens(D, true) > 1)
-        if (by == ScaleOf::quads) return run_tile<NB, D, DW, 2, ScaleOf::quads>;
-      return by == ScaleOf::lanes ? run_tile<NB, D, DW, 2, ScaleOf::lanes> : run_tile<NB, D, DW, 2, ScaleOf::chunk>;
-    }
-  if (by == ScaleOf::quads) return run_tile<NB, D, DW, 1, ScaleOf::quads>;
-  return by == ScaleOf::lanes ? run_tile<NB, D, DW, 1, ScaleOf::lanes> : run_tile<NB, D, DW, 1, ScaleOf::chunk>;
+template <int NB, int D, int DW, int T>
+RunTile pick_scales(ScaleOf by) {
+  if (by == ScaleOf::quads) return run_tile<NB, D, DW, T, ScaleOf::quads>;
+  return by == ScaleOf::lanes ? run_tile<NB, D, DW, T, ScaleOf::lanes> : run_tile<NB, D, DW, T, ScaleOf::chunk>;
 }
 
-template <int D>
-RunTile pick_digits(const Weight& w, ScaleOf by, int64_t tokens) {
-  // Tables of more than 16 entries have no digits. Those of NF4 and FP4 have a tile of their own, learned ones of fewer bits
-  // share one.
-  constexpr int own = kWidthsTogether ? kAnyWidth : 4, more = D == 1 ? 2 : D;
-  if (w.table.count == 1) return w.nbits == 4 ? pick_shape<own, D, 1>(by, tokens) : pick_shape<kAnyWidth, D, 1>(by, tokens);
-  if (w.table.count > 1)
-    return w.nbits == 4 ? pick_shape<own, D, more>(by, tokens) : pick_shape<kAnyWidth, D, more>(by, tokens);
-  if constexpr (kWidthsTogether) return pick_shape<kAnyWidth, D, 0>(by, tokens);
-  RunTile tile = nullptr;
-  with_nbits(w.nbits, [&](auto nb) { tile = pick_shape<nb.value, D, 0>(by, tokens); });
-  return tile;
+template <int NB, int D, int DW>
+RunTile pick_shape(ScaleOf by, int64_t tokens) {
+  if constexpr (kGemvTokens > 1)
+    if (tokens > 1) return pick_scales<NB, D, DW, 2>(by);
+  return pick_scales<NB, D, DW, 1>(by);
+}
+
+template <int NB, int D>
+RunTile pick_digits(int table_digits, ScaleOf by, int64_t tokens) {
+  if constexpr (NB <= 4) {  // tables of more than 16 entries have no digits
+    if (table_digits == 1) return pick_shape<NB, D, 1>(by, tokens);
+    if (table_digits > 1) return pick_shape<NB, D, D == 1 ? 2 : D>(by, tokens);
+  }
+  return pick_shape<NB, D, 0>(by, tokens);
 }
 
 RunTile pick_tile(const Weight& w, int digits, ScaleOf by, int64_t tokens) {
+  RunTile found = nullptr;
 #ifdef HQQTENSOR_HAS_SPANS
+  static_assert(kGemvTokens == 1);
   if (spans_serve(w, digits)) return digits == 2 ? run_span_tile<2> : run_span_tile<3>;
 #endif
-  if (digits == 1) return pick_digits<1>(w, by, tokens);
-  return digits == 2 ? pick_digits<2>(w, by, tokens) : pick_digits<3>(w, by, tokens);
+  with_nbits(w.nbits, [&](auto nb) {
+    constexpr int NB = nb.value;
+    found = digits == 1   ? pick_digits<NB, 1>(w.table.count, by, tokens)
+            : digits == 2 ? pick_digits<NB, 2>(w.table.count, by, tokens)
+                          : pick_digits<NB, 3>(w.table.count, by, tokens);
+  });
+  return found;
 }
 
 // Results of rows n, n + step, ... for token m.
@@ -303,7 +222,7 @@ inline int64_t scales_per_row(const Weight& w, int64_t entries) {
 
 int64_t linear_rows_scratch(const Problem& p, int64_t entries) {
   return 2 * kGemvRows * padded(p.w.axis == 1 ? p.w.groups : 1) + kGemvRows * kGemvTokens * scales_per_row(p.w, entries) +
-         Quads::bytes(p.w) / 4 + (quad_rows(p.w) ? padded(p.w.groups) : 0) + 64;
+         Quads::bytes(p.w) / 4 + 64;
 }
 
 // How far apart the rows of a tile lie, of `count` to do. Those that are scaled by the same numbers (of Values::meta_rows)
@@ -321,28 +240,22 @@ void linear_rows(const Problem& p, const QuantizedActivations* digits, int64_t f
   const int64_t width = padded(w.axis == 1 ? w.groups : 1), entries = scales_per_row(w, d.steps_per_row);
   const ScaleOf by = scale_of(w);
   const bool spans = spans_serve(w, d.count);
-  float* both = scratch + 2 * kGemvRows * width;
-  __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.steps_per_row));
-  float *ones = both + kGemvRows * kGemvTokens * entries, *behind = ones;
-  if (quad_rows(w))
-    for (int64_t i = 0; i < width; ++i) *behind++ = 1;
   const RowMeta meta{w,
                      d,
                      step_per_group(w) || spans,
                      !wide_serves(w, d) && pairs_serve(w, d) && codes_in_place(d.count, w.table.values != nullptr),
                      by == ScaleOf::quads && !spans,
                      code_unit(w, d.count),
-                     scratch,
-                     ones};
+                     scratch};
+  float* both = scratch + 2 * kGemvRows * width;
+  __builtin_memset(scratch, 0, sizeof(float) * (size_t)linear_rows_scratch(p, d.steps_per_row));
   const int64_t per_chunk = by == ScaleOf::lanes ? 64 / w.group_size : 1;
   const LaneScales lanes(by == ScaleOf::lanes ? w.group_size : 64);
   std::optional<Quads> quads;
-  if (by == ScaleOf::quads && !spans) quads.emplace(w, pairs_serve(w, d), (char*)behind);
-  const int64_t at_once = gemv_tokens(d.count, by == ScaleOf::quads);
-  const RunTile one = pick_tile(w, d.count, by, 1), several = pick_tile(w, d.count, by, at_once);
+  if (by == ScaleOf::quads && !spans) quads.emplace(w, pairs_serve(w, d), (char*)(both + kGemvRows * kGemvTokens * entries));
+  const RunTile one = pick_tile(w, d.count, by, 1), several = pick_tile(w, d.count, by, kGemvTokens);
   Tile tile;
   tile.table = &w.table.digits[0][0];
-  tile.nbits = w.nbits;
   tile.quads = quads ? &*quads : nullptr;
   float* out[kGemvRows][kGemvTokens];
   for (int64_t i = 0; i < kGemvRows * kGemvTokens; ++i) out[i / kGemvTokens][i % kGemvTokens] = both + i * entries;
@@ -362,8 +275,8 @@ void linear_rows(const Problem& p, const QuantizedActivations* digits, int64_t f
       for (int64_t i = 0; i < scale_bytes; i += 64) prefetch(w.scale.row(next + r * step) + i);
       for (int64_t i = 0; i < zero_bytes; i += 64) prefetch(w.zero.row(next + r * step) + i);
     }
-    for (int64_t m = 0; m < p.M; m += at_once) {
-      const int64_t tokens = p.M - m < at_once ? p.M - m : at_once;
+    for (int64_t m = 0; m < p.M; m += kGemvTokens) {
+      const int64_t tokens = p.M - m < kGemvTokens ? p.M - m : kGemvTokens;
       for (int64_t t = 0; t < kGemvTokens; ++t) {
         const int64_t token = t < tokens ? m + t : m;
         tile.x[t] = own.digits + token * own.chunks * own.count * 64;

@@ -51,18 +51,16 @@ struct RowMeta {
   const QuantizedActivations& d;
   bool by_group, in_place, quads;
   float unit;
-  float* scratch;     // 2 kGemvRows rows of values, padded with zeros
-  const float* ones;  // [padded(groups)], in the place of steps where quads have scales
+  float* scratch;  // 2 kGemvRows rows of values, padded with zeros
 
   using Out = float* [kGemvTokens];
   using Start = Floats[kGemvTokens];
 
-  // What scales are multiplied with. Where it is not the steps, because groups are longer than those, spread_scales writes
-  // over what was stored.
-  const float* steps_of(int64_t token) const { return quads ? ones : d.step + token * d.steps_per_row; }
+  // What is stored of a scale: nothing, the scale times the step of its group, or the scale.
+  enum class Store { none, by_group, quads };
 
   // Groups [first, last), whose values lie at s[r] and z[r]: whole vectors, or, where LAST, the start of one that may be read.
-  template <DType T, bool TABLE, bool LAST>
+  template <DType T, bool TABLE, Store STORE, bool LAST>
   void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens, Out* out,
               Start* start) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
@@ -72,7 +70,7 @@ struct RowMeta {
       return LAST ? f_pick(there, load_as<T>(p, i), f_zero()) : load_as<T>(p, i);
     };
     for (int64_t t = 0; t < tokens; ++t) {
-      const float *step = steps_of(token + t), *sums = d.sum + (token + t) * width;
+      const float *step = d.step + (token + t) * d.steps_per_row, *sums = d.sum + (token + t) * width;
       Floats total[kGemvRows];
       float* to[kGemvRows];
       unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) { total[r] = start[r][t], to[r] = out[r][t]; });
@@ -81,7 +79,8 @@ struct RowMeta {
           const Floats a = value(s[r], g - first);
           const Floats product = f_mul(a, TABLE ? offset : value(z[r], g - first));
           const Floats scaled = TABLE ? f_mul(a, units) : a;
-          f_store(to[r] + g, f_mul(scaled, f_load(step + g)));
+          if constexpr (STORE == Store::quads) f_store(to[r] + g, scaled);
+          if constexpr (STORE == Store::by_group) f_store(to[r] + g, f_mul(scaled, f_load(step + g)));
           total[r] = f_fnma(product, f_load(sums + g), total[r]);
         });
       unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) { start[r][t] = total[r]; });
@@ -90,8 +89,13 @@ struct RowMeta {
   template <DType T, bool LAST>
   void blocks(const char* const* s, const char* const* z, int64_t first, int64_t last, int64_t token, int64_t tokens, Out* out,
               Start* start) const {
-    if (w.table.values) return blocks<T, true, LAST>(s, z, first, last, token, tokens, out, start);
-    blocks<T, false, LAST>(s, z, first, last, token, tokens, out, start);
+    const auto with = [&](auto table) __attribute__((always_inline)) {
+      constexpr bool TABLE = decltype(table)::value;
+      if (quads) return blocks<T, TABLE, Store::quads, LAST>(s, z, first, last, token, tokens, out, start);
+      if (by_group) return blocks<T, TABLE, Store::by_group, LAST>(s, z, first, last, token, tokens, out, start);
+      blocks<T, TABLE, Store::none, LAST>(s, z, first, last, token, tokens, out, start);
+    };
+    w.table.values ? with(std::true_type()) : with(std::false_type());
   }
   // Straight from memory: the values of a row are used once for each token.
   template <DType T>
@@ -131,17 +135,17 @@ struct RowMeta {
     return f_load(signs.v + kFloats - count);
   }
 
-  // Columns [first, first + count) of all rows, whose values are codes: bytes (PART 0), or the low (1) or high (2) nibbles of
-  // the block at `block`. SAME: the rows are scaled by the same numbers, which are read once.
-  template <int PART, bool TABLE, bool SAME>
+  // Columns [first, first + count) of all rows, whose values are codes: bytes, or nibbles of the block at `block`. SAME: the
+  // rows are scaled by the same numbers, which are read once.
+  template <int S, int Z, bool TABLE, Store STORE, bool SAME>
   void code_columns(const CodeRow* s, const CodeRow* z, int64_t block, int64_t first, int64_t count, const float* step,
                     const float* sums, float* const* to, Floats* total) const {
     const Floats units = f_set(unit), offset = f_set(w.table.offset * w.table.unit);
-    const int64_t byte = PART ? block / 2 : first;
+    const int64_t s_byte = S ? block / 2 : first, z_byte = Z ? block / 2 : first;
     const uint8_t *s_codes[kGemvRows], *z_codes[kGemvRows];
     float* out[kGemvRows];
     unrolled<kGemvRows>([&](auto r) __attribute__((always_inline)) {
-      s_codes[r] = s[r].codes + byte, z_codes[r] = z[r].codes + byte, out[r] = to[r] + first;
+      s_codes[r] = s[r].codes + s_byte, z_codes[r] = z[r].codes + z_byte, out[r] = to[r] + first;
     });
     step += first, sums += first;
     const auto add = [&](int64_t i, auto last) __attribute__((always_inline)) {
@@ -150,7 +154,8 @@ struct RowMeta {
       const auto load = [&](const float* p) __attribute__((always_inline)) {
         return LAST ? f_load_some(p + first + i, left) : f_load(p + first + i);
       };
-      const auto codes = [&](const uint8_t* p) __attribute__((always_inline)) {
+      const auto codes = [&](auto part, const uint8_t* p) __attribute__((always_inline)) {
+        constexpr int PART = decltype(part)::value;
         return LAST ? f_codes_some<PART>(p + i, left) : f_codes<PART>(p + i);
       };
       const Floats steps = f_load(step + i), sum = f_load(sums + i);
@@ -159,7 +164,7 @@ struct RowMeta {
         if constexpr (!SAME || r == 0) {
           const Floats scale = load(s[r].scale);
           s_zero = load(s[r].zero);
-          by_scale = f_mul(scale, steps);
+          by_scale = STORE == Store::by_group ? f_mul(scale, steps) : scale;
           if constexpr (TABLE) {
             by_scale = f_mul(by_scale, units);
             by_both = f_mul(f_mul(scale, offset), sum);
@@ -168,37 +173,46 @@ struct RowMeta {
             by_both = f_mul(f_mul(scale, load(z[r].scale)), sum);
           }
         }
-        const Floats a = f_sub(codes(s_codes[r]), s_zero);
+        const Floats a = f_sub(codes(std::integral_constant<int, S>(), s_codes[r]), s_zero);
         // What is stored behind the last belongs to the next columns, which come after.
-        f_store(out[r] + i, f_mul(a, by_scale));
+        if constexpr (STORE != Store::none) f_store(out[r] + i, f_mul(a, by_scale));
         if constexpr (TABLE)
           total[r] = f_fnma(a, by_both, total[r]);
         else
-          total[r] = f_fnma(f_mul(a, f_sub(codes(z_codes[r]), z_zero)), by_both, total[r]);
+          total[r] = f_fnma(f_mul(a, f_sub(codes(std::integral_constant<int, Z>(), z_codes[r]), z_zero)), by_both, total[r]);
       });
     };
     int64_t i = 0;
     for (; i + kFloats <= count; i += kFloats) add(i, std::false_type());
     if (i < count) add(i, std::true_type());
   }
-  // Scales and zero points are both codes, of 8 or of 4 bits alike.
-  template <bool TABLE, bool SAME>
+  // Scales and zero points are both codes, of 8 or of 4 bits.
+  template <bool TABLE, Store STORE, bool SAME>
   void from_codes(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
+    const bool s4 = w.scale.type == DType::u4, z4 = !TABLE && w.zero.type == DType::u4;
     const Values& zeros = TABLE ? w.scale : w.zero;
     for (int64_t t = 0; t < tokens; ++t) {
-      const float *step = steps_of(token + t), *sums = d.sum + (token + t) * padded(w.groups);
+      const float *step = d.step + (token + t) * d.steps_per_row, *sums = d.sum + (token + t) * padded(w.groups);
       const auto with_rows = [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
         const CodeRow s[] = {CodeRow(w.scale, rows[R])...}, z[] = {CodeRow(zeros, rows[R])...};
         float* const to[] = {out[R][t]...};
         Floats total[] = {start[R][t]...};
-        const auto columns = [&](auto part, int64_t block, int64_t first, int64_t count) {
-          code_columns<part.value, TABLE, SAME>(s, z, block, first, count, step, sums, to, total);
+        const auto columns = [&]<int S, int Z>(std::integer_sequence<int, S, Z>, int64_t block, int64_t first, int64_t count) {
+          code_columns<S, Z, TABLE, STORE, SAME>(s, z, block, first, count, step, sums, to, total);
         };
-        if (w.scale.type != DType::u4) columns(std::integral_constant<int, 0>(), 0, 0, w.groups);
-        for (int64_t block = 0; block < w.groups && w.scale.type == DType::u4; block += 128) {
+        if (!s4 && !z4) columns(std::integer_sequence<int, 0, 0>(), 0, 0, w.groups);
+        for (int64_t block = 0; block < w.groups && (s4 || z4); block += 128) {
           const int64_t count = w.groups - block < 128 ? w.groups - block : 128, half = (count + 1) / 2;
-          columns(std::integral_constant<int, 1>(), block, block, half);
-          columns(std::integral_constant<int, 2>(), block, block + half, count - half);
+          const auto both = [&]<int S, int Z>(std::integer_sequence<int, S, Z> low) {
+            columns(low, block, block, half);
+            columns(std::integer_sequence<int, 2 * S, 2 * Z>(), block, block + half, count - half);
+          };
+          if (s4 && z4)
+            both(std::integer_sequence<int, 1, 1>());
+          else if (s4)
+            both(std::integer_sequence<int, 1, 0>());
+          else
+            both(std::integer_sequence<int, 0, 1>());
         }
         ((start[R][t] = total[R]), ...);
       };
@@ -210,8 +224,13 @@ struct RowMeta {
     bool same = true;
     for (int r = 1; r < kGemvRows; ++r)
       for (const Values* v : {&w.scale, TABLE ? &w.scale : &w.zero}) same &= rows[r] % v->meta_rows == rows[0] % v->meta_rows;
-    if (same) return from_codes<TABLE, true>(rows, token, tokens, out, start);
-    from_codes<TABLE, false>(rows, token, tokens, out, start);
+    const auto with = [&]<Store STORE>(std::integral_constant<Store, STORE>) {
+      if (same) return from_codes<TABLE, STORE, true>(rows, token, tokens, out, start);
+      from_codes<TABLE, STORE, false>(rows, token, tokens, out, start);
+    };
+    if (quads) return with(std::integral_constant<Store, Store::quads>());
+    if (by_group) return with(std::integral_constant<Store, Store::by_group>());
+    with(std::integral_constant<Store, Store::none>());
   }
 
   void run(const int64_t* rows, int64_t token, int64_t tokens, Out* out, Start* start) const {
@@ -219,7 +238,7 @@ struct RowMeta {
       for (int64_t t = 0; t < tokens; ++t) start[r][t] = f_zero();
     if (w.scale.quantized() && w.table.values) {
       from_codes<true>(rows, token, tokens, out, start);
-    } else if (w.scale.quantized() && w.zero.quantized() && w.scale.type == w.zero.type) {
+    } else if (w.scale.quantized() && w.zero.quantized()) {
       from_codes<false>(rows, token, tokens, out, start);
     } else if (w.scale.quantized() || (w.zero.data && w.zero.type != w.scale.type)) {
       const char *s[kGemvRows], *z[kGemvRows];

@@ -53,9 +53,6 @@ concept Gives = std::is_same_v<std::remove_cvref_t<Found>, Wanted>;
 // Register tile of linear_rows: rows of the weight, and tokens.
 HQQTENSOR_SUPPLIES(int, kGemvRows);
 HQQTENSOR_SUPPLIES(int, kGemvTokens);
-// Of kGemvTokens, how many products have that reach linear_rows, by the digits of the activations and whether quads have
-// scales.
-HQQTENSOR_SUPPLIES(int, gemv_tokens(2, false));
 // Numbers in a vector of float32.
 HQQTENSOR_SUPPLIES(int, kFloats);
 // (generic/linear_dense.h also takes its register tile from the set: kDenseTileRows, kDenseTileTokens.)
@@ -164,20 +161,7 @@ inline Floats f_load_bf16_some(const uint16_t* p, int64_t n) {
 }
 #endif
 
-// HQQTENSOR_HAS_WIDTHS_TOGETHER: linear_rows unpacks every block to bytes and has one tile for codes of all widths. It is
-// slower, but an eighth of the code.
-#ifdef HQQTENSOR_HAS_WIDTHS_TOGETHER
-constexpr bool kWidthsTogether = true;
-#else
-constexpr bool kWidthsTogether = false;
-#endif
-
 // HQQTENSOR_HAS_HALF_BLOCK: the set has decode_half<NB>(b), the codes of a last block of 64. Else they are unpacked by words.
-#ifdef HQQTENSOR_HAS_HALF_BLOCK
-constexpr bool kHalfBlocks = true;
-#else
-constexpr bool kHalfBlocks = false;
-#endif
 
 // HQQTENSOR_HAS_PAIRS: blocks of 128 codes that are multiplied whole, see avx512/pairs.h.
 #ifndef HQQTENSOR_HAS_PAIRS

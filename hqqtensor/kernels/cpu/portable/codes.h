@@ -7,8 +7,6 @@ namespace hqqtensor {
 namespace {
 
 constexpr int kGemvRows = 2, kGemvTokens = 1;
-constexpr int gemv_tokens(int, bool) { return 1; }
-#define HQQTENSOR_HAS_WIDTHS_TOGETHER
 constexpr int kDenseTileRows = 4, kDenseTileTokens = 2;
 
 struct Codes {
