@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the first whose stable ABI makes tensors of memory with a deleter
 FOLDER = Path("hqqtensor/kernels/cpu")
 NEED_RUNTIME = ("torch", "dispatch")  # folders whose code calls the C++ library
-# What HQQTENSOR_SANITIZE asks for. At -O3 gcc takes too long over sanitized kernels; `make guard` runs loops of -O3.
+# What HQQTENSOR_SANITIZE asks for. At -O3 gcc takes too long over sanitized kernels; `make guard` has the loops of -O3.
 SANITIZERS = {
     "1": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
