@@ -28,6 +28,8 @@ MEMORY = 1 << 30
 """Bytes of address space that an input may take beyond what the process has before."""
 PEAK = 8 << 20
 """Bytes that an input of files may take beyond twice its size, with all that is done to check the answer."""
+WARM_UP = 50
+"""Inputs, at most. What the first one that is taken imports and allocates for good is not that input's."""
 CPU_SECONDS = 10.0
 """Of all threads together. Time on a clock would count another program's work."""
 
@@ -120,12 +122,16 @@ def main(names: list[str], first: int, count: int, seconds: float, progress: str
 
     torch.set_num_threads(1)
     place = Path(folder, "case")
-    for name in names:  # makes the seeds and imports what it needs, before memory is limited
-        run_one(TARGETS[name], first, place)
-    limit_memory()
-    gc.collect()
-    gc.freeze()  # what was imported need not be looked through again and again
     with open(progress, "r+b") as file, mmap.mmap(file.fileno(), PROGRESS.size) as current:
+        # Until one is taken: makes the seeds and what else is made once, before memory is counted and limited.
+        for name in names:
+            for number in range(first, first + min(count, WARM_UP)):
+                current[:] = PROGRESS.pack(0, number)
+                if run_one(TARGETS[name], number, place)[0] == "taken":
+                    break
+        limit_memory()
+        gc.collect()
+        gc.freeze()  # what was imported need not be looked through again and again
         for order, name in enumerate(names):
             counts: dict[str, Any] = {"target": name, "taken": 0, "refused": 0}
             end = time.monotonic() + seconds

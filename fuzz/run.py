@@ -14,7 +14,7 @@ from pathlib import Path
 from fuzz.child import CPU_SECONDS, PROGRESS
 
 STUCK = 60.0
-"""Seconds on the clock in which no input is finished, not counting those in which the child is stopped from outside."""
+"""Seconds on the clock in which no input is finished and the child waits for something, not for a processor."""
 IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where inputs are written: a disk would take most of the time."""
 
@@ -103,8 +103,9 @@ def _wait(child: subprocess.Popen[bytes], progress: Path) -> bool:
             return False
         except subprocess.TimeoutExpired:
             now = progress.read_bytes()
-            stopped = _state(child.pid) == "T"
-            waited = 0.0 if now != before else waited if stopped else waited + 0.5
+            # One that runs, or would if a busy machine let it, is bounded by its processor time.
+            stands = _state(child.pid) not in ("T", "R")
+            waited = 0.0 if now != before else waited + 0.5 * stands
             before = now
             if waited > STUCK + 60:  # the first input waits for imports
                 child.kill()
@@ -113,7 +114,7 @@ def _wait(child: subprocess.Popen[bytes], progress: Path) -> bool:
 
 
 def _state(pid: int) -> str:
-    """The kernel's letter for what a process does; "T": stopped by a signal."""
+    """The kernel's letter for what a process does; "T": stopped by a signal, "R": runs, or waits for a processor."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
