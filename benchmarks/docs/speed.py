@@ -16,6 +16,10 @@ MAIN = {
     "ONNX Runtime 4-bit int8": "ONNX Runtime, 4 bits, int8",
     "auto-round-lib 4-bit fp32": "Intel auto-round-lib, 4 bits, fp32",
     "auto-round-lib 4-bit int8": "Intel auto-round-lib, 4 bits, int8",
+    "bitsandbytes NF4 bf16": "bitsandbytes NF4 (bf16)",
+    "vLLM W4A16": "vLLM W4A16 (bf16)",
+    "vLLM W4A8": "vLLM W4A8 (int8 activations)",
+    "vLLM W8A8": "vLLM W8A8 (8-bit weights, int8 activations)",
     "quanto qint4": "quanto qint4 (fp32)",
     "hqq": "hqq library (fp32)",
     "dense bf16": "dense bf16",
@@ -75,11 +79,11 @@ def _against(run: Run, mine: str, rival: Callable[[int], Row | None]) -> list[st
 
 def against_peers() -> str:
     """How many times faster than the fastest other library, and than dense bf16."""
-    names = {"zen4": "AMD", "intel": "Intel", "intel-ark": "Intel, idle", "zen4-avx2": "AMD, AVX2 forced"}
+    names = {"zen4": "AMD", "intel": "Intel", "zen4-avx2": "AMD, AVX2 forced"}
     rows = []
     for id, machine in names.items():
         run = runs("linear")[id]
-        library = "Intel's auto-round-lib" if id == "intel-ark" else "the fastest library"
+        library = "the fastest library"
         lines: list[tuple[str, str, Callable[[int], Row | None]]] = [
             (BF16, library, lambda i, run=run: fastest_peer(run, i)),
             (BF16, f"{library}, exact activations", lambda i, run=run: fastest_peer(run, i, exact=True)),

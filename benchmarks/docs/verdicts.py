@@ -31,7 +31,7 @@ def _generate(model: str, first_token: bool = False) -> str:
 def summary() -> str:
     """How many times faster than the best of the others."""
     linear = runs("linear")
-    layers = [[linear["zen4"]], [linear["intel"], linear["intel-ark"]]]
+    layers = [[linear["zen4"]], [linear["intel"]]]
     one, more = range(1, 2), range(4, 513)
     solvers = {r["solver"]: r["M weights/s"] for r in reversed(runs("quantize")["zen4"]["rows"]) if r["bits"] == 4}
     fastest = "the fastest of the others"
@@ -77,19 +77,19 @@ def _shortfalls() -> Iterator[list[str]]:
     yield [
         "128 and 512 tokens, bf16 activations: our time over dense bf16's",
         _at("zen4", BF16, "dense bf16", 128, 512),
-        _at("intel-ark", BF16, "dense bf16", 128, 512),
+        _at("intel", BF16, "dense bf16", 128, 512),
         '`activation="int8"`',
     ]
     yield [
-        "512 tokens, bf16 activations: our time over that of Intel's auto-round-lib with int8 activations",
+        "16 and 512 tokens, int8 activations: our time over vLLM's W8A8 (8-bit weights, a scale for each row)",
         "",
-        _at("intel-ark", BF16, "auto-round-lib 4-bit int8", 512),
-        '`activation="int8"`',
+        _at("intel", INT8, "vLLM W8A8", 16, 512),
+        "8-bit weights where they fit",
     ]
     yield [
         "512 tokens, int8 activations: our time over dense bf16's",
         _at("zen4", INT8, "dense bf16", 512),
-        _at("intel-ark", INT8, "dense bf16", 512),
+        _at("intel", INT8, "dense bf16", 512),
         "dense weights where most work is long prompts",
     ]
     yield [
