@@ -104,7 +104,7 @@ def test_every_block_has_a_language_and_python_that_is_not_run_says_why(page: Pa
 def test_pages_whose_python_runs_are_not_lost() -> None:
     skipped = [(name_of(p), b.before) for p in PAGES for b in blocks(p) if NOT_RUN.fullmatch(b.before)]
     several_processes = ["docs/distributed.md"] * 6  # which an example and tests run
-    others = ["docs/embeddings.md", *["docs/export.md"] * 2, "docs/hqq_checkpoints.md", *["docs/peft.md"] * 4]
+    others = ["docs/embeddings.md", *["docs/export.md"] * 2, "docs/hqq_checkpoints.md", *["docs/peft.md"] * 5]
     assert [name for name, _ in skipped] == several_processes + others
     for page in ("README.md", "docs/quickstart.md", "docs/configuration.md", "docs/transformers.md", "docs/quality.md"):
         assert runs(ROOT / page)
