@@ -82,3 +82,12 @@ def test_rows_with_scales_that_are_not_finite_or_tiny_are_exact_all_the_same() -
     assert torch.allclose(got[:, 5], want[:, 5], rtol=0.05, atol=0) and not got[:, 7].any()
     others = [i for i in range(40) if i not in (3, 5, 7)]
     assert (got[:, others] - want[:, others]).norm() < 0.02 * want[:, others].norm()
+
+
+def test_an_entry_of_a_codebook_that_is_nan_stays_nan() -> None:
+    q = weight((40, 576), 3, 64, 1, format="codebook").with_data(activation="int8")
+    table = q.zero_point.clone()
+    table[0, 5] = torch.nan
+    q = q.with_data(zero_point=table)
+    got = F.linear(torch.ones(20, 576), q)
+    assert torch.equal(got.isnan(), q.dequantize().isnan().any(1).expand(20, 40)) and got.isnan().any()

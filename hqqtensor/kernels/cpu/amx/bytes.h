@@ -72,6 +72,14 @@ inline __m512i to_bytes(Floats a, Floats b, Floats c, Floats d) {
   return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
 }
 
+// The largest of all lanes, none of them negative; NaN where there is one, which exceeds all.
+inline float largest_lane(__m512i lanes) {
+  const uint32_t bits = _mm512_reduce_max_epu32(lanes);
+  float largest;
+  __builtin_memcpy(&largest, &bits, 4);
+  return largest;
+}
+
 // ---- Activations ----
 
 // largest: of each column, [depth] and zeros behind. The smallest bound that kCopies allow is found by bisection.
@@ -142,10 +150,8 @@ inline bool pack_byte_slice(const float* x, int64_t stride, int64_t tokens, int6
       const Floats part = f_mul(f_abs(load_columns(x + t * stride + i, depth - i)), f_load(plan.share + i));
       top = _mm512_max_epu32(top, _mm512_castps_si512(part));
     }
-    const uint32_t bits = _mm512_reduce_max_epu32(top);  // NaN exceeds all
-    float largest;
-    __builtin_memcpy(&largest, &bits, 4);
-    if (bits == 0) continue;
+    const float largest = largest_lane(top);
+    if (largest == 0) continue;
     if (!(largest > 127 * kLeastStep && largest < 1e37f)) return false;
     steps[t] = largest / 127, inverse[t] = 127 / largest;
   }
@@ -201,24 +207,28 @@ struct ByteWriter {
   }
 };
 
+// The largest absolute number of row n's table.
+inline float largest_entry(const Weight& w, int64_t n) {
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t c = 0, codes = 1 << w.nbits; c < codes; c += 16)
+    top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(load_columns(w.table.values + n * w.table.stride + c, codes - c))));
+  return largest_lane(top);
+}
+
 // The largest absolute number that a row's codes can stand for in `groups` groups.
 inline float largest_number(const Weight& w, int64_t n, const GroupValues& values, int64_t groups) {
-  Floats top = f_zero();
-  const int codes = 1 << w.nbits;
-  float largest = 0;
-  for (int c = 0; w.table.values && c < codes; ++c)
-    largest = std::max(largest, std::fabs(w.table.values[n * w.table.stride + c]));
+  __m512i top = _mm512_setzero_si512();
+  const Floats entry = f_set(w.table.values ? largest_entry(w, n) : 0), last = f_set((float)((1 << w.nbits) - 1));
   for (int64_t g = 0; g < groups; g += 16) {
     const __mmask16 there = (__mmask16)((1u << std::min<int64_t>(groups - g, 16)) - 1);
-    const Floats zero = w.table.values ? f_zero() : _mm512_maskz_loadu_ps(there, values.zero + g);
-    const Floats span =
-        w.table.values ? f_set(largest) : _mm512_max_ps(f_abs(zero), f_abs(f_sub(f_set((float)(codes - 1)), zero)));
-    const Floats all = f_abs(f_mul(_mm512_maskz_loadu_ps(there, values.scale + g), span));
-    top = _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(top), _mm512_castps_si512(all)));  // NaN exceeds all
+    const auto span = [&] {
+      const Floats zero = _mm512_maskz_loadu_ps(there, values.zero + g);
+      return _mm512_max_ps(f_abs(zero), f_abs(f_sub(last, zero)));
+    };
+    const Floats all = f_mul(_mm512_maskz_loadu_ps(there, values.scale + g), w.table.values ? entry : span());
+    top = _mm512_max_epu32(top, _mm512_castps_si512(f_abs(all)));
   }
-  const uint32_t bits = _mm512_reduce_max_epu32(_mm512_castps_si512(top));
-  __builtin_memcpy(&largest, &bits, 4);
-  return largest;
+  return largest_lane(top);
 }
 
 // True if 16 entries have a number for each code, and 64 codes have one, two or four scales.

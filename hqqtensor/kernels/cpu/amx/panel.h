@@ -277,6 +277,7 @@ int64_t max_rows_unrounded(const Weight& w) {
 
 // Measured: M from which 8-bit weights are faster than sums for each group.
 int64_t max_rows_before_bytes(const Weight& w) {
+  if (w.table.values && w.nbits == 8) return INT64_MAX;  // a code is NaN, and bytes are not
   if (can_look_bytes_up(w)) return w.groups == 1 || w.group_size >= 64 ? 16 : 15;
   return amx_serves(w) ? 96 : 23;
 }
