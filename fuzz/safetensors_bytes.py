@@ -79,7 +79,7 @@ def _damage_metadata(rng: random.Random, metadata: dict[str, str]) -> dict[str, 
     key = rng.choice(list(metadata))
     try:
         value = json.loads(metadata[key])
-    except ValueError:
+    except (ValueError, RecursionError):  # damaged before
         value = metadata[key]
     choice = rng.random()
     if choice < 0.1:

@@ -155,6 +155,16 @@ def test_int8_activations_equal_the_plain_path(format, group_size, axis, N, K, M
     assert worst <= bound + (2**-7 if dtype == torch.bfloat16 else 0), worst
 
 
+def test_groups_without_rows_take_no_time() -> None:
+    q = weight((2, 16), 4, 64, 0)
+    whole = ops.PackedWeight(q.qdata, q.scale, q.zero_point, None, 4, "int", 64, 0, 16)
+    scale, zero = (t[:1].expand(2**50, 16) for t in (q.scale, q.zero_point))
+    x = torch.randn(3, 16, generator=torch.manual_seed(0))
+    for activation in ("float", "int8"):
+        got = ops.linear(x, whole._replace(scale=scale, zero_point=zero), activation=activation)
+        assert torch.equal(got, ops.linear(x, whole, activation=activation))
+
+
 def test_int8_activations_of_nan_and_inf_are_not_hidden() -> None:
     q = weight((32, 256), 4, 64, 1).with_data(activation="int8")
     x = torch.ones(2, 256)

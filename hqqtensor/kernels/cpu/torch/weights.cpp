@@ -52,6 +52,8 @@ PackedWeights::PackedWeights(const PackedArguments& a, int rank, int digits) : d
   const bool has_rows = a.axis == 0 && a.scale.dim() >= 2 && a.scale.size(-2) >= 1;
   w.groups = has_rows ? a.scale.size(-2) : by_size;
   const int64_t rows = a.axis == 1 ? w.N : w.groups, columns = a.axis == 1 ? w.groups : w.K;
+  // Groups without a row, of which a slice may have many, and an expanded scale any number, are none.
+  if (a.axis == 0) w.groups = std::clamp<int64_t>(w.groups, 1, std::max<int64_t>(w.N, 1));
   w.scale = read_values(a, a.scale, "scale", rows, columns, scale_);
   if (a.format == "int") {
     HQQ_CHECK(a.zero, "format 'int' needs a zero_point, got none");
