@@ -56,8 +56,8 @@ struct ByteActivations {
         integers((int8_t*)(((uintptr_t)memory + 63) / 64 * 64)), steps((float*)(integers + tiles * tile_bytes)),
         plans((BytePlan*)(steps + tiles * slices * 16)) {}
   static int64_t floats(int64_t M, int64_t K) {
-    const ByteActivations sizes(M, K, nullptr);
-    return sizes.tiles * (sizes.tile_bytes / 4 + sizes.slices * 16) + sizes.slices * (int64_t)sizeof(BytePlan) / 4 + 16;
+    const int64_t slices = byte_slices(K), of_tile = slices * (kSliceSteps * kTileBytes / 4 + 16);
+    return token_tiles(M) * of_tile + slices * (int64_t)sizeof(BytePlan) / 4 + 16;
   }
 };
 

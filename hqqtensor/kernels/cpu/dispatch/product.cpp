@@ -29,11 +29,12 @@ PanelShape panel_shape(const Weight& w, int64_t M, int digits) {
                    .max_rows_for_integers = costly_as_integers(w, digits) ? kMaxRowsForGemvAlone : INT64_MAX};
   if (k.linear_panel) shape = k.panel_shape(w, batch_invariant() ? 1 : M, digits);
   if (!batch_invariant()) return shape;
-  // One kernel for every M: that of the panels, or of rows where there are none; and no rounding of weights.
+  // One kernel for every M: that of the panels, or of rows where there are none; and no rounding of weights, to bf16 or to 8
+  // bits.
   return {.layout = shape.layout,
           .tile = shape.tile,
           .max_rows_for_gemv = shape.layout == Layout::rows ? INT64_MAX / 2 : 0,
-          .max_rows_for_integers = INT64_MAX};  // nor 8-bit activations with long steps
+          .max_rows_for_integers = INT64_MAX};
 }
 
 bool linear_rows_serves(const Weight& w, int64_t M, int digits) {
