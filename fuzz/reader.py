@@ -37,6 +37,8 @@ FOLDER = Path("build") / "fuzz" / "reader"
 FLAGS = ["-std=gnu11", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=2:malloc_context_size=2"}
+MOST_BYTES = 1 << 20
+"""Of a file that the program takes (mutate.h says the same); the size of a damaged one may be beyond it."""
 VARIANTS = 256
 READ_BY_US = 64
 """One taken variant of so many is read by hqqtensor too, and all that the numpy reader does not take."""
@@ -117,7 +119,8 @@ def case(number: int) -> tuple[list[str], list[bytes]]:
     files = {name: data for name, data in rng.choice(vectors()).items() if name != INDEX}
     if rng.random() < 0.8:
         name = rng.choice(list(files))
-        files[name] = damage(rng, files[name])
+        damaged = damage(rng, files[name])
+        files[name] = damaged if len(damaged) <= MOST_BYTES else damaged[: rng.randrange(MOST_BYTES)]
     return list(files), list(files.values())
 
 

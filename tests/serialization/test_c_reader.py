@@ -83,6 +83,12 @@ def test_damaged_files_are_refused_or_read_as_numpy_and_hqqtensor_do() -> None:
     assert result.inputs == 4 * reader.VARIANTS and result.taken > 100
 
 
+def test_a_damaged_file_is_never_longer_than_the_program_takes() -> None:
+    numbers = (196589825190, 196589825651, 444630593497)  # these were: a shape of 4096 rows with their bytes
+    assert all(len(file) <= reader.MOST_BYTES for number in numbers for file in reader.case(number)[1])
+    assert reader.run(numbers[0], seconds=60, count=1).findings == {}
+
+
 def test_a_later_version_and_an_unknown_attribute_are_refused(program: Path, tmp_path: Path) -> None:
     raw = (SEEDS[0] / "model.safetensors").read_bytes()
     for old, new, said in (

@@ -290,6 +290,13 @@ void check_product(const Planned& call, const Outcome& y) {
   if (rows * N * K > 200000) return;
   const std::string activation = call.arguments.at("activation").text;
   const double precision = activation == "int8" ? 0.05 : type == float32 ? 1e-3 : 0.02;
+  // A table's entries have the digits of its largest, about 1, which these codes need not have.
+  double largest = 0;
+  if (call.arguments.at("format").text != "int") {
+    const auto scales = numbers_of(call, "scale", ignored);
+    for (const double one : scales) largest = std::max(largest, std::fabs(one));
+    if (!call.arguments.at("meta").none) largest *= 0.01;  // integers; the scales of scales are below that (plan.cpp)
+  }
   for (int64_t m = 0; m < rows; ++m) {
     int64_t e = batched ? m / (rows / E) : 0;
     while (grouped && e < E && (double)m >= ends[(size_t)e]) ++e;
@@ -303,7 +310,7 @@ void check_product(const Planned& call, const Outcome& y) {
       double sum = bias.empty() ? 0 : bias[(size_t)n], size = std::fabs(sum);
       for (int64_t k = 0; k < K && e < E; ++k) {
         const double one = weights[(size_t)((e * N + n) * K + k)];
-        sum += one * in[(size_t)k], size += std::fabs(one) * most;
+        sum += one * in[(size_t)k], size += (std::fabs(one) + largest) * most;
       }
       const double is = products[(size_t)(m * N + n)], bound = precision * (size + 1e-3);
       if (!(size < 6e4) || std::fabs(is - sum) <= bound) continue;
@@ -311,6 +318,14 @@ void check_product(const Planned& call, const Outcome& y) {
                         std::to_string(sum));
     }
   }
+}
+
+// Whether a call would read the same row 2^20 times and more, as torch's sum of such a tensor does: no hang of ours.
+bool reads_for_ever(const Planned& call) {
+  if (call.op != "_column_spread") return false;
+  for (const TensorValue& t : call.arguments.at("weight").tensors)
+    if (std::any_of(t.sizes.begin(), t.sizes.end(), [](int64_t size) { return size > kShared; })) return true;
+  return false;
 }
 
 // A format with a table, for the calls that are planned.
@@ -344,6 +359,10 @@ void run_input(const uint8_t* data, size_t size) {
     std::vector<Outcome> now;
     for (size_t i = 0; i < calls.size(); ++i) {
       Planned call = calls[i];
+      if (reads_for_ever(call)) {
+        now.emplace_back();
+        continue;
+      }
       for (const char* kind : {"decoder", "pool", "arena"}) {
         const auto argument = call.arguments.find(kind);
         if (argument != call.arguments.end() && argument->second.integer == -1) argument->second.integer = ids[kind];

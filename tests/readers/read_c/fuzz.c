@@ -35,6 +35,12 @@ static uint64_t need_number(void) {
   return out;
 }
 
+static void expect(bool holds, const char* what) {
+  if (holds) return;
+  fprintf(stderr, "a request has %s\n", what);
+  exit(2);
+}
+
 static void put(const void* data, uint64_t size, FILE* out) {
   fwrite(&size, 8, 1, out);
   fwrite(data, 1, (size_t)size, out);
@@ -91,10 +97,10 @@ int main(int count, char** arguments) {
   for (int i = 0; i < MOST_FILES; ++i) base[i].data = malloc(MOST_BYTES), damaged[i].data = malloc(MOST_BYTES);
   for (;;) {
     const uint64_t files_here = need_number(), variants = need_number(), first = need_number();
-    if (!files_here || files_here > MOST_FILES) return 1;
+    expect(files_here && files_here <= MOST_FILES, "no files, or too many");
     for (uint64_t i = 0; i < files_here; ++i) {
       base[i].size = need_number();
-      if (base[i].size > MOST_BYTES) return 1;
+      expect(base[i].size <= MOST_BYTES, "a file that is too long");
       need_bytes(base[i].data, base[i].size);
     }
     uint64_t refusals = 0;
