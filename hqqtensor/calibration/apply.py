@@ -20,6 +20,7 @@ from hqqtensor.calibration.moments import InputMoments, MomentSums
 from hqqtensor.calibration.resume import ResumeFolder
 from hqqtensor.calibration.train import STEPS
 from hqqtensor.forward import evaluating
+from hqqtensor.half_products import fast_half_products
 from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.selection import EXPERT_WEIGHTS, Choice
 from hqqtensor.tensor import HQQTensor
@@ -87,7 +88,8 @@ def quantize_calibrated(
     work = _Work(model, choices, calibration, done, kept, offloaded, error)
     # Beside what is kept there is room for what does not fit into memory; the system's folder may be in memory itself.
     place = None if offloaded is None or kept is None else kept.path
-    with evaluating(model), tempfile.TemporaryDirectory(prefix="hqqtensor-", dir=place) as folder:
+    scratch = tempfile.TemporaryDirectory(prefix="hqqtensor-", dir=place)
+    with evaluating(model), fast_half_products(), scratch as folder:
         try:
             work.report_finished()
             if calibration.mode == "diagonal":

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hqqtensor.calibration.scales import train_scales
 from hqqtensor.forward import comparable_output, evaluating
+from hqqtensor.half_products import fast_half_products
 from hqqtensor.parameters import replace_parameters
 
 
@@ -59,7 +60,7 @@ def finetune(
     batches = list(batches)
     if not batches or steps < 1 or not lr > 0:
         raise ValueError(f"finetune needs batches, steps >= 1 and lr > 0; got {len(batches)} batches, {steps}, {lr}")
-    with evaluating(model), evaluating(dense):
+    with evaluating(model), evaluating(dense), fast_half_products():
         before = _mean_loss(model, dense, batches)
         old_by_name = dict(model.named_parameters())
         with train_scales(model) as scales:

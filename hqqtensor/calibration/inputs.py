@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqtensor.forward import evaluating, run
+from hqqtensor.half_products import fast_half_products
 
 
 class _AllSeen(Exception):
@@ -106,6 +107,7 @@ def watch(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(fast_half_products())
         for name in wanted:
             module, module_hook = model.get_submodule(name), functools.partial(hook, name=name)
             stack.callback(module.register_forward_pre_hook(module_hook, with_kwargs=True).remove)

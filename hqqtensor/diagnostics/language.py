@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hqqtensor.forward import evaluating
+from hqqtensor.half_products import fast_half_products
 
 _LOGITS_PER_BATCH = 4_000_000  # bounds the memory of a batch of logits to about 16 MB in float32
 
@@ -61,7 +62,7 @@ def compare_language_models(original: nn.Module, quantized: nn.Module, windows: 
         raise ValueError(f"windows must be [W, context] with W >= 1 and context >= 2, got {list(windows.shape)}")
     nll_before = nll_after = kl = 0.0
     top1 = top5 = tokens = 0
-    with evaluating(original), evaluating(quantized):
+    with evaluating(original), evaluating(quantized), fast_half_products():
         vocabulary = next_token_logits(original, windows[:1, :2]).shape[-1]
         batch = max(1, _LOGITS_PER_BATCH // (vocabulary * windows.shape[1]))
         for chunk in windows.split(batch):

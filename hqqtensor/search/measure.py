@@ -16,6 +16,7 @@ from hqqtensor.calibration.build import from_calibrated
 from hqqtensor.calibration.moments import InputMoments
 from hqqtensor.config import HqqConfig
 from hqqtensor.forward import comparable_output, evaluating
+from hqqtensor.half_products import fast_half_products
 from hqqtensor.offload import OffloadedBlocks
 from hqqtensor.parameters import replace_parameters
 from hqqtensor.search.layers import Layer
@@ -69,7 +70,7 @@ class Outputs:
         """For each batch log probabilities ``[..., classes]`` and True, or the last hidden states and False."""
         outputs: list[Tensor] = []
         has_logits = False
-        with evaluating(self.model):
+        with evaluating(self.model), fast_half_products():
             for batch in self.batches:
                 result, has_logits = comparable_output(self.model, batch)
                 if not bool(result.isfinite().all()):
