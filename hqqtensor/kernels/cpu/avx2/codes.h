@@ -99,14 +99,16 @@ inline __m256i dot_half(__m256i c, const int8_t* x) {
   return _mm256_hadd_epi32(low, high);
 }
 
+// Sums of 2 products of both halves of a chunk, added: integers of 16 bits.
+inline __m256i dot_pairs(const Codes& c, const int8_t* x) {
+  return _mm256_add_epi16(_mm256_maddubs_epi16(c.a, _mm256_load_si256((const __m256i*)x)),
+                          _mm256_maddubs_epi16(c.b, _mm256_load_si256((const __m256i*)(x + 32))));
+}
+
 // The same for a whole chunk, both halves added: one widening for two where the sums of pairs still fit 16 bits.
 template <int MAX, int XMAX>
 inline __m256i dot_digit(const Codes& c, const int8_t* x) {
-  if constexpr (4 * MAX * XMAX < 32768) {
-    const __m256i a = _mm256_maddubs_epi16(c.a, _mm256_load_si256((const __m256i*)x));
-    const __m256i b = _mm256_maddubs_epi16(c.b, _mm256_load_si256((const __m256i*)(x + 32)));
-    return widen(_mm256_add_epi16(a, b));
-  }
+  if constexpr (4 * MAX * XMAX < 32768) return widen(dot_pairs(c, x));
   return _mm256_add_epi32(dot_half<MAX, XMAX>(c.a, x), dot_half<MAX, XMAX>(c.b, x + 32));
 }
 
@@ -129,32 +131,89 @@ inline __m256i level_sum(int level, const int8_t* x, F digit) {
   return a;
 }
 
+// Codes of 8 bits with activations of two digits meet as integers of 16 bits, for which activations are stored as such:
+// [2 halves of the chunk][2][16], in the order of vpunpcklbw and vpunpckhbw.
 template <int NB, int D, int DW>
-inline void add_chunk(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scale) {
+constexpr bool as_int16 = NB == 8 && D == 2 && DW == 0;
+
+template <bool HIGH>
+inline __m256i digits_int16(__m256i upper, __m256i lower) {
+  const __m256i zero = _mm256_setzero_si256();  // below a digit, which so counts 256-fold
+  const __m256i up = HIGH ? _mm256_unpackhi_epi8(zero, upper) : _mm256_unpacklo_epi8(zero, upper);
+  const __m256i low = HIGH ? _mm256_unpackhi_epi8(zero, lower) : _mm256_unpacklo_epi8(zero, lower);
+  return _mm256_add_epi16(_mm256_srai_epi16(up, 8 - digit_shift(8)), _mm256_srai_epi16(low, 8));
+}
+inline void store_int16(int8_t* digits) {
+  const Codes upper = load_codes((const uint8_t*)digits), lower = load_codes((const uint8_t*)digits + 64);
+  __m256i* out = (__m256i*)digits;
+  _mm256_store_si256(out, digits_int16<false>(upper.a, lower.a));
+  _mm256_store_si256(out + 1, digits_int16<true>(upper.a, lower.a));
+  _mm256_store_si256(out + 2, digits_int16<false>(upper.b, lower.b));
+  _mm256_store_si256(out + 3, digits_int16<true>(upper.b, lower.b));
+}
+
+// Sums of products of a chunk, eight of them in each lane: of quads at the same place in both halves where QUADS.
+template <int NB, int D, int DW, bool QUADS>
+inline __m256 chunk_sum(const Codes* c, const ChunkDigits& t) {
+  if constexpr (as_int16<NB, D, DW>) {
+    const __m256i zero = _mm256_setzero_si256(), *x = (const __m256i*)t.p;
+    const __m256i low = _mm256_add_epi32(_mm256_madd_epi16(_mm256_unpacklo_epi8(c[0].a, zero), x[0]),
+                                         _mm256_madd_epi16(_mm256_unpacklo_epi8(c[0].b, zero), x[2]));
+    const __m256i high = _mm256_add_epi32(_mm256_madd_epi16(_mm256_unpackhi_epi8(c[0].a, zero), x[1]),
+                                          _mm256_madd_epi16(_mm256_unpackhi_epi8(c[0].b, zero), x[3]));
+    return _mm256_cvtepi32_ps(QUADS ? _mm256_hadd_epi32(low, high) : _mm256_add_epi32(low, high));
+  }
   constexpr int s = radix_shift<NB, D, DW>(), levels = D > DW ? D : DW;
   constexpr int MAX = max_code<NB, DW>(), XMAX = D == 1 ? 127 : 1 << (s - 1);
+  if constexpr (levels == 2 && D == 2 && DW == 0 && 4 * MAX * XMAX < 32768)  // the widening multiplies the upper digit
+    return _mm256_cvtepi32_ps(
+        _mm256_add_epi32(_mm256_madd_epi16(dot_pairs(c[0], t.p), _mm256_set1_epi16(1 << s)), widen(dot_pairs(c[0], t.p + 64))));
   const auto digit = [&](int i, const int8_t* x) { return dot_digit<MAX, XMAX>(c[i], x); };
   __m256i a = level_sum<D, DW>(0, t.p, digit);
-  __m256 f;
-  if constexpr (levels == 3) {  // a lane has 8 products here: the top digit goes on as a float, 32 bits hold the others
+  if constexpr (levels == 3) {  // the top digit goes on as a float, 32 bits hold the others
     const __m256i low =
         _mm256_add_epi32(_mm256_slli_epi32(level_sum<D, DW>(1, t.p, digit), s), level_sum<D, DW>(2, t.p, digit));
-    f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
-  } else {
-    if constexpr (levels == 2) a = _mm256_add_epi32(_mm256_slli_epi32(a, s), level_sum<D, DW>(1, t.p, digit));
-    f = _mm256_cvtepi32_ps(a);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps((float)(1 << (2 * s))), _mm256_cvtepi32_ps(low));
   }
-  acc.a = _mm256_fmadd_ps(f, _mm256_broadcast_ss(scale), acc.a);
+  if constexpr (levels == 2) a = _mm256_add_epi32(_mm256_slli_epi32(a, s), level_sum<D, DW>(1, t.p, digit));
+  return _mm256_cvtepi32_ps(a);
+}
+
+template <int NB, int D, int DW>
+inline void add_chunk(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scale) {
+  acc.a = _mm256_fmadd_ps(chunk_sum<NB, D, DW, false>(c, t), _mm256_broadcast_ss(scale), acc.a);
+}
+
+// Groups of 8 to 32 codes. Quads of both halves of a chunk alternate, first those of even places in the first half and of odd
+// ones in the second, then the others with neighbours swapped:
+//   vector a:  0  9  2 11  4 13  6 15        vector b:  1  8  3 10  5 12  7 14
+// so that the quads in a lane belong to one group, and a sum over both vectors takes one conversion and one multiplication.
+inline Codes lane_order(const Codes& c) {
+  return {_mm256_blend_epi32(c.a, c.b, 0xAA), _mm256_shuffle_epi32(_mm256_blend_epi32(c.b, c.a, 0xAA), 0xB1)};
+}
+
+#define HQQTENSOR_HAS_DIGIT_ORDER
+inline void order_digits(int nbits, int count, bool lanes, int8_t* chunk) {
+  for (int i = 0; i < count && lanes; ++i)
+    store_codes((uint8_t*)chunk + 64 * i, lane_order(load_codes((const uint8_t*)chunk + 64 * i)));
+  if (nbits == 8 && count == 2) store_int16(chunk);
 }
 struct LaneScales {
   __m256i index;
-  int64_t half;  // scales in the first 32 codes
-  explicit LaneScales(int64_t group_size) : half(32 / group_size) {
+  explicit LaneScales(int64_t group_size) {
     alignas(32) int32_t lane[8];
-    for (int i = 0; i < 8; ++i) lane[i] = (int32_t)(4 * i / group_size);
+    for (int i = 0; i < 8; ++i) lane[i] = (int32_t)((i % 2 * 32 + 4 * i) / group_size);
     index = _mm256_load_si256((const __m256i*)lane);
   }
 };
+template <int NB, int D, int DW>
+inline void add_chunk_lanes(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const LaneScales& l) {
+  Codes ordered[DW ? DW : 1];
+  for (int i = 0; i < (DW ? DW : 1); ++i) ordered[i] = lane_order(c[i]);
+  const __m256 by = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), l.index);
+  acc.a = _mm256_fmadd_ps(chunk_sum<NB, D, DW, true>(ordered, t), by, acc.a);
+}
+
 template <int NB, int D, int DW>
 inline void add_halves(Acc& acc, const Codes* c, const ChunkDigits& t, __m256 s0, __m256 s1) {
   constexpr int s = radix_shift<NB, D, DW>(), levels = D > DW ? D : DW;
@@ -168,11 +227,6 @@ inline void add_halves(Acc& acc, const Codes* c, const ChunkDigits& t, __m256 s0
   };
   acc.a = _mm256_fmadd_ps(half([&](const Codes& v) { return v.a; }, t.p), s0, acc.a);
   acc.b = _mm256_fmadd_ps(half([&](const Codes& v) { return v.b; }, t.p + 32), s1, acc.b);
-}
-template <int NB, int D, int DW>
-inline void add_chunk_lanes(Acc& acc, const Codes* c, const ChunkDigits& t, const float* scales, const LaneScales& l) {
-  add_halves<NB, D, DW>(acc, c, t, _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), l.index),
-                        _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales + l.half), l.index));
 }
 // Each quad of codes has a scale: `index` says which.
 template <int NB, int D, int DW>

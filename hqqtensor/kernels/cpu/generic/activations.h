@@ -104,7 +104,12 @@ void reorder_for_gemv(const Weight& w, int64_t m, const QuantizedActivations& d)
       if constexpr (W::serve)
         for (int64_t b = 0; b + W::blocks <= w.K / 128; b += W::blocks) W::order(row + 2 * b * d.count * 64, d.count);
     });
-  if (!pairs_serve(w, d)) return;
+  if (!pairs_serve(w, d)) {
+    const ScaleOf by = scale_of(w);
+    for (int64_t c = 0; c < d.chunks && d.tile == 0 && by != ScaleOf::quads; ++c)
+      order_digits(w.nbits, d.count, by == ScaleOf::lanes, row + c * d.count * 64);
+    return;
+  }
   float* step = d.step + m * d.steps_per_row;
   const bool shared = step_spans_two_chunks(w);  // then RowMeta divides the scale
   const int64_t each = steps_of_chunk(w);

@@ -181,6 +181,12 @@ struct Wide {
 };
 #endif
 
+// HQQTENSOR_HAS_DIGIT_ORDER: add_chunk and add_chunk_lanes take digits in another order, see avx2/codes.h.
+#ifndef HQQTENSOR_HAS_DIGIT_ORDER
+// Puts [count][64] digits of a chunk into the order for codes of so many bits. lanes: for add_chunk_lanes.
+inline void order_digits(int, int, bool, int8_t*) {}
+#endif
+
 // HQQTENSOR_HAS_SPANS: groups of 20 codes that are multiplied 16 at a time, see avx512/spans.h.
 #ifndef HQQTENSOR_HAS_SPANS
 inline bool spans_serve(const Weight&, int) { return false; }
