@@ -79,7 +79,7 @@ def _against(run: Run, mine: str, rival: Callable[[int], Row | None]) -> list[st
 
 def against_peers() -> str:
     """How many times faster than the fastest other library, and than dense bf16."""
-    names = {"zen4": "AMD", "intel": "Intel", "zen4-avx2": "AMD, AVX2 forced"}
+    names = {"zen4": "AMD", "intel": "Intel", "zen3": "AMD, AVX2"}
     rows = []
     for id, machine in names.items():
         run = runs("linear")[id]
@@ -135,11 +135,11 @@ RUNNERS = {
 }
 
 
-def generate() -> str:
+def generate(id: str) -> str:
     """What model.generate() reaches, against llama.cpp."""
-    rows = []
-    for one in runs("generate")["intel"]["rows"]:
-        over = over_llama(one)
+    run, rows = runs("generate")[id], []
+    for one in run["rows"]:
+        over = over_llama(run, one)
         about = [MODELS[one["model"]], f"{one['context']:,}", str(one["batch"]), RUNNERS[one["name"]]]
         speed, first = f"{one['tokens/s']:.1f}", f"{one['first token, s']:.2f} s"
         rows.append([*about, speed, times(over[0]), first, times(over[1])])
@@ -147,10 +147,10 @@ def generate() -> str:
     return table(header, rows)
 
 
-def over_llama(one: Row) -> tuple[float, float]:
+def over_llama(run: Run, one: Row) -> tuple[float, float]:
     """Tokens a second over llama.cpp's best in the same comparison, and its earliest first token over this one."""
     same = ("model", "context", "batch")
-    peers = [r for r in runs("generate")["intel"]["rows"] if r["kind"] == "peer" and all(r[k] == one[k] for k in same)]
+    peers = [r for r in run["rows"] if r["kind"] == "peer" and all(r[k] == one[k] for k in same)]
     best, earliest = max(r["tokens/s"] for r in peers), min(r["first token, s"] for r in peers)
     return one["tokens/s"] / best, earliest / one["first token, s"]
 

@@ -20,6 +20,14 @@ constexpr int kTileTokens = 6;                                       // 12 of 16
 
 inline bool int16_panel(const Weight& w, int digits) { return digits == 2 || w.nbits > 6 || w.table.count > 1; }
 
+// Tokens up to which integer products beat float32 ones. Those of 16 bits are scaled once for each group, and lose where groups
+// are small (docs/dev/kernels.md).
+inline int64_t max_rows_for_integers(const Weight& w, int digits) {
+  if (costly_as_integers(w, digits)) return 6;
+  if (digits != 2 || w.axis == 0 || w.groups == 1 || w.group_size >= 64) return INT64_MAX;
+  return w.group_size < 32 ? 8 : 32;
+}
+
 PanelShape panel_shape(const Weight& w, int64_t, int digits) {
   const bool costly = costly_as_integers(w, digits);
   if (digits == 3)
@@ -27,7 +35,7 @@ PanelShape panel_shape(const Weight& w, int64_t, int digits) {
   return {.layout = int16_panel(w, digits) ? Layout::tiles_int16 : Layout::tiles,
           .tile = kTileTokens,
           .max_rows_for_gemv = digits == 2 ? 2 : 1,
-          .max_rows_for_integers = costly ? 6 : INT64_MAX};
+          .max_rows_for_integers = max_rows_for_integers(w, digits)};
 }
 
 // Activations of T tokens against a part of the panel.
