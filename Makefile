@@ -19,7 +19,7 @@ locked = awk '/^[^ ]/ { wanted = /^($(1))==/ } wanted' $(LOCK)
 
 .PHONY: demo test lint lock audit wheel wheel-twice wheel-env wheel-test test-torch vllm-env vllm-test clang docs bench sanitize \
   sanitize-threads sanitize-clang guard memcheck fuzz fuzz-arguments fuzz-arguments-sanitized fuzz-arguments-coverage fuzz-reader \
-  faults soak gpu-check clean
+  faults soak vllm-soak gpu-check clean
 
 # pip compares each file with its hash, and installs nothing that the lock file does not name. Torch, which has no hash there,
 # comes last: by then its requirements are installed, from files with hashes. pip uses one core and the kernels need no torch, so
@@ -254,6 +254,9 @@ faults: $(STAMP)
 MINUTES ?= 60
 soak: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m faults.soak --minutes $(MINUTES)
+
+vllm-soak: vllm-env
+	$(BIN)/python -m faults.vllm_soak --minutes $(MINUTES)
 
 # Tables, plots and the API reference, from docs/data and the docstrings; what the commands in docs/cli.md print.
 docs: $(STAMP)

@@ -228,6 +228,8 @@ def main() -> int:
             course = load.run(60 * args.minutes)
         finally:
             server.end()
+        if load.errors:
+            print((folder / "log").read_text()[-6000:])
     print(", ".join(f"{name} {count:,}" for name, count in load.rounds.items()))
     print(f"{load.parted} greedy answers parted at a tie of less than {TIE} nats")
     grows = False

@@ -1,7 +1,8 @@
 """Batches to calibrate on: text that the model writes itself, random tokens, a text file, or the user's own."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,4 +133,21 @@ def _written(
         )  # fmt: skip
         streamer = None if progress is None else _Counter(context, progress)
         mask = torch.ones_like(begin)
-        return model.generate(begin, attention_mask=mask, generation_config=settings, streamer=streamer)
+        with _decoding_fast(model):
+            return model.generate(begin, attention_mask=mask, generation_config=settings, streamer=streamer)
+
+
+@contextlib.contextmanager
+def _decoding_fast(model: Any) -> Iterator[None]:
+    """Tokens go through the decoder within the block, where it serves the model, which is left as it was."""
+    from hqqtensor.generation import prepare_for_generation_, undo_generation_
+    from hqqtensor.generation.forward import decoder_forward
+
+    prepared = decoder_forward(model) is not None
+    with contextlib.suppress(ValueError):  # others decode as they do
+        prepare_for_generation_(model, copy_weights=False)
+    try:
+        yield
+    finally:
+        if not prepared and decoder_forward(model) is not None:
+            undo_generation_(model)

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hqqtensor import HqqConfig, HQQTensor, quantize_
+from hqqtensor import HqqConfig, HQQTensor, generation, prepare_for_generation_, quantize_
 from hqqtensor.calibration import calibrate
 from hqqtensor.calibration.data import batches_of
+from hqqtensor.generation.forward import DecoderForward, decoder_forward
 
 
 def llama() -> LlamaForCausalLM:
@@ -49,6 +50,40 @@ def test_self_leaves_the_random_numbers_and_the_mode_alone():
     torch.manual_seed(5)
     batches_of("self", model, tokens=64)
     assert torch.equal(torch.rand(3), expected) and model.training
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_self_is_written_by_the_decoder_which_is_taken_back(prepared, monkeypatch):
+    model = prepare_for_generation_(llama()) if prepared else llama()
+    served = []
+    monkeypatch.setattr(DecoderForward, "_run", _noting(DecoderForward._run, served))
+    batches_of("self", model, tokens=64)
+    assert len(served) == 62 and (decoder_forward(model) is not None) == prepared
+
+    def broken(*_args, **_options):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model, "generate", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        batches_of("self", model, tokens=64)
+    assert (decoder_forward(model) is not None) == prepared
+
+
+def _noting(run, served):
+    def noted(self, *args, **options):
+        served.append(1)
+        return run(self, *args, **options)
+
+    return noted
+
+
+def test_self_is_the_same_text_where_no_decoder_serves(monkeypatch):
+    def refused(*_args, **_options):
+        raise ValueError("not served")
+
+    written = batches_of("self", llama(), tokens=64)
+    monkeypatch.setattr(generation, "prepare_for_generation_", refused)
+    assert torch.equal(batches_of("self", llama(), tokens=64)[0]["input_ids"], written[0]["input_ids"])
 
 
 def test_a_text_file_is_cut_into_windows_spread_over_it(tmp_path):
