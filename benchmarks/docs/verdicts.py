@@ -47,13 +47,7 @@ def summary() -> str:
         ["its first token", "llama.cpp, the same file", "", *_generate("SmolLM2", True)],
         ["`generate()`, 1B shapes, 4 bits", "llama.cpp Q4_0", "", *_generate("1B")],
         ["its first token", "llama.cpp Q4_0", "", *_generate("1B", True)],
-        [
-            "quantizing, `hqq_joint`",
-            "the hqq library",
-            f"{solvers['hqq_joint'] / solvers['hqq library']:.0f} x",
-            "",
-            "",
-        ],
+        ["quantizing, `hqq_joint`", "the hqq library", over_hqq, "", ""],
     ]
     return table(["4-bit weights, speed of hqqtensor", "over", "AMD Zen 4", "AMD Zen 3 (AVX2)", "Intel Xeon"], rows)
 
