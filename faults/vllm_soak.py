@@ -101,9 +101,9 @@ class Load:
         self.latest: dict[str, float] = {}
         self.expected = {prompt: self.greedy(prompt) for prompt in [*PROMPTS, LONG]}
 
-    def greedy(self, prompt: str, **options: Any) -> list[tuple[str, float]]:
+    def greedy(self, prompt: str) -> list[tuple[str, float]]:
         """Tokens of the greedy answer, each with its lead over the second best in nats."""
-        response = self.server.ask(prompt=prompt, logprobs=2, **options)
+        response = self.server.ask(prompt=prompt, logprobs=2)
         answer = json.load(response)
         if response.status != 200:
             raise ValueError(f"status {response.status}: {answer}")

@@ -21,7 +21,7 @@ _MIN_ROWS = 32
 def fast_half_products() -> Iterator[None]:
     """Dense half-precision products are computed in float32 within the block, where this processor is slow at them.
 
-    Torch's own take 5 to 30 times as long as float32 ones on a CPU without AVX-512 (bfloat16) or AVX512-FP16 (float16).
+    Torch's own take several times as long as float32 ones on a CPU without AVX-512 (bfloat16) or AVX512-FP16 (float16).
     The sums are float32 either way, and the result is rounded to the inputs' dtype, so it differs by the order of
     the sums only. Products of few rows, of other devices and of tensor subclasses are left alone. Memory: a float32
     copy of the weight and of the inputs of one product at a time.
