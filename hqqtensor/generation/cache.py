@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hqqtensor.generation.packed_blocks import PackedBlocks
 from hqqtensor.integrations.transformers.attention import MOST_TOKENS
-from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
+from hqqtensor.integrations.transformers.cache import MOST_ROTATED_BITS, HqqCacheLayer, HqqQuantizedCache
 from hqqtensor.integrations.transformers.joined_states import JoinedStates
 from hqqtensor.ops.backend import decoder_maker
 from hqqtensor.ops.packed_states import PackedStates
@@ -149,11 +149,16 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
         self._write(key_states, value_states)
         return self._show(0, self.keys), self._show(1, self.values)
 
+    def _best_rotation(self, head_dim: int) -> tuple[bool, bool]:
+        """Both, where it helps: attention turns queries and sums, not each packed token."""
+        rotated = self.settings.nbits <= MOST_ROTATED_BITS and head_dim & (head_dim - 1) == 0
+        return rotated, rotated
+
     def _show(self, which: int, recent: Tensor) -> Tensor:
         packed = self.packed
         assert packed is not None
-        axis = packed.axis_value if which else packed.axis_key
-        signs = packed.signs if self.rotated[which] else None
+        axis, rotated = (packed.axis_value, packed.rotated_values) if which else (packed.axis_key, packed.rotated_keys)
+        signs = packed.signs if rotated else None
         qdata, scale, zero = packed.tensors[3 * which : 3 * which + 3]
         return JoinedStates(recent, qdata, scale, zero, signs, (packed.nbits, packed.group_size, axis))
 
@@ -165,7 +170,7 @@ class RoomyQuantizedLayer(_Roomy, HqqCacheLayer):
             return None
         if self._shown is None or self._shown[0] is not keys:
             blocks = [self._blocks_of(which, weight) for which, weight in enumerate((keys, values))]
-            rotated = self.rotated if self.signs is not None else (False, False)
+            rotated = self.rotated if self.rotated and self.signs is not None else (False, False)
             tensors = (*blocks[0].tensors, *blocks[1].tensors)
             states = PackedStates(tensors, keys.nbits, keys.group_size, *self.axes, *rotated, self.signs)
             self._shown = (self._packed[0], states)

@@ -14,7 +14,7 @@ from hqqtensor.generation.check import checked
 from hqqtensor.generation.families import FAMILIES, Family
 from hqqtensor.generation.layers import NotServed, dtype_of
 from hqqtensor.generation.watch import Watch
-from hqqtensor.integrations.transformers.cache import HqqQuantizedCache
+from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
 from hqqtensor.ops.backend import decoder_maker
 from hqqtensor.ops.decoder import Decoder
 
@@ -198,8 +198,12 @@ class DecoderForward:
 
     def _give_room(self, cache: Any) -> None:
         """Let the prompt write its keys and values to where the tokens after it will."""
-        if len(cache.layers) == len(self.base.layers) and not cache.offloading:
-            cache.layers[:] = [adopt(layer) or layer for layer in cache.layers]
+        if len(cache.layers) != len(self.base.layers) or cache.offloading:
+            return
+        kinds = set(map(type, cache.layers))
+        # The decoder does not serve packed layers beside others: the model's own attention gets them dense.
+        left = {HqqCacheLayer} if len(kinds) > 1 else set()
+        cache.layers[:] = [layer if type(layer) in left else adopt(layer) or layer for layer in cache.layers]
 
     def _roomy(self, cache: Any) -> list[Any] | None:
         """The layers of the cache, made roomy; None where they are of another kind or hold nothing yet."""

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import WINDOW, prompts, quantized
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hqqtensor.generation import prepare_for_generation_
-from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt
-from hqqtensor.integrations.transformers.cache import HqqCacheLayer, HqqQuantizedCache
+from hqqtensor.generation.cache import RoomyLayer, RoomySlidingLayer, adopt, growing_cache
+from hqqtensor.integrations.transformers.cache import ROTATIONS, HqqCacheLayer, HqqQuantizedCache
 
 
 def filled(kind: type[DynamicLayer], length: int) -> Any:
@@ -133,6 +133,47 @@ def test_a_quantized_cache_gives_the_same_tokens_and_is_read_packed(name: str, m
     assert cache.get_seq_length() == own.get_seq_length() and cache.nbytes == own.nbytes
     # Only of the prompt; a model with windows keeps transformers' own code.
     assert (len(dense) == 2 * len(cache.layers)) == (name == "llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "nbits", "rotation", "rotated"),
+    [
+        ("llama", 4, "auto", (True, True)),
+        ("llama", 2, "auto", (True, True)),
+        ("llama", 8, "auto", (False, False)),
+        ("llama", 4, None, (False, False)),
+        ("llama", 4, "keys", (True, False)),
+        ("gemma3", 4, "auto", (False, False)),  # packed layers beside windows, which the decoder does not serve
+    ],
+)
+def test_a_cache_is_rotated_by_itself_where_that_helps_and_costs_little(
+    name: str, nbits: int, rotation: str | None, rotated: tuple[bool, bool]
+) -> None:
+    model = quantized(name)
+    ids = prompts(1, 40)["input_ids"]
+
+    def states(rotation: str | None) -> tuple[Any, Any]:
+        cache = HqqQuantizedCache(model.config, nbits, q_group_size=16, residual_length=8, rotation=rotation)
+        with torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True)
+            logits = model(ids[:, :1], past_key_values=cache, use_cache=True).logits
+        return cache, logits
+
+    for prepared in (False, True):
+        if prepared:
+            prepare_for_generation_(model)
+        cache, logits = states(rotation)
+        packed = [layer for layer in cache.layers if isinstance(layer, HqqCacheLayer)]
+        expected = rotated if prepared or rotation != "auto" else (False, False)
+        assert packed and {layer.rotated for layer in packed} == {expected}
+        named = next(key for key, value in ROTATIONS.items() if value == expected)
+        assert torch.equal(logits, states(named)[1])
+
+
+def test_heads_that_cannot_be_rotated_are_left_by_themselves() -> None:
+    cache = growing_cache(LlamaConfig(num_hidden_layers=1), nbits=4, q_group_size=8, residual_length=0)
+    cache.update(*(torch.randn(1, 2, 16, 24) for _ in range(2)), 0)
+    assert cache.layers[0].rotated == (False, False) and cache.get_seq_length() == 16
 
 
 def test_a_quantized_cache_is_cropped_reordered_and_goes_on() -> None:

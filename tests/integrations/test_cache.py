@@ -242,7 +242,7 @@ def test_bad_settings_are_named() -> None:
         ({"axis_key": 2}, "axis_key must be 0"),
         ({"residual_length": -1}, "residual_length must be 0 or more"),
         ({"solver": "magic"}, "solver"),
-        ({"rotation": "values"}, r"rotation must be one of \[None, 'keys', 'both'\], got 'values'"),
+        ({"rotation": "values"}, r"rotation must be one of \['auto', None, 'keys', 'both'\], got 'values'"),
     ):
         with pytest.raises(ValueError, match=match):
             HqqQuantizedCache(CONFIG, **options)

@@ -19,30 +19,37 @@ from hqqtensor.ops.packed_states import rotation_matrix
 from hqqtensor.tensor import HQQTensor
 from hqqtensor.transforms import signs
 
-ROTATIONS: dict[str | None, tuple[bool, bool]] = {None: (False, False), "keys": (True, False), "both": (True, True)}
-"""Values of ``HqqQuantizedCache(rotation=)``: whether keys, and whether values, are rotated."""
+ROTATIONS: dict[str | None, tuple[bool, bool] | None] = {
+    "auto": None,
+    None: (False, False),
+    "keys": (True, False),
+    "both": (True, True),
+}
+"""Values of ``HqqQuantizedCache(rotation=)``: whether keys, and whether values, are rotated; None: a layer decides."""
+MOST_ROTATED_BITS = 4
+"""The widest numbers that "auto" rotates: from 8 bits on a rotation brings nothing that can be measured."""
 
 
 class HqqCacheLayer(DynamicLayer):
     """Keys and values ``[B, H, T, D]`` of one layer; all but the last tokens packed in blocks of ``block`` tokens.
 
-    rotated: whether keys, and whether values, are rotated by ``rotation_matrix(signs)`` before they are packed.
+    rotated: whether keys, and whether values, are rotated by ``rotation_matrix(signs)`` before they are packed; None
+    decides by ``_best_rotation`` when the first block is packed.
     """
 
     keys: Tensor
     values: Tensor
+    signs: Tensor | None
 
     def __init__(
         self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int, pool: Any = None,
-        rotated: tuple[bool, bool] = (False, False),
+        rotated: tuple[bool, bool] | None = (False, False),
     ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.axes = settings, (axis_key, axis_value)
         self.block, self.residual_length, self._pool = block, residual_length, pool
         self.rotated, self.signs = rotated, None
         self._packed: list[HQQTensor | None] = [None, None]
-
-    signs: Tensor | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add new states; returns all of them, those in the window and the new ones exact."""
@@ -74,6 +81,8 @@ class HqqCacheLayer(DynamicLayer):
 
     def _rotation(self, which: int, head_dim: int) -> Tensor | None:
         """The matrix that keys (0) or values (1) are rotated with; None where they are not."""
+        if self.rotated is None:
+            self.rotated = self._best_rotation(head_dim)
         if not self.rotated[which]:
             return None
         if head_dim & (head_dim - 1):
@@ -81,6 +90,11 @@ class HqqCacheLayer(DynamicLayer):
         if self.signs is None:
             self.signs = signs(head_dim, 0)
         return rotation_matrix(self.signs.to(self.device))
+
+    def _best_rotation(self, head_dim: int) -> tuple[bool, bool]:
+        """What "auto" means: nothing here, where every token turns all packed ones back, which takes longer than the
+        rest of its attention."""
+        return False, False
 
     def _pack(self, which: int, states: Tensor) -> HQQTensor:
         """``[B, H, C * block, D]`` packed as ``[B, H, C, block, D]``."""
@@ -183,10 +197,11 @@ class HqqQuantizedCache(Cache):
     ``q_group_size`` channels of a token. q_group_size: also the tokens in a block. residual_length: the most recent
     tokens, which stay exact, together with those that do not fill a block yet. solver: as in ``HqqConfig``. rotation:
     "keys" or "both": keys, or keys and values, are rotated by a random Hadamard matrix before they are packed, which
-    mixes the channels of a head; None for neither.
+    mixes the channels of a head; None for neither. "auto" is "both" at 4 bits and fewer where packed tokens are read
+    in place (a prepared model, ``growing_cache``) and heads have a power of two channels, else None.
 
     Raises ValueError for settings that ``HqqConfig`` refuses, and at the first block for groups over the head's
-    channels; where states are rotated, for heads whose channels are no power of two.
+    channels; with "keys" or "both", for heads whose channels are no power of two.
     """
 
     def __init__(
@@ -198,7 +213,7 @@ class HqqQuantizedCache(Cache):
         q_group_size: int = 64,
         residual_length: int = 128,
         solver: str = "hqq_joint",
-        rotation: str | None = None,
+        rotation: str | None = "auto",
     ) -> None:
         settings = HqqConfig(nbits, q_group_size, solver=solver, scale_dtype=torch.float16)
         for name, axis in (("axis_key", axis_key), ("axis_value", axis_value)):
