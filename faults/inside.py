@@ -12,13 +12,13 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from faults.inject import COUNT, FILE_FAULTS, Fault, Injector
 from faults.judge import Ended, State, canonical, complaint, state_of
-from faults.rows import Row, in_child, sampled
+from faults.rows import Row, in_child, row_of
 
 
 class FileRun:
@@ -158,15 +158,7 @@ def run_files(names: list[str], seed: int, share: float, folder: Path) -> list[R
     torch.set_num_threads(1)
     chosen = [scenario for scenario in scenarios() if not names or scenario.name in names]
     injector = Injector()
-    rows = []
-    for scenario in chosen:
-        started = time.monotonic()
-        run = FileRun(scenario, injector, folder)
-        for fault, at in sampled(run.faults(), f"{seed} {scenario.name}", share):
-            run.inject(fault, at)
-        rows.append(run.row)
-        print(run.row.line(time.monotonic() - started), file=sys.stderr, flush=True)
-    return rows
+    return [row_of(partial(FileRun, scenario, injector, folder), seed, share) for scenario in chosen]
 
 
 def main(kind: str, out: str, seed: str, share: str, *names: str) -> None:

@@ -4,8 +4,6 @@ The model is then what it was, or wholly what it was to become, and there is one
 """
 
 import re
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from faults.inject import COUNT_MEMORY, MEMORY_FAULTS, Fault, Injector
-from faults.rows import Row, in_child, sampled
+from faults.rows import Row, in_child, row_of
 from faults.scenarios import tiny_llama as llama
 from hqqtensor import HqqConfig, HQQTensor, load_model, prepare_for_generation_, quantize_, save_model
 
@@ -156,14 +154,6 @@ class MemoryRun:
 def run_memory(names: list[str], seed: int, share: float, folder: Path) -> list[Row]:
     """Every scenario with its faults, or a share of them."""
     torch.set_num_threads(1)
-    injector, rows = Injector(), []
-    for scenario in memory_scenarios(folder):
-        if names and scenario.name not in names:
-            continue
-        started = time.monotonic()
-        run = MemoryRun(scenario, injector, folder)
-        for fault, at in sampled(run.faults(), f"{seed} {scenario.name}", share):
-            run.inject(fault, at)
-        rows.append(run.row)
-        print(run.row.line(time.monotonic() - started), file=sys.stderr, flush=True)
-    return rows
+    injector = Injector()
+    chosen = [scenario for scenario in memory_scenarios(folder) if not names or scenario.name in names]
+    return [row_of(partial(MemoryRun, scenario, injector, folder), seed, share) for scenario in chosen]

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from faults.inject import Fault
 from faults.judge import Ended
@@ -79,8 +80,26 @@ def in_child(work: Callable[[], int], log: Path) -> Ended:
         time.sleep(pause)
 
 
-def sampled(faults: list[tuple[Fault, int]], seed: str, share: float) -> list[tuple[Fault, int]]:
-    """A share of the faults, the same for the same seed; all of them for 1."""
-    if share >= 1 or not faults:
-        return faults
-    return random.Random(seed).sample(faults, max(1, round(share * len(faults))))
+class Run(Protocol):
+    """One scenario with all of its faults."""
+
+    row: Row
+
+    def faults(self) -> list[tuple[Fault, int]]:
+        """Every fault, and the number of the call at which it happens."""
+
+    def inject(self, fault: Fault, at: int) -> None:
+        """One run in which it happens; adds what came of it to ``row``."""
+
+
+def row_of(make: Callable[[], Run], seed: int, share: float) -> Row:
+    """The row of the run that ``make`` makes, after a share of its faults: the same for the same seed, all for 1."""
+    started = time.monotonic()
+    run = make()
+    faults = run.faults()
+    if share < 1 and faults:
+        faults = random.Random(f"{seed} {run.row.name}").sample(faults, max(1, round(share * len(faults))))
+    for fault, at in faults:
+        run.inject(fault, at)
+    print(run.row.line(time.monotonic() - started), file=sys.stderr, flush=True)
+    return run.row

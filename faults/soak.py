@@ -27,13 +27,14 @@ import torch
 import transformers
 
 import hqqtensor
+from faults.course import Growth, Watch
 from hqqtensor import HqqConfig, load_model, prepare_for_generation_, quantize_, save_model
 from hqqtensor.cli import model_dir
 from hqqtensor.generation.together import GenerateTogether
 
 DOCLM = Path(__file__).parents[1] / "tests" / "assets" / "doclm"
 STUCK = 120.0
-"""Seconds in which a thread must finish something, not counting those in which the process was stopped from outside."""
+"""Seconds in which a thread must finish something."""
 
 
 _MALLOC = ctypes.CDLL(None)
@@ -74,23 +75,6 @@ class Course:
         self.files.append(float(len(os.listdir("/proc/self/fd"))))
 
 
-def slope(x: list[float], y: list[float], blocks: int = 12) -> tuple[float, float]:
-    """Units of ``y`` per unit of ``x`` by least squares, and the standard error.
-
-    The means of blocks are fitted: samples that follow one another are not independent. The first quarter is left out,
-    in which pools and caches fill.
-    """
-    x, y = x[len(x) // 4 :], y[len(y) // 4 :]
-    size = len(x) // blocks
-    if size < 1:
-        return 0.0, float("inf")
-    a, b = (torch.tensor(v[: size * blocks], dtype=torch.float64).view(blocks, size).mean(1) for v in (x, y))
-    da, db = a - a.mean(), b - b.mean()
-    gradient = float((da * db).sum() / (da * da).sum())
-    left = db - gradient * da
-    return gradient, float(((left * left).sum() / (blocks - 2) / (da * da).sum()).sqrt())
-
-
 class Soak:
     """The threads of one process."""
 
@@ -99,7 +83,7 @@ class Soak:
         self.stop = threading.Event()
         self.rounds: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.latest: dict[str, float] = {}
+        self.watch = Watch(STUCK)
         self.first: dict[str, str] = {}
 
     def works(self) -> dict[str, Callable[[int], Any]]:
@@ -162,35 +146,26 @@ class Soak:
         start, course = time.monotonic(), Course()
         for thread in threads:
             thread.start()
-        interval = max(0.05, seconds / 600)
-        awake = start
         course.sample(start)
         while time.monotonic() - start < seconds and not self.errors:
-            time.sleep(interval)
-            now = time.monotonic()
-            pause = now - awake - interval
-            if pause > 5:  # the whole process was stopped meanwhile
-                self.latest = {name: at + pause for name, at in self.latest.items()}
-            awake = now
+            stuck = self.watch.sleep(max(0.05, seconds / 600))
             course.sample(start)
-            stuck = [name for name, at in self.latest.items() if now - at > STUCK]
             if stuck:
                 faulthandler.dump_traceback(all_threads=True)
-                self.errors.append(f"{', '.join(stuck)}: finished nothing for {STUCK:.0f} s")
+                self.errors += stuck
         self.stop.set()
         for thread in threads:
             thread.join(timeout=STUCK)
         courses = {"memory": course.memory, "allocated": course.in_use, "files": course.files}
         return {
             "seconds": round(time.monotonic() - start), "rounds": dict(self.rounds), "errors": self.errors,
-            **{what: [3600 * v for v in slope(course.seconds, y)] for what, y in courses.items()},
-            **{f"{what}_at_first_and_last": [y[len(y) // 4], y[-1]] for what, y in courses.items()},
+            **{what: Growth.of(course.seconds, y) for what, y in courses.items()},
         }  # fmt: skip
 
     def _repeat(self, thread: str, name: str, work: Callable[[int], Any]) -> None:
         number = 0
         while not self.stop.is_set():
-            self.latest[thread] = time.monotonic()
+            self.watch.begins(thread)
             try:
                 digest = _digest(work(number))
             except BaseException as error:
@@ -296,13 +271,9 @@ def _report(number: int, result: dict[str, Any]) -> bool:
     grows = False
     kinds = (("memory", "MB", 1e6, 2e6), ("allocated", "MB", 1e6, 2e6), ("files", "descriptors", 1.0, 1.0))
     for what, unit, scale, least in kinds:
-        gradient, error = result[what]
-        first, last = (v / scale for v in result[f"{what}_at_first_and_last"])
-        print(
-            f"  {what}: {first:.1f} to {last:.1f} {unit}, {gradient / scale:+.2f} +- {error / scale:.2f} {unit} an hour"
-        )
-        # Growth counts where it is told from noise, and came to something within the run.
-        grows |= gradient > 3 * error and gradient * result["seconds"] / 3600 > least
+        growth = Growth(*result[what])
+        print(f"  {growth.line(what, unit, scale)}")
+        grows |= growth.is_real(least)
     for error in result["errors"]:
         print(f"  {error}")
     return not grows and not result["errors"]

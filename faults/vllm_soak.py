@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from faults.soak import slope
+from faults.course import Growth, Watch
 from hqqtensor.cli import main as hqqtensor
 from hqqtensor.demo.models import smollm_dir
 
@@ -29,7 +29,7 @@ PYTHON = Path(__file__).parents[1] / "build" / "vllm-env" / "bin" / "python"
 TIE = 0.05
 """Nats by which the best token must lead the second for a departure from it to count as wrong (float32 model)."""
 STUCK = 180.0
-"""Seconds in which a client must finish a request, not counting those in which all of this was stopped from outside."""
+"""Seconds in which a client must finish a request."""
 PROMPTS = [
     "The capital of France is", "Water boils at", "Once upon a time there was", "def fibonacci(n):",
     "The three primary colours are", "Dear Sir or Madam,",
@@ -98,7 +98,7 @@ class Load:
         self.rounds: Counter[str] = Counter()
         self.parted = 0  # answers that went another way at a tie
         self.errors: list[str] = []
-        self.latest: dict[str, float] = {}
+        self.watch = Watch(STUCK)
         self.expected = {prompt: self.greedy(prompt) for prompt in [*PROMPTS, LONG]}
 
     def greedy(self, prompt: str) -> list[tuple[str, float]]:
@@ -175,7 +175,7 @@ class Load:
         """One client."""
         number = 0
         while not self.stop.is_set():
-            self.latest[name] = time.monotonic()
+            self.watch.begins(name)
             try:
                 kind(number)
             except Exception as error:
@@ -186,27 +186,18 @@ class Load:
 
     def run(self, seconds: float) -> dict[str, tuple[list[float], list[float]]]:
         """Load the server for so long; its memory and descriptors by time."""
-        start = awake = time.monotonic()
+        start = time.monotonic()
         clients = [
             threading.Thread(target=self.repeat, args=(name, kind), daemon=True) for name, kind in self.kinds().items()
         ]
         for client in clients:
             client.start()
         course: dict[str, tuple[list[float], list[float]]] = {"memory": ([], []), "descriptors": ([], [])}
-        interval = max(1.0, seconds / 600)
         while time.monotonic() - start < seconds and not self.errors:
-            time.sleep(interval)
-            now = time.monotonic()
-            pause = now - awake - interval
-            if pause > 5:
-                self.latest = {name: at + pause for name, at in self.latest.items()}
-            awake = now
+            self.errors += self.watch.sleep(max(1.0, seconds / 600))
             for (x, y), value in zip(course.values(), self.server.memory(), strict=True):
-                x.append(now - start)
+                x.append(time.monotonic() - start)
                 y.append(value)
-            self.errors += [
-                f"{name}: no answer for {STUCK:.0f} s" for name, at in self.latest.items() if now - at > STUCK
-            ]
         self.stop.set()
         for client in clients:
             client.join(STUCK)
@@ -236,12 +227,9 @@ def main() -> int:
     for (what, (x, y)), (unit, scale, least) in zip(
         course.items(), [("MB", 1e6, 8e6), ("descriptors", 1.0, 2.0)], strict=True
     ):
-        gradient, error = slope(x, y)
-        print(
-            f"{what}: {y[len(y) // 4] / scale:.1f} to {y[-1] / scale:.1f} {unit}, "
-            f"{3600 * gradient / scale:+.2f} +- {3600 * error / scale:.2f} {unit} an hour"
-        )
-        grows |= gradient > 3 * error and gradient * 60 * args.minutes > least
+        growth = Growth.of(x, y)
+        print(growth.line(what, unit, scale))
+        grows |= growth.is_real(least)
     for error_line in load.errors:
         print(error_line)
     return int(grows or bool(load.errors))

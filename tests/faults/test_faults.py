@@ -1,14 +1,15 @@
 """A seeded sample of `python -m faults`: calls of saves that go wrong, and memory that is refused."""
 
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from faults.__main__ import run
+from faults.course import Growth, Watch
 from faults.inject import compiler
 from faults.judge import Ended, complaint, state_of
-from faults.soak import slope
 
 FILES = ["save_model, shards over shards", "convert --overwrite", "pack --overwrite"]
 
@@ -52,5 +53,41 @@ def test_a_state_is_what_a_loader_reads(tmp_path: Path) -> None:
 def test_growth_is_told_from_noise(growth: float, is_told: bool) -> None:
     noise = random.Random(0)
     seconds = [float(second) for second in range(600)]
-    gradient, error = slope(seconds, [growth * second + noise.gauss(0, 50) for second in seconds])
-    assert (gradient > 3 * error) is is_told
+    samples = [growth * second + noise.gauss(0, 50) for second in seconds]
+    fitted = Growth.of(seconds, samples)
+    assert fitted.is_real(100.0) is is_told and not fitted.is_real(1e9)
+    assert fitted.first == samples[150] and fitted.last == samples[-1] and abs(fitted.slope / 3600 - growth) < 0.1
+
+
+def test_too_few_samples_tell_nothing() -> None:
+    assert not Growth.of([0.0, 1.0, 2.0], [0.0, 1e9, 2e9]).is_real(0.0)
+
+
+class Clock:
+    """In the place of ``time``; ``stopped``: seconds by which every sleep is longer than it was to be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.stopped = 100.0, 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.stopped
+
+
+def test_a_thread_that_stands_still_is_named_and_one_that_goes_on_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    watch = Watch(20.0)
+    watch.begins("idle")
+    for said in ([], [], ["idle: finished nothing for 20 s"]):
+        watch.begins("busy")
+        assert watch.sleep(8.0) == said
+
+
+def test_seconds_in_which_everything_was_stopped_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, watch = Clock(monkeypatch), Watch(20.0)
+    watch.begins("generate")
+    clock.stopped = 60.0
+    assert watch.sleep(1.0) == []
+    clock.stopped = 0.0
+    assert watch.sleep(18.0) == [] and watch.sleep(4.0) == ["generate: finished nothing for 20 s"]
