@@ -173,6 +173,9 @@ std::vector<uint8_t> bytes_of_mask(const Tensor& mask, int64_t batch, int64_t co
   return all ? std::vector<uint8_t>() : out;
 }
 
+// Places in a sequence are added up; so far apart, sums of them fit.
+constexpr int64_t kLastPlace = int64_t(1) << 40;
+
 // That of sequence b of `batch` whose keys and values lie in the same two tensors.
 LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, int64_t b, int64_t batch, int64_t tokens,
                     Scalar scalar, int64_t length, int64_t first) {
@@ -181,9 +184,11 @@ LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, 
                       t->scalar() == scalar && t->is_cpu() && t->stride(3) == 1 && t->stride(2) == d.head_dim;
     HQQ_CHECK(fits, "decoder: a cache must be [", batch, ", ", d.kv_heads, ", capacity, ", d.head_dim,
               "] of the input's dtype, with whole heads, got ", *t);
-    HQQ_CHECK(length >= 0 && first >= 0 && length <= t->size(2) - tokens, "decoder: a cache of ", t->size(2),
+    HQQ_CHECK(length >= 0 && length <= t->size(2) - tokens, "decoder: a cache of ", t->size(2),
               " tokens has no room for ", tokens, " behind ", length);
   }
+  HQQ_CHECK(first >= 0 && first <= kLastPlace, "decoder: the first token of a cache must have place 0 to ", kLastPlace,
+            ", got ", first);
   HQQ_CHECK(keys.stride(0) == values.stride(0) && keys.stride(1) == values.stride(1),
             "decoder: keys and values must have the same strides");
   const int64_t at = b * keys.stride(0) * size_of(*dtype_of(scalar));
