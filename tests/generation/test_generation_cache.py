@@ -166,6 +166,7 @@ def test_a_cache_is_rotated_by_itself_where_that_helps_and_costs_little(
         packed = [layer for layer in cache.layers if isinstance(layer, HqqCacheLayer)]
         expected = rotated if prepared or rotation != "auto" else (False, False)
         assert packed and {layer.rotated for layer in packed} == {expected}
+        assert {layer.axes for layer in packed} == {(int(expected[0]), 1)}
         named = next(key for key, value in ROTATIONS.items() if value == expected)
         assert torch.equal(logits, states(named)[1])
 

@@ -239,7 +239,8 @@ def test_sliding_layers_stay_as_they_are() -> None:
 def test_bad_settings_are_named() -> None:
     for options, match in (
         ({"nbits": 9}, "nbits must be"),
-        ({"axis_key": 2}, "axis_key must be 0"),
+        ({"axis_key": 2}, r"axis_key must be 0 \(over tokens\), 1 \(over channels\) or None, got 2"),
+        ({"axis_value": None}, r"axis_value must be 0 \(over tokens\) or 1 \(over channels\), got None"),
         ({"residual_length": -1}, "residual_length must be 0 or more"),
         ({"solver": "magic"}, "solver"),
         ({"rotation": "values"}, r"rotation must be one of \['auto', None, 'keys', 'both'\], got 'values'"),

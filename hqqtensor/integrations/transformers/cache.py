@@ -1,7 +1,8 @@
 """A quantized cache of keys and values: packed blocks of old tokens, exact recent ones.
 
 Keys are grouped per channel over tokens and values per token over channels by default, as in KIVI (Liu et al., 2024,
-arXiv 2402.02750). A block is quantized once, when it leaves the window of recent tokens, and never again.
+arXiv 2402.02750); keys that are rotated, in which no channel stands out, per token too. A block is quantized once, when
+it leaves the window of recent tokens, and never again.
 """
 
 from dataclasses import replace
@@ -34,7 +35,7 @@ class HqqCacheLayer(DynamicLayer):
     """Keys and values ``[B, H, T, D]`` of one layer; all but the last tokens packed in blocks of ``block`` tokens.
 
     rotated: whether keys, and whether values, are rotated by ``rotation_matrix(signs)`` before they are packed; None
-    decides by ``_best_rotation`` when the first block is packed.
+    decides by ``_best_rotation`` when the first block is packed. axis_key: None for 1 where keys are rotated, else 0.
     """
 
     keys: Tensor
@@ -42,11 +43,11 @@ class HqqCacheLayer(DynamicLayer):
     signs: Tensor | None
 
     def __init__(
-        self, settings: HqqConfig, axis_key: int, axis_value: int, block: int, residual_length: int, pool: Any = None,
-        rotated: tuple[bool, bool] | None = (False, False),
+        self, settings: HqqConfig, axis_key: int | None, axis_value: int, block: int, residual_length: int,
+        pool: Any = None, rotated: tuple[bool, bool] | None = (False, False),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.settings, self.axes = settings, (axis_key, axis_value)
+        self.settings, self._axis_key, self._axis_value = settings, axis_key, axis_value
         self.block, self.residual_length, self._pool = block, residual_length, pool
         self.rotated, self.signs = rotated, None
         self._packed: list[HQQTensor | None] = [None, None]
@@ -90,6 +91,12 @@ class HqqCacheLayer(DynamicLayer):
         if self.signs is None:
             self.signs = signs(head_dim, 0)
         return rotation_matrix(self.signs.to(self.device))
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Of the groups of keys and of values, when a block has been packed."""
+        assert self.rotated is not None
+        return int(self.rotated[0]) if self._axis_key is None else self._axis_key, self._axis_value
 
     def _best_rotation(self, head_dim: int) -> tuple[bool, bool]:
         """What "auto" means: nothing here, where every token turns all packed ones back, which takes longer than the
@@ -194,11 +201,12 @@ class HqqQuantizedCache(Cache):
     """``past_key_values`` for ``generate`` and ``forward``: full-attention layers quantized, others as they are.
 
     nbits: bits a number, 1 to 8. axis_key, axis_value: 0 groups over ``q_group_size`` tokens of a channel, 1 over
-    ``q_group_size`` channels of a token. q_group_size: also the tokens in a block. residual_length: the most recent
-    tokens, which stay exact, together with those that do not fill a block yet. solver: as in ``HqqConfig``. rotation:
-    "keys" or "both": keys, or keys and values, are rotated by a random Hadamard matrix before they are packed, which
-    mixes the channels of a head; None for neither. "auto" is "both" at 4 bits and fewer where packed tokens are read
-    in place (a prepared model, ``growing_cache``) and heads have a power of two channels, else None.
+    ``q_group_size`` channels of a token; ``axis_key=None`` is 1 where keys are rotated, else 0. q_group_size: also the
+    tokens in a block. residual_length: the most recent tokens, which stay exact, together with those that do not fill a
+    block yet. solver: as in ``HqqConfig``. rotation: "keys" or "both": keys, or keys and values, are rotated by a
+    random Hadamard matrix before they are packed, which mixes the channels of a head; None for neither. "auto" is
+    "both" at 4 bits and fewer where packed tokens are read in place (a prepared model, ``growing_cache``) and heads
+    have a power of two channels, else None.
 
     Raises ValueError for settings that ``HqqConfig`` refuses, and at the first block for groups over the head's
     channels; with "keys" or "both", for heads whose channels are no power of two.
@@ -208,7 +216,7 @@ class HqqQuantizedCache(Cache):
         self,
         config: PreTrainedConfig,
         nbits: int = 4,
-        axis_key: int = 0,
+        axis_key: int | None = None,
         axis_value: int = 1,
         q_group_size: int = 64,
         residual_length: int = 128,
@@ -216,9 +224,10 @@ class HqqQuantizedCache(Cache):
         rotation: str | None = "auto",
     ) -> None:
         settings = HqqConfig(nbits, q_group_size, solver=solver, scale_dtype=torch.float16)
-        for name, axis in (("axis_key", axis_key), ("axis_value", axis_value)):
-            if axis not in (0, 1):
-                raise ValueError(f"{name} must be 0 (over tokens) or 1 (over channels), got {axis!r}")
+        if axis_key not in (0, 1, None):
+            raise ValueError(f"axis_key must be 0 (over tokens), 1 (over channels) or None, got {axis_key!r}")
+        if axis_value not in (0, 1):
+            raise ValueError(f"axis_value must be 0 (over tokens) or 1 (over channels), got {axis_value!r}")
         if not isinstance(residual_length, int) or residual_length < 0:
             raise ValueError(f"residual_length must be 0 or more tokens, got {residual_length!r}")
         if rotation not in ROTATIONS:

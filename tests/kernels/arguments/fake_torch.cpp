@@ -309,6 +309,9 @@ AOTITorchError torch_call_dispatcher(const char*, const char*, StableIValue*, ui
   return failure("there is no Python here");
 }
 
+AOTITorchError aoti_torch_library_init_def(const char*, const char*, uint32_t, TorchLibraryHandle* out) {
+  return *out = nullptr, AOTI_TORCH_SUCCESS;
+}
 AOTITorchError aoti_torch_library_init_fragment(const char*, const char*, uint32_t, TorchLibraryHandle* out) {
   return *out = nullptr, AOTI_TORCH_SUCCESS;
 }

@@ -156,7 +156,7 @@ inline __attribute__((always_inline)) void add_segment(const IntegerTile& tile, 
       add_scaled<SHIFT>(_mm256_hadd_epi32(sums.a, sums.b), step, scale, x, shift, to);
     } else {
       add_scaled<SHIFT>(sums.a, step, scale, x, shift, to);
-      add_scaled<SHIFT>(sums.b, step, scale + 8, x, shift + 8, to + 8);
+      add_scaled<SHIFT>(sums.b, step, scale + 8, x, SHIFT ? shift + 8 : nullptr, to + 8);
     }
   };
   (add(t, total[t]), ...);
