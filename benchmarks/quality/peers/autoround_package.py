@@ -29,6 +29,8 @@ def _quantize(model: nn.Module, task: Task, nbits: int) -> float:
     tuned = AutoRound(
         copy.deepcopy(task.model), tokenizer, scheme="W4A16", bits=nbits, group_size=64, sym=False, dataset=data,
         nsamples=len(rows), seqlen=rows.shape[1], batch_size=BATCH, iters=ITERATIONS, device_map="cpu",
+        # In bfloat16 as its users have it, but where this processor would take minutes a block for it.
+        amp=torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     )  # fmt: skip
     rounded, _ = tuned.quantize()
     bits = 0.0
