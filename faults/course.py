@@ -13,7 +13,6 @@ class Watch:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._latest: dict[str, float] = {}
-        self._awake = time.monotonic()
 
     def begins(self, thread: str) -> None:
         """``thread`` begins the next piece of its work."""
@@ -21,15 +20,15 @@ class Watch:
 
     def sleep(self, interval: float) -> list[str]:
         """Sleep for so long; what there is to say then about threads that stand still."""
-        self._awake = time.monotonic()
+        before = time.monotonic()
         time.sleep(interval)
         now = time.monotonic()
-        pause = now - self._awake - interval
+        pause = now - before - interval
         if pause > 5:
-            self._latest = {name: at + pause for name, at in self._latest.items()}
+            self._latest = {name: at + pause for name, at in list(self._latest.items())}
         return [
             f"{name}: finished nothing for {self.limit:.0f} s"
-            for name, at in self._latest.items()
+            for name, at in list(self._latest.items())  # threads add to it
             if now - at > self.limit
         ]
 
