@@ -184,8 +184,8 @@ LayerCache cache_of(const Decoder& d, const Tensor& keys, const Tensor& values, 
                       t->scalar() == scalar && t->is_cpu() && t->stride(3) == 1 && t->stride(2) == d.head_dim;
     HQQ_CHECK(fits, "decoder: a cache must be [", batch, ", ", d.kv_heads, ", capacity, ", d.head_dim,
               "] of the input's dtype, with whole heads, got ", *t);
-    HQQ_CHECK(length >= 0 && length <= t->size(2) - tokens, "decoder: a cache of ", t->size(2),
-              " tokens has no room for ", tokens, " behind ", length);
+    HQQ_CHECK(length >= 0 && length <= t->size(2) - tokens, "decoder: a cache of ", t->size(2), " tokens has no room for ",
+              tokens, " behind ", length);
   }
   HQQ_CHECK(first >= 0 && first <= kLastPlace, "decoder: the first token of a cache must have place 0 to ", kLastPlace,
             ", got ", first);
