@@ -99,8 +99,8 @@ class HqqCacheLayer(DynamicLayer):
         return int(self.rotated[0]) if self._axis_key is None else self._axis_key, self._axis_value
 
     def _best_rotation(self, head_dim: int) -> tuple[bool, bool]:
-        """What "auto" means: nothing here, where every token turns all packed ones back, which takes longer than the
-        rest of its attention."""
+        """What "auto" rotates: nothing here. Each new token would turn all packed ones back, which takes longer than
+        the rest of its attention."""
         return False, False
 
     def _pack(self, which: int, states: Tensor) -> HQQTensor:

@@ -173,7 +173,7 @@ std::vector<uint8_t> bytes_of_mask(const Tensor& mask, int64_t batch, int64_t co
   return all ? std::vector<uint8_t>() : out;
 }
 
-// Places in a sequence are added up; so far apart, sums of them fit.
+// The last place in a sequence: a limit, so that sums of places do not overflow.
 constexpr int64_t kLastPlace = int64_t(1) << 40;
 
 // That of sequence b of `batch` whose keys and values lie in the same two tensors.
